@@ -1,0 +1,215 @@
+"""The checkpoint folder `step_<N>`: everything needed to use a model, and to go on training it, written whole or not at all.
+
+    model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
+    ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use
+    config.yaml              the resolved configuration
+    tokenizer.model          the tokenizer itself
+    checkpoint.json          format, step, vocabulary, tokenizer hash, template, data hash
+    train_metrics.json       metrics at this step
+    trainer/                 state.json and tensors.safetensors: optimizer, slots, carry, cursor, length of the metrics log
+
+Nothing here is ever unpickled. This file doesn't know what the trainer's state means.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig, parse_config
+from dataset.text.conversation import Template
+from dataset.text.tokenizer import Tokenizer
+from models.act import RecursiveModel
+
+FORMAT_VERSION = 1
+WEIGHT_PREFIX = "model.inner."
+_COMPILED_PREFIX = "_orig_mod."
+_TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a trainer needs to go on: tensors and JSON values, by names of its own."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    config: PretrainInstructConfig,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    tokenizer: Tokenizer,
+    template: Template,
+    data_hash: str,
+    step: int,
+    metrics: Mapping[str, Any],
+    trainer: TrainerState,
+) -> None:
+    """Write `folder` atomically: it appears complete, or not at all. Raises UsageError if it exists or can't be written."""
+    if folder.exists():
+        raise UsageError(f"{folder} exists already and is not overwritten; choose another run_name, or delete it")
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "trainer").mkdir(parents=True)
+        _save_weights(partial / "model.safetensors", weights, config.arch.tie_embeddings)
+        if ema is not None:
+            buffers = {name: tensor for name, tensor in weights.items() if name not in ema}
+            _save_weights(partial / "ema.safetensors", {**buffers, **ema}, config.arch.tie_embeddings)
+        (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        (partial / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        _write_json(
+            partial / "checkpoint.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "vocab_size": tokenizer.vocab_size,
+                "tokenizer_sha256": tokenizer.sha256,
+                "template": template.to_dict(),
+                "data_hash": data_hash,
+            },
+        )
+        _write_json(partial / "train_metrics.json", metrics)
+        save_file(
+            {name: t.detach().contiguous() for name, t in trainer.tensors.items()},
+            partial / "trainer/tensors.safetensors",
+        )
+        _write_json(partial / "trainer/state.json", trainer.values)
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UsageError(
+            f"the checkpoint {folder} can't be written: {error}; free space or choose another checkpoint_dir"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, opened: its config, tokenizer and template; weights are read on demand."""
+
+    folder: Path
+    config: PretrainInstructConfig
+    tokenizer: Tokenizer
+    template: Template
+    step: int
+    data_hash: str
+
+    def weights(self, *, ema: bool) -> dict[str, Tensor]:
+        """Weights by the names of `RecursiveModel`, the moving average if `ema` is wanted and there is one."""
+        path = self.folder / "ema.safetensors"
+        if not ema or not path.exists():
+            path = self.folder / "model.safetensors"
+        return {strip_prefix(name): tensor for name, tensor in _load_tensors(path).items()}
+
+    def trainer_state(self) -> TrainerState:
+        """The trainer's state as it was saved."""
+        values = _read_json(self.folder / "trainer/state.json")
+        return TrainerState(_load_tensors(self.folder / "trainer/tensors.safetensors"), values)
+
+
+def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
+    """Open a folder written by `save_checkpoint`. Raises UsageError if it is missing, foreign or damaged.
+
+    The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same content.
+    """
+    if not (folder / "checkpoint.json").is_file():
+        runs = sorted(str(p.parent) for p in folder.parent.glob("**/step_*/checkpoint.json")) if folder.parent.is_dir() else []
+        found = f"; found nearby: {', '.join(runs[:5])}" if runs else ""
+        raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json{found}")
+    about = _read_json(folder / "checkpoint.json")
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UsageError(f"{folder} has checkpoint format {about.get('format_version')}, this program reads {FORMAT_VERSION}")
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
+    if hashlib.sha256(tokenizer_bytes).hexdigest() != about["tokenizer_sha256"]:
+        raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
+    if tokenizer_path is not None and (other := Tokenizer(tokenizer_path).sha256) != about["tokenizer_sha256"]:
+        raise UsageError(
+            f"{tokenizer_path} is another tokenizer than the checkpoint's: sha256 {other[:16]}..., expected "
+            f"{about['tokenizer_sha256'][:16]}...; leave --tokenizer-path out to use the one in {folder}"
+        )
+    return Checkpoint(
+        folder=folder,
+        config=parse_config(values),
+        tokenizer=Tokenizer.from_bytes(tokenizer_bytes),
+        template=Template.from_dict(about["template"]),
+        step=about["step"],
+        data_hash=about["data_hash"],
+    )
+
+
+def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Fill `model`, by name and shape. Raises UsageError with the names that are missing, unknown or of another shape."""
+    expected = model.state_dict()
+    found = dict(weights)
+    if model.config.tie_embeddings:
+        found.setdefault(_TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[_TIED_HEAD]))
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name}: expected shape {tuple(expected[name].shape)}, found {tuple(found[name].shape)}"
+        for name in expected.keys() & found.keys()
+        if expected[name].shape != found[name].shape
+    ]
+    if problems:
+        raise UsageError(f"the weights of {source} don't fit the architecture: {'; '.join(sorted(problems)[:5])}")
+    model.load_state_dict(found)
+
+
+def strip_prefix(name: str) -> str:
+    """A state-dict name without the optional prefixes of compiled and wrapped models."""
+    return name.removeprefix(_COMPILED_PREFIX).removeprefix(WEIGHT_PREFIX)
+
+
+def _save_weights(path: Path, weights: Mapping[str, Tensor], tied: bool) -> None:
+    # safetensors refuses two names for one tensor.
+    named = {name: tensor for name, tensor in weights.items() if not (tied and name == _TIED_HEAD)}
+    save_file({WEIGHT_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"the checkpoint file {path} is damaged: expected a JSON object")
+    return values
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""From Hydra and command lines to a checked config. For doors, scripts and benchmarks only: rooms get the result."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig, parse_config
+
+CONFIG_FOLDER = Path(__file__).resolve().parent
+
+
+def checked(settings: DictConfig) -> PretrainInstructConfig:
+    """Resolve interpolations and check against the schema."""
+    values = OmegaConf.to_container(settings, resolve=True)
+    assert isinstance(values, dict)
+    # The experiment group only names a preset; what it sets stands in the other keys.
+    return parse_config({str(key): value for key, value in values.items() if key != "experiment"})
+
+
+def compose_config(name: str, overrides: Sequence[str] = ()) -> PretrainInstructConfig:
+    """The config `name` of this folder with Hydra overrides. Raises UsageError for an unknown name or a wrong override."""
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            return checked(compose(name, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"config {name!r} can't be composed: {_first_line(error)}") from None
+
+
+def override_config(config: PretrainInstructConfig, overrides: Sequence[str]) -> PretrainInstructConfig:
+    """`config` with `key=value` overrides on top. Raises UsageError for a key that doesn't exist or a value that doesn't fit."""
+    settings = OmegaConf.create(config.model_dump())
+    OmegaConf.set_struct(settings, True)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UsageError(f"override {override!r}: expected key=value")
+        try:
+            OmegaConf.update(settings, key, _scalar(value), merge=True, force_add=False)
+        except OmegaConfBaseException as error:
+            raise UsageError(f"override {override!r}: {_first_line(error)}") from None
+    return checked(settings)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every door which uses a checkpoint has."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder checkpoints/<project>/<run>/step_<N>")
+    parser.add_argument(
+        "--config-name", help="take all settings but the architecture's from this config instead of the checkpoint's"
+    )
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
+    parser.add_argument("--tokenizer-path", help="must be the tokenizer of the checkpoint, which is the default")
+    parser.add_argument("--act-steps", type=int, help="ACT steps a token takes; default: generation.act_steps, else all")
+    parser.add_argument("--halt-threshold", type=float, help="a token stops early when its halting probability passes this")
+
+
+def settings_for_use(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
+    """The settings a checkpoint is used with: its own, then `--config-name`, then `--overrides`, then single flags."""
+    config = trained
+    if arguments.config_name is not None:
+        config = compose_config(arguments.config_name).model_copy(update={"arch": trained.arch})
+    flags = {"generation.act_steps": arguments.act_steps, "generation.halt_threshold": arguments.halt_threshold}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return override_config(config, [*arguments.overrides, *given])
+
+
+def _scalar(text: str) -> Any:
+    return OmegaConf.from_dotlist([f"value={text}"])["value"]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,220 @@
+"""Every knob of a run: its type, its limits and one sentence about it, checked when a config is built.
+
+Plain pydantic: no Hydra, no torch, so every room may read a config. The defaults that a user sees stand in the YAML files beside
+this one; a value that is wrong, or a key that does not exist, is a `UsageError` before any work is done.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from config.errors import UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class HaltConfig(_Section):
+    """When a row leaves its slot in training, and how the halting head learns. Evaluation and generation never use the row rule."""
+
+    mode: Literal["fixed", "sampled", "settled"]
+    """fixed: after halt_max_steps. sampled: after a depth drawn at entry. settled: once enough of its tokens have settled."""
+    depth_floor: float = Field(gt=0, le=1)
+    """Least probability of each depth 1..N in the draw at entry (capped at 1/N); what is left over goes to depth 1."""
+    settled_share: float = Field(gt=0, le=1)
+    """settled: the row leaves when at least this share of its supervised tokens is settled."""
+    settled_probability: float = Field(gt=0, lt=1)
+    """settled: a token is settled when its halting probability is above this, or its argmax is the one of the step before."""
+    bias: float
+    """Initial bias of the halting head: -1 for text, -5 for puzzles."""
+    backprop: bool
+    """Let the halting loss reach the recursion. Off, its gradient stops at the halting head."""
+
+
+class ArchConfig(_Section):
+    """The network: sizes, recursion, attention, number format, halting."""
+
+    name: Literal["trm"]
+    """The recursion, a file of models/recursive_reasoning/."""
+    hidden_size: PositiveInt
+    """Channels of the state."""
+    num_heads: PositiveInt
+    """Attention heads; each has hidden_size / num_heads channels, an even number."""
+    expansion: float = Field(gt=0)
+    """SwiGLU width: expansion * hidden_size * 2/3, rounded up to a multiple of 256."""
+    L_layers: PositiveInt
+    """Transformer blocks in the shared stack."""
+    H_cycles: PositiveInt
+    """Updates of the answer state in one ACT step."""
+    L_cycles: PositiveInt
+    """Updates of the reasoning state before each update of the answer state."""
+    grad_calls: PositiveInt | None
+    """How many of an ACT step's last level calls carry gradient; null: those of the last H cycle, as the original."""
+    attention: Literal["full", "causal", "prefix"]
+    """full: all see all (puzzles). causal: the past. prefix: causal, but a prompt segment sees itself whole."""
+    pos_encodings: Literal["rope", "none"]
+    """Rotary positions, or none."""
+    rope_theta: float = Field(gt=0)
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool
+    """Use the embedding matrix as the vocabulary head."""
+    forward_dtype: Literal["auto", "bfloat16", "float32", "float64"]
+    """Number format of activations; weights stay float32. auto: bfloat16 where the processor multiplies it natively."""
+    loss: Literal["stablemax", "softmax"]
+    """How logits become probabilities, in training, measuring and sampling alike."""
+    halt_max_steps: PositiveInt
+    """N, the most ACT steps: the depth of evaluation and generation unless they are told another."""
+    puzzle_emb_ndim: Literal[0]
+    """Width of the per-puzzle embedding: 0, text has none."""
+    puzzle_emb_len: Literal[0]
+    """Positions that the per-puzzle embedding takes: 0, text has none."""
+    halt: HaltConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number (rotary pairs)"
+            )
+        calls = self.H_cycles * (self.L_cycles + 1)
+        if self.grad_calls is not None and self.grad_calls > calls:
+            raise ValueError(f"grad_calls {self.grad_calls} is more than the {calls} level calls of an ACT step")
+        return self
+
+
+class DatasetConfig(_Section):
+    """Which conversations, how they become tokens, and how they are split."""
+
+    source: Literal["slimorca", "sample"]
+    """slimorca: SlimOrca rows, split by hash. sample: train.jsonl and test.jsonl of dataset/build_sample_dataset.py."""
+    data_dir: str
+    """Folder of the data; the token cache is kept in it."""
+    tokenizer_path: str
+    """SentencePiece model file."""
+    seq_len: int = Field(ge=2)
+    """Most input positions of a row."""
+    subset_size: PositiveInt | None
+    """Rows taken of each split; null: all."""
+    test_ratio: float = Field(ge=0, lt=1)
+    """Share of the rows held out; 0 trains without evaluation."""
+    seed: int = Field(ge=0)
+    """Seed of the split."""
+    default_system_prompt: str | None
+    """System turn for rows that have none; null or empty: no system turn."""
+    long_rows: Literal["truncate", "drop"]
+    """A row longer than seq_len: cut its end (if something supervised remains), or drop it. Both are counted."""
+    on_bad_row: Literal["error", "skip"]
+    """A malformed row stops the run with file and line, or is counted and skipped."""
+    supervise: Literal["assistant", "all"]
+    """Train on the assistant's text and its EOS, or on every token."""
+
+
+class GenerationConfig(_Section):
+    """How deep to think at use, and how long to answer."""
+
+    act_steps: PositiveInt | None
+    """Fixed ACT steps a token; null: arch.halt_max_steps."""
+    halt_threshold: float | None = Field(gt=0, lt=1)
+    """A token stops for good when its halting probability passes this; null: every token takes all steps."""
+    max_output_tokens: PositiveInt | None
+    """Longest answer; null: half of dataset.seq_len."""
+
+
+class PretrainInstructConfig(_Section):
+    """One instruction-tuning run."""
+
+    arch: ArchConfig
+    dataset: DatasetConfig
+    generation: GenerationConfig
+    project_name: str = Field(min_length=1)
+    """Folder of the run under checkpoint_dir, and its W&B project."""
+    run_name: str | None
+    """Name of the run; null: generated."""
+    checkpoint_dir: str
+    """Where runs are kept: <checkpoint_dir>/<project_name>/<run_name>/step_<N>."""
+    seed: int = Field(ge=0)
+    """Seed of weights, order and drawn depths."""
+    device: Literal["auto", "cpu", "cuda"]
+    """auto: CUDA if there is one."""
+    compile: bool
+    """torch.compile the level stack on CUDA; the environment variable DISABLE_COMPILE=1 turns it off."""
+    epochs: PositiveInt
+    """Passes over the training split."""
+    global_batch_size: PositiveInt
+    """Slots: rows worked on at the same time."""
+    eval_interval: PositiveInt
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    eval_examples: PositiveInt | None
+    """Test rows used in those evaluations; null: all."""
+    sample_answers: int = Field(ge=0)
+    """Answers generated and shown at each evaluation."""
+    log_interval: PositiveInt
+    """Optimizer steps between lines of metrics.jsonl."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    lr_min_ratio: float = Field(ge=0, le=1)
+    """Share of lr left at the end of the cosine."""
+    lr_warmup_steps: int = Field(ge=0)
+    """Warm-up, counted in admitted examples: this times global_batch_size, at most a tenth of the run."""
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    beta2: float = Field(ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    ema: bool
+    """Keep an exponential moving average of the weights, evaluate and generate with it."""
+    ema_rate: float = Field(gt=0, lt=1)
+    """Decay of that average per optimizer step."""
+    dataloader_workers: int = Field(ge=0)
+    """Background threads that read rows ahead of the training loop; 0 reads in the loop."""
+    pad_multiple: PositiveInt
+    """Row lengths of a step are padded to a multiple of this (few distinct shapes help compiled code)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.arch.attention == "prefix" and self.dataset.supervise == "all":
+            raise ValueError(
+                "dataset.supervise=all trains on the prompt, and arch.attention=prefix lets a prompt position see the token it "
+                "should predict: choose dataset.supervise=assistant or arch.attention=causal"
+            )
+        if self.arch.attention == "full":
+            raise ValueError("arch.attention=full lets a position see the token it should predict: choose causal or prefix")
+        if self.generation.act_steps is not None and self.generation.act_steps > self.arch.halt_max_steps:
+            raise ValueError(
+                f"generation.act_steps {self.generation.act_steps} is more than arch.halt_max_steps {self.arch.halt_max_steps}"
+            )
+        return self
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = PretrainInstructConfig
+    for key in path:
+        annotation = section.model_fields[str(key)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)
+
+
+def parse_config(values: Mapping[str, Any]) -> PretrainInstructConfig:
+    """Check `values` (a resolved config as plain dicts) against the schema.
+
+    Raises UsageError with one line per problem: the key, what was found, what is allowed.
+    """
+    try:
+        return PretrainInstructConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"])) or "config"
+            if problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
+                lines.append(f"{key}: no such key" + (f", did you mean {near[0]}?" if near else ""))
+            elif problem["type"] == "missing":
+                lines.append(f"{key}: missing")
+            else:
+                lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r})"[:400])
+        raise UsageError("the configuration does not fit config/schema.py:\n  " + "\n  ".join(lines)) from None

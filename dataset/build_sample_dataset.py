@@ -1,0 +1,228 @@
+"""Command: writes the bundled data set, SlimOrca-form JSONL with checkable answers, split by operands.
+
+    python -m dataset.build_sample_dataset --output-dir data/sample --train-size 40000 --test-per-family 100 --seed 0
+
+It knows the families of `sample_tasks` and the row form, nothing of tokenizers, training or models.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config.errors import UsageError, one_clear_message
+from dataset.sample_tasks import FAMILIES, TEST_FRACTION, Example
+
+GENERATOR = "sample-tasks"
+SOURCES = ("build_sample_dataset.py", "sample_tasks.py", "sample_words.py")
+
+# Rows of a family in training, relative to the others. Copying, matching and looking up are learned from few rows;
+# arithmetic needs the carry for every pair of digits, and stories and weekdays join two such steps.
+TRAIN_WEIGHTS: dict[str, float] = {
+    "addition": 3.0, "subtraction": 3.0, "compare": 1.0, "sort": 1.0, "count": 1.0,
+    "reverse": 1.0, "spell": 0.7, "position": 1.0, "sequence": 2.0, "weekday": 1.5,
+    "unit": 0.7, "logic": 1.5, "word_problem": 2.0, "lookup": 1.0, "two_turn": 2.0,
+}  # fmt: skip
+
+SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "Give only the answer.", "Be exact.")
+SYSTEM_PROMPT_SHARE = 0.25
+
+# How often a question that was met already is drawn anew before a repeat is taken.
+FRESH_ATTEMPTS = 100
+# Draws for one row in all. The smallest share held out is 0.12, so failing this often means that nothing is left.
+MAX_ATTEMPTS = 5000
+
+
+def generator_version() -> str:
+    """Short hash of the generator's own source: a data set of an older generator is never taken for the new one's."""
+    sources = (Path(__file__).with_name(name) for name in SOURCES)
+    return _digest(b"".join(source.read_bytes() for source in sources))[:12]
+
+
+def is_held_out(key: str, seed: int) -> bool:
+    """Whether the operands `key` ("<space>:<operands>") belong to the test split; depends on nothing but both."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < TEST_FRACTION[key.split(":", 1)[0]]
+
+
+def draw_family(family: str, split: str, rows: int, seed: int) -> tuple[list[Example], int]:
+    """Draw `rows` examples of one family whose operands belong to `split` ("train" or "test").
+
+    Returns the examples and how many of them repeat an earlier question (never in test, where new operands are also
+    preferred to a new wording). Raises UsageError if the test split has too few questions.
+    """
+    examples: list[Example] = []
+    seen_questions: set[tuple[str, ...]] = set()
+    seen_keys: set[str] = set()
+    repeats = 0
+    for row in range(rows):
+        rng = random.Random(f"{seed}/{split}/{family}/{row}")
+        met = 0
+        for _ in range(MAX_ATTEMPTS):
+            example = FAMILIES[family](rng)
+            if is_held_out(example.key, seed) != (split == "test"):
+                continue
+            new_question = example.questions not in seen_questions
+            wanted = new_question and (split == "train" or example.key not in seen_keys or met >= FRESH_ATTEMPTS)
+            if wanted or (split == "train" and met >= FRESH_ATTEMPTS):
+                break
+            met += 1
+        else:
+            raise UsageError(
+                f"expected {rows} different {split} questions of the family '{family}', found only {row}; "
+                "ask for fewer (--test-per-family)"
+            )
+        repeats += not new_question
+        seen_questions.add(example.questions)
+        seen_keys.add(example.key)
+        examples.append(example)
+    return examples, repeats
+
+
+def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Split `total` rows in proportion to `weights` by largest remainder; the parts add up to `total`."""
+    scale = total / sum(weights.values())
+    parts = {name: math.floor(weight * scale) for name, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda name: (parts[name] - weights[name] * scale, name))
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def to_row(family: str, example: Example, rng: random.Random) -> dict[str, Any]:
+    """The SlimOrca-form row of one example, with a system prompt on a share of the rows."""
+    conversations = []
+    if rng.random() < SYSTEM_PROMPT_SHARE:
+        conversations.append({"from": "system", "value": rng.choice(SYSTEM_PROMPTS)})
+    for question, answer in example.turns:
+        conversations.append({"from": "human", "value": question})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"conversations": conversations, "task": family}
+
+
+def _as_rows(split: str, family: str, examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(f"{seed}/{split}/{family}/system")
+    return [to_row(family, example, rng) for example in examples]
+
+
+def _encode(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"expected a JSON object in {path}, found: {error}; remove the file or name another folder") from error
+    return manifest if isinstance(manifest, dict) and manifest.get("generator") == GENERATOR else {}
+
+
+def build(
+    output_dir: str | Path,
+    train_size: int,
+    test_per_family: int,
+    seed: int = 0,
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Write `train.jsonl`, `test.jsonl` and `dataset.json` into `output_dir`; reuse them if they are there already.
+
+    `weights` are the families' relative numbers of training rows (default TRAIN_WEIGHTS); the test split has
+    `test_per_family` rows of each. Returns dataset.json's content with `"reused"` added. Raises UsageError for
+    impossible sizes and for a folder that holds somebody else's data.
+    """
+    weights = dict(TRAIN_WEIGHTS if weights is None else weights)
+    if set(weights) != set(FAMILIES) or any(not 0 < weight < math.inf for weight in weights.values()):
+        raise UsageError(f"expected a positive weight for each of {sorted(FAMILIES)}, found {weights}")
+    weights = {family: weights[family] for family in FAMILIES}  # one order, whatever the caller's: rows depend on it
+    if train_size < 1 or test_per_family < 1:
+        raise UsageError(f"expected at least 1 training row and 1 test row a family, found {train_size} and {test_per_family}")
+    folder = Path(output_dir)
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
+    arguments = {
+        "generator": GENERATOR, "version": generator_version(), "seed": seed, "train_size": train_size,
+        "test_per_family": test_per_family, "weights": weights,
+    }  # fmt: skip
+
+    manifest = _read_manifest(folder / "dataset.json")
+    if not manifest and (manifest is not None or any(path.exists() for path in files.values())):
+        raise UsageError(
+            f"expected {folder} to be empty or to hold a data set of this command, found other data there; "
+            "name another --output-dir"
+        )
+    if manifest and all(manifest.get(name) == value for name, value in arguments.items()):
+        found = {split: _digest(path.read_bytes()) for split, path in files.items() if path.is_file()}
+        if found == manifest.get("sha256"):
+            return {**manifest, "reused": True}
+
+    sizes = {"train": apportion(train_size, weights), "test": dict.fromkeys(FAMILIES, test_per_family)}
+    repeats: dict[str, int] = {}
+    contents: dict[str, bytes] = {}
+    for split, counts in sizes.items():
+        per_family: list[list[dict[str, Any]]] = []
+        for family, rows in counts.items():
+            examples, repeated = draw_family(family, split, rows, seed)
+            if repeated:
+                repeats[family] = repeated
+            per_family.append(_as_rows(split, family, examples, seed))
+        if split == "train":
+            ordered = [row for rows in per_family for row in rows]
+            random.Random(f"{seed}/train/order").shuffle(ordered)
+        else:
+            # Interleaved, so that any prefix of the test split has every family.
+            ordered = [row for group in zip(*per_family, strict=True) for row in group]
+        contents[split] = _encode(ordered)
+
+    manifest = {
+        **arguments,
+        "test_size": test_per_family * len(FAMILIES),
+        "counts": sizes,
+        "repeated_train_questions": repeats,
+        "note": "A training question repeats an earlier one where its family has few different questions left.",
+        "sha256": {split: _digest(content) for split, content in contents.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # The description goes first: if the command is killed, its hashes don't match the files and the next run rebuilds.
+    _write_atomically(folder / "dataset.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    for split, path in files.items():
+        _write_atomically(path, contents[split])
+    return {**manifest, "reused": False}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags, build, and say what lies where."""
+    parser = argparse.ArgumentParser(description="Build the bundled instruction data set.")
+    parser.add_argument("--output-dir", default="data/sample", help="folder for train.jsonl, test.jsonl, dataset.json")
+    parser.add_argument("--train-size", type=int, default=40_000, help="training rows over all families")
+    parser.add_argument("--test-per-family", type=int, default=100, help="held-out rows of each family")
+    parser.add_argument("--seed", type=int, default=0, help="decides the split and every row")
+    arguments = parser.parse_args(argv)
+    with one_clear_message():
+        made = build(arguments.output_dir, arguments.train_size, arguments.test_per_family, arguments.seed)
+        print(
+            f"{'reused' if made['reused'] else 'wrote'} {arguments.output_dir}: {made['train_size']} training rows and "
+            f"{made['test_size']} test rows of {len(FAMILIES)} families, seed {made['seed']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Examples of one split, the order they are drawn in, and how some of them become a padded batch.
+
+This file must not know files' row forms, slots or models; it hands out what the token cache holds.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from config.errors import UsageError
+from dataset.text.conversation import Conversation, with_default_system
+from dataset.text.sources import SourceFile, parse_row, to_conversation
+from dataset.text.token_cache import LoadedSplit
+
+IGNORE_LABEL_ID = -100
+_READ_AHEAD_PER_WORKER = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One conversation's ids int32 [L], supervised bool [L], segment int32 [L]; see `conversation.Encoded`."""
+
+    ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
+    segment: npt.NDArray[np.int32]
+    turn_bytes: int
+
+
+class TextDataset:
+    """The examples of one split, in the order of their file.
+
+    data_hash: hex SHA-256 over the tokens of the source and which of its rows are in this split.
+    counts: rows "kept" and "truncated" in this split; over the rows read of the file: "read", "dropped" and
+    "bad" by reason, and "beyond_subset" (whole rows that `subset_size` left out).
+    """
+
+    def __init__(self, loaded: LoadedSplit) -> None:
+        self._cache = loaded.cache
+        self._rows = loaded.rows
+        self._source = SourceFile(loaded.source)
+        self._default_system_prompt = loaded.default_system_prompt
+        digest = hashlib.sha256(str(loaded.cache.meta["content_sha256"]).encode())
+        digest.update(loaded.rows.astype("<i8").tobytes())
+        self.data_hash: str = digest.hexdigest()
+        truncated = self._cache.arrays["truncated"][self._rows]
+        self.counts: dict[str, Any] = {
+            **self._cache.meta["counts"],
+            "kept": len(self._rows),
+            "truncated": int(truncated.sum()),
+        }
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        arrays = self._cache.arrays
+        row = self._row_number(index)
+        begin, end = arrays["offsets"][row : row + 2].tolist()
+        return Example(
+            arrays["ids"][begin:end].astype(np.int32),
+            np.array(arrays["supervised"][begin:end]),
+            arrays["segment"][begin:end].astype(np.int32),
+            int(arrays["turn_bytes"][row]),
+        )
+
+    def _row_number(self, index: int) -> int:
+        if not 0 <= index < len(self._rows):
+            raise IndexError(f"example {index} of {len(self._rows)}")
+        return int(self._rows[index])
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The source's own JSON object behind an example, with whatever further fields it has."""
+        return parse_row(self._source.line_at(int(self._cache.arrays["position"][self._row_number(index)])))
+
+    def line_number(self, index: int) -> int:
+        """The example's line in the source file, counted from 1."""
+        return int(self._cache.arrays["line"][self._row_number(index)])
+
+    def conversation(self, index: int) -> Conversation:
+        """The whole conversation as it was encoded: default system prompt included, nothing cut off."""
+        return with_default_system(to_conversation(self.row(index)), self._default_system_prompt)
+
+
+def epoch_permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of one epoch: int64 [n], the same wherever it is computed, keyed by (seed, epoch)."""
+    bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))
+    # Raw bits, because NumPy keeps their stream over versions and not that of Generator.permutation.
+    return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+
+
+class ExampleStream:
+    """Iterates (epoch, example id, Example) over `epochs` permutations, one after the other.
+
+    workers: background threads that read ahead; 0 reads inline. The order is the same either way.
+    start: examples to leave out, so a stream goes on where another one's `position` stood.
+    position: examples handed out so far, `start` included. Use as a context manager, or `close` it.
+    """
+
+    def __init__(self, dataset: TextDataset, seed: int, epochs: int, workers: int, start: int = 0) -> None:
+        if workers < 0:
+            raise UsageError(f"dataloader_workers: expected 0 or more, found {workers}")
+        self.total = len(dataset) * epochs
+        if not 0 <= start <= self.total:
+            raise UsageError(
+                f"a stream of {self.total} examples ({len(dataset)} x {epochs} epochs) can't start at {start}; "
+                "has the data or the number of epochs changed?"
+            )
+        self.position = start
+        self._dataset = dataset
+        self._seed = seed
+        self._order = self._draw(start)
+        self._pool = ThreadPoolExecutor(workers, "example-reader") if workers else None
+        self._read_ahead = workers * _READ_AHEAD_PER_WORKER
+        self._pending: deque[tuple[int, int, Future[Example]]] = deque()
+
+    def _draw(self, start: int) -> Iterator[tuple[int, int]]:
+        size = len(self._dataset)
+        if size == 0:
+            return
+        for epoch in range(start // size, self.total // size):
+            skipped = max(0, start - epoch * size)
+            for example_id in epoch_permutation(size, self._seed, epoch)[skipped:]:
+                yield epoch, int(example_id)
+
+    def __len__(self) -> int:
+        """Examples still to come."""
+        return self.total - self.position
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, int, Example]:
+        try:
+            item = self._next_inline() if self._pool is None else self._next_read_ahead(self._pool)
+        except BaseException:  # the end of the stream too: its threads have nothing left to do
+            self.close()
+            raise
+        self.position += 1
+        return item
+
+    def _next_inline(self) -> tuple[int, int, Example]:
+        epoch, example_id = next(self._order)
+        return epoch, example_id, self._dataset[example_id]
+
+    def _next_read_ahead(self, pool: ThreadPoolExecutor) -> tuple[int, int, Example]:
+        while len(self._pending) < self._read_ahead:
+            drawn = next(self._order, None)
+            if drawn is None:
+                break
+            self._pending.append((*drawn, pool.submit(self._dataset.__getitem__, drawn[1])))
+        if not self._pending:
+            raise StopIteration
+        epoch, example_id, future = self._pending.popleft()
+        return epoch, example_id, future.result()
+
+    def close(self) -> None:
+        """Stop reading ahead and end the threads; the stream is over."""
+        self._order = iter(())
+        self._pending.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    length_multiple: int,
+    supervise: Literal["assistant", "all"] = "assistant",
+) -> dict[str, npt.NDArray[Any]]:
+    """Right-padded arrays of B examples, T the longest input rounded up to `length_multiple`.
+
+    inputs int32 [B, T] (`ids[:-1]`, then `pad_id`); labels int64 [B, T] (`ids[1:]`, -100 where not supervised
+    and on padding); segment int32 [B, T] of the inputs, 0 on padding; lengths int64 [B], inputs of each row.
+    supervise: "assistant" takes the examples' own mask, "all" supervises every label.
+    """
+    lengths = np.array([max(0, len(example.ids) - 1) for example in examples], np.int64)
+    width = -(-int(lengths.max(initial=1)) // length_multiple) * length_multiple
+    inputs = np.full((len(examples), width), pad_id, np.int32)
+    labels = np.full((len(examples), width), IGNORE_LABEL_ID, np.int64)
+    segment = np.zeros((len(examples), width), np.int32)
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        inputs[row, :length] = example.ids[:-1]
+        segment[row, :length] = example.segment[:-1]
+        is_target = example.supervised[1:] | (supervise == "all")
+        labels[row, :length] = np.where(is_target, example.ids[1:], IGNORE_LABEL_ID)
+    return {"inputs": inputs, "labels": labels, "segment": segment, "lengths": lengths}

@@ -1,0 +1,126 @@
+"""Scores generated answers family by family against the references, beside a baseline that looks at no question.
+
+It knows strings and counts only: nothing of models, generation, training or how the answers came about.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from config.errors import UsageError
+
+# 97.5 % quantile of the standard normal distribution: `lower_95` is the lower end of the usual two-sided 95 % interval,
+# which is lower, so harder on us, than a one-sided bound (1.645).
+Z_95 = 1.959963984540054
+
+
+class Score(TypedDict):
+    """One family, or all: shares in 0..1 and the number of answers scored."""
+
+    accuracy: float
+    baseline: float
+    count: int
+    lower_95: float
+
+
+class AnswerScores(TypedDict):
+    """`score_answers`' result; `families` in alphabetical order."""
+
+    overall: Score
+    families: dict[str, Score]
+
+
+class WrongAnswer(TypedDict):
+    """One answer that was not exact; `index` points into the scored sequences."""
+
+    index: int
+    family: str
+    reference: str
+    answer: str
+
+
+def is_exact(reference: str, answer: str) -> bool:
+    """Exact match, case included, after stripping white space around both; nothing else is forgiven."""
+    return answer.strip() == reference.strip()
+
+
+def wilson_lower_bound(correct: int, count: int, z: float = Z_95) -> float:
+    """Lower end of Wilson's score interval (Wilson 1927) for `correct` successes out of `count`; 0.0 for no trials."""
+    if not 0 <= correct <= count:
+        raise UsageError(f"expected 0 <= correct <= count, found correct={correct}, count={count}")
+    if correct == 0:
+        return 0.0  # also what the formula gives, up to rounding below zero
+    share = correct / count
+    centre = share + z * z / (2 * count)
+    margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (centre - margin) / (1 + z * z / count)
+
+
+def score_answers(
+    families: Sequence[str],
+    references: Sequence[str],
+    answers: Sequence[str],
+    train_answers: Mapping[str, Counter[str]] | None = None,
+) -> AnswerScores:
+    """Accuracy by `is_exact`, baseline and Wilson 95 % lower bound, for each family and over all.
+
+    A family's baseline is the accuracy of always giving its most frequent answer. Without `train_answers` that is the
+    most frequent of the scored references themselves, the strictest version: no constant answer can beat it. With
+    `train_answers` (family -> counts of its training answers) it is the constant a person could know beforehand.
+    The overall baseline gives each family its own constant: the families' baselines weighted by their counts.
+
+    The three sequences are parallel, one entry a question. Raises UsageError if their lengths differ, if there is
+    nothing to score, or if `train_answers` lacks a family.
+    """
+    if not len(families) == len(references) == len(answers):
+        raise UsageError(
+            "expected one family, reference and answer for each question, "
+            f"found {len(families)}, {len(references)} and {len(answers)}"
+        )
+    if not families:
+        raise UsageError("expected at least one answer to score, found none; is the test split empty?")
+
+    counts: Counter[str] = Counter(families)
+    correct: Counter[str] = Counter()
+    references_of: dict[str, Counter[str]] = {family: Counter() for family in sorted(counts)}
+    for family, reference, answer in zip(families, references, answers, strict=True):
+        correct[family] += is_exact(reference, answer)
+        references_of[family][reference.strip()] += 1
+
+    baseline_correct: dict[str, int] = {}
+    for family, family_references in references_of.items():
+        if train_answers is None:
+            baseline_correct[family] = max(family_references.values())
+        elif train_answers.get(family):
+            constant = train_answers[family].most_common(1)[0][0]
+            baseline_correct[family] = family_references[constant.strip()]
+        else:
+            raise UsageError(f"expected training answers of the family '{family}', found none; pass them or pass None")
+
+    return {
+        "overall": _score(sum(correct.values()), sum(baseline_correct.values()), len(families)),
+        "families": {family: _score(correct[family], baseline_correct[family], counts[family]) for family in references_of},
+    }
+
+
+def _score(correct: int, baseline_correct: int, count: int) -> Score:
+    return {
+        "accuracy": correct / count,
+        "baseline": baseline_correct / count,
+        "count": count,
+        "lower_95": wilson_lower_bound(correct, count),
+    }
+
+
+def wrong_answers(
+    families: Sequence[str], references: Sequence[str], answers: Sequence[str], per_family: int = 2
+) -> list[WrongAnswer]:
+    """The first `per_family` answers of each family that are not exact, in the order of the questions."""
+    shown: Counter[str] = Counter()
+    wrong: list[WrongAnswer] = []
+    for index, (family, reference, answer) in enumerate(zip(families, references, answers, strict=True)):
+        if not is_exact(reference, answer) and shown[family] < per_family:
+            shown[family] += 1
+            wrong.append({"index": index, "family": family, "reference": reference, "answer": answer})
+    return wrong

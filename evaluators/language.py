@@ -1,0 +1,181 @@
+"""Teacher-forced measures of a language model over a split: sums over the corpus, never means of ratios.
+
+`loss_per_token` is in nats over supervised tokens, EOS included. `bits_per_byte` divides the -log2 p of supervised text tokens
+(EOS left out) by the UTF-8 bytes of the decoded supervised ids. Knows no training. Shape suffixes as in models/layers.py; N counts
+supervised tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.text.loader import IGNORE_LABEL_ID, TextDataset, collate
+from models.act import RecursiveModel
+from models.cache import HeldLanes
+from models.losses import linear_cross_entropy
+
+
+@dataclass
+class LanguageSums:
+    """Totals over tokens and conversations at one depth."""
+
+    nll: float = 0.0
+    text_nll: float = 0.0
+    tokens: int = 0
+    text_bytes: int = 0
+    correct: int = 0
+    conversations: int = 0
+    exact: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """The ratios under their fixed names; NaN where nothing was counted."""
+
+        def ratio(part: float, whole: float) -> float:
+            return part / whole if whole else math.nan
+
+        return {
+            "loss_per_token": ratio(self.nll, self.tokens),
+            "bits_per_byte": ratio(self.text_nll / math.log(2), self.text_bytes),
+            "token_accuracy": ratio(self.correct, self.tokens),
+            "exact_accuracy": ratio(self.exact, self.conversations),
+        }
+
+
+@dataclass(frozen=True)
+class DepthOutput:
+    """One batch at one depth, positions as fed to the model (label t is the id after input t; -100 is not supervised)."""
+
+    rows: np.ndarray
+    """Index of each row in the split, int64[B]."""
+    inputs_BT: np.ndarray
+    labels_BT: np.ndarray
+    preds_BT: Tensor
+    """Most probable id at supervised positions, -100 elsewhere."""
+    nll_BT: Tensor
+    """Nats at supervised positions, 0 elsewhere."""
+    halt_logits_BT: Tensor
+    act_steps_BT: Tensor
+    """ACT steps whose output was read at each position."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All [B, T], by the names under which they can be saved."""
+        return {
+            "inputs": torch.from_numpy(self.inputs_BT),
+            "labels": torch.from_numpy(self.labels_BT),
+            "preds": self.preds_BT,
+            "nll": self.nll_BT,
+            "halt_logits": self.halt_logits_BT,
+            "act_steps": self.act_steps_BT,
+        }
+
+
+@dataclass
+class LanguageResult:
+    """The last entry of `by_depth` is the depth asked for; with a halting threshold there is one entry only."""
+
+    by_depth: list[LanguageSums] = field(default_factory=list)
+    step_sum: int = 0
+
+    def report(self) -> dict[str, object]:
+        """Metrics as they are written to metrics.json."""
+        final = self.by_depth[-1]
+        return {
+            **final.metrics(),
+            "mean_act_steps": self.step_sum / max(1, final.tokens),
+            "by_act_step": [sums.metrics() for sums in self.by_depth] if len(self.by_depth) > 1 else [],
+            "counts": {
+                "conversations": final.conversations,
+                "supervised_tokens": final.tokens,
+                "text_bytes": final.text_bytes,
+            },
+        }
+
+
+@torch.no_grad()
+def evaluate_language(
+    model: RecursiveModel,
+    dataset: TextDataset,
+    *,
+    eos_id: int,
+    batch_size: int,
+    act_steps: int,
+    halt_threshold: float | None = None,
+    max_batches: int | None = None,
+    limit: int | None = None,
+    pad_multiple: int = 8,
+    on_output: Callable[[DepthOutput], None] | None = None,
+    progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
+) -> LanguageResult:
+    """Measure `model` on the first `limit` rows of `dataset`, teacher-forced.
+
+    Without `halt_threshold` every depth 1..act_steps is measured; with it, an assistant's token stops for good when its halting
+    probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    result = LanguageResult([LanguageSums() for _ in range(1 if halt_threshold is not None else act_steps)])
+    # Rows of like length share a batch, so little is padding.
+    order = np.argsort([len(dataset[i].ids) for i in range(count)], kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)][:max_batches]
+    for rows in progress(batches):
+        examples = [dataset[int(row)] for row in rows]
+        batch = collate(examples, pad_id=0, length_multiple=pad_multiple)
+        turn_bytes = sum(example.turn_bytes for example in examples)
+        inputs_BT, labels_BT, segments_BT = (
+            torch.from_numpy(batch[name].astype(np.int64)).to(model.device) for name in ("inputs", "labels", "segment")
+        )
+        supervised_BT = labels_BT != IGNORE_LABEL_ID
+        labels_N = labels_BT[supervised_BT]
+        weights_N = torch.zeros(len(labels_N), device=model.device)
+        positions = inputs_BT.shape[1]
+        x_BTD = model.embed(inputs_BT)
+        rotary = model.rotary(torch.arange(positions, device=model.device))
+        mask = model.mask(segments_BT)
+        states = model.initial_states(len(rows), positions)
+        lanes = HeldLanes() if halt_threshold is not None else None
+        active_BT = torch.ones_like(supervised_BT)
+        steps_BT = torch.zeros_like(labels_BT)
+        output_BTD: Tensor | None = None
+        for step in range(act_steps):
+            if lanes is not None:
+                lanes.set_active(active_BT)
+            new_states, new_output_BTD = model.act_step(states, x_BTD, rotary, mask, lanes)
+            steps_BT += active_BT
+            if output_BTD is None or halt_threshold is None:
+                states, output_BTD = new_states, new_output_BTD
+            else:
+                chosen = active_BT.unsqueeze(-1)
+                states = tuple(torch.where(chosen, new, old) for new, old in zip(new_states, states, strict=True))
+                output_BTD = torch.where(chosen, new_output_BTD, output_BTD)
+            last = step == act_steps - 1
+            if halt_threshold is not None:
+                halting_BT = model.halt_logits(output_BTD)[..., 0].sigmoid() > halt_threshold
+                active_BT = active_BT & ~(halting_BT & (segments_BT == 0))
+                last = last or not bool(active_BT.any())
+            if halt_threshold is None or last:
+                output_ND = output_BTD[supervised_BT]
+                _, nll_N, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)
+                sums = result.by_depth[0 if halt_threshold is not None else step]
+                right_BT = torch.zeros_like(supervised_BT)
+                right_BT[supervised_BT] = argmax_N == labels_N
+                sums.nll += float(nll_N.double().sum())
+                sums.text_nll += float(nll_N[labels_N != eos_id].double().sum())
+                sums.tokens += len(labels_N)
+                sums.text_bytes += turn_bytes
+                sums.correct += int(right_BT.sum())
+                sums.conversations += len(rows)
+                sums.exact += int((right_BT | ~supervised_BT).all(dim=1).sum())
+                if last and on_output is not None:
+                    preds_BT = torch.full_like(labels_BT, IGNORE_LABEL_ID)
+                    preds_BT[supervised_BT] = argmax_N
+                    nll_BT = torch.zeros(labels_BT.shape, dtype=nll_N.dtype, device=model.device)
+                    nll_BT[supervised_BT] = nll_N
+                    halt_logits_BT = model.halt_logits(output_BTD)[..., 0]
+                    on_output(DepthOutput(rows, batch["inputs"], batch["labels"], preds_BT, nll_BT, halt_logits_BT, steps_BT))
+            if last:
+                break
+        result.step_sum += int(steps_BT[supervised_BT].sum())
+    return result

@@ -1,0 +1,142 @@
+"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N>`.
+
+Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family. Writes metrics.json.
+"""
+
+import argparse
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from artifacts.checkpoint import open_checkpoint
+from artifacts.outputs import OUTPUT_FILL, SavedOutputs
+from config.compose import add_model_arguments, override_config, settings_for_use
+from config.errors import UsageError, one_clear_message
+from config.schema import PretrainInstructConfig
+from dataset.instruct import last_exchange, open_instruct_data
+from dataset.text.loader import TextDataset
+from evaluators.answers import score_answers
+from evaluators.language import DepthOutput, evaluate_language
+from generation.answers import Responder
+from generation.loading import load_responder
+from models.device import keep_freed_memory
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line of this door."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--split", choices=("train", "test"), default="test", help="which split to run over")
+    add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
+    add("--max-batches", type=int, help="stop after this many batches")
+    add("--output-dir", type=Path, help="where metrics.json and saved tensors go; default: the checkpoint's folder")
+    add(
+        "--save-outputs",
+        nargs="+",
+        default=[],
+        choices=OUTPUT_FILL,
+        metavar="KEY",
+        help=f"tensors to keep, of {', '.join(OUTPUT_FILL)}",
+    )
+    add("--data-dir", help="folder of the data; default: that of the run")
+    add("--subset-size", type=int, help="rows of the split; default: that of the run")
+    add("--seq-len", type=int, help="longest row; default: that of the run")
+    add("--project-name", help="also log the metrics to this W&B project (offline unless WANDB_MODE says otherwise)")
+    add("--run-name", help="name of that W&B run; default: that of the training run")
+    return parser.parse_args()
+
+
+def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
+    """The checkpoint's settings with this door's flags on top."""
+    flags = {
+        "dataset.data_dir": arguments.data_dir,
+        "dataset.subset_size": arguments.subset_size,
+        "dataset.seq_len": arguments.seq_len,
+        "global_batch_size": arguments.batch_size,
+    }
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return override_config(settings_for_use(trained, arguments), given)
+
+
+def generated_answers(responder: Responder, split: TextDataset, config: PretrainInstructConfig, rows: int) -> dict[str, Any]:
+    """Answer the last turn of every row at each depth, and score by family; `by_act_step` holds the accuracies of all depths."""
+    exchanges = [last_exchange(split.conversation(i)) for i in range(rows)]
+    families = [str(split.row(i)["task"]) for i in range(rows)]
+    limit = config.generation.max_output_tokens or config.dataset.seq_len // 2
+    depths = range(1, responder.act_steps + 1) if responder.halt_threshold is None else [responder.act_steps]
+    by_depth = []
+    for depth in depths:
+        answers = responder.at_depth(depth).answers(
+            [history for history, _ in exchanges],
+            max_output_tokens=limit,
+            batch_size=config.global_batch_size,
+            progress=partial(tqdm, desc=f"answers at {depth} ACT steps", unit="batch"),
+        )
+        scores = score_answers(families, [reference for _, reference in exchanges], [answer.text for answer in answers])
+        by_depth.append(scores)
+    return {**by_depth[-1], "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth]}
+
+
+def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path) -> None:
+    """Log the plain numbers among `metrics`."""
+    if os.environ.setdefault("WANDB_MODE", "offline") == "disabled":
+        return
+    import wandb
+
+    with wandb.init(project=project, name=run, job_type="inference", dir=str(folder)) as logged:
+        logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
+
+
+def main() -> None:
+    """Load, measure, write, print."""
+    arguments = parse_arguments()
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
+    config = settings(checkpoint.config, arguments)
+    train, test = open_instruct_data(config.dataset, checkpoint.tokenizer, checkpoint.template)
+    split = train if arguments.split == "train" else test
+    if split is None:
+        raise UsageError(
+            "the test split is empty: the run had dataset.test_ratio=0; use --split train, or --overrides dataset.test_ratio=0.05"
+        )
+    responder = load_responder(checkpoint, config)
+    saved = SavedOutputs(arguments.save_outputs)
+
+    def keep(output: DepthOutput) -> None:
+        saved.add(torch.from_numpy(output.rows), output.tensors())
+
+    result = evaluate_language(
+        responder.model,
+        split,
+        eos_id=checkpoint.tokenizer.eos_id,
+        batch_size=config.global_batch_size,
+        act_steps=responder.act_steps,
+        halt_threshold=responder.halt_threshold,
+        max_batches=arguments.max_batches,
+        pad_multiple=config.pad_multiple,
+        on_output=keep if saved.keys else None,
+        progress=partial(tqdm, desc=arguments.split, unit="batch"),
+    )
+    metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "split": arguments.split, **result.report()}
+    if config.dataset.source == "sample":
+        rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
+        metrics["answers"] = generated_answers(responder, split, config, rows)
+    folder = arguments.output_dir or arguments.checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    if saved.keys:
+        saved.write(folder / f"outputs_{arguments.split}.safetensors")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if arguments.project_name is not None:
+        log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder)
+    print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    with one_clear_message():
+        main()

@@ -1,0 +1,142 @@
+"""The wrapper around any recursion: embeddings in, one ACT step at a time, output and halting heads out.
+
+It owns every weight under the names of the published checkpoints. It decides nothing about when a row leaves training
+(training/slots.py) or when generation stops (generation/engine.py). Shape suffixes as in models/layers.py; N is any number of
+tokens.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from config.schema import ArchConfig
+from models.cache import StepLanes
+from models.initialization import truncated_normal_
+from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, attention_mask, rotary_table
+from models.recursive_reasoning import build_recursion
+from models.recursive_reasoning.base import States
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RecursiveModel(nn.Module):
+    """A recursion with its embedding, heads and initial states; `forward_dtype` must be resolved (not auto).
+
+    State-dict names and shapes are those of the original TinyRecursiveModels below its prefix `model.inner.`.
+    """
+
+    def __init__(self, config: ArchConfig, vocab_size: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.dtype = DTYPES[config.forward_dtype]
+        self.recursion = build_recursion(config)
+        self.level_calls = self.recursion.calls
+        self._first_grad_call = len(self.level_calls) - (config.grad_calls or self.recursion.default_grad_calls)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embed_tokens = Embedding(vocab_size, config.hidden_size)
+            self.lm_head = Linear(config.hidden_size, vocab_size)
+            self.q_head = Linear(config.hidden_size, 2, bias=True)
+            for name, layers in self.recursion.levels.items():
+                self.add_module(name, BlockStack(layers, config.hidden_size, config.num_heads, config.expansion))
+            for name in self.recursion.initial_states:
+                initial_D = truncated_normal_(torch.empty(config.hidden_size), 1.0)
+                self.register_buffer(name, initial_D.to(self.dtype))
+        nn.init.zeros_(self.q_head.weight)
+        assert self.q_head.bias is not None
+        nn.init.constant_(self.q_head.bias, config.halt.bias)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.embedding_weight
+        if self.dtype == torch.float64:
+            self.double()
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.config.hidden_size // self.config.num_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embed_tokens.embedding_weight.device
+
+    def initial_states(self, rows: int, positions: int) -> States:
+        """Every latent state before the first ACT step, each [rows, positions, D]; a view, not to be written to."""
+        return tuple(
+            self.get_buffer(name).expand(rows, positions, self.config.hidden_size) for name in self.recursion.initial_states
+        )
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Input embedding [B, T, D], scaled by sqrt(D)."""
+        embedding_BTD: Tensor = self.embed_tokens(ids_BT, self.dtype)
+        return embedding_BTD * math.sqrt(self.config.hidden_size)
+
+    def rotary(self, positions: Tensor) -> Rotary | None:
+        """Rotary tables of integer `positions` [T] or [B, T]."""
+        if self.config.pos_encodings == "none":
+            return None
+        return rotary_table(positions, self.head_dim, self.config.rope_theta, self.dtype)
+
+    def mask(self, segments_BT: Tensor) -> Mask:
+        """The attention mask of the configured kind for whole rows with these prompt segments (0: assistant text, padding)."""
+        return attention_mask(self.config.attention, segments_BT, segments_BT.shape[1])
+
+    def act_step(
+        self, states: States, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, lanes: StepLanes | None = None
+    ) -> tuple[States, Tensor]:
+        """One ACT step: new states, and the output [B, T, D] for the heads. Only the last `grad_calls` calls carry gradient.
+
+        `lanes` (models/cache.py) holds the keys and values of this step, one lane per call and layer; None keeps none.
+        """
+        calls_done = 0
+
+        def call(level: str, h_BTD: Tensor) -> Tensor:
+            nonlocal calls_done
+            stack = self.get_submodule(level)
+            assert isinstance(stack, BlockStack)
+            call_lanes = None if lanes is None else lanes.of_call(calls_done, len(stack.layers))
+            carries_gradient = torch.is_grad_enabled() and calls_done >= self._first_grad_call
+            calls_done += 1
+            with torch.set_grad_enabled(carries_gradient):
+                result: Tensor = stack(h_BTD, rotary, mask, call_lanes)
+            return result
+
+        with self._weights_cast_once():
+            return self.recursion.step(states, x_BTD, call)
+
+    def halt_logits(self, output_ND: Tensor) -> Tensor:
+        """Halting and continuing logits [N, 2] of outputs [N, D]; text uses the first."""
+        logits: Tensor = self.q_head(output_ND)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def logits(self, output_ND: Tensor) -> Tensor:
+        """Vocabulary logits [N, V] of outputs [N, D], at least float32."""
+        logits: Tensor = self.lm_head(output_ND)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def cast_for_inference(self) -> None:
+        """Cast the matrices to `forward_dtype` for good, so that no call casts again. The model can't be trained afterwards."""
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight.data = module.weight.data.to(self.dtype)
+
+    def compile_levels(self) -> None:
+        """torch.compile each level's stack in place (state-dict names stay)."""
+        for name in self.recursion.levels:
+            self.get_submodule(name).compile(dynamic=True)
+
+    @contextlib.contextmanager
+    def _weights_cast_once(self) -> Iterator[None]:
+        linears = [m for name in self.recursion.levels for m in self.get_submodule(name).modules() if isinstance(m, Linear)]
+        for linear in linears:
+            linear.hold_cast(self.dtype)
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.hold_cast(None)

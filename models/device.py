@@ -1,0 +1,51 @@
+"""Where and in which number format a model runs on this machine. Knows no model."""
+
+import contextlib
+import ctypes
+import os
+
+import torch
+
+from config.errors import UsageError
+
+# glibc's mallopt(3) parameters.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_KEEP_BYTES = 2**31 - 1
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `name` auto, cpu or cuda. Raises UsageError if CUDA is asked for and there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device=cuda, but torch sees no CUDA device: use device=cpu, or check the driver and the torch build")
+    return torch.device(name)
+
+
+def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
+    """`forward_dtype`, with auto decided: bfloat16 where the processor multiplies it natively, else float32."""
+    if forward_dtype != "auto":
+        return forward_dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+
+def should_compile(wanted: bool, device: torch.device) -> bool:
+    """Whether to torch.compile: wanted, on CUDA, and the environment variable DISABLE_COMPILE is not set (or is 0)."""
+    return wanted and device.type == "cuda" and os.environ.get("DISABLE_COMPILE", "0") in ("", "0")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: by default it returns every large tensor to the system, and each new one pays for fresh pages.
+
+    Does nothing where there is no glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        # Large tensors come from the heap, too: memory mapped for one is unmapped when it is freed, whatever the trim threshold.
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)

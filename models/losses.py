@@ -1,0 +1,112 @@
+"""From outputs to losses: stablemax and softmax, the chunked vocabulary loss, the halting loss.
+
+Only supervised tokens come here, and no [tokens, vocabulary] tensor larger than one chunk ever exists. Knows no rows and no slots.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits that exist at the same time. 2**24 is 64 MiB in float32; the loss needs about four such tensors.
+_LOGITS_PER_CHUNK = 2**24
+
+
+def log_probs(logits: Tensor, loss: str) -> Tensor:
+    """log p over the last dimension of float logits, for `loss` "softmax" or "stablemax".
+
+    Stablemax (Prieto et al., arXiv 2501.04697): p = s(v) / sum s, s(v) = v + 1 for v >= 0, else 1 / (1 - v). In one expression
+    without a branch, log s(v) = sign(v) log(1 + |v|), which is finite, with a finite gradient, everywhere.
+    """
+    if loss == "stablemax":
+        logits = logits.abs().log1p_().copysign_(logits)
+    return torch.log_softmax(logits, dim=-1)
+
+
+def _chunk_gradient(logp_NV: Tensor, logits_NV: Tensor, labels_N: Tensor, loss: str) -> Tensor:
+    """d(-log p[label]) / d(logits), given log p. Overwrites `logp_NV`."""
+    grad_NV = logp_NV.exp_()
+    grad_NV.scatter_add_(1, labels_N.unsqueeze(1), grad_NV.new_full((len(labels_N), 1), -1.0))
+    if loss == "stablemax":
+        # d log s(v) / dv is 1 / (1 + |v|) on both sides of zero.
+        grad_NV.div_(logits_NV.abs_().add_(1.0))
+    return grad_NV
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_n w_n * -log p(label_n) with logits = output @ weight^T, a chunk of tokens at a time, gradients made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_output, needs_weight = ctx.needs_input_grad[:2]
+        cast_VD = weight_VD.to(output_ND.dtype)
+        exact = torch.promote_types(output_ND.dtype, torch.float32)
+        nll_N = torch.empty(len(labels_N), dtype=exact, device=output_ND.device)
+        argmax_N = torch.empty_like(labels_N)
+        grad_ND = torch.empty_like(output_ND) if needs_output else None
+        grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        chunk = max(1, _LOGITS_PER_CHUNK // len(weight_VD))
+        for start in range(0, len(labels_N), chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(output_ND[part], cast_VD).to(exact)
+            argmax_N[part] = logits.argmax(dim=-1)
+            logp = log_probs(logits, loss)
+            nll_N[part] = -logp.gather(1, labels_N[part].unsqueeze(1)).squeeze(1)
+            if not (needs_output or needs_weight):
+                continue
+            grad_logits = _chunk_gradient(logp, logits, labels_N[part], loss)
+            grad_logits = grad_logits.mul_(weights_N[part].unsqueeze(1)).to(output_ND.dtype)
+            if grad_ND is not None:
+                grad_ND[part] = grad_logits @ cast_VD
+            if grad_VD is not None:
+                grad_VD += grad_logits.T @ output_ND[part]
+        ctx.save_for_backward(*(g for g in (grad_ND, grad_VD) if g is not None))
+        ctx.needs = (needs_output, needs_weight)
+        ctx.mark_non_differentiable(nll_N, argmax_N)
+        return (nll_N * weights_N).sum(), nll_N, argmax_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        saved = iter(ctx.saved_tensors)
+        grad_output, grad_weight = (next(saved) * grads[0] if needed else None for needed in ctx.needs)
+        return grad_output, grad_weight, None, None, None
+
+
+class TokenLoss(NamedTuple):
+    """What the supervised tokens of one ACT step gave."""
+
+    total: Tensor
+    """Scalar, differentiable: sum over tokens of weight * (CE + 0.5 BCE)."""
+    nll_N: Tensor
+    """-log p(label) of each token, nats."""
+    argmax_N: Tensor
+    """The most probable id of each token."""
+    halt_bce_N: Tensor
+    """Binary cross entropy of each token's halting logit, nats."""
+
+
+def linear_cross_entropy(
+    output_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy through the vocabulary head `weight_VD`, without the full logits.
+
+    Returns the differentiable sum of `weights_N` * nll, and nll [N] and argmax [N] without gradient. N may be 0.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(output_ND, weight_VD, labels_N, weights_N, loss)
+    return result
+
+
+def token_loss(
+    output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+) -> TokenLoss:
+    """CE + 0.5 BCE of supervised tokens: the halting logit of a token is trained to say whether its argmax is right.
+
+    `weights_N` is 1 / (the optimizer step's supervised tokens) for text, so micro-batches and ranks add up.
+    """
+    ce, nll_N, argmax_N = linear_cross_entropy(output_ND, head_VD, labels_N, weights_N, loss)
+    right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
+    bce_N = F.binary_cross_entropy_with_logits(halt_logits_N, right_N, reduction="none")
+    return TokenLoss(ce + 0.5 * (bce_N * weights_N).sum(), nll_N, argmax_N, bce_N.detach())

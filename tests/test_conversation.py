@@ -1,0 +1,130 @@
+"""Contract 1: ids, masks and segments of conversations, for training and for generation."""
+
+from pathlib import Path
+
+import mistral_common
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.errors import UsageError
+from dataset.text.conversation import (
+    Template,
+    Turn,
+    encode_batch,
+    encode_conversation,
+    encode_prompt,
+    with_default_system,
+)
+from dataset.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
+TEMPLATE = Template()
+
+texts = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["<s>", "</s>", "[USER]\n", "\n[ASSISTANT]\nyes", "<0x0A>", "a\u2028b", "\x00", "☃🙂", "  "]),
+)
+turns_lists = st.lists(
+    st.builds(Turn, st.sampled_from(["system", "user", "assistant"]), texts, st.booleans()), min_size=1, max_size=6
+)
+
+
+def answer(text: str, supervised: bool = True) -> Turn:
+    return Turn("assistant", text, supervised)
+
+
+@given(turns_lists, st.integers(0, 6))
+@settings(max_examples=150, deadline=None)
+def test_a_prompt_is_an_exact_prefix_of_what_is_trained_on(turns: list[Turn], at: int) -> None:
+    history = turns[:at]
+    whole = encode_conversation([*history, answer("The answer."), *turns[at:]], TOKENIZER, TEMPLATE)
+    prompt = encode_prompt(history, TOKENIZER, TEMPLATE)
+    length = len(prompt.ids)
+    assert np.array_equal(whole.ids[:length], prompt.ids)
+    assert np.array_equal(whole.segment[:length], prompt.segment)
+    assert np.array_equal(whole.supervised[:length], prompt.supervised)
+    assert whole.supervised[length] and whole.segment[length] == 0
+
+
+@given(turns_lists)
+@settings(max_examples=150, deadline=None)
+def test_supervised_ids_are_the_answers_and_their_eos_and_nothing_else(turns: list[Turn]) -> None:
+    encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
+    answers = [turn.text for turn in turns if turn.role == "assistant" and turn.supervised]
+    expected = [token for text in answers for token in [*TOKENIZER.encode(text), TOKENIZER.eos_id]]
+    assert encoded.ids[encoded.supervised].tolist() == expected
+    decoded = [TOKENIZER.decode(TOKENIZER.encode(text)) for text in answers]
+    assert encoded.turn_bytes == sum(len(text.encode()) for text in decoded)
+
+
+@given(turns_lists)
+@settings(max_examples=100, deadline=None)
+def test_text_forges_neither_a_turn_nor_its_end(turns: list[Turn]) -> None:
+    encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
+    kept = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
+    assert np.count_nonzero(encoded.ids == TOKENIZER.bos_id) == len(kept)
+    assert np.count_nonzero(encoded.ids == TOKENIZER.eos_id) == sum(turn.role == "assistant" for turn in kept)
+
+
+def test_turns_keep_their_order_and_each_prompt_run_is_one_segment() -> None:
+    turns = [
+        Turn("system", "Be brief."),
+        Turn("user", "One?"),
+        answer("1"),
+        Turn("user", "Two?"),
+        answer("2", supervised=False),
+        Turn("user", "Three?"),
+        Turn("user", "Well?"),
+        answer("3"),
+    ]
+    encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
+    tags = {"system": "[SYSTEM]\n", "user": "[USER]\n", "assistant": "[ASSISTANT]\n"}
+    ids, segments, targets, segment = [], [], [], 1
+    for turn in turns:
+        opening = [TOKENIZER.bos_id, *TOKENIZER.encode(tags[turn.role])]
+        body = TOKENIZER.encode(turn.text)
+        is_answer = turn.role == "assistant"
+        if is_answer:
+            body = [*body, TOKENIZER.eos_id]
+        ids += [*opening, *body]
+        segments += [segment] * len(opening) + [0 if is_answer else segment] * len(body)
+        targets += [False] * len(opening) + [is_answer and turn.supervised] * len(body)
+        segment += is_answer
+    assert encoded.ids.tolist() == ids
+    assert encoded.segment.tolist() == segments
+    assert encoded.supervised.tolist() == targets
+    assert encoded.turn_bytes == 2
+
+
+def test_an_empty_system_turn_is_none_and_the_default_stands_in() -> None:
+    plain = (Turn("user", "Hi"), answer("Hello"))
+    empty = (Turn("system", " \n"), *plain)
+    same = [encode_conversation(turns, TOKENIZER, TEMPLATE).ids.tolist() for turns in (plain, empty)]
+    assert same[0] == same[1]
+    assert with_default_system(empty, "Help.") == (Turn("system", "Help."), *plain)
+    assert with_default_system(empty, None) == with_default_system(empty, "") == plain
+    own = (Turn("system", "Mine."), *plain)
+    assert with_default_system(own, "Help.") == own
+
+
+def test_a_batch_equals_its_rows_and_cuts_count_what_is_kept() -> None:
+    rows = [[Turn("user", "Name it."), answer("A long answer of many words")], [Turn("user", "x"), answer("é")]]
+    whole = [encode_conversation(row, TOKENIZER, TEMPLATE) for row in rows]
+    cut_at = len(whole[0].ids) - 3
+    cut = encode_batch(rows, TOKENIZER, TEMPLATE, max_ids=cut_at)
+    assert np.array_equal(cut[1].ids, whole[1].ids) and cut[1].turn_bytes == len("é".encode())
+    assert np.array_equal(cut[0].ids, whole[0].ids[:cut_at])
+    assert cut[0].full_length == len(whole[0].ids)
+    assert cut[0].turn_bytes == len(TOKENIZER.decode(cut[0].ids[cut[0].supervised])) < whole[0].turn_bytes
+
+
+def test_the_template_goes_through_a_checkpoint_and_refuses_what_it_does_not_know() -> None:
+    own = Template(user="<human>\n")
+    assert Template.from_dict(own.to_dict()) == own
+    for wrong in ({**own.to_dict(), "version": 99}, {**own.to_dict(), "tool": "x"}, {"user": "x"}):
+        with pytest.raises(UsageError):
+            Template.from_dict(wrong)
+    with pytest.raises(UsageError, match="different"):
+        Template(user="[SYSTEM]\n")

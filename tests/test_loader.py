@@ -1,0 +1,200 @@
+"""Data sets, the order of examples for any number of workers, restarts, and padded batches."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.errors import UsageError
+from dataset.text.conversation import Template, Turn, encode_conversation
+from dataset.text.loader import Example, ExampleStream, TextDataset, collate, epoch_permutation
+from dataset.text.token_cache import HashSplit, load_split
+from dataset.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
+
+
+def open_dataset(source: Path, **changes: Any) -> TextDataset:
+    arguments: dict[str, Any] = {
+        "source": source,
+        "split": "train",
+        "tokenizer": TOKENIZER,
+        "template": Template(),
+        "seq_len": 64,
+        "subset_size": None,
+        "hash_split": HashSplit(0, 0.3),
+        "default_system_prompt": "Help.",
+        "long_rows": "truncate",
+        "on_bad_row": "error",
+        "cache_dir": source.parent / "cache",
+    }
+    return TextDataset(load_split(**{**arguments, **changes}))
+
+
+def rows(count: int = 50) -> list[dict[str, Any]]:
+    return [{"prompt": f"Q{number} \u2028é", "answer": f"A{number}", "family": number % 3} for number in range(count)]
+
+
+@pytest.fixture(params=["data.jsonl", "data.jsonl.zst"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()).encode()
+    path = tmp_path / str(request.param)
+    path.write_bytes(zstandard.ZstdCompressor().compress(content) if path.suffix == ".zst" else content)
+    return path
+
+
+def test_an_example_leads_back_to_its_row_and_conversation(source: Path) -> None:
+    all_rows = rows()
+    for split in ("train", "test"):
+        dataset = open_dataset(source, split=split)
+        for index in range(len(dataset)):
+            original = dataset.row(index)
+            assert original == all_rows[dataset.line_number(index) - 1]
+            turns = dataset.conversation(index)
+            assert turns[0] == Turn("system", "Help.") and turns[-1].text == original["answer"]
+            encoded, example = encode_conversation(turns, TOKENIZER, Template()), dataset[index]
+            assert np.array_equal(example.ids, encoded.ids) and example.ids.dtype == np.int32
+            assert np.array_equal(example.supervised, encoded.supervised) and example.supervised.dtype == np.bool_
+            assert np.array_equal(example.segment, encoded.segment) and example.segment.dtype == np.int32
+            assert example.turn_bytes == encoded.turn_bytes
+        with pytest.raises(IndexError):
+            dataset[len(dataset)]
+
+
+def test_the_data_hash_tells_tokens_and_rows_and_not_the_place(source: Path, tmp_path: Path) -> None:
+    train = open_dataset(source)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / source.name
+    moved.write_bytes(source.read_bytes())
+    assert open_dataset(moved).data_hash == train.data_hash
+    others = [
+        open_dataset(source, split="test"),
+        open_dataset(source, hash_split=HashSplit(1, 0.3)),
+        open_dataset(source, default_system_prompt=None),
+        open_dataset(source, subset_size=7),
+    ]
+    assert len({train.data_hash, *(other.data_hash for other in others)}) == 5
+
+
+def test_counts_are_of_the_split(source: Path) -> None:
+    whole = {split: open_dataset(source, split=split) for split in ("train", "test")}
+    lengths = {split: [len(dataset[i].ids) for i in range(len(dataset))] for split, dataset in whole.items()}
+    seq_len = min(lengths["train"])  # the shortest kind of row and one id more still fit
+    for split in ("train", "test"):
+        counts = open_dataset(source, split=split, seq_len=seq_len).counts
+        assert counts["kept"] == len(whole[split]) and counts["read"] == 50
+        assert counts["truncated"] == sum(length > seq_len + 1 for length in lengths[split]) > 0
+
+
+@given(st.integers(0, 200), st.integers(-5, 2**70), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_is_a_permutation_of_its_own(n: int, seed: int, epoch: int) -> None:
+    order = epoch_permutation(n, seed, epoch)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(n))
+    assert np.array_equal(order, epoch_permutation(n, seed, epoch))
+
+
+def test_epochs_and_seeds_differ_and_the_order_is_fixed_for_good() -> None:
+    orders = [tuple(epoch_permutation(20, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+    assert epoch_permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+def drawn(stream: ExampleStream) -> list[tuple[int, int, bytes]]:
+    with stream:
+        return [(epoch, example_id, example.ids.tobytes()) for epoch, example_id, example in stream]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_order_is_that_of_the_permutations_for_any_worker_count_and_restart(source: Path, workers: int) -> None:
+    dataset = open_dataset(source)
+    size = len(dataset)
+    expected = [(epoch, int(i), dataset[int(i)].ids.tobytes()) for epoch in range(3) for i in epoch_permutation(size, 5, epoch)]
+    assert drawn(ExampleStream(dataset, 5, 3, workers)) == expected
+    for start in (0, 1, size - 1, size, 2 * size + 3, 3 * size):
+        assert drawn(ExampleStream(dataset, 5, 3, workers, start)) == expected[start:]
+    first = ExampleStream(dataset, 5, 3, workers)
+    taken = [next(first)[1] for _ in range(size + 4)]
+    assert first.position == size + 4 and len(first) == len(expected) - first.position
+    first.close()
+    rest = ExampleStream(dataset, 5, 3, workers, first.position)
+    assert taken + [example_id for _, example_id, _ in rest] == [example_id for _, example_id, _ in expected]
+
+
+class Counted:
+    """A data set that counts reads and fails at one example."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        self.reads = 0
+        self.failing = failing
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        self.reads += 1
+        if index == self.failing:
+            raise OSError("the disk is gone")
+        return index
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("example-reader")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_reach_the_reader_at_their_place_and_leave_no_threads(workers: int) -> None:
+    order = epoch_permutation(1000, 0, 0)
+    stream = ExampleStream(Counted(failing=int(order[40])), 0, 1, workers)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="disk"):
+        for count, (_, example_id, _) in enumerate(stream):
+            assert example_id == order[count]
+    assert stream.position == 40
+    assert reader_threads() == []
+    assert next(stream, None) is None
+
+
+def test_reading_ahead_is_bounded_and_ends_with_the_stream() -> None:
+    data = Counted()
+    with pytest.raises(RuntimeError, match="training failed"), ExampleStream(data, 0, 100, 2) as stream:  # type: ignore[arg-type]
+        next(stream)
+        raise RuntimeError("training failed")
+    assert data.reads <= 32
+    assert reader_threads() == []
+
+
+def test_a_stream_that_can_not_be_is_told(source: Path) -> None:
+    dataset = open_dataset(source)
+    with pytest.raises(UsageError, match="can't start at"):
+        ExampleStream(dataset, 0, 1, 0, start=len(dataset) + 1)
+    with pytest.raises(UsageError, match="dataloader_workers"):
+        ExampleStream(dataset, 0, 1, -1)
+
+
+def example(ids: list[int], supervised: list[int]) -> Example:
+    return Example(np.array(ids, np.int32), np.array(supervised, np.bool_), np.array([1, 1, 0, 0, 0][: len(ids)], np.int32), 3)
+
+
+def test_collate_shifts_masks_and_pads() -> None:
+    batch = collate([example([1, 7, 8, 9, 2], [0, 0, 1, 1, 1]), example([1, 5, 2], [0, 0, 1])], 0, 1)
+    assert batch["inputs"].tolist() == [[1, 7, 8, 9], [1, 5, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 8, 9, 2], [-100, 2, -100, -100]]
+    assert batch["segment"].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
+    assert batch["lengths"].tolist() == [4, 2]
+    everything = collate([example([1, 7, 8, 9, 2], [0, 0, 1, 1, 1]), example([1, 5, 2], [0, 0, 1])], 0, 1, "all")
+    assert everything["labels"].tolist() == [[7, 8, 9, 2], [5, 2, -100, -100]]
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(1, 4), (4, 4), (3, 6), (64, 64)])
+def test_collate_rounds_the_width_up(multiple: int, width: int) -> None:
+    batch = collate([example([1, 7, 8, 9, 2], [0, 0, 1, 1, 1])], 6, multiple)
+    assert batch["inputs"].shape == batch["labels"].shape == batch["segment"].shape == (1, width)
+    assert (batch["inputs"][0, 4:] == 6).all() and (batch["labels"][0, 4:] == -100).all()

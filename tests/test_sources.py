@@ -1,0 +1,213 @@
+"""Rows of every form, malformed rows of many kinds, streaming, and the split by hash."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.errors import UsageError
+from dataset.text import sources
+from dataset.text.conversation import Turn
+from dataset.text.sources import BadRow, NothingToLearn, SourceFile, is_test, parse_row, to_conversation
+
+
+def message(role: str, value: Any, **more: Any) -> dict[str, Any]:
+    return {"from": role, "value": value, **more}
+
+
+def chat(*messages: Any) -> dict[str, Any]:
+    return {"conversations": list(messages)}
+
+
+HUMAN, GPT = message("human", "Why?"), message("gpt", "So.")
+
+
+def test_slimorca_rows_keep_order_and_weight() -> None:
+    row = chat(
+        message("system", "Sys", weight=None),
+        message("human", "A", weight=0),
+        message("gpt", "B", weight=0),
+        message("human", "C", weight=None),
+        message("gpt", "D", weight=1),
+        message("human", "left without an answer"),
+    )
+    supervised = [(turn.role, turn.text, turn.supervised or turn.role != "assistant") for turn in to_conversation(row)]
+    assert supervised == [
+        ("system", "Sys", True),
+        ("user", "A", True),
+        ("assistant", "B", False),
+        ("user", "C", True),
+        ("assistant", "D", True),
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "question", "input"])
+@pytest.mark.parametrize("reply", ["response", "output", "answer"])
+@pytest.mark.parametrize("system", [{}, {"system": "S"}, {"system_prompt": "S"}, {"system_prompt": ""}, {"system": None}])
+def test_pair_rows(prompt: str, reply: str, system: dict[str, Any]) -> None:
+    turns = to_conversation({"id": "x.1", prompt: "Q", reply: "A", **system})
+    opening = [Turn("system", "S")] if "S" in system.values() else []
+    assert list(turns) == [*opening, Turn("user", "Q"), Turn("assistant", "A")]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (chat(), "no_user_turn"),
+        (chat(message("system", "S"), GPT), "no_user_turn"),
+        (chat(message("human", " \n"), GPT), "empty_prompt"),
+        (chat(HUMAN), "no_answer"),
+        (chat(GPT, HUMAN), "no_answer"),
+        (chat(HUMAN, message("gpt", "  ")), "empty_answer"),
+        (chat(HUMAN, message("gpt", "No.", weight=0)), "no_supervised_answer"),
+        (chat(HUMAN, message("gpt", "No.", weight=0), HUMAN, message("gpt", "")), "no_supervised_answer"),
+        ({"question": "Q"}, "no_answer"),
+        ({"question": "Q", "response": ""}, "empty_answer"),
+        ({"question": "", "response": "A"}, "empty_prompt"),
+    ],
+)
+def test_rows_with_nothing_to_learn_have_a_reason(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NothingToLearn) as caught:
+        to_conversation(row)
+    assert caught.value.reason == reason
+
+
+def test_an_empty_answer_among_others_is_context() -> None:
+    turns = to_conversation(chat(HUMAN, message("gpt", ""), HUMAN, GPT))
+    assert [turn.supervised for turn in turns if turn.role == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "bad_json"),
+        (b'{"a": 1} trailing', "bad_json"),
+        (b"[" * 100_000, "bad_json"),
+        (b"1" * 10_000, "bad_json"),
+        (b'{"prompt": "\xff", "answer": "x"}', "bad_utf8"),
+        (b"[1]", "not_an_object"),
+        (b"null", "not_an_object"),
+        (b'"text"', "not_an_object"),
+        (b"{}", "unknown_form"),
+        (b'{"text": "x"}', "unknown_form"),
+        (b'{"instruction": "I", "input": "x", "output": "y"}', "unknown_form"),
+        (b'{"prompt": "a", "question": "b", "answer": "c"}', "unknown_form"),
+        (b'{"prompt": "a", "answer": "b", "output": "c"}', "unknown_form"),
+        (b'{"prompt": null, "answer": "b"}', "wrong_type"),
+        (b'{"prompt": "a", "answer": 7}', "wrong_type"),
+        (b'{"prompt": "a", "answer": ["b"]}', "wrong_type"),
+        (b'{"prompt": "a", "answer": "b", "system": 3}', "wrong_type"),
+        (b'{"prompt": "a", "answer": "\\ud800"}', "bad_unicode"),
+        (b'{"conversations": null}', "wrong_type"),
+        (b'{"conversations": {"from": "human"}}', "wrong_type"),
+        (b'{"conversations": ["hello"]}', "wrong_type"),
+        (b'{"conversations": [{"from": "human"}]}', "missing_key"),
+        (b'{"conversations": [{"value": "x"}]}', "missing_key"),
+        (b'{"conversations": [{"from": "human", "value": null}]}', "wrong_type"),
+        (b'{"conversations": [{"from": "human", "value": 5}]}', "wrong_type"),
+        (b'{"conversations": [{"from": "tool", "value": "x"}]}', "unknown_role"),
+        (b'{"conversations": [{"from": null, "value": "x"}]}', "unknown_role"),
+        (b'{"conversations": [{"from": ["gpt"], "value": "x"}]}', "unknown_role"),
+        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": 0.5}]}', "wrong_type"),
+        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": "1"}]}', "wrong_type"),
+        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": true}]}', "wrong_type"),
+        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": [1]}]}', "wrong_type"),
+    ],
+)
+def test_malformed_rows_have_a_reason_and_say_what_was_found(line: bytes, reason: str) -> None:
+    with pytest.raises(BadRow, match="expected") as caught:
+        to_conversation(parse_row(line))
+    assert caught.value.reason == reason
+    assert len(str(caught.value)) < 600
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["conversations", "from", "value", "weight", "prompt", "answer", "system", "gpt"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
+@settings(max_examples=300, deadline=None)
+def test_any_line_is_a_conversation_or_has_a_reason(line: bytes) -> None:
+    try:
+        turns = to_conversation(parse_row(line))
+    except (BadRow, NothingToLearn) as outcome:
+        assert outcome.reason
+    else:
+        assert turns[-1].role == "assistant"
+
+
+def write(path: Path, content: bytes) -> SourceFile:
+    if path.suffix == ".zst":
+        half = len(content) // 2  # two frames, as a file has that was appended to
+        content = b"".join(zstandard.ZstdCompressor().compress(part) for part in (content[:half], content[half:]))
+    path.write_bytes(content)
+    return SourceFile(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_lines_end_at_newlines_only_and_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int
+) -> None:
+    monkeypatch.setattr(sources, "_READ_BYTES", block)
+    expected = ["\ufefffirst", "a\u2028b\x85c\x0b", "", "long " * 50, "last, without a newline"]
+    file = write(tmp_path / name, "\n".join(expected).encode())
+    lines = [line for line, _ in file.lines()]
+    assert [line.data.decode() for line in lines] == expected
+    assert [line.number for line in lines] == [1, 2, 3, 4, 5]
+    assert [file.line_at(line.offset).decode() for line in lines] == expected
+
+
+def test_a_byte_order_mark_and_windows_newlines_are_no_obstacle() -> None:
+    assert parse_row(b'\xef\xbb\xbf{"a": 1}\r') == {"a": 1}
+    with pytest.raises(NothingToLearn, match="blank_line"):
+        parse_row(b" \r")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"no zstd at all", lambda data: data + b"xx"])
+def test_a_damaged_compressed_file_is_told(tmp_path: Path, damage: Any) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(damage(zstandard.ZstdCompressor().compress(b'{"a": 1}\n' * 100)))
+    with pytest.raises(UsageError, match="damaged"):
+        list(SourceFile(path).lines())
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a data file"):
+        SourceFile(tmp_path / "none.jsonl")
+
+
+def asked(user: str, system: str = "") -> tuple[Turn, ...]:
+    return tuple(([Turn("system", system)] if system else []) + [Turn("user", user), Turn("assistant", "A")])
+
+
+def test_the_split_depends_on_seed_system_and_first_question_only() -> None:
+    sides = [is_test(asked(f"Question {i}"), seed=0, test_ratio=0.3) for i in range(2000)]
+    assert 0.26 < np.mean(sides) < 0.34
+    for i in range(50):
+        longer = (*asked(f" Question {i}\n")[:-1], Turn("assistant", "other"), Turn("user", "And?"))
+        assert is_test(longer, 0, 0.3) == sides[i]
+    assert [is_test(asked(f"Question {i}"), 1, 0.3) for i in range(2000)] != sides
+    assert [is_test(asked(f"Question {i}", "Sys"), 0, 0.3) for i in range(2000)] != sides
+    # A stored checkpoint's test split must stay the test split: these four are fixed for good.
+    assert [is_test(asked(text), 0, 0.5) for text in ("a", "b", "c", "d")] == [True, True, True, False]
+
+
+@given(st.text(max_size=10), st.integers(0, 5), st.floats(0, 0.99), st.floats(0, 0.99))
+@settings(max_examples=100, deadline=None)
+def test_a_larger_share_only_adds_test_rows(user: str, seed: int, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    conversation = (Turn("user", user), Turn("assistant", "A"))
+    assert is_test(conversation, seed, low) <= is_test(conversation, seed, high)
+    assert not is_test(conversation, seed, 0.0)

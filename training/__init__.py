@@ -1,0 +1,1 @@
+"""Learning: loop, slots, optimizer, schedule. The only room that changes weights."""

@@ -1,0 +1,228 @@
+"""The training loop: slots full of rows, one ACT step and one optimizer step at a time. Knows no files and prints nothing.
+
+Shape suffixes as in models/layers.py; N counts supervised tokens, R the rows in work.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from artifacts.checkpoint import TrainerState
+from config.schema import PretrainInstructConfig
+from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
+from models.act import RecursiveModel
+from models.ema import EMA
+from models.losses import token_loss
+from models.recursive_reasoning.base import States
+from training.optimizer import AdamATan2
+from training.schedule import learning_rate
+from training.slots import Slots
+
+_SLOT_ARRAYS = ("epoch", "example_id", "act_step", "depth", "active")
+
+
+@dataclass
+class Carry:
+    """What the rows in the slots are and how far their states have come. Positions beyond a row's length are padding."""
+
+    inputs_BT: Tensor
+    labels_BT: Tensor
+    segments_BT: Tensor
+    previous_argmax_BT: Tensor
+    states: States
+    lengths: np.ndarray
+
+    @classmethod
+    def empty(cls, model: RecursiveModel, rows: int, positions: int) -> "Carry":
+        """Room for `rows` rows of at most `positions` positions."""
+
+        def ids(fill: int) -> Tensor:
+            return torch.full((rows, positions), fill, dtype=torch.int64, device=model.device)
+
+        states = tuple(state.clone() for state in model.initial_states(rows, positions))
+        return cls(ids(0), ids(IGNORE_LABEL_ID), ids(0), ids(-1), states, np.zeros(rows, np.int64))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, for logging. Tensors are sums over the step's supervised tokens, left on the device."""
+
+    step: int
+    lr: float
+    supervised: int
+    positions: int
+    nll_sum: Tensor
+    halt_bce_sum: Tensor
+    correct: Tensor
+    finished_depths: list[int]
+    """ACT steps taken by each row that halted in this step."""
+
+
+class Trainer:
+    """Model, optimizer, EMA, slots and carry of one run."""
+
+    def __init__(
+        self,
+        config: PretrainInstructConfig,
+        model: RecursiveModel,
+        stream: Iterator[tuple[int, int, Example]],
+        examples_per_epoch: int,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.total_examples = examples_per_epoch * config.epochs
+        self.step_number = 0
+        self.optimizer = AdamATan2(
+            model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+        self.ema = EMA(model, config.ema_rate) if config.ema else None
+        arch = config.arch
+        self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed)
+        multiple = config.pad_multiple
+        self._positions = -(-config.dataset.seq_len // multiple) * multiple
+        self.carry = Carry.empty(model, config.global_batch_size, self._positions)
+
+    def steps(self) -> Iterator[StepResult]:
+        """Train until every admitted example has halted and the stream is empty."""
+        self._admit()
+        while self.slots.busy:
+            yield self._train_step()
+            self._admit()
+
+    def state(self) -> TrainerState:
+        """Everything that training goes on from, between two steps: optimizer, slots, carry, cursor."""
+        slots, carry = self.slots, self.carry
+        tensors = {
+            "carry.inputs": carry.inputs_BT,
+            "carry.labels": carry.labels_BT,
+            "carry.segments": carry.segments_BT,
+            "carry.previous_argmax": carry.previous_argmax_BT,
+            **{f"carry.state.{i}": state for i, state in enumerate(carry.states)},
+            **{f"slots.{name}": torch.from_numpy(getattr(slots, name)) for name in _SLOT_ARRAYS},
+            "carry.lengths": torch.from_numpy(carry.lengths),
+        }
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        values = {"step": self.step_number, "admitted": slots.admitted, "finished": slots.finished}
+        return TrainerState(tensors, values)
+
+    def load_state(self, state: TrainerState) -> None:
+        """Go on from `state`; the stream must already stand at example number `admitted`, and the weights be loaded."""
+        tensors = state.tensors
+        carry, slots = self.carry, self.slots
+        for name, target in (
+            ("inputs", carry.inputs_BT),
+            ("labels", carry.labels_BT),
+            ("segments", carry.segments_BT),
+            ("previous_argmax", carry.previous_argmax_BT),
+            *((f"state.{i}", state_BTD) for i, state_BTD in enumerate(carry.states)),
+        ):
+            target.copy_(tensors[f"carry.{name}"])
+        carry.lengths[:] = tensors["carry.lengths"].numpy()
+        for name in _SLOT_ARRAYS:
+            getattr(slots, name)[:] = tensors[f"slots.{name}"].numpy()
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                "step": int(tensors[f"optimizer.step.{name}"]),
+                "m": tensors[f"optimizer.m.{name}"].to(parameter.device, copy=True),
+                "v": tensors[f"optimizer.v.{name}"].to(parameter.device, copy=True),
+            }
+        self.step_number = state.values["step"]
+        slots.admitted, slots.finished = state.values["admitted"], state.values["finished"]
+
+    def _admit(self) -> None:
+        entries = self.slots.refill()
+        if not entries:
+            return
+        carry = self.carry
+        batch = collate(
+            [entry.example for entry in entries],
+            pad_id=0,
+            length_multiple=self.config.pad_multiple,
+            supervise=self.config.dataset.supervise,
+        )
+        slots = torch.tensor([entry.slot for entry in entries], device=self.model.device)
+        width = batch["inputs"].shape[1]
+        for target, name, fill in (
+            (carry.inputs_BT, "inputs", 0),
+            (carry.labels_BT, "labels", IGNORE_LABEL_ID),
+            (carry.segments_BT, "segment", 0),
+        ):
+            target[slots, width:] = fill
+            target[slots, :width] = torch.from_numpy(batch[name].astype(np.int64)).to(target.device)
+        carry.previous_argmax_BT[slots] = -1
+        for state, initial in zip(carry.states, self.model.initial_states(len(entries), self._positions), strict=True):
+            state[slots] = initial
+        carry.lengths[[entry.slot for entry in entries]] = batch["lengths"]
+
+    def _train_step(self) -> StepResult:
+        model, carry, slots = self.model, self.carry, self.slots
+        arch, multiple = self.config.arch, self.config.pad_multiple
+        working = np.flatnonzero(slots.active)
+        width = -(-int(carry.lengths[working].max()) // multiple) * multiple
+        # While every slot works, views do; only the end of the run, when slots drain, copies rows.
+        full = len(working) == slots.size
+        index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
+        inputs_RT, labels_RT = carry.inputs_BT[index_R, :width], carry.labels_BT[index_R, :width]
+        previous_RT = carry.previous_argmax_BT[index_R, :width]
+        rows_N, columns_N = torch.nonzero(labels_RT != IGNORE_LABEL_ID, as_tuple=True)
+        labels_N = labels_RT[rows_N, columns_N]
+        supervised = len(labels_N)
+
+        lr = learning_rate(
+            slots.admitted,
+            self.total_examples,
+            base=self.config.lr,
+            min_ratio=self.config.lr_min_ratio,
+            warmup_steps=self.config.lr_warmup_steps,
+            batch_size=slots.size,
+        )
+        states, output_RTD = model.act_step(
+            tuple(state[index_R, :width] for state in carry.states),
+            model.embed(inputs_RT),
+            model.rotary(torch.arange(width, device=model.device)),
+            model.mask(carry.segments_BT[index_R, :width]),
+        )
+        output_ND = output_RTD[rows_N, columns_N]
+        halt_logits_N = model.halt_logits(output_ND if arch.halt.backprop else output_ND.detach())[:, 0]
+        weights_N = torch.full_like(halt_logits_N, 1 / max(1, supervised)).detach()
+        loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, weights_N, arch.loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(model)
+        self.step_number += 1
+
+        with torch.no_grad():
+            settled_share = np.zeros(slots.size)
+            if arch.halt.mode == "settled":
+                settled_N = loss.argmax_N == previous_RT[rows_N, columns_N]
+                settled_N |= halt_logits_N.sigmoid() > arch.halt.settled_probability
+                per_row = torch.zeros(2, len(working), device=model.device)
+                per_row[0].index_add_(0, rows_N, settled_N.float())
+                per_row[1].index_add_(0, rows_N, torch.ones_like(settled_N, dtype=torch.float32))
+                settled_share[working] = (per_row[0] / per_row[1].clamp(min=1)).cpu().numpy()
+            argmax_RT = previous_RT.clone()
+            argmax_RT[rows_N, columns_N] = loss.argmax_N
+            carry.previous_argmax_BT[index_R, :width] = argmax_RT
+            for kept, new in zip(carry.states, states, strict=True):
+                kept[index_R, :width] = new.detach()
+        halted = slots.halted(settled_share)
+        slots.advance(halted)
+        return StepResult(
+            step=self.step_number,
+            lr=lr,
+            supervised=supervised,
+            positions=len(working) * width,
+            nll_sum=loss.nll_N.sum(),
+            halt_bce_sum=loss.halt_bce_N.sum(),
+            correct=(loss.argmax_N == labels_N).sum(),
+            finished_depths=slots.act_step[halted].tolist(),
+        )
