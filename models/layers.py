@@ -1,7 +1,8 @@
 """The parts every recursion is built of: linear and embedding layers, rotary positions, attention, SwiGLU, the block stack.
 
 Weights stay float32 and are cast to the activations' dtype. Nothing here knows which recursion or how many ACT steps it serves.
-Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head, S positions attended to, V vocabulary.
+Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head, S positions attended to, V vocabulary. Activations
+are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the tokens of all rows; "..." stands for either.
 """
 
 from typing import NamedTuple, Protocol
@@ -17,32 +18,51 @@ _SWIGLU_MULTIPLE = 256
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the positions in use, each [T, K/2] or, with positions of their own per row, [B, 1, T, K/2]."""
+    """Cosines and sines of the positions in use, each [..., 1, 1, K/2] for positions [T], [B, T] or [N]."""
 
     cos: Tensor
     sin: Tensor
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Rotary tables for integer `positions` [T] or [B, T] (RoFormer, arXiv 2104.09864, half-split pairs)."""
+    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864, half-split pairs)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
-    if positions.dim() == 2:
-        angles = angles.unsqueeze(1)
+    angles = positions.to(torch.float64)[..., None, None, None] * frequencies
     return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate each half-split channel pair of `x` [..., B, H, T, K] by its position's angle."""
+    """Rotate each half-split channel pair of `x` [..., 2, H, K], queries and keys, by its position's angle."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * rotary.cos - high * rotary.sin, high * rotary.cos + low * rotary.sin), dim=-1)
 
 
+class TokenRows(NamedTuple):
+    """Where tokens without padding stand: token n is at position `index_N[n] % positions` of row `index_N[n] // positions`."""
+
+    index_N: Tensor
+    rows: int
+    positions: int
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...], zeros where there is no token."""
+        padded = x.new_zeros(self.rows * self.positions, *x.shape[1:]).index_copy(0, self.index_N, x)
+        return padded.view(self.rows, self.positions, *x.shape[1:])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]"""
+        return x.flatten(0, 1).index_select(0, self.index_N)
+
+
 class Mask(NamedTuple):
-    """What a position may see: `visible` (bool, [B, 1, T, S] or None for all) or, without a dense mask, the past only."""
+    """What a position may see: `visible` (bool, [B, 1, T, S] or None for all) or, without a dense mask, the past only.
+
+    With `token_rows`, activations come without padding and are laid out in rows for the attention alone.
+    """
 
     visible: Tensor | None = None
     is_causal: bool = False
+    token_rows: TokenRows | None = None
 
 
 def attention_mask(kind: str, segments_BT: Tensor | None, positions: int) -> Mask:
@@ -114,17 +134,26 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
         self.o_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
-        B, T, D = x_BTD.shape
-        qkv = self.qkv_proj(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        (q_BHTK, k_BHTK), v_BHTK = qkv[:2] if rotary is None else rotate(qkv[:2], rotary), qkv[2]
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
+        qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        if rotary is not None:
+            qk = rotate(qk, rotary)
+        if qk.requires_grad and qk.dtype == torch.bfloat16 and qk.device.type == "cpu":
+            # torch's CPU kernel is many times slower backwards in bfloat16 than in float32.
+            qk, v = qk.float(), v.float()
+        if mask.token_rows is not None:
+            qk, v = mask.token_rows.lay_out(qk), mask.token_rows.lay_out(v)
+        q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
         if lane is not None:
             k_BHTK, v_BHTK = lane.exchange(k_BHTK, v_BHTK)
-        if q_BHTK.requires_grad and q_BHTK.dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
-            # torch's CPU kernel is many times slower backwards in bfloat16 than in float32.
-            q_BHTK, k_BHTK, v_BHTK = q_BHTK.float(), k_BHTK.float(), v_BHTK.float()
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask.visible, is_causal=mask.is_causal and T > 1)
-        result: Tensor = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, D).to(x_BTD.dtype))
+        # A single new position sees everything stored; is_causal would align it with the first.
+        is_causal = mask.is_causal and q_BHTK.shape[2] > 1
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask.visible, is_causal=is_causal)
+        y = y_BHTK.transpose(1, 2).flatten(2)
+        if mask.token_rows is not None:
+            y = mask.token_rows.gather(y)
+        result: Tensor = self.o_proj(y.to(x.dtype))
         return result
 
 
@@ -151,9 +180,9 @@ class Block(nn.Module):
         self.self_attn = Attention(hidden_size, num_heads)
         self.mlp = SwiGLU(hidden_size, expansion)
 
-    def forward(self, h_BTD: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
-        h_BTD = rms_norm(h_BTD + self.self_attn(h_BTD, rotary, mask, lane))
-        return rms_norm(h_BTD + self.mlp(h_BTD))
+    def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
+        h = rms_norm(h + self.self_attn(h, rotary, mask, lane))
+        return rms_norm(h + self.mlp(h))
 
 
 class BlockStack(nn.Module):
@@ -163,7 +192,7 @@ class BlockStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(hidden_size, num_heads, expansion) for _ in range(layers))
 
-    def forward(self, h_BTD: Tensor, rotary: Rotary | None, mask: Mask, lanes: list[Lane] | None = None) -> Tensor:
+    def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lanes: list[Lane] | None = None) -> Tensor:
         for index, layer in enumerate(self.layers):
-            h_BTD = layer(h_BTD, rotary, mask, None if lanes is None else lanes[index])
-        return h_BTD
+            h = layer(h, rotary, mask, None if lanes is None else lanes[index])
+        return h

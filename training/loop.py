@@ -1,6 +1,6 @@
 """The training loop: slots full of rows, one ACT step and one optimizer step at a time. Knows no files and prints nothing.
 
-Shape suffixes as in models/layers.py; N counts supervised tokens, R the rows in work.
+Shape suffixes as in models/layers.py; R counts the rows in work, M their tokens (padding is never computed), N the supervised ones.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from config.schema import PretrainInstructConfig
 from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
 from models.act import RecursiveModel
 from models.ema import EMA
+from models.layers import TokenRows
 from models.losses import token_loss
 from models.recursive_reasoning.base import States
 from training.optimizer import AdamATan2
@@ -53,7 +54,7 @@ class StepResult:
     step: int
     lr: float
     supervised: int
-    positions: int
+    tokens: int
     nll_sum: Tensor
     halt_bce_sum: Tensor
     correct: Tensor
@@ -159,6 +160,12 @@ class Trainer:
             state[slots] = initial
         carry.lengths[[entry.slot for entry in entries]] = batch["lengths"]
 
+    def _token_rows(self, working: np.ndarray, width: int) -> TokenRows:
+        """Where the tokens of the rows in work stand, from their lengths, which the host knows without asking the device."""
+        lengths = self.carry.lengths[working]
+        is_token = np.arange(width) < lengths[:, None]
+        return TokenRows(torch.from_numpy(np.flatnonzero(is_token)).to(self.model.device), len(working), width)
+
     def _train_step(self) -> StepResult:
         model, carry, slots = self.model, self.carry, self.slots
         arch, multiple = self.config.arch, self.config.pad_multiple
@@ -167,10 +174,10 @@ class Trainer:
         # While every slot works, views do; only the end of the run, when slots drain, copies rows.
         full = len(working) == slots.size
         index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
-        inputs_RT, labels_RT = carry.inputs_BT[index_R, :width], carry.labels_BT[index_R, :width]
-        previous_RT = carry.previous_argmax_BT[index_R, :width]
-        rows_N, columns_N = torch.nonzero(labels_RT != IGNORE_LABEL_ID, as_tuple=True)
-        labels_N = labels_RT[rows_N, columns_N]
+        token_rows = self._token_rows(working, width)
+        labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
+        supervised_N = torch.nonzero(labels_M != IGNORE_LABEL_ID).squeeze(1)
+        labels_N = labels_M[supervised_N]
         supervised = len(labels_N)
 
         lr = learning_rate(
@@ -181,13 +188,13 @@ class Trainer:
             warmup_steps=self.config.lr_warmup_steps,
             batch_size=slots.size,
         )
-        states, output_RTD = model.act_step(
-            tuple(state[index_R, :width] for state in carry.states),
-            model.embed(inputs_RT),
-            model.rotary(torch.arange(width, device=model.device)),
-            model.mask(carry.segments_BT[index_R, :width]),
+        states, output_MD = model.act_step(
+            tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
+            model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
+            model.rotary(token_rows.index_N % width),
+            model.mask(carry.segments_BT[index_R, :width])._replace(token_rows=token_rows),
         )
-        output_ND = output_RTD[rows_N, columns_N]
+        output_ND = output_MD[supervised_N]
         halt_logits_N = model.halt_logits(output_ND if arch.halt.backprop else output_ND.detach())[:, 0]
         weights_N = torch.full_like(halt_logits_N, 1 / max(1, supervised)).detach()
         loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, weights_N, arch.loss)
@@ -203,24 +210,25 @@ class Trainer:
         with torch.no_grad():
             settled_share = np.zeros(slots.size)
             if arch.halt.mode == "settled":
-                settled_N = loss.argmax_N == previous_RT[rows_N, columns_N]
+                previous_M = token_rows.gather(carry.previous_argmax_BT[index_R, :width])
+                settled_N = loss.argmax_N == previous_M[supervised_N]
                 settled_N |= halt_logits_N.sigmoid() > arch.halt.settled_probability
                 per_row = torch.zeros(2, len(working), device=model.device)
+                rows_N = token_rows.index_N[supervised_N] // width
                 per_row[0].index_add_(0, rows_N, settled_N.float())
                 per_row[1].index_add_(0, rows_N, torch.ones_like(settled_N, dtype=torch.float32))
                 settled_share[working] = (per_row[0] / per_row[1].clamp(min=1)).cpu().numpy()
-            argmax_RT = previous_RT.clone()
-            argmax_RT[rows_N, columns_N] = loss.argmax_N
-            carry.previous_argmax_BT[index_R, :width] = argmax_RT
+                previous_M[supervised_N] = loss.argmax_N
+                carry.previous_argmax_BT[index_R, :width] = token_rows.lay_out(previous_M)
             for kept, new in zip(carry.states, states, strict=True):
-                kept[index_R, :width] = new.detach()
+                kept[index_R, :width] = token_rows.lay_out(new.detach())
         halted = slots.halted(settled_share)
         slots.advance(halted)
         return StepResult(
             step=self.step_number,
             lr=lr,
             supervised=supervised,
-            positions=len(working) * width,
+            tokens=len(labels_M),
             nll_sum=loss.nll_N.sum(),
             halt_bce_sum=loss.halt_bce_N.sum(),
             correct=(loss.argmax_N == labels_N).sum(),

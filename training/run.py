@@ -116,11 +116,11 @@ class _Run:
                     if result.step % config.log_interval == 0 or finished_all:
                         metrics = window.metrics(trainer)
                         now = time.perf_counter()
-                        positions = sum(r.positions for r in window.results)
+                        tokens = sum(r.tokens for r in window.results)
                         timing = {
                             "step": result.step,
                             "seconds": now - started,
-                            "positions_per_second": positions / (now - logged),
+                            "tokens_per_second": tokens / (now - logged),
                             "supervised_tokens_per_second": metrics["supervised_tokens"] / (now - logged),
                         }
                         log.write(metrics, timing)

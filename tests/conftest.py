@@ -1,0 +1,124 @@
+"""What many tests share: a tiny config, tokenizer, models and data sets. Nothing here needs a network."""
+
+import functools
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
+
+from config.compose import compose_config
+from config.schema import PretrainInstructConfig
+from dataset.text.conversation import Template
+from dataset.text.loader import Example, TextDataset
+from dataset.text.token_cache import load_split
+from dataset.text.tokenizer import Tokenizer
+from models.act import RecursiveModel
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+TINY = (
+    "arch.hidden_size=16",
+    "arch.num_heads=2",
+    "arch.expansion=1",
+    "arch.H_cycles=2",
+    "arch.L_cycles=2",
+    "arch.forward_dtype=float64",
+    "device=cpu",
+    "global_batch_size=4",
+    "dataset.seq_len=32",
+    "dataset.tokenizer_path=unused",
+    "dataset.default_system_prompt=null",
+    "dataloader_workers=0",
+)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> PretrainInstructConfig:
+    return compose_config("cfg_pretrain_instruct", [*TINY, *overrides])
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., PretrainInstructConfig]:
+    """`tiny_config("arch.loss=softmax", ...)`: the instruction config at toy size, float64, with overrides on top."""
+    return lambda *overrides: _composed(tuple(overrides))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: Callable[..., PretrainInstructConfig]) -> Callable[..., RecursiveModel]:
+    """`tiny_model("arch.attention=prefix", vocab_size=13)`: a model whose halting head sees its state (weights not zero)."""
+
+    def build(*overrides: str, vocab_size: int = 13, seed: int = 0, halt_scale: float = 0.5) -> RecursiveModel:
+        model = RecursiveModel(tiny_config(*overrides).arch, vocab_size, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            model.q_head.weight.copy_(halt_scale * torch.randn(model.q_head.weight.shape, generator=generator))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """320 SentencePiece pieces with byte fallback, so it can say any text."""
+    sentences = [f"{word} {i} plus {i + 1} gives {2 * i + 1}." for i in range(60) for word in ("Red", "blue", "What is")]
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    return Tokenizer.from_bytes(model.getvalue())
+
+
+@pytest.fixture(scope="session")
+def random_examples() -> Callable[..., list[Example]]:
+    """`random_examples(12, vocab_size=13)`: rows of a prompt segment and supervised answer, of uneven lengths."""
+
+    def build(count: int, *, vocab_size: int = 13, seed: int = 0, longest: int = 16) -> list[Example]:
+        rng = np.random.default_rng(seed)
+        examples = []
+        for _ in range(count):
+            prompt, answer = int(rng.integers(2, longest // 2)), int(rng.integers(1, longest // 2))
+            ids = rng.integers(0, vocab_size, prompt + answer).astype(np.int32)
+            is_answer = np.arange(len(ids)) >= prompt
+            examples.append(Example(ids, is_answer, (~is_answer).astype(np.int32), turn_bytes=answer))
+        return examples
+
+    return build
+
+
+@pytest.fixture
+def text_dataset(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Callable[[Sequence[dict[str, Any]]], TextDataset]:
+    """`text_dataset(rows)`: JSONL rows as a data set that is wholly one split."""
+
+    def build(rows: Sequence[dict[str, Any]]) -> TextDataset:
+        source = tmp_path / "rows.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loaded = load_split(
+            source=source,
+            split="train",
+            tokenizer=tiny_tokenizer,
+            template=Template(),
+            seq_len=256,
+            subset_size=None,
+            hash_split=None,
+            default_system_prompt=None,
+            long_rows="truncate",
+            on_bad_row="error",
+            cache_dir=tmp_path / "cache",
+        )
+        return TextDataset(loaded)
+
+    return build

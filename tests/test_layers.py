@@ -1,0 +1,148 @@
+"""Layers against their plain formulas, and masks against their definition."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.layers import (
+    Attention,
+    Block,
+    Embedding,
+    Linear,
+    Mask,
+    SwiGLU,
+    attention_mask,
+    rms_norm,
+    rotary_table,
+    rotate,
+)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rms_norm_has_the_epsilon_inside_and_no_weight() -> None:
+    x = random(3, 4) * torch.tensor([[1.0], [1e-3], [0.0]], dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(x), x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=7))
+def test_masks_show_what_their_definition_says(segments: list[int]) -> None:
+    count = len(segments)
+    mask = attention_mask("prefix", torch.tensor([segments]), count)
+    assert mask.visible is not None and not mask.is_causal
+    for i in range(count):
+        for j in range(count):
+            expected = j <= i or (segments[i] == segments[j] != 0)
+            assert bool(mask.visible[0, 0, i, j]) == expected
+    assert attention_mask("full", None, count) == Mask(None, False)
+    assert attention_mask("causal", None, count) == Mask(None, True)
+
+
+def test_a_mask_kind_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected full, causal"):
+        attention_mask("sideways", torch.zeros(1, 3), 3)
+    with pytest.raises(ValueError, match="prefix with segments"):
+        attention_mask("prefix", None, 3)
+
+
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 300))
+def test_rotary_scores_depend_on_the_distance_only(a: int, b: int, shift: int) -> None:
+    q, k = random(1, 1, 1, 8, seed=1), random(1, 1, 1, 8, seed=2)
+
+    def score(i: int, j: int) -> float:
+        def at(x: torch.Tensor, position: int) -> torch.Tensor:
+            return rotate(x, rotary_table(torch.tensor([position]), 8, 10000.0, torch.float64))
+
+        return float((at(q, i) * at(k, j)).sum())
+
+    assert score(a, b) == pytest.approx(score(a + shift, b + shift), abs=1e-9)
+
+
+def test_rotation_turns_half_split_pairs_by_the_position_angle() -> None:
+    x = random(2, 3, 5, 8)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 20, 300]])
+    turned = rotate(x, rotary_table(positions, 8, 100.0, torch.float64))
+    for row in range(2):
+        for t in range(5):
+            for pair in range(4):
+                angle = float(positions[row, t]) * 100.0 ** (-2 * pair / 8)
+                low, high = x[row, 1, t, pair], x[row, 1, t, pair + 4]
+                expected = (low * math.cos(angle) - high * math.sin(angle), high * math.cos(angle) + low * math.sin(angle))
+                assert turned[row, 1, t, pair] == pytest.approx(float(expected[0]), abs=1e-12)
+                assert turned[row, 1, t, pair + 4] == pytest.approx(float(expected[1]), abs=1e-12)
+    shared = rotate(x, rotary_table(positions[0], 8, 100.0, torch.float64))
+    torch.testing.assert_close(shared[0], turned[0])
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
+def test_attention_equals_the_plain_formula(kind: str) -> None:
+    B, T, D, H = 2, 5, 12, 3
+    layer = Attention(D, H).double()
+    x, segments = random(B, T, D), torch.tensor([[1, 1, 0, 2, 2], [1, 1, 1, 0, 0]])
+    rotary = rotary_table(torch.arange(T), D // H, 10000.0, torch.float64)
+    got = layer(x, rotary, attention_mask(kind, segments, T), None)
+    qkv = layer.qkv_proj.weight
+    heads = []
+    for h in range(H):
+        part = slice(h * D // H, (h + 1) * D // H)
+        q, k, v = (x @ qkv[i * D : (i + 1) * D][part].T for i in range(3))
+        q, k = (rotate(y.unsqueeze(1), rotary).squeeze(1) for y in (q, k))
+        scores = q @ k.transpose(1, 2) / math.sqrt(D // H)
+        for i in range(T):
+            for j in range(i + 1, T):
+                if kind == "causal":
+                    scores[:, i, j] = -math.inf
+                elif kind == "prefix":
+                    same = (segments[:, i] == segments[:, j]) & (segments[:, i] != 0)
+                    scores[:, i, j] = torch.where(same, scores[:, i, j], -math.inf)
+        heads.append(scores.softmax(-1) @ v)
+    torch.testing.assert_close(got, torch.cat(heads, -1) @ layer.o_proj.weight.T)
+
+
+@pytest.mark.parametrize(("hidden", "expansion", "width"), [(512, 4, 1536), (16, 1, 256), (384, 1, 256), (386, 1, 512)])
+def test_swiglu_width_is_rounded_up_to_256_and_gate_comes_first(hidden: int, expansion: float, width: int) -> None:
+    layer = SwiGLU(hidden, expansion).double()
+    assert layer.gate_up_proj.weight.shape == (2 * width, hidden) and layer.down_proj.weight.shape == (hidden, width)
+    x = random(2, hidden)
+    gate, up = x @ layer.gate_up_proj.weight[:width].T, x @ layer.gate_up_proj.weight[width:].T
+    torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T)
+
+
+def test_a_block_normalises_after_each_residual_sum() -> None:
+    block, x, mask = Block(8, 2, 1.0).double(), random(1, 4, 8), Mask(is_causal=True)
+    h = rms_norm(x + block.self_attn(x, None, mask, None))
+    torch.testing.assert_close(block(x, None, mask, None), rms_norm(h + block.mlp(h)))
+
+
+def test_linear_keeps_float32_weights_and_computes_in_its_inputs_format() -> None:
+    layer = Linear(6, 4, bias=True)
+    x = torch.randn(3, 6).bfloat16()
+    assert layer.weight.dtype == torch.float32 and layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight.bfloat16(), layer.bias.bfloat16()))
+    layer.hold_cast(torch.bfloat16)
+    (layer(x).float().sum() + layer(2 * x).float().sum()).backward()
+    layer.hold_cast(None)
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad[0], 3 * x.float().sum(0), rtol=2e-2, atol=2e-2)
+
+
+def test_a_held_cast_does_not_outlive_the_weights_it_was_made_from() -> None:
+    layer, x = Linear(2, 2), torch.ones(1, 2)
+    layer.hold_cast(torch.float32)
+    layer.hold_cast(None)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    assert layer(x).tolist() == [[6.0, 6.0]]
+
+
+def test_embedding_looks_up_in_float32_and_casts() -> None:
+    table = Embedding(5, 64)
+    assert table.embedding_weight.dtype == torch.float32
+    rows = table(torch.tensor([[4, 0]]), torch.bfloat16)
+    assert rows.shape == (1, 2, 64) and torch.equal(rows[0, 0], table.embedding_weight[4].bfloat16())
