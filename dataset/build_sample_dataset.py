@@ -29,7 +29,7 @@ TRAIN_WEIGHTS: dict[str, float] = {
     "unit": 0.7, "logic": 1.5, "word_problem": 2.0, "lookup": 1.0, "two_turn": 2.0,
 }  # fmt: skip
 
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "Give only the answer.", "Be exact.")
+SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "Show your work.", "Be exact.")
 SYSTEM_PROMPT_SHARE = 0.25
 
 # How often a question that was met already is drawn anew before a repeat is taken.

@@ -1,6 +1,8 @@
 """The task families of the bundled data set: each draws operands, words a short question and gives its one answer.
 
-A family also names its operands by a key that is equal for any two questions of which one gives the other away.
+Answers show a short piece of their working ("82 - 35 = ?" is answered "52 - 5 = 47") and are right only as a whole: copying an
+operand or naming a half-way result gives a small model something to learn from in every answer. A family also names its operands by a
+key that is equal for any two questions of which one gives the other away.
 It knows nothing of splits' sizes, files, tokenizers or models.
 """
 
@@ -37,31 +39,38 @@ def _single(key: str, question: str, answer: object) -> Example:
 
 
 def addition(rng: random.Random) -> Example:
-    """Two two-digit numbers whose sum has two digits. Key: the unordered pair, shared with subtraction."""
+    """Two two-digit numbers whose sum has two digits: tens, ones, sum. Key: the unordered pair, shared with subtraction."""
     first, second = rng.randint(10, 89), rng.randint(10, 89)
     while first + second > 99:
         first, second = rng.randint(10, 89), rng.randint(10, 89)
     wording = rng.choice(("{} + {} = ?", "What is {} + {}?", "Add {} + {}."))
-    return _single(f"sum:{_join(sorted((first, second)))}", wording.format(first, second), first + second)
+    return _single(f"sum:{_join(sorted((first, second)))}", wording.format(first, second), _added(first, second))
+
+
+def _added(first: int, second: int) -> str:
+    tens, ones = first // 10 + second // 10, first % 10 + second % 10
+    return f"{10 * tens} + {ones} = {first + second}"
 
 
 def subtraction(rng: random.Random) -> Example:
-    """A two-digit number from one that is not smaller.
+    """A two-digit number from one that is not smaller: the tens first, then the ones.
 
     Key: the two parts unordered, as in addition: 82 - 35, 82 - 47, 35 + 47 and 47 + 35 are one fact.
     """
     small, large = sorted((rng.randint(10, 99), rng.randint(10, 99)))
     wording = rng.choice(("{} - {} = ?", "What is {} - {}?", "Subtract: {} - {}."))
-    return _single(f"sum:{_join(sorted((small, large - small)))}", wording.format(large, small), large - small)
+    answer = f"{large - small // 10 * 10} - {small % 10} = {large - small}"
+    return _single(f"sum:{_join(sorted((small, large - small)))}", wording.format(large, small), answer)
 
 
 def compare(rng: random.Random) -> Example:
-    """The larger or the smaller of two two-digit numbers. Key: the unordered pair, whatever is asked."""
+    """The larger or the smaller of two two-digit numbers, then the other. Key: the unordered pair, whatever is asked."""
     first, second = rng.sample(range(10, 100), 2)
     larger = rng.random() < 0.5
     wording = rng.choice(("Which is {}: {} or {}?", "Which number is {}, {} or {}?", "Name the {} one: {} or {}."))
     question = wording.format("larger" if larger else "smaller", first, second)
-    return _single(f"compare:{_join(sorted((first, second)))}", question, (max if larger else min)(first, second))
+    low, high = sorted((first, second))
+    return _single(f"compare:{low},{high}", question, f"{high} > {low}" if larger else f"{low} < {high}")
 
 
 def sort(rng: random.Random) -> Example:
@@ -73,28 +82,29 @@ def sort(rng: random.Random) -> Example:
 
 
 def count(rng: random.Random) -> Example:
-    """How many of four different words are of one kind, none to all evenly. Key: the kind and the set of words."""
+    """Which of four different words are of one kind, and how many, none to all evenly. Key: the kind and the set of words."""
     kind = rng.choice(tuple(KINDS))
     matches = rng.randint(0, 4)
     others = [word for other, words in KINDS.items() if other != kind for word in words]
     words = rng.sample(KINDS[kind], matches) + rng.sample(others, 4 - matches)
     rng.shuffle(words)
+    found = ", ".join(word for word in words if word in KINDS[kind]) or "none"
     wording = rng.choice(("How many {}: {}?", "Count the {}: {}.", "How many of these are {}: {}?"))
-    return _single(f"count:{kind},{_join(sorted(words))}", wording.format(kind, ", ".join(words)), matches)
+    return _single(f"count:{kind},{_join(sorted(words))}", wording.format(kind, ", ".join(words)), f"{found}: {matches}")
 
 
 def reverse(rng: random.Random) -> Example:
-    """The letters of a word backwards. Key: the word or its mirror image, shared with spell."""
+    """The letters of a word, then backwards. Key: the word or its mirror image, shared with spell."""
     word = rng.choice(SPELLING_WORDS)
     wording = rng.choice(("Reverse: {}", "Write backwards: {}", "Reverse the letters: {}"))
-    return _single(_word_key(word), wording.format(" ".join(word)), " ".join(reversed(word)))
+    return _single(_word_key(word), wording.format(" ".join(word)), f"{' '.join(word)} = {' '.join(reversed(word))}")
 
 
 def spell(rng: random.Random) -> Example:
-    """A word, given letter by letter, spelled in capitals. Key: as in reverse."""
+    """A word, given letter by letter, then in capitals. Key: as in reverse."""
     word = rng.choice(SPELLING_WORDS)
     wording = rng.choice(("Spell in capitals: {}", "Capital letters: {}", "Write in capitals: {}"))
-    return _single(_word_key(word), wording.format(" ".join(word)), " ".join(word.upper()))
+    return _single(_word_key(word), wording.format(" ".join(word)), f"{' '.join(word)} = {' '.join(word.upper())}")
 
 
 def _word_key(word: str) -> str:
@@ -110,7 +120,11 @@ def position(rng: random.Random) -> Example:
     words = rng.sample(LIST_WORDS, 4)
     place = rng.randrange(4)
     wording = rng.choice(("Which is {}: {}?", "What is the {} word: {}?", "Name the {} of these: {}."))
-    return _single(f"list:{_join(words)}", wording.format(ORDINALS[place], ", ".join(words)), words[place])
+    return _single(f"list:{_join(words)}", wording.format(ORDINALS[place], ", ".join(words)), _at(words, place))
+
+
+def _at(words: list[str], place: int) -> str:
+    return f"{ORDINALS[place]}: {words[place]}"
 
 
 # Steps a counting child knows; each appears upwards and downwards.
@@ -124,25 +138,25 @@ def sequence(rng: random.Random) -> Example:
     start = rng.randint(low, high)
     terms = [start + step * index for index in range(3)]
     wording = rng.choice(("Next: {}", "What comes next: {}", "Continue: {}"))
-    return _single(f"sequence:{terms[-1]},{step}", wording.format(", ".join(map(str, terms))), terms[-1] + step)
+    answer = f"{terms[-1]} {'+' if step > 0 else '-'} {abs(step)} = {terms[-1] + step}"
+    return _single(f"sequence:{terms[-1]},{step}", wording.format(", ".join(map(str, terms))), answer)
 
 
 def weekday(rng: random.Random) -> Example:
-    """Weekday and day of the month one to three days later or earlier, within a month's first 28 days.
+    """Weekday and day of the month one to three days later or earlier, day by day, within a month's first 28 days.
 
     Key: the earlier weekday and date, and the number of days: the way back gives the way there away.
     """
     step = rng.randint(1, 3)
     early_date = rng.randint(1, 28 - step)
     early_day = rng.randrange(7)
-    early = f"{WEEKDAYS[early_day]} {early_date}"
-    late = f"{WEEKDAYS[(early_day + step) % 7]} {early_date + step}"
+    dates = [f"{WEEKDAYS[(early_day + days) % 7]} {early_date + days}" for days in range(step + 1)]
     forward = rng.random() < 0.5
-    given, asked = (early, late) if forward else (late, early)
+    given, *passed = dates if forward else reversed(dates)
     days = "1 day" if step == 1 else f"{step} days"
     wording = rng.choice(("Today is {}. What is {}?", "It is {}. Which day is {}?", "From {}, which day is {}?"))
     question = wording.format(given, f"{days} later" if forward else f"{days} earlier")
-    return _single(f"weekday:{early_day},{early_date},{step}", question, asked)
+    return _single(f"weekday:{early_day},{early_date},{step}", question, ", ".join(passed))
 
 
 # (larger unit, smaller unit, how many smaller ones make one): powers of ten, so that held-out amounts follow from
@@ -162,14 +176,15 @@ def unit(rng: random.Random) -> Example:
     large, small, factor = rng.choice(UNITS)
     amount = rng.randint(2, 99)
     wording = rng.choice(("{1} {0} in {2}?", "Convert {1} {0} to {2}.", "How many {2} are {1} {0}?"))
-    return _single(f"unit:{factor},{amount}", wording.format(large, amount, small), factor * amount)
+    question = wording.format(large, amount, small)
+    return _single(f"unit:{factor},{amount}", question, f"{amount} {large} = {factor * amount} {small}")
 
 
 RELATIONS = ("older", "taller", "faster")
 
 
 def logic(rng: random.Random) -> Example:
-    """Whether x is above z, or z above x, given x above y and y above z in either order.
+    """Whether x is above z, or z above x, given x above y and y above z in either order: all three from the top, then yes or no.
 
     Key: the unordered three names, whatever the relation, the order of the facts and the direction asked.
     """
@@ -183,7 +198,7 @@ def logic(rng: random.Random) -> Example:
         ("{}. {}. Is {} {} than {}?", "{} and {}. Is {} {} than {}?", "Facts: {}. {}. Yes or no: is {} {} than {}?")
     )
     question = wording.format(*facts, left, relation, right)
-    return _single(f"logic:{_join(sorted(names))}", question, "yes" if holds else "no")
+    return _single(f"logic:{_join(sorted(names))}", question, f"{top}, {middle}, {bottom}: {'yes' if holds else 'no'}")
 
 
 GAINS = ("gets", "finds", "buys")
@@ -191,7 +206,7 @@ LOSSES = ("loses", "sells", "drops")
 
 
 def word_problem(rng: random.Random) -> Example:
-    """A number of things changed twice, all numbers 1..9, never below zero.
+    """A number of things changed twice, all numbers 1..9, never below zero: the second change, applied to the first's result.
 
     Key: what is added and what is taken away, each unordered: 3 + 5 - 2 is 5 - 2 + 3.
     """
@@ -214,7 +229,8 @@ def word_problem(rng: random.Random) -> Example:
         name=rng.choice(NAMES), start=start, things=rng.choice(THINGS),
         one=verbs[0], a=changes[0], two=verbs[1], b=changes[1],
     )  # fmt: skip
-    return _single(_change_key([start, signs[0] * changes[0], signs[1] * changes[1]]), question, total)
+    answer = f"{middle} {'+' if signs[1] > 0 else '-'} {changes[1]} = {total}"
+    return _single(_change_key([start, signs[0] * changes[0], signs[1] * changes[1]]), question, answer)
 
 
 def _change_key(changes: Iterable[int]) -> str:
@@ -227,7 +243,7 @@ def lookup(rng: random.Random) -> Example:
     asked, value = rng.choice(entries)
     table = ", ".join(f"{name} {number}" for name, number in entries)
     wording = rng.choice(("Prices: {0}. What does {1} cost?", "{0}. How much is {1}?", "Table: {0}. What is the value of {1}?"))
-    return _single(f"lookup:{_join(sorted(entries))}", wording.format(table, asked), value)
+    return _single(f"lookup:{_join(sorted(entries))}", wording.format(table, asked), f"{asked} {value}")
 
 
 def two_turn(rng: random.Random) -> Example:
@@ -242,8 +258,8 @@ def two_turn(rng: random.Random) -> Example:
         opening = rng.choice(("Which is {}: {}?", "What is the {} word: {}?", "Name the {} of these: {}."))
         following = rng.choice(("And the {}?", "Now the {} one?", "And which is {}?"))
         turns = (
-            (opening.format(ORDINALS[first], ", ".join(words)), words[first]),
-            (following.format(ORDINALS[second]), words[second]),
+            (opening.format(ORDINALS[first], ", ".join(words)), _at(words, first)),
+            (following.format(ORDINALS[second]), _at(words, second)),
         )
         return Example(f"list:{_join(words)}", turns)
     left, right, change = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
@@ -251,8 +267,8 @@ def two_turn(rng: random.Random) -> Example:
     opening = rng.choice(("{} + {} = ?", "What is {} + {}?", "Add {} + {}."))
     following = rng.choice(("Now add {}.", "And plus {}?") if sign > 0 else ("Now take away {}.", "And minus {}?"))
     turns = (
-        (opening.format(left, right), str(left + right)),
-        (following.format(change), str(left + right + sign * change)),
+        (opening.format(left, right), f"{left} + {right} = {left + right}"),
+        (following.format(change), f"{left + right} {'+' if sign > 0 else '-'} {change} = {left + right + sign * change}"),
     )
     return Example(_change_key([left, right, sign * change]), turns)
 

@@ -95,6 +95,9 @@ def linear_cross_entropy(
 
     Returns the differentiable sum of `weights_N` * nll, and nll [N] and argmax [N] without gradient. N may be 0.
     """
+    if not torch.is_grad_enabled():
+        # The function can't see that, and would make gradients nobody asks for.
+        output_ND, weight_VD = output_ND.detach(), weight_VD.detach()
     result: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(output_ND, weight_VD, labels_N, weights_N, loss)
     return result
 

@@ -22,6 +22,8 @@ from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Toy tensors gain nothing from threads, and threads that fight over cores lose much.
+torch.set_num_threads(1)
 
 TINY = (
     "arch.hidden_size=16",

@@ -39,11 +39,6 @@ def listed_words(text: str) -> list[str]:
     return [word for word in re.findall(r"[a-z]+", text) if word in MEMBERS_ALL]
 
 
-def place(text: str) -> int:
-    (found,) = (index for name, index in PLACES.items() if re.search(rf"\b{name}\b", text))
-    return found
-
-
 def solve_date(text: str) -> tuple[int, int, int]:
     """(weekday index, date, signed days)."""
     day, date = re.findall(rf"({'|'.join(DAYS)}) (\d+)", text)[0]
@@ -53,7 +48,9 @@ def solve_date(text: str) -> tuple[int, int, int]:
 
 def solve_weekday(text: str) -> str:
     day, date, steps = solve_date(text)
-    return f"{DAYS[(day + steps) % 7]} {date + steps}"
+    sign = 1 if steps > 0 else -1
+    passed = [sign * count for count in range(1, abs(steps) + 1)]
+    return ", ".join(f"{DAYS[(day + step) % 7]} {date + step}" for step in passed)
 
 
 def units(text: str) -> tuple[int, int]:
@@ -66,13 +63,15 @@ def units(text: str) -> tuple[int, int]:
 def solve_logic(text: str) -> str:
     facts = re.findall(r"([A-Z][a-z]+) is (?:older|taller|faster) than ([A-Z][a-z]+)", text)
     above = dict(facts)
+    (top,) = set(above) - set(above.values())
+    order = f"{top}, {above[top]}, {above[above[top]]}"
     ((left, right),) = re.findall(r"[Ii]s ([A-Z][a-z]+) (?:older|taller|faster) than ([A-Z][a-z]+)\?", text)
     reached = left
     while reached in above:
         reached = above[reached]
         if reached == right:
-            return "yes"
-    return "no"
+            return f"{order}: yes"
+    return f"{order}: no"
 
 
 def story(text: str) -> list[int]:
@@ -84,13 +83,61 @@ def story(text: str) -> list[int]:
 def solve_lookup(text: str) -> str:
     table = dict(re.findall(r"([a-z]+) (\d)", text))
     (asked,) = re.findall(r"(?:does|is|value of) ([a-z]+)(?: cost)?\?", text)
-    return table[asked]
+    return f"{asked} {table[asked]}"
 
 
 def solve_sequence(text: str) -> str:
     first, second, third = numbers(text)
     assert second - first == third - second
-    return str(third + third - second)
+    return changed(third, third - second)
+
+
+def changed(before: int, change: int) -> str:
+    return f"{before} {'-' if change < 0 else '+'} {abs(change)} = {before + change}"
+
+
+def solve_addition(text: str) -> str:
+    first, second = numbers(text)
+    ones = int(str(first)[1]) + int(str(second)[1])
+    return f"{first + second - ones} + {ones} = {first + second}"
+
+
+def solve_subtraction(text: str) -> str:
+    first, second = numbers(text)
+    ones = int(str(second)[1])
+    return changed(first - second + ones, -ones) if ones else f"{first - second} - 0 = {first - second}"
+
+
+def solve_compare(text: str) -> str:
+    low, high = sorted(numbers(text))
+    return f"{high} > {low}" if "larger" in text else f"{low} < {high}"
+
+
+def solve_count(text: str) -> str:
+    found = [word for word in listed_words(text) if word in MEMBERS[kind_of(text)]]
+    return f"{', '.join(found) or 'none'}: {len(found)}"
+
+
+def solve_place(text: str, words: list[str]) -> str:
+    (name,) = (name for name in PLACES if re.search(rf"\b{name}\b", text))
+    return f"{name}: {words[PLACES[name]]}"
+
+
+def solve_unit(text: str) -> str:
+    amount, factor = units(text)
+    large = re.findall(r"\d+ ([a-z]+)", text)[0]
+    (small,) = {word for word in re.findall(r"[a-z]+", text) if word in BASE_UNITS} - {large}
+    return f"{amount} {large} = {amount * factor} {small}"
+
+
+def solve_story(text: str) -> str:
+    start, first, second = story(text)
+    return changed(start + first, second)
+
+
+def solve_letters(text: str, turned: Callable[[str], str]) -> str:
+    letters = re.findall(LETTERS, text)[0]
+    return f"{letters} = {turned(letters)}"
 
 
 def plain(solver: Callable[[str], Any]) -> Callable[[list[str]], list[str]]:
@@ -100,26 +147,27 @@ def plain(solver: Callable[[str], Any]) -> Callable[[list[str]], list[str]]:
 def solve_two_turn(questions: list[str]) -> list[str]:
     opening, following = questions
     if words := listed_words(opening):
-        return [words[place(opening)], words[place(following)]]
-    total = sum(numbers(opening))
+        return [solve_place(opening, words), solve_place(following, words)]
+    left, right = numbers(opening)
     (change,) = numbers(following)
-    return [str(total), str(total - change if re.search("take away|minus", following) else total + change)]
+    sign = -1 if re.search("take away|minus", following) else 1
+    return [changed(left, right), changed(left + right, sign * change)]
 
 
 SOLVERS: dict[str, Callable[[list[str]], list[str]]] = {
-    "addition": plain(lambda text: sum(numbers(text))),
-    "subtraction": plain(lambda text: numbers(text)[0] - numbers(text)[1]),
-    "compare": plain(lambda text: (max if "larger" in text else min)(numbers(text))),
+    "addition": plain(solve_addition),
+    "subtraction": plain(solve_subtraction),
+    "compare": plain(solve_compare),
     "sort": plain(lambda text: " ".join(map(str, sorted(numbers(text))))),
-    "count": plain(lambda text: sum(word in MEMBERS[kind_of(text)] for word in listed_words(text))),
-    "reverse": plain(lambda text: re.findall(LETTERS, text)[0][::-1]),
-    "spell": plain(lambda text: re.findall(LETTERS, text)[0].upper()),
-    "position": plain(lambda text: listed_words(text)[place(text)]),
+    "count": plain(solve_count),
+    "reverse": plain(lambda text: solve_letters(text, lambda letters: letters[::-1])),
+    "spell": plain(lambda text: solve_letters(text, str.upper)),
+    "position": plain(lambda text: solve_place(text, listed_words(text))),
     "sequence": plain(solve_sequence),
     "weekday": plain(solve_weekday),
-    "unit": plain(lambda text: units(text)[0] * units(text)[1]),
+    "unit": plain(solve_unit),
     "logic": plain(solve_logic),
-    "word_problem": plain(lambda text: sum(story(text))),
+    "word_problem": plain(solve_story),
     "lookup": plain(solve_lookup),
     "two_turn": solve_two_turn,
 }

@@ -15,6 +15,7 @@ from models.layers import (
     Linear,
     Mask,
     SwiGLU,
+    TokenRows,
     attention_mask,
     rms_norm,
     rotary_table,
@@ -53,7 +54,7 @@ def test_a_mask_kind_that_does_not_exist_is_refused() -> None:
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 300))
 def test_rotary_scores_depend_on_the_distance_only(a: int, b: int, shift: int) -> None:
-    q, k = random(1, 1, 1, 8, seed=1), random(1, 1, 1, 8, seed=2)
+    q, k = random(1, 1, 1, 8, seed=1), random(1, 1, 1, 8, seed=2)  # T, queries or keys, H, K
 
     def score(i: int, j: int) -> float:
         def at(x: torch.Tensor, position: int) -> torch.Tensor:
@@ -65,17 +66,17 @@ def test_rotary_scores_depend_on_the_distance_only(a: int, b: int, shift: int) -
 
 
 def test_rotation_turns_half_split_pairs_by_the_position_angle() -> None:
-    x = random(2, 3, 5, 8)
+    x = random(2, 5, 2, 3, 8)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 20, 300]])
     turned = rotate(x, rotary_table(positions, 8, 100.0, torch.float64))
     for row in range(2):
         for t in range(5):
             for pair in range(4):
                 angle = float(positions[row, t]) * 100.0 ** (-2 * pair / 8)
-                low, high = x[row, 1, t, pair], x[row, 1, t, pair + 4]
+                low, high = x[row, t, 1, 2, pair], x[row, t, 1, 2, pair + 4]
                 expected = (low * math.cos(angle) - high * math.sin(angle), high * math.cos(angle) + low * math.sin(angle))
-                assert turned[row, 1, t, pair] == pytest.approx(float(expected[0]), abs=1e-12)
-                assert turned[row, 1, t, pair + 4] == pytest.approx(float(expected[1]), abs=1e-12)
+                assert turned[row, t, 1, 2, pair] == pytest.approx(float(expected[0]), abs=1e-12)
+                assert turned[row, t, 1, 2, pair + 4] == pytest.approx(float(expected[1]), abs=1e-12)
     shared = rotate(x, rotary_table(positions[0], 8, 100.0, torch.float64))
     torch.testing.assert_close(shared[0], turned[0])
 
@@ -92,7 +93,7 @@ def test_attention_equals_the_plain_formula(kind: str) -> None:
     for h in range(H):
         part = slice(h * D // H, (h + 1) * D // H)
         q, k, v = (x @ qkv[i * D : (i + 1) * D][part].T for i in range(3))
-        q, k = (rotate(y.unsqueeze(1), rotary).squeeze(1) for y in (q, k))
+        q, k = rotate(torch.stack((q, k), 2).unsqueeze(3), rotary).squeeze(3).unbind(2)
         scores = q @ k.transpose(1, 2) / math.sqrt(D // H)
         for i in range(T):
             for j in range(i + 1, T):
@@ -103,6 +104,21 @@ def test_attention_equals_the_plain_formula(kind: str) -> None:
                     scores[:, i, j] = torch.where(same, scores[:, i, j], -math.inf)
         heads.append(scores.softmax(-1) @ v)
     torch.testing.assert_close(got, torch.cat(heads, -1) @ layer.o_proj.weight.T)
+
+
+@pytest.mark.parametrize("kind", ["causal", "prefix"])
+def test_tokens_without_padding_attend_as_in_padded_rows(kind: str) -> None:
+    lengths, T, D = (5, 2, 1), 6, 8
+    layer = Attention(D, 2).double()
+    segments = torch.tensor([[1, 1, 0, 2, 2, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
+    is_token = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
+    token_rows = TokenRows(torch.nonzero(is_token.flatten()).squeeze(1), len(lengths), T)
+    x_ND, mask = random(sum(lengths), D), attention_mask(kind, segments, T)
+    x_BTD = token_rows.lay_out(x_ND)
+    assert torch.equal(x_BTD[~is_token], torch.zeros(3 * T - 8, D)) and torch.equal(token_rows.gather(x_BTD), x_ND)
+    padded = layer(x_BTD, rotary_table(torch.arange(T), 4, 10000.0, torch.float64), mask, None)
+    rotary_N = rotary_table(token_rows.index_N % T, 4, 10000.0, torch.float64)
+    torch.testing.assert_close(layer(x_ND, rotary_N, mask._replace(token_rows=token_rows), None), padded[is_token])
 
 
 @pytest.mark.parametrize(("hidden", "expansion", "width"), [(512, 4, 1536), (16, 1, 256), (384, 1, 256), (386, 1, 512)])

@@ -1,0 +1,56 @@
+"""What both benchmarks share: flags, the config they compose, synthetic conversations. Knows neither side of a comparison."""
+
+import argparse
+import resource
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from config.compose import compose_config
+from config.schema import PretrainInstructConfig
+from dataset.text.loader import Example
+from models.device import pick_device, resolve_dtype
+
+VOCABULARY = 32_000
+# ru_maxrss counts KiB on Linux, bytes on macOS.
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that both benchmarks have."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--dtype", choices=["auto", "bfloat16", "float32", "float64"])
+    flags.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
+    flags.add_argument("--repeats", type=int, default=5, help="timings of each side; medians are reported")
+    flags.add_argument("--seed", type=int, default=0, help="seed of weights and ids")
+    flags.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    flags.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings, arch.hidden_size=64 for one")
+    return flags
+
+
+def benchmark_config(overrides: Sequence[str]) -> PretrainInstructConfig:
+    """cfg_pretrain_instruct with `overrides`, on the CPU, its number format decided."""
+    config = compose_config("cfg_pretrain_instruct", ["device=cpu", *overrides])
+    dtype = resolve_dtype(config.arch.forward_dtype, pick_device("cpu"))
+    return config.model_copy(update={"arch": config.arch.model_copy(update={"forward_dtype": dtype})})
+
+
+def synthetic_example(seed: int, index: int, positions: int, vocabulary: int) -> Example:
+    """A conversation of exactly `positions` inputs with random ids, the second half of its labels supervised."""
+    ids = np.random.default_rng((seed, index)).integers(0, vocabulary, positions + 1, dtype=np.int32)
+    supervised = np.arange(positions + 1) > positions // 2
+    return Example(ids, supervised, (~supervised).astype(np.int32), turn_bytes=0)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held, torch's libraries included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+
+
+def use_threads(threads: int | None) -> int:
+    """Set torch's threads (None leaves them) and say how many there are."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

@@ -1,0 +1,128 @@
+"""The naive way to train and to decode, written from the published formulas: what the benchmarks measure this program against.
+
+It takes the weights of a `RecursiveModel` and none of its code: every position computed in every pass, the loss in float64 over
+all positions and the whole vocabulary, no cache. Shape suffixes as in models/layers.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from config.schema import ArchConfig
+from models.act import RecursiveModel
+
+_RMS_EPS = 1e-5
+_IGNORE = -100
+
+
+class NaiveTRM:
+    """TRM over whole rows with causal attention, every weight cast to the activations' dtype in every call."""
+
+    def __init__(self, model: RecursiveModel) -> None:
+        self.arch: ArchConfig = model.config
+        self.dtype = model.dtype
+        self.weights: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def initial_states(self, rows: int, positions: int) -> tuple[Tensor, Tensor]:
+        """z_H and z_L [B, T, D] before the first ACT step."""
+        shape = (rows, positions, self.arch.hidden_size)
+        return self.weights["H_init"].expand(shape), self.weights["L_init"].expand(shape)
+
+    def act_step(self, states: tuple[Tensor, Tensor], ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """One ACT step over all positions, gradient through the last H cycle only. The output for the heads is the new z_H."""
+        arch = self.arch
+        z_H, z_L = states
+        x_BTD = math.sqrt(arch.hidden_size) * F.embedding(ids_BT, self.weights["embed_tokens.embedding_weight"].to(self.dtype))
+        rotary = self._rotary(ids_BT.shape[1])
+        for cycle in range(arch.H_cycles):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and cycle == arch.H_cycles - 1):
+                for _ in range(arch.L_cycles):
+                    z_L = self._level(z_L + z_H + x_BTD, rotary)
+                z_H = self._level(z_H + z_L, rotary)
+        return z_H, z_L
+
+    def logits(self, output_BTD: Tensor) -> Tensor:
+        """Vocabulary logits [B, T, V]."""
+        return F.linear(output_BTD, self._cast("lm_head.weight"))
+
+    def halt_logits(self, output_BTD: Tensor) -> Tensor:
+        """Halting logit [B, T] of every position."""
+        return F.linear(output_BTD, self._cast("q_head.weight"), self._cast("q_head.bias"))[..., 0]
+
+    def next_token_logits(self, ids_BT: Tensor, act_steps: int) -> Tensor:
+        """Logits [B, V] after the last position, everything computed anew."""
+        states = self.initial_states(*ids_BT.shape)
+        for _ in range(act_steps):
+            states = self.act_step(states, ids_BT)
+        return self.logits(states[0][:, -1])
+
+    def _cast(self, name: str) -> Tensor:
+        return self.weights[name].to(self.dtype)
+
+    def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        head_dim = self.arch.hidden_size // self.arch.num_heads
+        frequencies = self.arch.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles_TK = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies).repeat(1, 2)
+        return angles_TK.cos().to(self.dtype), angles_TK.sin().to(self.dtype)
+
+    def _level(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        for layer in range(self.arch.L_layers):
+            prefix = f"L_level.layers.{layer}"
+            h_BTD = _rms_norm(h_BTD + self._attention(f"{prefix}.self_attn", h_BTD, rotary))
+            h_BTD = _rms_norm(h_BTD + self._swiglu(f"{prefix}.mlp", h_BTD))
+        return h_BTD
+
+    def _attention(self, prefix: str, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = F.linear(h_BTD, self._cast(f"{prefix}.qkv_proj.weight")).unflatten(-1, (3, self.arch.num_heads, -1))
+        q_BHTK, k_BHTK, v_BHTK = (part.transpose(1, 2) for part in qkv.unbind(2))
+        y_BHTK = F.scaled_dot_product_attention(_rotate(q_BHTK, rotary), _rotate(k_BHTK, rotary), v_BHTK, is_causal=True)
+        return F.linear(y_BHTK.transpose(1, 2).flatten(2), self._cast(f"{prefix}.o_proj.weight"))
+
+    def _swiglu(self, prefix: str, h_BTD: Tensor) -> Tensor:
+        gate, up = F.linear(h_BTD, self._cast(f"{prefix}.gate_up_proj.weight")).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self._cast(f"{prefix}.down_proj.weight"))
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + _RMS_EPS)).to(x.dtype)
+
+
+def _rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    low, high = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * rotary[0] + torch.cat((-high, low), dim=-1) * rotary[1]
+
+
+def stablemax_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """-log p(label) [B, T] in float64, 0 where the label is -100; stablemax as in the original work."""
+    v = logits_BTV.to(torch.float64)
+    s = torch.where(v < 0, 1 / (1 - v + 1e-30), v + 1)
+    logp_BTV = torch.log(s / s.sum(dim=-1, keepdim=True))
+    valid_BT = labels_BT != _IGNORE
+    chosen_BT = torch.where(valid_BT, labels_BT, 0)
+    nll_BT = -logp_BTV.gather(-1, chosen_BT.unsqueeze(-1)).squeeze(-1)
+    return torch.where(valid_BT, nll_BT, 0)
+
+
+def train_step(
+    naive: NaiveTRM, optimizer: Optimizer, states: tuple[Tensor, Tensor], inputs_BT: Tensor, labels_BT: Tensor
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Forward, dense float64 loss over all positions, backward, optimizer: the new states and the loss in nats per token.
+
+    The objective is the one of training: mean over supervised tokens of CE + 0.5 BCE, the halting head learning alone.
+    """
+    z_H, z_L = naive.act_step(states, inputs_BT)
+    logits_BTV = naive.logits(z_H)
+    nll_BT = stablemax_cross_entropy(logits_BTV, labels_BT)
+    valid_BT = labels_BT != _IGNORE
+    right_BT = ((logits_BTV.argmax(-1) == labels_BT) & valid_BT).to(z_H.dtype)
+    bce_BT = F.binary_cross_entropy_with_logits(naive.halt_logits(z_H.detach()), right_BT, reduction="none")
+    supervised = valid_BT.sum()
+    loss = nll_BT.sum() / supervised + 0.5 * (bce_BT * valid_BT).sum() / supervised
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return (z_H.detach(), z_L.detach()), float(nll_BT.detach().sum() / supervised)

@@ -1,0 +1,253 @@
+"""One training step of this program, as a user starts it, against the naive way: same weights, same rows, one run.
+
+    python benchmarks/train_step.py [--batch 2 --seq-len 512 --repeats 5 --same-allocator]
+
+Ours: the Trainer's step in its default dtype, with the allocator setting of pretrain_instruct.py. Naive (benchmarks/naive.py): fp32,
+dense float64 loss over all positions, the allocator as it comes. Each side lives in a process of its own, and they take turns, so
+that both meet the same machine. `--same-allocator` adds the naive way under our allocator setting. Last line: JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import training.loop  # noqa: E402
+from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads  # noqa: E402
+from benchmarks.naive import NaiveTRM, train_step  # noqa: E402
+from config.schema import PretrainInstructConfig  # noqa: E402
+from dataset.text.loader import Example, collate  # noqa: E402
+from models.act import RecursiveModel  # noqa: E402
+from models.device import keep_freed_memory  # noqa: E402
+from training.loop import Trainer  # noqa: E402
+from training.optimizer import AdamATan2  # noqa: E402
+
+# So many rows that the schedule never gets near its end.
+_ROWS = 1_000_000
+_LABELS = {"ours": "ours", "naive": "naive", "naive_kept": "naive, our allocator"}
+
+
+class Side(Protocol):
+    """One way to train: a step at a time."""
+
+    def step(self) -> dict[str, float]:
+        """Train one step; `loss_per_token` of it (nats), and seconds of its parts where they are known."""
+
+
+def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig:
+    """The config of a side. Rows stay for all ACT steps and the learning rate is flat, so that both sides do the same work."""
+    dtype = arguments.dtype if side == "ours" else arguments.naive_dtype
+    return benchmark_config(
+        [
+            f"arch.forward_dtype={dtype}",
+            f"arch.halt_max_steps={arguments.act_steps}",
+            "arch.halt.mode=fixed",
+            f"dataset.seq_len={arguments.seq_len}",
+            f"global_batch_size={arguments.batch}",
+            "lr_min_ratio=1.0",
+            "lr_warmup_steps=0",
+            f"seed={arguments.seed}",
+            *arguments.overrides,
+        ]
+    )
+
+
+class Ours:
+    """The real training loop."""
+
+    def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
+        def stream() -> Iterator[tuple[int, int, Example]]:
+            for index in range(_ROWS):
+                yield 0, index, synthetic_example(config.seed, index, config.dataset.seq_len, vocabulary)
+
+        self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
+        self.trainer = Trainer(config, self.model, stream(), _ROWS)
+        self._steps = self.trainer.steps()
+        self._seconds: dict[str, float] = {}
+
+    def step(self) -> dict[str, float]:
+        """The vocabulary's gradients are made in the loss, so its matrix products count there and not under backward."""
+        self._seconds = {}
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(self._timed("forward", self.model, "act_step"))
+            patches.enter_context(self._timed("loss", training.loop, "token_loss"))
+            patches.enter_context(self._timed("backward", torch.Tensor, "backward"))
+            patches.enter_context(self._timed("optimizer", self.trainer.optimizer, "step"))
+            result = next(self._steps)
+        return {"loss_per_token": float(result.nll_sum) / result.supervised, **self._seconds}
+
+    @contextlib.contextmanager
+    def _timed(self, part: str, owner: Any, name: str) -> Iterator[None]:
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = original(*args, **kwargs)
+            self._seconds[part] = time.perf_counter() - started
+            return result
+
+        own = name in vars(owner)
+        setattr(owner, name, timed)
+        try:
+            yield
+        finally:
+            if own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+
+class Naive:
+    """The same rows, weights and schedule, the naive way."""
+
+    def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
+        self.config = config
+        self.vocabulary = vocabulary
+        self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
+        self.naive = NaiveTRM(self.model)
+        self.optimizer = AdamATan2(
+            self.model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+        self._steps = self._train()
+
+    def step(self) -> dict[str, float]:
+        return {"loss_per_token": next(self._steps)}
+
+    def _train(self) -> Iterator[float]:
+        config, batch = self.config, self.config.global_batch_size
+        for first in range(0, _ROWS, batch):
+            rows = [
+                synthetic_example(config.seed, first + i, config.dataset.seq_len, self.vocabulary) for i in range(batch)
+            ]
+            arrays = collate(rows, pad_id=0, length_multiple=config.pad_multiple)
+            inputs_BT = torch.from_numpy(arrays["inputs"].astype(np.int64))
+            labels_BT = torch.from_numpy(arrays["labels"])
+            states = self.naive.initial_states(*inputs_BT.shape)
+            for _ in range(config.arch.halt_max_steps):
+                states, loss = train_step(self.naive, self.optimizer, states, inputs_BT, labels_BT)
+                yield loss
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """The process of one side: a step for every line on stdin, its figures as a line on stdout."""
+    if arguments.worker != "naive":
+        keep_freed_memory()
+    use_threads(arguments.threads)
+    name = "ours" if arguments.worker == "ours" else "naive"
+    config = settings(arguments, name)
+    side: Side = (Ours if name == "ours" else Naive)(config, arguments.vocabulary)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        figures = side.step()
+        figures["seconds"] = time.perf_counter() - started
+        figures["peak_memory_bytes"] = peak_memory_bytes()
+        print(json.dumps(figures), flush=True)
+
+
+class Worker:
+    """A side in its own process."""
+
+    def __init__(self, name: str) -> None:
+        # -m, and the run's own flags: the process composes the same settings.
+        command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--worker", name]
+        self._process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> dict[str, float]:
+        """Have it train a step. Raises RuntimeError if the process has died (its own message stands on stderr)."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of one side ended with status {self._process.wait()}")
+        figures: dict[str, float] = json.loads(line)
+        return figures
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let the sides take turns and put their medians together."""
+    names = ["ours", "naive"] + (["naive_kept"] if arguments.same_allocator else [])
+    workers = {name: Worker(name) for name in names}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(arguments.warmup + arguments.repeats):
+        for name, worker in workers.items():
+            result = worker.step()
+            figures[name].append(result)
+            kind = "warm-up" if turn < arguments.warmup else "timed"
+            print(f"{kind:8} {_LABELS[name]:22} {result['seconds']:8.3f} s   loss {result['loss_per_token']:.4f}", flush=True)
+    for worker in workers.values():
+        worker.close()
+
+    def median(name: str, figure: str) -> float:
+        return statistics.median(result[figure] for result in figures[name][arguments.warmup :])
+
+    config = settings(arguments, "ours")
+    seconds = {name: median(name, "seconds") for name in names}
+    breakdown = {part: median("ours", part) for part in ("forward", "loss", "backward", "optimizer")}
+    breakdown["other"] = seconds["ours"] - sum(breakdown.values())
+    supervised = sum(
+        int(synthetic_example(0, i, arguments.seq_len, arguments.vocabulary).supervised[1:].sum()) for i in range(arguments.batch)
+    )
+    report: dict[str, Any] = {
+        "ratio": seconds["naive"] / seconds["ours"],
+        "dtype": config.arch.forward_dtype,
+        "dtype_naive": settings(arguments, "naive").arch.forward_dtype,
+        "batch": arguments.batch,
+        "seq_len": arguments.seq_len,
+        "threads": use_threads(arguments.threads),
+        "seconds_ours": seconds["ours"],
+        "seconds_naive": seconds["naive"],
+        "seconds_ours_by_part": breakdown,
+        "supervised": supervised,
+        "positions_per_second": arguments.batch * arguments.seq_len / seconds["ours"],
+        "first_loss_ours": figures["ours"][0]["loss_per_token"],
+        "first_loss_naive": figures["naive"][0]["loss_per_token"],
+        "peak_memory_bytes_ours": int(figures["ours"][-1]["peak_memory_bytes"]),
+        "peak_memory_bytes_naive": int(figures["naive"][-1]["peak_memory_bytes"]),
+        "repeats": arguments.repeats,
+        "torch": torch.__version__,
+    }
+    if arguments.same_allocator:
+        report["seconds_naive_same_allocator"] = seconds["naive_kept"]
+        report["ratio_same_allocator"] = seconds["naive_kept"] / seconds["ours"]
+    return report
+
+
+def main() -> None:
+    """Run both sides, or be one of them."""
+    flags = parser(__doc__)
+    flags.set_defaults(dtype="auto")
+    flags.add_argument("--naive-dtype", choices=["float32", "float64"], default="float32")
+    flags.add_argument("--batch", type=int, default=2, help="rows")
+    flags.add_argument("--seq-len", type=int, default=512, help="positions of a row")
+    flags.add_argument("--act-steps", type=int, default=4, help="ACT steps, hence training steps, that a row stays")
+    flags.add_argument("--warmup", type=int, default=2, help="steps of each side before its timed ones")
+    flags.add_argument("--same-allocator", action="store_true", help="also time the naive way with our allocator setting")
+    flags.add_argument("--worker", choices=list(_LABELS), help=argparse.SUPPRESS)
+    arguments = flags.parse_args()
+    if arguments.worker is not None:
+        work(arguments)
+        return
+    print(json.dumps(compare(arguments)))
+
+
+if __name__ == "__main__":
+    main()

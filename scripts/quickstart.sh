@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# From a clean clone to a trained, measured, answering model: scripts/quickstart.sh [key=value ...]
+# Further arguments are Hydra overrides of the training run. Run again, it reuses what is there.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment requirements.txt
+
+run=checkpoints/SlimOrca-ACT/quickstart
+started=$SECONDS
+
+echo; echo "== tokenizer"
+python scripts/fetch_tokenizer.py
+echo; echo "== data"
+python -m dataset.build_sample_dataset --output-dir data/sample
+
+echo; echo "== training"
+checkpoint="$(ls -d "$run"/step_* 2>/dev/null | sort -V | tail -n 1 || true)"
+if [ -n "$checkpoint" ]; then
+    echo "reusing $checkpoint (delete $run to train again)"
+else
+    python pretrain_instruct.py experiment=quickstart "$@"
+    checkpoint="$(ls -d "$run"/step_* | sort -V | tail -n 1)"
+fi
+
+echo; echo "== inference over the test split"
+python inference_instruct.py --checkpoint "$checkpoint" > /dev/null
+python scripts/show_answers.py "$checkpoint/metrics.json"
+
+echo; echo "== three messages"
+for message in "What is 23 + 45?" "Sort these numbers: 7 2 9 4" "Ben is older than Anna. Anna is older than Max. Is Ben older than Max?"; do
+    echo "> $message"
+    python generate_instruct.py --checkpoint "$checkpoint" --message "$message"
+done
+
+cat <<END
+
+== done in $((SECONDS - started)) s after installation
+data        data/sample/train.jsonl, data/sample/test.jsonl
+checkpoint  $checkpoint
+metrics     $checkpoint/metrics.json, $run/metrics.jsonl
+ask it      $VENV/bin/python generate_instruct.py --checkpoint $checkpoint --message "What is 12 + 34?"
+END

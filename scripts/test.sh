@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lint, types, import rules and tests, in an environment of their own making: scripts/test.sh [--slow] [pytest arguments].
+# --slow runs the tests that take more than a minute, and only those.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment requirements-dev.txt
+
+selection=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+    selection=(-m slow --timeout 3600)
+    shift
+fi
+ruff format --check .
+ruff check .
+mypy
+lint-imports
+python -m pytest "${selection[@]}" "$@"
