@@ -16,9 +16,9 @@ from tqdm import tqdm
 from artifacts.checkpoint import open_checkpoint
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs
 from config.compose import add_model_arguments, override_config, settings_for_use
-from config.errors import UsageError, one_clear_message
+from config.errors import one_clear_message
 from config.schema import PretrainInstructConfig
-from dataset.instruct import last_exchange, open_instruct_data
+from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.loader import TextDataset
 from evaluators.answers import score_answers
 from evaluators.language import DepthOutput, evaluate_language
@@ -98,12 +98,7 @@ def main() -> None:
     arguments = parse_arguments()
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
-    train, test = open_instruct_data(config.dataset, checkpoint.tokenizer, checkpoint.template)
-    split = train if arguments.split == "train" else test
-    if split is None:
-        raise UsageError(
-            "the test split is empty: the run had dataset.test_ratio=0; use --split train, or --overrides dataset.test_ratio=0.05"
-        )
+    split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load_responder(checkpoint, config)
     saved = SavedOutputs(arguments.save_outputs)
 

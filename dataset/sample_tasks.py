@@ -1,9 +1,9 @@
 """The task families of the bundled data set: each draws operands, words a short question and gives its one answer.
 
-Answers show a short piece of their working ("82 - 35 = ?" is answered "52 - 5 = 47") and are right only as a whole: copying an
-operand or naming a half-way result gives a small model something to learn from in every answer. A family also names its operands by a
-key that is equal for any two questions of which one gives the other away.
-It knows nothing of splits' sizes, files, tokenizers or models.
+Answers show a short piece of their working ("82 - 35 = ?" is answered "52 - 5 = 47") and are right only as a whole: copying
+an operand or naming a half-way result gives a small model something to learn from in every answer. A family also names its
+operands by a key that is equal for any two questions of which one gives the other away. It knows nothing of splits' sizes, files,
+tokenizers or models.
 """
 
 import random

@@ -6,7 +6,7 @@ This file must not know about training; it hands out data sets.
 
 import argparse
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict, Unpack
 
 from config.errors import UsageError, one_clear_message
 from dataset.text.conversation import Template
@@ -46,67 +46,69 @@ def locate(
     return destination
 
 
-def open_text_data(
-    *,
-    source: Literal["slimorca", "sample"],
-    data_dir: str | Path,
-    tokenizer: Tokenizer,
-    template: Template,
-    seq_len: int,
-    subset_size: int | None,
-    test_ratio: float,
-    seed: int,
-    default_system_prompt: str | None,
-    long_rows: str,
-    on_bad_row: str,
-    cache_dir: str | Path | None = None,
-) -> tuple[TextDataset, TextDataset | None]:
-    """Train and test split of a data folder; test is None with `test_ratio=0`.
+class TextSettings(TypedDict):
+    """What both functions below read data with: the fields of `config.schema.DatasetConfig` of the same names."""
 
-    "slimorca": one file, downloaded if it isn't in `data_dir`, split by hash. "sample": train.jsonl and
-    test.jsonl (or .jsonl.zst), a split made by their builder; `subset_size` takes the first rows of each,
-    and a `test_ratio` above 0 only says that there is a test split.
-    How `subset_size` counts under a hash split: `token_cache.load_split`.
-    cache_dir: where the token cache goes, a folder inside `data_dir` by default.
-    Raises `UsageError` for missing files, malformed rows, and a split without a usable row.
+    source: Literal["slimorca", "sample"]
+    data_dir: str | Path
+    tokenizer: Tokenizer
+    template: Template
+    seq_len: int
+    subset_size: int | None
+    test_ratio: float
+    seed: int
+    default_system_prompt: str | None
+    long_rows: str
+    on_bad_row: str
+    cache_dir: NotRequired[str | Path | None]
+    """Where the token cache goes; a folder inside `data_dir` by default."""
+
+
+def open_text_data(**settings: Unpack[TextSettings]) -> tuple[TextDataset, TextDataset | None]:
+    """Train and test split of a data folder for a training run; test is None with `test_ratio=0`.
+
+    "slimorca": one file, downloaded if it isn't in `data_dir`, split by hash. "sample": train.jsonl and test.jsonl (or .jsonl.zst),
+    a split made by their builder; `subset_size` takes the first rows of each, and a `test_ratio` above 0 only says that there is a
+    test split. Under a hash split, `subset_size` counts training rows, and test has its proportional share: see
+    `token_cache.load_split`. Raises `UsageError` for missing files, malformed rows, and a split without a usable row.
     """
-    check_test_ratio(test_ratio)
-    folder = Path(data_dir)
-    hash_split: HashSplit | None = None
-    if source == "sample":
-        train_file = _sample_file(folder, "train")
-        test_file = _sample_file(folder, "test") if test_ratio > 0 else None
-    elif source == "slimorca":
-        train_file = locate(folder)
-        test_file = train_file if test_ratio > 0 else None
-        hash_split = HashSplit(seed, test_ratio)
+    train = open_text_split("train", alone=False, **settings)
+    return train, open_text_split("test", alone=False, **settings) if settings["test_ratio"] > 0 else None
+
+
+def open_text_split(split: Split, *, alone: bool = True, **settings: Unpack[TextSettings]) -> TextDataset:
+    """One split of a data folder; `alone`, it has `subset_size` rows of its own. Raises `UsageError` as `open_text_data` does."""
+    check_test_ratio(settings["test_ratio"])
+    if split == "test" and settings["test_ratio"] == 0:
+        raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
+    folder = Path(settings["data_dir"])
+    if settings["source"] == "sample":
+        path, hash_split = _sample_file(folder, split), None
+    elif settings["source"] == "slimorca":
+        path, hash_split = locate(folder), HashSplit(settings["seed"], settings["test_ratio"])
     else:
-        raise UsageError(f'dataset.source: expected "slimorca" or "sample", found {source!r}')
-
-    def open_split(path: Path, split: Split) -> TextDataset:
-        loaded = load_split(
-            source=path,
-            split=split,
-            tokenizer=tokenizer,
-            template=template,
-            seq_len=seq_len,
-            subset_size=subset_size,
-            hash_split=hash_split,
-            default_system_prompt=default_system_prompt,
-            long_rows=long_rows,
-            on_bad_row=on_bad_row,
-            cache_dir=Path(cache_dir) if cache_dir is not None else folder / _CACHE_FOLDER,
-        )
-        dataset = TextDataset(loaded)
-        if len(dataset) == 0:
-            remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
-            if split == "train":
-                remedy = "check the rows, raise dataset.seq_len, or use more data"
-            raise UsageError(f"the {split} split of {str(path)!r} is empty (rows: {dataset.counts}); {remedy}")
-        return dataset
-
-    train = open_split(train_file, "train")
-    return train, open_split(test_file, "test") if test_file is not None else None
+        raise UsageError(f'dataset.source: expected "slimorca" or "sample", found {settings["source"]!r}')
+    loaded = load_split(
+        source=path,
+        split=split,
+        alone=alone,
+        tokenizer=settings["tokenizer"],
+        template=settings["template"],
+        seq_len=settings["seq_len"],
+        subset_size=settings["subset_size"],
+        hash_split=hash_split,
+        default_system_prompt=settings["default_system_prompt"],
+        long_rows=settings["long_rows"],
+        on_bad_row=settings["on_bad_row"],
+        cache_dir=Path(settings.get("cache_dir") or folder / _CACHE_FOLDER),
+    )
+    dataset = TextDataset(loaded)
+    if len(dataset) == 0:
+        remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
+        if split == "train":
+            remedy = "check the rows, raise dataset.seq_len, or use more data"
+        raise UsageError(f"the {split} split of {str(path)!r} is empty (rows: {dataset.counts}); {remedy}")
+    return dataset
 
 
 def _sample_file(folder: Path, split: Split) -> Path:

@@ -97,6 +97,7 @@ def load_split(
     long_rows: str,
     on_bad_row: str,
     cache_dir: Path,
+    alone: bool = False,
 ) -> LoadedSplit:
     """Open the cache of `source`, building it first if it isn't there, and take one split of it.
 
@@ -105,7 +106,8 @@ def load_split(
     hash_split: None when the file is one split by itself. subset_size: None takes every row. Otherwise
     reading stops as soon as train has its first `subset_size` rows and test its first
     `min(subset_size, ceil(subset_size * r / (1 - r)))`, r the test ratio: the same proportion, and
-    a large file isn't read to its end to fill a small test split.
+    a large file isn't read to its end to fill a small test split. `alone`: only `split` is wanted, with
+    `subset_size` rows of its own.
     Raises `UsageError`.
     """
     if long_rows not in ("truncate", "drop"):
@@ -118,7 +120,7 @@ def load_split(
         raise UsageError(f"dataset.subset_size: expected at least 1 or null for all rows, found {subset_size}")
     if hash_split is not None:
         check_test_ratio(hash_split.test_ratio)
-    wanted = wanted_rows(subset_size, hash_split)
+    wanted = wanted_rows(subset_size, hash_split, split if alone else None)
     key: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "source_sha256": file_sha256(source, cache_dir),
@@ -132,6 +134,7 @@ def load_split(
     if subset_size is not None:
         key["subset_size"] = subset_size
         key["hash_split"] = [hash_split.seed, hash_split.test_ratio] if hash_split else None
+        key["wanted"] = wanted
     builder = _Builder(SourceFile(source), tokenizer, template, key, wanted, hash_split)
     cache = _open_or_build(builder, cache_dir)
     rows = np.arange(len(cache), dtype=np.int64)
@@ -141,11 +144,13 @@ def load_split(
     return LoadedSplit(cache, rows, source, default_system_prompt or None)
 
 
-def wanted_rows(subset_size: int | None, hash_split: HashSplit | None) -> dict[Split, float]:
+def wanted_rows(subset_size: int | None, hash_split: HashSplit | None, alone: Split | None = None) -> dict[Split, float]:
     """How many rows of each split to keep; see `load_split`. A file that is one split counts as "train"."""
     test_ratio = hash_split.test_ratio if hash_split else 0.0
     if subset_size is None:
         return {"train": math.inf, "test": math.inf}
+    if alone is not None and hash_split is not None:
+        return {split: subset_size if split == alone else 0 for split in ("train", "test")}
     return {
         "train": subset_size,
         "test": min(subset_size, math.ceil(subset_size * test_ratio / (1.0 - test_ratio))),
