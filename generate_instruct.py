@@ -38,14 +38,17 @@ def main() -> None:
     arguments = parse_arguments()
     if not arguments.message.strip():
         raise UsageError("--message is empty: there is nothing to answer")
+    if arguments.max_output_tokens is not None and arguments.max_output_tokens < 1:
+        raise UsageError(f"--max-output-tokens {arguments.max_output_tokens}: expected at least 1")
+    for flag, text in (("--message", arguments.message), ("--system-message", arguments.system_message or "")):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{flag} is not valid UTF-8 text: check the terminal's encoding")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings_for_use(checkpoint.config, arguments)
     responder = load_responder(checkpoint, config)
     system = arguments.system_message if arguments.system_message is not None else config.dataset.default_system_prompt
     conversation = with_default_system((Turn("user", arguments.message),), system)
     limit = arguments.max_output_tokens or config.generation.max_output_tokens or config.dataset.seq_len // 2
-    if limit < 1:
-        raise UsageError(f"--max-output-tokens {limit}: expected at least 1")
     if arguments.verbose:
         tokens = []
         for step, token in enumerate(responder.stream(conversation, max_output_tokens=limit, top=_SHOWN_CANDIDATES), 1):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from artifacts.checkpoint import open_checkpoint
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs
 from config.compose import add_model_arguments, override_config, settings_for_use
-from config.errors import one_clear_message
+from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.loader import TextDataset
@@ -83,6 +83,15 @@ def generated_answers(responder: Responder, split: TextDataset, config: Pretrain
     return {**by_depth[-1], "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth]}
 
 
+def output_folder(folder: Path) -> Path:
+    """`folder`, made if it is missing. Raises UsageError where that can't be, before hours of measuring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder}: can't write there ({error.strerror}); name another folder") from error
+    return folder
+
+
 def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path) -> None:
     """Log the plain numbers among `metrics`."""
     if os.environ.setdefault("WANDB_MODE", "offline") == "disabled":
@@ -96,10 +105,13 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path) 
 def main() -> None:
     """Load, measure, write, print."""
     arguments = parse_arguments()
+    if arguments.max_batches is not None and arguments.max_batches < 1:
+        raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
     split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load_responder(checkpoint, config)
+    folder = output_folder(arguments.output_dir or arguments.checkpoint)
     saved = SavedOutputs(arguments.save_outputs)
 
     def keep(output: DepthOutput) -> None:
@@ -121,8 +133,6 @@ def main() -> None:
     if config.dataset.source == "sample":
         rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
         metrics["answers"] = generated_answers(responder, split, config, rows)
-    folder = arguments.output_dir or arguments.checkpoint
-    folder.mkdir(parents=True, exist_ok=True)
     if saved.keys:
         saved.write(folder / f"outputs_{arguments.split}.safetensors")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -92,7 +92,7 @@ def save_checkpoint(
             _sync(path)
         partial.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UsageError(
             f"the checkpoint {folder} can't be written: {error}; free space or choose another checkpoint_dir"
@@ -135,11 +135,16 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
     about = _read_json(folder / "checkpoint.json")
     if about.get("format_version") != FORMAT_VERSION:
         raise UsageError(f"{folder} has checkpoint format {about.get('format_version')}, this program reads {FORMAT_VERSION}")
+    missing = {"step", "tokenizer_sha256", "template", "data_hash"} - about.keys()
+    if missing:
+        raise UsageError(f"the checkpoint {folder} is damaged: its checkpoint.json has no {', '.join(sorted(missing))}")
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text())
         tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
     if hashlib.sha256(tokenizer_bytes).hexdigest() != about["tokenizer_sha256"]:
         raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
     if tokenizer_path is not None and (other := Tokenizer(tokenizer_path).sha256) != about["tokenizer_sha256"]:

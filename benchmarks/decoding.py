@@ -2,9 +2,9 @@
 
     python benchmarks/decoding.py [--positions 512 --act-steps 16 --repeats 3]
 
-Ours: generation/engine.py. Naive (benchmarks/naive.py): a forward over all positions so far and all ACT steps for each token, logits
-at the last position. The two take turns. Log-probabilities of both are compared at full depth and at one ACT step, where
-rounding isn't yet amplified by an untrained recursion. Last line: JSON.
+Ours: generation/engine.py. Naive (benchmarks/naive.py): a forward over all positions so far and all ACT steps for each token, then
+logits at the last position. The two take turns in one process. Log-probabilities of both are compared at full depth and at one ACT
+step, where rounding isn't yet amplified by an untrained recursion. Last line: JSON.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor
 
-from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads  # noqa: E402
-from benchmarks.naive import NaiveTRM  # noqa: E402
-from generation.engine import DecodedTokens, Engine, Prompt  # noqa: E402
-from models.act import RecursiveModel  # noqa: E402
-from models.device import keep_freed_memory  # noqa: E402
-from models.layers import Linear  # noqa: E402
-from models.losses import log_probs  # noqa: E402
+from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
+from benchmarks.naive import NaiveTRM
+from generation.engine import DecodedTokens, Engine, Prompt
+from models.act import RecursiveModel
+from models.device import keep_freed_memory
+from models.layers import Linear
+from models.losses import log_probs
 
 # Random weights must not end an answer, so no id ends one.
 _NO_EOS = -1
-# By the decoding contract, fp32 agrees to 1e-4 at one ACT step; deeper, an untrained recursion amplifies rounding a thousandfold.
+# fp32 is the decoding contract's bound at one ACT step; deeper, an untrained recursion amplifies rounding.
 _TOLERANCE_AT_ONE_STEP = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.2}
 
 
@@ -57,7 +57,8 @@ class Comparison:
             synthetic_example(arguments.seed, row, arguments.positions, arguments.vocabulary) for row in range(arguments.batch)
         ]
         # The first token decoded completes `positions` positions, and is what both sides are compared on.
-        self.prompts = [Prompt(e.ids[: arguments.positions - 1].astype(np.int64), np.zeros(arguments.positions - 1, np.int64)) for e in examples]
+        length = arguments.positions - 1
+        self.prompts = [Prompt(e.ids[:length].astype(np.int64), np.zeros(length, np.int64)) for e in examples]
 
     def engine(self, act_steps: int) -> Engine:
         """Ours."""
@@ -85,10 +86,11 @@ class Comparison:
         """Bytes of matrices that decoding a token reads: those of every level call of every ACT step, and the head once."""
 
         def of(module: torch.nn.Module) -> int:
-            return sum(m.weight.numel() * m.weight.element_size() for m in module.modules() if isinstance(m, Linear))
+            return sum(m.weight.nbytes for m in module.modules() if isinstance(m, Linear))
 
         levels = sum(of(self.model.get_submodule(level)) for level in self.model.level_calls)
-        return levels * self.arguments.act_steps + of(self.model.lm_head)
+        act_steps: int = self.arguments.act_steps
+        return levels * act_steps + of(self.model.lm_head)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -98,13 +100,15 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     act_steps, batch, positions = arguments.act_steps, arguments.batch, arguments.positions
     at_one_step = comparison.difference(act_steps=1)
     print(f"1 ACT step: log-probabilities differ by at most {at_one_step:.1e}", flush=True)
-    tolerance = _TOLERANCE_AT_ONE_STEP[arguments.dtype]
+    dtype = comparison.model.config.forward_dtype
+    tolerance = _TOLERANCE_AT_ONE_STEP[dtype]
     if not at_one_step <= tolerance:
         raise RuntimeError(f"the sides disagree by {at_one_step:.1e} nats at one ACT step, more than {tolerance:.1e}")
 
     started = time.perf_counter()
     decoding, ids_BT = comparison.decoding(act_steps, tokens=2 + arguments.repeats * arguments.tokens)
-    print(f"prefill of {batch} x {positions - 1} positions, {act_steps} ACT steps: {time.perf_counter() - started:.2f} s", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"prefill of {batch} x {positions - 1} positions, {act_steps} ACT steps: {seconds:.2f} s", flush=True)
     # Not timed: it is compared, it warms up, and the cache grows in it.
     logp_BV = next(decoding).logp_BV
     seconds_ours, seconds_naive = [], []
@@ -123,7 +127,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     cache_bytes = comparison.engine(act_steps).cache_bytes(batch, positions)
     return {
         "ratio": naive / ours,
-        "dtype": arguments.dtype,
+        "dtype": dtype,
         "batch": batch,
         "threads": threads,
         "positions": positions,

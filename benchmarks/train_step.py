@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--batch 2 --seq-len 512 --repeats 5 --same-allocator]
 
-Ours: the Trainer's step in its default dtype, with the allocator setting of pretrain_instruct.py. Naive (benchmarks/naive.py): fp32,
-dense float64 loss over all positions, the allocator as it comes. Each side lives in a process of its own, and they take turns, so
+Ours: the Trainer's step in its default dtype, with the allocator setting of pretrain_instruct.py. Naive (benchmarks/naive.py):
+fp32, dense float64 loss over all positions, the allocator as it comes. Each side has a process of its own, and they take turns, so
 that both meet the same machine. `--same-allocator` adds the naive way under our allocator setting. Last line: JSON.
 """
 
@@ -18,22 +18,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+import training.loop
+from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
+from benchmarks.naive import NaiveTRM, train_step
+from config.schema import PretrainInstructConfig
+from dataset.text.loader import Example, collate
+from models.act import RecursiveModel
+from models.device import keep_freed_memory
+from training.loop import Trainer
+from training.optimizer import AdamATan2
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import training.loop  # noqa: E402
-from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads  # noqa: E402
-from benchmarks.naive import NaiveTRM, train_step  # noqa: E402
-from config.schema import PretrainInstructConfig  # noqa: E402
-from dataset.text.loader import Example, collate  # noqa: E402
-from models.act import RecursiveModel  # noqa: E402
-from models.device import keep_freed_memory  # noqa: E402
-from training.loop import Trainer  # noqa: E402
-from training.optimizer import AdamATan2  # noqa: E402
-
 # So many rows that the schedule never gets near its end.
 _ROWS = 1_000_000
 _LABELS = {"ours": "ours", "naive": "naive", "naive_kept": "naive, our allocator"}
@@ -128,9 +128,7 @@ class Naive:
     def _train(self) -> Iterator[float]:
         config, batch = self.config, self.config.global_batch_size
         for first in range(0, _ROWS, batch):
-            rows = [
-                synthetic_example(config.seed, first + i, config.dataset.seq_len, self.vocabulary) for i in range(batch)
-            ]
+            rows = [synthetic_example(config.seed, first + i, config.dataset.seq_len, self.vocabulary) for i in range(batch)]
             arrays = collate(rows, pad_id=0, length_multiple=config.pad_multiple)
             inputs_BT = torch.from_numpy(arrays["inputs"].astype(np.int64))
             labels_BT = torch.from_numpy(arrays["labels"])

@@ -1,17 +1,19 @@
 """From Hydra and command lines to a checked config. For doors, scripts and benchmarks only: rooms get the result."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig, parse_config
+from config.schema import PretrainInstructConfig, no_such_key, parse_config
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
 
@@ -29,8 +31,10 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> PretrainInstruct
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             return checked(compose(name, overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(f"config {name!r} can't be composed: {_first_line(error)}") from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        unknown = re.match(r"Could not override '([\w.]+)'", str(error))
+        problem = no_such_key(unknown[1].split(".")) if unknown else _first_line(error)
+        raise UsageError(f"config {name!r} can't be composed: {problem}") from None
 
 
 def override_config(config: PretrainInstructConfig, overrides: Sequence[str]) -> PretrainInstructConfig:
@@ -43,7 +47,9 @@ def override_config(config: PretrainInstructConfig, overrides: Sequence[str]) ->
             raise UsageError(f"override {override!r}: expected key=value")
         try:
             OmegaConf.update(settings, key, _scalar(value), merge=True, force_add=False)
-        except OmegaConfBaseException as error:
+        except ConfigAttributeError:
+            raise UsageError(f"override {override!r}: {no_such_key(key.split('.'))}") from None
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UsageError(f"override {override!r}: {_first_line(error)}") from None
     return checked(settings)
 

@@ -5,7 +5,7 @@ this one; a value that is wrong, or a key that does not exist, is a `UsageError`
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -14,7 +14,9 @@ from config.errors import UsageError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class HaltConfig(_Section):
@@ -190,13 +192,19 @@ class PretrainInstructConfig(_Section):
         return self
 
 
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+def no_such_key(path: Sequence[int | str]) -> str:
+    """What to tell about a key that doesn't exist, given as its parts, with the nearest one that does."""
     section: type[BaseModel] = PretrainInstructConfig
-    for key in path:
-        annotation = section.model_fields[str(key)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    near: list[str] = []
+    for key in map(str, path):
+        if key not in section.model_fields:
+            near = difflib.get_close_matches(key, section.model_fields, n=1)
+            break
+        annotation = section.model_fields[key].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
         section = annotation
-    return list(section.model_fields)
+    return f"{'.'.join(map(str, path))}: no such key" + (f", did you mean {near[0]}?" if near else "")
 
 
 def parse_config(values: Mapping[str, Any]) -> PretrainInstructConfig:
@@ -211,10 +219,11 @@ def parse_config(values: Mapping[str, Any]) -> PretrainInstructConfig:
         for problem in error.errors():
             key = ".".join(map(str, problem["loc"])) or "config"
             if problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
-                lines.append(f"{key}: no such key" + (f", did you mean {near[0]}?" if near else ""))
+                lines.append(no_such_key(problem["loc"]))
             elif problem["type"] == "missing":
                 lines.append(f"{key}: missing")
             else:
-                lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r})"[:400])
+                # A rule over several keys names them itself; its input would be the whole section.
+                found = "" if isinstance(problem["input"], Mapping) else f" (found {problem['input']!r})"
+                lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{found}"[:400])
         raise UsageError("the configuration does not fit config/schema.py:\n  " + "\n  ".join(lines)) from None

@@ -56,7 +56,8 @@ class KVCache:
         old = self.buffer
         shape = list(old.shape)
         shape[5] = max(positions, 2 * self.capacity)
-        self.buffer = old.new_empty(shape)
+        # Zeros, because rows shorter than the longest attend over positions they never wrote: masked, but 0 * NaN is NaN.
+        self.buffer = old.new_zeros(shape)
         self.buffer[..., : old.shape[5], :] = old
 
     def write_at(self, start: int, count: int) -> int:

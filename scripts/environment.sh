@@ -16,7 +16,8 @@ _find_python() {
     return 1
 }
 
-# ensure_environment FILE: create $VENV if it is missing, install FILE into it unless just that was installed before, and use it.
+# ensure_environment FILE: create $VENV if it is missing, install FILE into it unless that was done before, and use it.
+# requirements-dev.txt contains requirements.txt, so its stamp counts for both.
 ensure_environment() {
     local requirements="$1" interpreter stamp wanted
     if [ ! -x "$VENV/bin/python" ]; then
@@ -26,7 +27,7 @@ ensure_environment() {
     fi
     stamp="$VENV/.installed-$requirements"
     wanted="$(cat requirements*.txt | cksum)"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    if ! grep -qsxF "$wanted" "$stamp" "$VENV/.installed-requirements-dev.txt"; then
         echo "installing $requirements into $VENV"
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
         echo "$wanted" > "$stamp"

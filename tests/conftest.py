@@ -70,6 +70,7 @@ def tiny_model(tiny_config: Callable[..., PretrainInstructConfig]) -> Callable[.
 def tiny_tokenizer() -> Tokenizer:
     """320 SentencePiece pieces with byte fallback, so it can say any text."""
     sentences = [f"{word} {i} plus {i + 1} gives {2 * i + 1}." for i in range(60) for word in ("Red", "blue", "What is")]
+    sentences += ["[SYSTEM] [USER] [ASSISTANT]"] * 60
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -77,6 +78,8 @@ def tiny_tokenizer() -> Tokenizer:
         vocab_size=320,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
         num_threads=1,

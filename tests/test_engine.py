@@ -138,6 +138,19 @@ def test_one_row_at_a_time_gives_what_the_batch_gives(tiny_model: ModelFactory) 
                 assert int(batch_tick.act_steps_B[row]) == int(tick.act_steps_B[0])
 
 
+def test_memory_that_was_never_written_reaches_no_row(tiny_model: ModelFactory) -> None:
+    model, prompts = tiny_model(), make_prompts(UNEVEN)
+    expected = decode(model, prompts, 12, act_steps=2)
+    # torch then fills what `empty` returns with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        ticks = decode(model, prompts, 12, act_steps=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for tick, other in zip(ticks, expected, strict=True):
+        torch.testing.assert_close(tick.logp_BV, other.logp_BV, rtol=0, atol=1e-9)
+
+
 def test_a_row_ends_with_its_eos_or_its_limit(tiny_model: ModelFactory) -> None:
     model, prompts = tiny_model(), make_prompts((5, 2))
     free = [tick.ids_B.tolist() for tick in decode(model, prompts, 6, act_steps=2)]

@@ -127,6 +127,8 @@ class Trainer:
         for name in _SLOT_ARRAYS:
             getattr(slots, name)[:] = tensors[f"slots.{name}"].numpy()
         for name, parameter in self.model.named_parameters():
+            if f"optimizer.step.{name}" not in tensors:
+                continue  # it never had a gradient: with grad_calls=1 nothing reaches the embedding
             self.optimizer.state[parameter] = {
                 "step": int(tensors[f"optimizer.step.{name}"]),
                 "m": tensors[f"optimizer.m.{name}"].to(parameter.device, copy=True),

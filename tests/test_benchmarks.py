@@ -1,0 +1,103 @@
+"""Both benchmarks run on tiny settings, end in JSON, and compare two sides that compute the same."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.common import synthetic_example
+from benchmarks.decoding import Comparison
+from benchmarks.naive import stablemax_cross_entropy
+from benchmarks.train_step import Naive, Ours, settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY_ARCH = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2"]
+TINY = ["--vocabulary", "70", "--threads", "1", "--repeats", "1", "--overrides", *TINY_ARCH]
+
+
+def run(*command: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return report
+
+
+def train_arguments(**changes: Any) -> argparse.Namespace:
+    values = {"dtype": "float64", "naive_dtype": "float64", "act_steps": 2, "seq_len": 11, "batch": 3, "seed": 1}
+    return argparse.Namespace(**{**values, "overrides": TINY_ARCH, **changes})
+
+
+def test_train_step_prints_its_figures() -> None:
+    report = run("benchmarks/train_step.py", "--batch", "2", "--seq-len", "16", "--warmup", "1", "--same-allocator", *TINY)
+    assert report["ratio"] == pytest.approx(report["seconds_naive"] / report["seconds_ours"])
+    assert report["ratio_same_allocator"] == pytest.approx(report["seconds_naive_same_allocator"] / report["seconds_ours"])
+    assert (report["dtype_naive"], report["threads"], report["batch"], report["seq_len"]) == ("float32", 1, 2, 16)
+    assert report["dtype"] in ("bfloat16", "float32")
+    assert report["supervised"] == 16
+    assert report["first_loss_ours"] == pytest.approx(report["first_loss_naive"], rel=0.02)
+    assert sum(report["seconds_ours_by_part"].values()) == pytest.approx(report["seconds_ours"])
+    assert set(report["seconds_ours_by_part"]) == {"forward", "loss", "backward", "optimizer", "other"}
+    assert report["positions_per_second"] == pytest.approx(32 / report["seconds_ours"])
+    assert min(report["peak_memory_bytes_ours"], report["peak_memory_bytes_naive"]) > 2**20
+
+
+def test_decoding_prints_its_figures() -> None:
+    report = run("-m", "benchmarks.decoding", "--positions", "9", "--act-steps", "3", "--batch", "2", *TINY)
+    assert report["ratio"] == pytest.approx(report["ms_per_token_naive"] / report["ms_per_token_ours"])
+    assert {key: report[key] for key in ("dtype", "batch", "threads", "positions", "act_steps")} == {
+        "dtype": "float32",
+        "batch": 2,
+        "threads": 1,
+        "positions": 9,
+        "act_steps": 3,
+    }
+    lanes, floats = 3 * 6 * 2, 4
+    assert report["cache_bytes"] == lanes * 2 * 2 * 9 * 32 * floats
+    # Two blocks of qkv, o, gate and up, down (SwiGLU is 256 wide), six calls a step; the head once.
+    block = 3 * 32 * 32 + 32 * 32 + 2 * 256 * 32 + 256 * 32
+    assert report["weight_bytes_per_token"] == (3 * 6 * 2 * block + 70 * 32) * floats
+    assert report["max_difference_one_step"] < 1e-4
+
+
+def test_both_sides_train_the_same_weights() -> None:
+    arguments = train_arguments()
+    ours = Ours(settings(arguments, "ours"), vocabulary=70)
+    naive = Naive(settings(arguments, "naive"), vocabulary=70)
+    backward = torch.Tensor.backward
+    # Two ACT steps a row: the third and fourth step are of new rows.
+    for _ in range(4):
+        assert ours.step()["loss_per_token"] == pytest.approx(naive.step()["loss_per_token"], rel=1e-9)
+    assert torch.Tensor.backward is backward
+    others = dict(naive.model.named_parameters())
+    initial = dict(Ours(settings(arguments, "ours"), vocabulary=70).model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter, others[name], rtol=0, atol=1e-9)
+        assert not torch.equal(parameter, initial[name])
+
+
+@pytest.mark.parametrize("act_steps", [1, 4])
+def test_both_sides_decode_the_same(act_steps: int) -> None:
+    arguments = argparse.Namespace(
+        dtype="float64", act_steps=act_steps, positions=13, batch=2, vocabulary=70, seed=2, overrides=TINY_ARCH
+    )
+    assert Comparison(arguments).difference(act_steps) < 1e-9
+
+
+def test_synthetic_rows_are_repeatable_and_half_supervised() -> None:
+    first, again, other = (synthetic_example(3, index, 512, 32_000) for index in (0, 0, 1))
+    assert np.array_equal(first.ids, again.ids) and not np.array_equal(first.ids, other.ids)
+    assert len(first.ids) == 513 and first.supervised[1:].sum() == 256
+
+
+def test_naive_loss_is_the_published_formula() -> None:
+    # s = 3, 1/2, 1 of logits 2, -1, 0; the second position has no label.
+    logits_BTV = torch.tensor([[[2.0, -1.0, 0.0], [5.0, 5.0, 5.0]]])
+    nll_BT = stablemax_cross_entropy(logits_BTV, torch.tensor([[1, -100]]))
+    assert nll_BT.dtype == torch.float64
+    torch.testing.assert_close(nll_BT, torch.tensor([[-np.log(0.5 / 4.5), 0.0]], dtype=torch.float64))

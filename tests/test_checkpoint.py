@@ -1,0 +1,255 @@
+"""A checkpoint is whole (contract 7): it round-trips, appears at once or not at all, and damage is told."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import artifacts.checkpoint
+from artifacts.checkpoint import TrainerState, load_weights, open_checkpoint, save_checkpoint, strip_prefix
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig
+from dataset.text.conversation import Template
+from dataset.text.tokenizer import Tokenizer
+from models.act import RecursiveModel
+from models.ema import EMA
+
+Save = Callable[..., tuple[RecursiveModel, PretrainInstructConfig]]
+TEMPLATE = Template(user="<user>\n")
+
+
+@pytest.fixture
+def save(tiny_config: Callable[..., PretrainInstructConfig], tiny_tokenizer: Tokenizer) -> Save:
+    """`save(folder, "arch.tie_embeddings=true", ema=True)`: write a checkpoint, give back its model and config."""
+
+    def write(folder: Path, *overrides: str, ema: bool = False) -> tuple[RecursiveModel, PretrainInstructConfig]:
+        config = tiny_config("arch.forward_dtype=float32", *overrides)
+        model = RecursiveModel(config.arch, tiny_tokenizer.vocab_size)
+        average = {name: value + 1 for name, value in EMA(model, 0.9).average.items()} if ema else None
+        save_checkpoint(
+            folder,
+            config=config,
+            weights=model.state_dict(),
+            ema=average,
+            tokenizer=tiny_tokenizer,
+            template=TEMPLATE,
+            data_hash="abc",
+            step=7,
+            metrics={"loss": 0.5},
+            trainer=TrainerState({"carry": torch.arange(6).view(2, 3).T, "m": torch.ones(2)}, {"step": 7, "name": "é"}),
+        )
+        return model, config
+
+    return write
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_what_is_opened_is_what_was_saved(tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer) -> None:
+    folder = tmp_path / "run/step_7"
+    model, config = save(folder)
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.config, checkpoint.template, checkpoint.step, checkpoint.data_hash) == (config, TEMPLATE, 7, "abc")
+    assert checkpoint.tokenizer.sha256 == tiny_tokenizer.sha256
+    assert same(checkpoint.weights(ema=True), model.state_dict()) and same(checkpoint.weights(ema=False), model.state_dict())
+    state = checkpoint.trainer_state()
+    assert same(state.tensors, {"carry": torch.tensor([[0, 3], [1, 4], [2, 5]]), "m": torch.ones(2)})
+    assert state.values == {"step": 7, "name": "é"}
+    assert json.loads((folder / "train_metrics.json").read_text()) == {"loss": 0.5}
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["step_7"]
+    fresh = RecursiveModel(config.arch, tiny_tokenizer.vocab_size, seed=99)
+    load_weights(fresh, checkpoint.weights(ema=True), folder)
+    assert same(fresh.state_dict(), model.state_dict())
+
+
+def test_names_on_disk_are_the_originals(tmp_path: Path, save: Save) -> None:
+    model, _ = save(tmp_path / "step_7")
+    assert load_file(tmp_path / "step_7/model.safetensors").keys() == {f"model.inner.{name}" for name in model.state_dict()}
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_the_average_is_what_is_used_and_the_weights_are_there_for_training(
+    tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer, tied: str
+) -> None:
+    model, config = save(tmp_path / "step_7", f"arch.tie_embeddings={tied}", ema=True)
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    averaged, trained = (RecursiveModel(config.arch, tiny_tokenizer.vocab_size, seed=99) for _ in range(2))
+    load_weights(averaged, checkpoint.weights(ema=True), tmp_path)
+    load_weights(trained, checkpoint.weights(ema=False), tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(trained.state_dict()[name], value)
+        is_buffer = name.endswith("_init")
+        assert torch.equal(averaged.state_dict()[name], value if is_buffer else value + 1)
+    assert (averaged.lm_head.weight is averaged.embed_tokens.embedding_weight) == (tied == "true")
+
+
+def test_tied_heads_are_stored_once(tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer) -> None:
+    _, config = save(tmp_path / "step_7", "arch.tie_embeddings=true")
+    assert "model.inner.lm_head.weight" not in load_file(tmp_path / "step_7/model.safetensors")
+    untied = config.arch.model_copy(update={"tie_embeddings": False})
+    with pytest.raises(UsageError, match=r"missing lm_head\.weight"):
+        weights = open_checkpoint(tmp_path / "step_7").weights(ema=True)
+        load_weights(RecursiveModel(untied, tiny_tokenizer.vocab_size), weights, tmp_path)
+
+
+def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path, save: Save) -> None:
+    folder = tmp_path / "step_7"
+    save(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="not overwritten"):
+        save(folder, "seed=5")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("at", ["save_file", "_write_json", "_sync"])
+@pytest.mark.parametrize("failure", [OSError("disk full"), SafetensorError("disk full"), KeyboardInterrupt()])
+def test_a_failure_in_the_middle_leaves_no_checkpoint(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, at: str, failure: BaseException
+) -> None:
+    folder, calls = tmp_path / "run/step_7", []
+    real = getattr(artifacts.checkpoint, at)
+
+    def fails_the_second_time(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise failure
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts.checkpoint, at, fails_the_second_time)
+        with pytest.raises((UsageError, KeyboardInterrupt)) as error:
+            save(folder)
+    if not isinstance(failure, KeyboardInterrupt):
+        assert "can't be written: disk full" in str(error.value)
+        assert list(folder.parent.iterdir()) == []
+    assert list(folder.parent.glob("step_*")) == []
+    save(folder)
+    assert open_checkpoint(folder).step == 7 and [path.name for path in folder.parent.iterdir()] == ["step_7"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, save: Save) -> None:
+    (tmp_path / "run").write_text("a file where the run's folder should be")
+    with pytest.raises(UsageError, match="can't be written"):
+        save(tmp_path / "run/step_7")
+
+
+def test_a_missing_checkpoint_names_those_nearby(tmp_path: Path, save: Save) -> None:
+    save(tmp_path / "run/step_7")
+    with pytest.raises(UsageError, match=r"no checkpoint at .*step_8.*found nearby: .*step_7"):
+        open_checkpoint(tmp_path / "run/step_8")
+    with pytest.raises(UsageError, match=r"no checkpoint at .*run: expected a folder step_<N>"):
+        open_checkpoint(tmp_path / "run")
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        open_checkpoint(tmp_path / "nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("checkpoint.json", b"{"),
+        ("checkpoint.json", b"[1]"),
+        ("checkpoint.json", b"\xff\xfe"),
+        ("checkpoint.json", b'{"format_version": 1}'),
+        ("config.yaml", b"a: ["),
+        ("config.yaml", b""),
+        ("config.yaml", b"- 1"),
+        ("config.yaml", b"\xff\xfe\x00"),
+        ("config.yaml", None),
+        ("tokenizer.model", b"other"),
+        ("tokenizer.model", None),
+    ],
+)
+def test_a_damaged_folder_is_told(tmp_path: Path, save: Save, file: str, content: bytes | None) -> None:
+    folder = tmp_path / "step_7"
+    save(folder)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(UsageError, match="step_7"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "trainer/tensors.safetensors", "trainer/state.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_tensors_are_told_when_read(tmp_path: Path, save: Save, file: str, damage: str) -> None:
+    folder = tmp_path / "step_7"
+    save(folder, ema=True)
+    path = folder / file
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+    checkpoint = open_checkpoint(folder)
+    readers = {"model": lambda: checkpoint.weights(ema=False), "ema": lambda: checkpoint.weights(ema=True)}
+    if (file, damage) == ("ema.safetensors", "missing"):
+        assert same(readers["ema"](), readers["model"]())
+        return
+    with pytest.raises(UsageError, match=path.name):
+        readers.get(path.stem, checkpoint.trainer_state)()
+
+
+def test_another_format_or_config_is_refused(tmp_path: Path, save: Save) -> None:
+    folder = tmp_path / "step_7"
+    save(folder)
+    about = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**about, "format_version": 99}))
+    with pytest.raises(UsageError, match="format 99, this program reads 1"):
+        open_checkpoint(folder)
+    (folder / "checkpoint.json").write_text(json.dumps({**about, "template": {**about["template"], "version": 99}}))
+    with pytest.raises(UsageError, match="template version 99"):
+        open_checkpoint(folder)
+    (folder / "checkpoint.json").write_text(json.dumps(about))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("hidden_size:", "hiden_size:"))
+    with pytest.raises(UsageError, match="did you mean hidden_size"):
+        open_checkpoint(folder)
+
+
+def test_a_foreign_tokenizer_is_refused_and_an_equal_copy_is_not(tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer) -> None:
+    folder = tmp_path / "step_7"
+    save(folder)
+    shutil.copy(folder / "tokenizer.model", tmp_path / "copy.model")
+    assert open_checkpoint(folder, str(tmp_path / "copy.model")).tokenizer.sha256 == tiny_tokenizer.sha256
+    # An unknown protobuf field at the end: the same pieces, another file.
+    (tmp_path / "other.model").write_bytes(tiny_tokenizer.model_bytes + b"\xa2\x06\x01x")
+    with pytest.raises(UsageError, match="another tokenizer than the checkpoint's"):
+        open_checkpoint(folder, str(tmp_path / "other.model"))
+    with pytest.raises(UsageError, match="no tokenizer at"):
+        open_checkpoint(folder, str(tmp_path / "missing.model"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.inner.", "_orig_mod.model.inner.", "_orig_mod."])
+def test_published_names_load_with_any_prefix(tmp_path: Path, tiny_model: Callable[..., RecursiveModel], prefix: str) -> None:
+    model, other = tiny_model(seed=1), tiny_model(seed=2)
+    save_file({prefix + name: value for name, value in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    weights = {strip_prefix(name): value for name, value in load_file(tmp_path / "weights.safetensors").items()}
+    load_weights(other, weights, tmp_path)
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_weights_that_do_not_fit_are_named(tiny_model: Callable[..., RecursiveModel]) -> None:
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = dict(before)
+    weights["q_head.weight"] = torch.zeros(3, 16)
+    weights["surplus"] = weights.pop("L_init")
+    with pytest.raises(UsageError) as error:
+        load_weights(model, weights, Path("elsewhere"))
+    for problem in ("elsewhere", "missing L_init", "unknown surplus", "q_head.weight: expected shape (2, 16), found (3, 16)"):
+        assert problem in str(error.value)
+    assert same(model.state_dict(), before)
+
+
+def test_nothing_in_the_folder_is_a_pickle(tmp_path: Path, save: Save) -> None:
+    save(tmp_path / "step_7", ema=True)
+    kinds = {path.suffix for path in (tmp_path / "step_7").rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json", ".yaml", ".model"}

@@ -1,0 +1,131 @@
+"""Every YAML file gives a valid config; overrides and flags go on top; mistakes are one message."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from config.compose import CONFIG_FOLDER, add_model_arguments, compose_config, override_config, settings_for_use
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig
+
+MAIN = "cfg_pretrain_instruct"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", [f"{group}={name}" for group in ("arch", "dataset", "experiment") for name in choices(group)])
+def test_every_preset_composes(preset: str) -> None:
+    assert isinstance(compose_config(MAIN, [preset]), PretrainInstructConfig)
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize("dataset", choices("dataset"))
+def test_every_experiment_composes_with_every_data_set(experiment: str, dataset: str) -> None:
+    compose_config(MAIN, [f"experiment={experiment}", f"dataset={dataset}"])
+
+
+def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_TOKENIZER", raising=False)
+    config = compose_config(MAIN)
+    assert (config.arch.name, config.arch.puzzle_emb_ndim, config.arch.puzzle_emb_len) == ("trm", 0, 0)
+    data = config.dataset
+    assert (data.data_dir, data.subset_size, data.seq_len, data.test_ratio, data.seed) == ("data/slimorca", 1000, 512, 0.05, 0)
+    assert data.tokenizer_path == "tokenizers/llama-32k/tokenizer.model"
+    assert (config.global_batch_size, config.epochs, config.eval_interval, config.lr) == (32, 1, 1, 1e-4)
+    assert (config.lr_min_ratio, config.lr_warmup_steps, config.weight_decay) == (0.1, 100, 0.1)
+    assert (config.beta1, config.beta2, config.ema, config.ema_rate, config.dataloader_workers) == (0.9, 0.95, False, 0.999, 2)
+    assert config.project_name == "SlimOrca-ACT" and config.run_name is None
+    assert config.arch.halt.depth_floor >= 0.1 and config.arch.halt.bias == -1.0 and not config.arch.halt.backprop
+
+
+def test_the_environment_names_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_TOKENIZER", "/somewhere/tokenizer.model")
+    assert compose_config(MAIN).dataset.tokenizer_path == "/somewhere/tokenizer.model"
+    assert compose_config(MAIN, ["dataset=sample"]).dataset.tokenizer_path == "/somewhere/tokenizer.model"
+
+
+def test_overrides_of_a_command_line_are_parsed() -> None:
+    config = compose_config(MAIN, ["dataset.subset_size=null", "lr=3e-4", "ema=true", "run_name='a=b c'", "arch.halt.mode=settled"])
+    assert (config.dataset.subset_size, config.lr, config.ema, config.run_name) == (None, 3e-4, True, "a=b c")
+    assert config.arch.halt.mode == "settled" and config.arch.halt.bias == -1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean hidden_size?"),
+        (["+arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean hidden_size?"),
+        (["lrr=3"], "lrr: no such key, did you mean lr?"),
+        (["arhc.hidden_size=3"], "arhc.hidden_size: no such key, did you mean arch?"),
+        (["dataset=nope"], "dataset/nope"),
+        (["arch=null"], "must be a string"),
+        (["nonsense"], "nonsense"),
+        (["seed=["], "no viable alternative"),
+        (["run_name=${nothing}"], "nothing"),
+        (["arch.grad_calls=22"], "grad_calls 22"),
+        (["arch.attention=full"], "choose causal or prefix"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_message(overrides: list[str], told: str) -> None:
+    with pytest.raises(UsageError) as error:
+        compose_config(MAIN, overrides)
+    assert told in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
+def test_an_unknown_config_is_named() -> None:
+    with pytest.raises(UsageError, match="cfg_nope"):
+        compose_config("cfg_nope")
+
+
+def test_overriding_changes_what_is_named_and_nothing_else() -> None:
+    config = compose_config(MAIN)
+    changed = override_config(config, ["dataset.seq_len=64", "run_name=null", "lr=1e-3", "arch.halt={mode: fixed}"])
+    assert (changed.dataset.seq_len, changed.lr, changed.arch.halt.mode) == (64, 1e-3, "fixed")
+    expected = config.model_dump()
+    expected["dataset"]["seq_len"], expected["lr"], expected["arch"]["halt"]["mode"] = 64, 1e-3, "fixed"
+    assert changed.model_dump() == expected
+    assert override_config(config, []) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("nonsense", "expected key=value"),
+        ("arch.hiden_size=3", "arch.hiden_size: no such key, did you mean hidden_size?"),
+        ("lr.x=3", "lr.x: no such key"),
+        ("=3", "no such key"),
+        ("seed=[", "seed=["),
+        ("lr=abc", "lr: Input should be a valid number"),
+        ("arch=null", "arch: Input should be a valid dictionary"),
+        ("run_name=${nothing}", "nothing"),
+    ],
+)
+def test_a_wrong_override_of_a_checkpoint_is_one_clear_message(override: str, told: str) -> None:
+    with pytest.raises(UsageError) as error:
+        override_config(compose_config(MAIN), [override])
+    assert told in str(error.value)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    return parser.parse_args(["--checkpoint", "somewhere", *words])
+
+
+def test_flags_go_over_overrides_and_those_over_the_checkpoint() -> None:
+    trained = compose_config(MAIN, ["arch.hidden_size=64", "arch.halt_max_steps=6", "dataset=sample", "lr=0.5"])
+    assert arguments().checkpoint == Path("somewhere")
+    assert settings_for_use(trained, arguments()) == trained
+    used = settings_for_use(
+        trained, arguments("--overrides", "lr=0.25", "generation.act_steps=2", "--act-steps", "3", "--halt-threshold", "0.5")
+    )
+    assert (used.lr, used.generation.act_steps, used.generation.halt_threshold) == (0.25, 3, 0.5)
+    assert used.arch == trained.arch and used.dataset == trained.dataset
+    other = settings_for_use(trained, arguments("--config-name", MAIN))
+    assert other.arch == trained.arch and other.dataset.source == "slimorca" and other.lr == 1e-4
+    for wrong in ("--act-steps=7", "--act-steps=0", "--halt-threshold=1.5"):
+        with pytest.raises(UsageError):
+            settings_for_use(trained, arguments(wrong))

@@ -1,0 +1,434 @@
+"""The three doors as a person meets them: every flag does what it says, and wrong input is told in one clear message.
+
+Doors run in this process (a process of its own costs seconds of imports), but as scripts: argv in, exit status and two streams out.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataset.build_sample_dataset import build
+from dataset.text.tokenizer import TOKENIZER_VARIABLE, Tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FAMILIES = 15
+TEST_ROWS = 2 * FAMILIES
+# A network and a run that take a second.
+SMALL = (
+    "device=cpu",
+    "arch.hidden_size=16",
+    "arch.num_heads=2",
+    "arch.expansion=1",
+    "arch.H_cycles=1",
+    "arch.L_cycles=1",
+    "arch.L_layers=1",
+    "arch.halt_max_steps=2",
+    "arch.forward_dtype=float32",
+    "generation.max_output_tokens=3",
+    "sample_answers=1",
+    "dataloader_workers=0",
+)
+
+
+class Outcome(NamedTuple):
+    """What a person gets to see."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_door(door: str, *arguments: str, folder: Path, **environment: str) -> Outcome:
+    """Run a door as a script in `folder`. Only its environment variables are added; LLAMA_TOKENIZER is unset unless given."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    variables = {key: value for key, value in os.environ.items() if key != TOKENIZER_VARIABLE} | environment
+    with (
+        mock.patch.dict(os.environ, variables, clear=True),
+        mock.patch("sys.argv", [door, *arguments]),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(REPOSITORY / door), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def run_well(door: str, *arguments: str, folder: Path, **environment: str) -> Outcome:
+    """Run a door that must succeed."""
+    outcome = run_door(door, *arguments, folder=folder, **environment)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def assert_told(outcome: Outcome, *fragments: str) -> None:
+    """One clear message on stderr that holds every fragment, a non-zero exit, no traceback."""
+    assert outcome.status != 0
+    assert "Traceback" not in outcome.err + outcome.out
+    for fragment in fragments:
+        assert fragment in outcome.err
+    messages = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(messages) <= 1
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    """Write rows, JSON objects or raw text, to `path`; returns its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path.parent
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """Well-formed rows."""
+    return [{"question": f"What is {i}?", "answer": f"{i}."} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(tiny_tokenizer.model_bytes)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def foreign_tokenizer_path() -> str:
+    import mistral_common
+
+    return str(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
+
+
+@pytest.fixture(scope="module")
+def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    build(folder / "sample", train_size=32, test_per_family=TEST_ROWS // FAMILIES)
+    return folder / "sample"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer_path: str, sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the training door, on the bundled data."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_well(
+        "pretrain_instruct.py",
+        *SMALL,
+        "dataset=sample",
+        f"dataset.data_dir={sample_dir}",
+        "dataset.seq_len=256",
+        "global_batch_size=8",
+        "run_name=doors",
+        folder=folder,
+        LLAMA_TOKENIZER=tokenizer_path,
+    )
+    [found] = (folder / "checkpoints/SlimOrca-ACT/doors").glob("step_*")
+    return found
+
+
+@pytest.fixture
+def train(tokenizer_path: str, tmp_path: Path) -> Callable[..., Outcome]:
+    """`train("key=value", ...)`: the training door on SlimOrca-form rows, in an empty folder."""
+
+    def call(*overrides: str, **environment: str) -> Outcome:
+        given = {TOKENIZER_VARIABLE: tokenizer_path, **environment}
+        settings = (
+            *SMALL,
+            "dataset.seq_len=128",
+            "global_batch_size=4",
+            "dataset.test_ratio=0.2",
+            "dataset.default_system_prompt=null",
+        )
+        return run_door("pretrain_instruct.py", *settings, *overrides, folder=tmp_path, **given)
+
+    return call
+
+
+@pytest.fixture
+def nothing_trained(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return metrics
+
+
+# Training, wrong input.
+
+
+@pytest.mark.usefixtures("nothing_trained")
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("arch.hiden_size=32", ("arch.hiden_size",)),
+        ("+arch.hiden_size=32", ("arch.hiden_size: no such key", "did you mean hidden_size?")),
+        ("global_batch_size=0", ("global_batch_size",)),
+        ("arch.attention=full", ("arch.attention=full", "choose causal or prefix")),
+        ("dataset.tokenizer_path=nowhere.model", ("nowhere.model", "scripts/fetch_tokenizer.py")),
+        ("dataset=nowhere", ("dataset/nowhere",)),
+    ],
+)
+def test_training_tells_wrong_settings(train: Callable[..., Outcome], override: str, fragments: tuple[str, ...]) -> None:
+    assert_told(train(override), *fragments)
+
+
+@pytest.mark.usefixtures("nothing_trained")
+def test_training_tells_a_variable_that_names_no_file(train: Callable[..., Outcome]) -> None:
+    assert_told(train(LLAMA_TOKENIZER="gone.model"), TOKENIZER_VARIABLE, "gone.model", "unset")
+
+
+@pytest.mark.usefixtures("nothing_trained")
+@pytest.mark.parametrize(
+    ("bad_row", "fragment"),
+    [
+        ('{"question": "What is 3?", "answer"', "expected a JSON object"),
+        ({"question": "What is 3?", "answer": None}, "answer: expected a string, found 'null'"),
+        ({"question": 3, "answer": "3."}, "question: expected a string, found '3'"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0].value: expected a string"),
+        ({"conversations": [{"from": "robot", "value": "Hi"}]}, "robot"),
+    ],
+    ids=["broken-json", "null-value", "integer-value", "integer-in-conversation", "unknown-role"],
+)
+def test_training_tells_a_bad_row_with_its_line(train: Callable[..., Outcome], tmp_path: Path, bad_row: Any, fragment: str) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [*pairs(30), bad_row])
+    outcome = train(f"dataset.data_dir={folder}")
+    assert_told(outcome, "SlimOrca.jsonl:31:", fragment, "dataset.on_bad_row=skip")
+
+
+@pytest.mark.usefixtures("nothing_trained")
+def test_training_tells_rows_without_answers(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [{"question": f"What is {i}?"} for i in range(30)])
+    assert_told(train(f"dataset.data_dir={folder}"), "the train split", "is empty", "'no_answer': 30")
+
+
+@pytest.mark.usefixtures("nothing_trained")
+def test_training_tells_a_subset_smaller_than_the_batch(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", pairs(40))
+    outcome = train(f"dataset.data_dir={folder}", "dataset.subset_size=3", "global_batch_size=4")
+    assert_told(outcome, "global_batch_size 4 is larger than the 3 training rows")
+
+
+@pytest.mark.usefixtures("nothing_trained")
+def test_training_tells_missing_sample_data(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert_told(train("dataset=sample", f"dataset.data_dir={tmp_path}/none"), "python -m dataset.build_sample_dataset")
+
+
+def test_a_bad_row_can_be_skipped_and_a_run_is_never_overwritten(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [*pairs(30), "{"])
+    settings = (f"dataset.data_dir={folder}", "dataset.on_bad_row=skip", "run_name=once")
+    first = train(*settings)
+    assert first.status == 0, first.err
+    assert "'bad_json': 1" in first.out
+    run = tmp_path / "checkpoints/SlimOrca-ACT/once"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert_told(train(*settings), "has checkpoints already and is not overwritten", "run_name")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_without_a_test_split_training_says_so_and_inference_has_none(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", pairs(8))
+    trained = train(f"dataset.data_dir={folder}", "dataset.test_ratio=0", "run_name=whole")
+    assert trained.status == 0, trained.err
+    assert "training without evaluation" in trained.out
+    [found] = (tmp_path / "checkpoints/SlimOrca-ACT/whole").glob("step_*")
+    assert_told(run_door("inference_instruct.py", "--checkpoint", str(found), folder=tmp_path), "test_ratio=0", "train split")
+    assert not (found / "metrics.json").exists()
+    run_well("inference_instruct.py", "--checkpoint", str(found), "--split", "train", folder=tmp_path)
+    assert metrics_of(found)["counts"]["conversations"] == 8
+
+
+# What training leaves.
+
+
+def test_a_checkpoint_is_whole_and_the_log_has_a_line_for_its_end(checkpoint: Path) -> None:
+    names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {
+        "model.safetensors",
+        "config.yaml",
+        "tokenizer.model",
+        "checkpoint.json",
+        "train_metrics.json",
+        "trainer/state.json",
+        "trainer/tensors.safetensors",
+    } <= names
+    lines = [json.loads(line) for line in (checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["test"]["counts"]["conversations"] == TEST_ROWS
+    assert lines[-2]["examples"] == 32
+
+
+# Inference.
+
+
+def test_inference_writes_metrics_beside_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run_well("inference_instruct.py", "--checkpoint", str(checkpoint), folder=tmp_path)
+    metrics = metrics_of(checkpoint)
+    assert json.loads(outcome.out) == metrics
+    assert metrics["mean_act_steps"] == 2
+    assert metrics["counts"]["conversations"] == TEST_ROWS
+    assert metrics["split"] == "test"
+    assert len(metrics["by_act_step"]) == 2
+    for key in ("loss_per_token", "bits_per_byte", "token_accuracy", "exact_accuracy"):
+        assert metrics["by_act_step"][-1][key] == metrics[key] >= 0
+    answers = metrics["answers"]
+    assert len(answers["families"]) == FAMILIES
+    assert answers["overall"]["count"] == TEST_ROWS
+    assert set(answers["families"]["addition"]) == {"accuracy", "baseline", "count", "lower_95"}
+    assert len(answers["by_act_step"]) == 2
+
+
+def test_inference_saves_tensors_in_the_order_of_the_split(checkpoint: Path, tmp_path: Path) -> None:
+    keys = ("inputs", "labels", "preds", "nll", "halt_logits", "act_steps")
+    arguments = ("--checkpoint", str(checkpoint), "--output-dir", "here/there", "--batch-size", "7", "--save-outputs", *keys)
+    run_well("inference_instruct.py", *arguments, folder=tmp_path)
+    metrics = metrics_of(tmp_path / "here/there")
+    saved = load_file(tmp_path / "here/there/outputs_test.safetensors")
+    assert set(saved) == {"rows", *keys}
+    assert saved["rows"].tolist() == list(range(TEST_ROWS))
+    assert {saved[key].shape for key in keys} == {saved["inputs"].shape}
+    assert saved["inputs"].shape[0] == TEST_ROWS
+    supervised = saved["labels"] != -100
+    assert int(supervised.sum()) == metrics["counts"]["supervised_tokens"]
+    assert torch.equal(saved["preds"] != -100, supervised)
+    assert float(saved["nll"].sum() / supervised.sum()) == pytest.approx(metrics["loss_per_token"], rel=1e-5)
+    right = (saved["preds"] == saved["labels"]) & supervised
+    assert float(right.sum() / supervised.sum()) == pytest.approx(metrics["token_accuracy"])
+
+
+def test_saved_tensors_land_next_to_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(checkpoint), "--split", "train", "--save-outputs", "preds", "--max-batches", "1")
+    run_well("inference_instruct.py", *arguments, "--batch-size", "3", folder=tmp_path)
+    assert load_file(checkpoint / "outputs_train.safetensors")["preds"].shape[0] == 3
+    metrics = metrics_of(checkpoint)
+    assert metrics["split"] == "train"
+    assert metrics["counts"]["conversations"] == metrics["answers"]["overall"]["count"] == 3
+
+
+def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, sample_dir: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(checkpoint), "--output-dir", "out")
+    run_well("inference_instruct.py", *arguments, "--act-steps", "1", "--subset-size", "4", folder=tmp_path)
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["mean_act_steps"] == 1
+    assert metrics["counts"]["conversations"] == 4
+
+    # With a threshold, a prompt position takes all steps and an answer's may stop; there is then one depth to report.
+    threshold = ("--halt-threshold", "0.0001", "--subset-size", "4")
+    run_well("inference_instruct.py", *arguments, *threshold, folder=tmp_path)
+    halting = metrics_of(tmp_path / "out")
+    assert 1 < halting["mean_act_steps"] < 2
+    assert halting["by_act_step"] == []
+
+    # Another folder and another length: rows in SlimOrca's form, split by hash, cut at 96 positions.
+    rows = [{"question": f"What is {i}?", "answer": "blue " * 200} for i in range(40)]
+    other = jsonl(tmp_path / "other/SlimOrca.jsonl", rows)
+    slimorca = ("--overrides", "dataset.source=slimorca", "dataset.test_ratio=0.5", "--data-dir", str(other), "--seq-len", "96")
+    run_well("inference_instruct.py", *arguments, *slimorca, "--save-outputs", "inputs", folder=tmp_path)
+    plain = metrics_of(tmp_path / "out")
+    assert "answers" not in plain
+    assert 0 < plain["counts"]["conversations"] < 40
+    assert load_file(tmp_path / "out/outputs_test.safetensors")["inputs"].shape[1] == 96
+
+    # A config by name replaces all but the architecture.
+    named = ("--config-name", "cfg_pretrain_instruct", "--data-dir", str(other), "--seq-len", "96", "--subset-size", "2")
+    run_well("inference_instruct.py", *arguments, *named, folder=tmp_path)
+    assert metrics_of(tmp_path / "out")["counts"]["conversations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (("--overrides", "arch.hiden_size=3"), ("arch.hiden_size",)),
+        (("--overrides", "verbose"), ("expected key=value",)),
+        (("--config-name", "cfg_nowhere"), ("cfg_nowhere",)),
+        (("--save-outputs", "logits"), ("logits", "preds")),
+        (("--split", "valid"), ("valid",)),
+        (("--max-batches", "0"), ("--max-batches",)),
+        (("--batch-size", "0"), ("global_batch_size",)),
+        (("--act-steps", "9"), ("act_steps 9", "halt_max_steps 2")),
+        (("--halt-threshold", "1.5"), ("halt_threshold",)),
+        (("--data-dir", "nowhere"), ("nowhere", "dataset.build_sample_dataset")),
+        (("--tokenizer-path", "nowhere.model"), ("nowhere.model",)),
+        (("--no-such-flag",), ("--no-such-flag",)),
+        (("--output-dir", "a_file"), ("a_file",)),
+    ],
+    ids=lambda value: value[0] if value and value[0].startswith("--") else "",
+)
+def test_inference_tells_wrong_input(
+    checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], fragments: tuple[str, ...]
+) -> None:
+    (tmp_path / "a_file").write_text("mine")
+    outputs = () if "--output-dir" in arguments else ("--output-dir", "out")
+    given = ("--checkpoint", str(checkpoint), *outputs, *arguments)
+    assert_told(run_door("inference_instruct.py", *given, folder=tmp_path), *fragments)
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+    assert (tmp_path / "a_file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("door", ["inference_instruct.py", "generate_instruct.py"])
+def test_doors_tell_a_missing_checkpoint_and_a_foreign_tokenizer(
+    door: str, checkpoint: Path, foreign_tokenizer_path: str, tmp_path: Path
+) -> None:
+    message = ("--message", "Hello") if door == "generate_instruct.py" else ()
+    missing = run_door(door, "--checkpoint", str(checkpoint.parent / "step_0"), *message, folder=tmp_path)
+    assert_told(missing, "no checkpoint at", str(checkpoint))
+    foreign = ("--checkpoint", str(checkpoint), "--tokenizer-path", foreign_tokenizer_path)
+    assert_told(run_door(door, *foreign, *message, folder=tmp_path), "another tokenizer than the checkpoint's")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Generation.
+
+
+def test_a_message_is_answered_with_the_checkpoint_alone(checkpoint: Path, tmp_path: Path) -> None:
+    # The checkpoint holds its tokenizer: whatever the variable names is not consulted.
+    arguments = ("--checkpoint", str(checkpoint), "--message", "What is 2 + 2?")
+    plain = run_well("generate_instruct.py", *arguments, folder=tmp_path, LLAMA_TOKENIZER="gone.model")
+    again = run_well("generate_instruct.py", *arguments, folder=tmp_path)
+    assert plain.out == again.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verbose_shows_every_step_with_probabilities(checkpoint: Path, tokenizer_path: str, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(checkpoint), "--message", "What is 2 + 2?", "--tokenizer-path", tokenizer_path)
+    settings = ("--system-message", "Be exact.", "--max-output-tokens", "2", "--act-steps", "1")
+    plain = run_well("generate_instruct.py", *arguments, *settings, folder=tmp_path)
+    shown = run_well("generate_instruct.py", *arguments, *settings, "-V", folder=tmp_path)
+    steps = [line for line in shown.out.splitlines() if "ACT steps)" in line]
+    assert 1 <= len(steps) <= 2
+    for number, line in enumerate(steps, 1):
+        assert line.split()[0] == str(number)
+        probabilities = [float(word) for word in line.split() if word.replace(".", "", 1).isdigit() and "." in word]
+        assert len(probabilities) == 5
+        assert probabilities == sorted(probabilities, reverse=True)
+    assert shown.out.endswith(plain.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (("--message", "word " * 300), ("the prompt has", "the context holds 256", "shorten")),
+        (("--message", "  "), ("--message is empty",)),
+        (("--message", "Hello", "--max-output-tokens", "0"), ("--max-output-tokens 0",)),
+        (("--message", "Hello", "--overrides", "generation.depth=3"), ("generation.depth",)),
+        (("--message", "Half of one: \udcff"), ("--message", "UTF-8")),
+        ((), ("--message",)),
+    ],
+    ids=["too-long", "empty", "no-tokens", "unknown-override", "not-utf-8", "missing"],
+)
+def test_generation_tells_wrong_input(
+    checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], fragments: tuple[str, ...]
+) -> None:
+    outcome = run_door("generate_instruct.py", "--checkpoint", str(checkpoint), *arguments, folder=tmp_path)
+    assert_told(outcome, *fragments)
+    assert list(tmp_path.iterdir()) == []

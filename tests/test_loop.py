@@ -1,0 +1,419 @@
+"""The training loop: nothing lost, exact gradients, exact resume, the same run however it is batched, and it learns."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from artifacts.checkpoint import load_weights, open_checkpoint, save_checkpoint
+from config.schema import PretrainInstructConfig
+from dataset.instruct import last_exchange
+from dataset.text.conversation import Template
+from dataset.text.loader import Example, ExampleStream, TextDataset
+from dataset.text.tokenizer import Tokenizer
+from evaluators.language import evaluate_language
+from generation.answers import Responder
+from models.act import RecursiveModel
+from models.losses import log_probs
+from training.loop import StepResult, Trainer
+
+ConfigFactory = Callable[..., PretrainInstructConfig]
+ExampleFactory = Callable[..., list[Example]]
+VOCABULARY = 13
+# A rate that moves no float: gradients and decisions of frozen weights.
+FROZEN = ("lr=1e-300", "weight_decay=0")
+
+
+def make_trainer(
+    config: PretrainInstructConfig, examples: Any, *, vocab_size: int = VOCABULARY, start: int = 0, halt_scale: float = 0.5
+) -> Trainer:
+    model = RecursiveModel(config.arch, vocab_size, seed=config.seed)
+    with torch.no_grad():
+        model.q_head.weight.copy_(halt_scale * torch.randn(2, config.arch.hidden_size, generator=torch.Generator().manual_seed(1)))
+    stream = ExampleStream(examples, config.seed, config.epochs, config.dataloader_workers, start=start)
+    return Trainer(config, model, stream, len(examples))
+
+
+def run(trainer: Trainer, steps: int | None = None) -> list[StepResult]:
+    results = []
+    for result in trainer.steps():
+        results.append(result)
+        if len(results) == steps:
+            break
+    return results
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def plain_gradients(
+    model: RecursiveModel, rows: Sequence[Example], steps: int, loss: str, halting_backprop: bool
+) -> tuple[dict[str, torch.Tensor], float, int]:
+    """Gradients of the last of `steps` ACT steps, rows one by one and unpadded: (CE + 0.5 BCE) summed, divided by the tokens."""
+    model.zero_grad()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        inputs, labels = torch.from_numpy(row.ids[:-1]).long()[None], torch.from_numpy(row.ids[1:]).long()
+        supervised, segments = torch.from_numpy(row.supervised[1:]), torch.from_numpy(row.segment[:-1]).long()[None]
+        states = model.initial_states(1, inputs.shape[1])
+        for _ in range(steps):
+            states = tuple(state.detach() for state in states)
+            states, output = model.act_step(
+                states, model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.mask(segments)
+            )
+        logp = log_probs(model.logits(output[0]), loss)[supervised]
+        ce = -logp[torch.arange(len(logp)), labels[supervised]]
+        halting = model.halt_logits(output[0] if halting_backprop else output[0].detach())[supervised, 0]
+        right = (logp.argmax(-1) == labels[supervised]).double()
+        bce = torch.nn.functional.softplus(halting) - right * halting
+        total, count = total + ce.sum() + 0.5 * bce.sum(), count + len(ce)
+    (total / count).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}, total.item(), count
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("loss", ["stablemax", "softmax"])
+@pytest.mark.parametrize("backprop", ["true", "false"])
+def test_gradients_are_the_sum_over_supervised_tokens_divided_by_their_number(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, attention: str, loss: str, backprop: str
+) -> None:
+    config = tiny_config(
+        f"arch.attention={attention}", f"arch.loss={loss}", f"arch.halt.backprop={backprop}", "arch.halt.mode=fixed", *FROZEN
+    )
+    examples = random_examples(4)
+    trainer = make_trainer(config, examples)
+    *_, result = run(trainer, 3)
+    assert result.tokens == sum(len(e.ids) - 1 for e in examples)
+    got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    expected, total, count = plain_gradients(trainer.model, examples, 3, loss, backprop == "true")
+    assert result.supervised == count
+    assert result.nll_sum.item() + 0.5 * result.halt_bce_sum.item() == pytest.approx(total, rel=1e-9)
+    assert_same(got, expected, 1e-9)
+
+
+def test_the_halting_loss_stops_at_its_head_unless_told_otherwise(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory
+) -> None:
+    reached = {}
+    for backprop in ("false", "true"):
+        gradients = []
+        for scale in (0.0, 2.0):
+            trainer = make_trainer(tiny_config(f"arch.halt.backprop={backprop}", *FROZEN), random_examples(4), halt_scale=scale)
+            run(trainer, 1)
+            gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+            assert gradients[-1]["q_head.weight"].abs().sum() > 0
+        reached[backprop] = any(not torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0] if "q_head" not in n)
+    assert reached == {"false": False, "true": True}
+
+
+def test_a_step_with_nothing_supervised_is_no_nan_and_moves_nothing(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory
+) -> None:
+    silent = [Example(e.ids, np.zeros(len(e.ids), bool), e.segment, 0) for e in random_examples(4)]
+    for mode in ("fixed", "settled"):
+        trainer = make_trainer(tiny_config("weight_decay=0", f"arch.halt.mode={mode}"), silent)
+        before = weights(trainer)
+        results = run(trainer)
+        assert len(results) > 0 and all(r.supervised == 0 and float(r.nll_sum + r.halt_bce_sum) == 0.0 for r in results)
+        assert_same(weights(trainer), before)
+
+
+def test_a_row_with_nothing_supervised_changes_nothing(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    speaking = random_examples(3)
+    silent = Example(speaking[0].ids, np.zeros(len(speaking[0].ids), bool), speaking[0].segment, 0)
+    gradients = []
+    for examples in (speaking, [*speaking, silent]):
+        trainer = make_trainer(tiny_config("arch.halt.mode=fixed", *FROZEN), examples)
+        run(trainer, 2)
+        gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    assert_same(*gradients, 1e-12)
+
+
+def test_supervising_everything_trains_on_the_prompt_too(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    examples = random_examples(4)
+    everything = run(make_trainer(tiny_config("dataset.supervise=all"), examples), 1)[0]
+    answers = run(make_trainer(tiny_config(), examples), 1)[0]
+    assert everything.supervised == everything.tokens == sum(len(e.ids) - 1 for e in examples)
+    assert answers.supervised == sum(int(e.supervised[1:].sum()) for e in examples) < everything.supervised
+
+
+def test_no_example_is_lost_with_long_and_short_halts(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        "global_batch_size=8", "epochs=2", "arch.H_cycles=1", "arch.L_cycles=1", "arch.L_layers=1", "arch.halt_max_steps=6"
+    )
+    examples = random_examples(256, longest=8)
+    trainer = make_trainer(config, examples)
+    slots, drawn, halted, trained = trainer.slots, Counter(), Counter(), Counter()
+    real = slots.refill
+
+    def refill() -> Any:
+        entries = real()
+        drawn.update((e.epoch, e.example_id) for e in entries)
+        return entries
+
+    def forced(settled_share: np.ndarray) -> np.ndarray:
+        """A third of the examples leave at once, a third in the middle, a third as late as possible."""
+        wanted = np.array([1, 3, 6])[slots.example_id % 3]
+        leaves = slots.active & (slots.act_step + 1 >= wanted)
+        trained.update(zip(slots.epoch[slots.active].tolist(), slots.example_id[slots.active].tolist(), strict=True))
+        halted.update(zip(slots.epoch[leaves].tolist(), slots.example_id[leaves].tolist(), strict=True))
+        return leaves
+
+    monkeypatch.setattr(slots, "refill", refill)
+    monkeypatch.setattr(slots, "halted", forced)
+    depths = Counter(depth for result in run(trainer) for depth in result.finished_depths)
+    everything = Counter((epoch, example) for epoch in range(2) for example in range(256))
+    assert drawn == halted == everything
+    assert trained == Counter({key: (1, 3, 6)[key[1] % 3] for key in everything})
+    assert depths == {1: 2 * 86, 3: 2 * 85, 6: 2 * 85}
+    assert trainer.slots.finished == trainer.total_examples == 512
+
+
+def test_slots_hold_their_own_row_whatever_was_there_before(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    examples = random_examples(20)
+    trainer = make_trainer(tiny_config("arch.halt.depth_floor=0.25"), examples)
+    for _ in trainer.steps():
+        carry, slots = trainer.carry, trainer.slots
+        for slot in np.flatnonzero(slots.active).tolist():
+            example = examples[int(slots.example_id[slot])]
+            length = len(example.ids) - 1
+            assert carry.lengths[slot] == length
+            assert carry.inputs_BT[slot].tolist() == example.ids[:-1].tolist() + [0] * (32 - length)
+            assert carry.segments_BT[slot].tolist() == example.segment[:-1].tolist() + [0] * (32 - length)
+            labels = np.where(example.supervised[1:], example.ids[1:], -100).tolist()
+            assert carry.labels_BT[slot].tolist() == labels + [-100] * (32 - length)
+
+
+def test_the_learning_rate_follows_admitted_examples(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    trainer = make_trainer(tiny_config("lr=0.5", "lr_min_ratio=0.2", "epochs=3", "arch.halt.mode=fixed"), random_examples(8))
+    rates = [result.lr for result in run(trainer)]
+    # 24 examples, 4 at a time, 4 steps each: the rate stands still while nothing is admitted.
+    assert len(rates) == 24 and all(len(set(rates[i : i + 4])) == 1 for i in range(0, 24, 4))
+    assert rates[0] == max(rates) > rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "sampled"])
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_workers_and_padding_change_no_weight(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, mode: str, attention: str
+) -> None:
+    examples, reference = random_examples(60, longest=14), None
+    for pad, workers in ((8, 0), (1, 0), (5, 1), (32, 3)):
+        config = tiny_config(
+            f"pad_multiple={pad}",
+            f"dataloader_workers={workers}",
+            f"arch.attention={attention}",
+            f"arch.halt.mode={mode}",
+            "arch.halt.depth_floor=0.25",
+            "lr=1e-3",
+            "ema=true",
+        )
+        trainer = make_trainer(config, examples)
+        finished = [result.finished_depths for result in run(trainer, 20)]
+        assert trainer.ema is not None
+        got = (weights(trainer), trainer.ema.average, finished, trainer.slots.example_id.tolist())
+        if reference is None:
+            reference = got
+        else:
+            assert_same(got[0], reference[0], 1e-6)
+            assert_same(got[1], reference[1], 1e-6)
+            assert got[2:] == reference[2:]
+    start = weights(make_trainer(tiny_config(), examples))
+    assert not torch.allclose(reference[0]["lm_head.weight"], start["lm_head.weight"]), "the run must have learned something"
+
+
+@pytest.mark.parametrize("mode", ["fixed", "sampled", "settled"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, tiny_tokenizer: Tokenizer, tmp_path: Path, mode: str
+) -> None:
+    config = tiny_config(
+        f"arch.halt.mode={mode}",
+        "arch.halt.settled_share=0.5",
+        "arch.halt.depth_floor=0.2",
+        "arch.forward_dtype=float32",
+        "ema=true",
+        "epochs=3",
+        "lr=1e-3",
+    )
+    size = tiny_tokenizer.vocab_size
+    examples = random_examples(11, vocab_size=size)
+    undisturbed = make_trainer(config, examples, vocab_size=size)
+    whole = run(undisturbed)
+    stopped = make_trainer(config, examples, vocab_size=size)
+    run(stopped, 7)
+    assert stopped.slots.active.any() and stopped.slots.act_step.max() > 0
+    assert stopped.ema is not None and undisturbed.ema is not None
+    save_checkpoint(
+        tmp_path / "step_7",
+        config=config,
+        weights=stopped.model.state_dict(),
+        ema=stopped.ema.average,
+        tokenizer=tiny_tokenizer,
+        template=Template(),
+        data_hash="",
+        step=7,
+        metrics={},
+        trainer=stopped.state(),
+    )
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    state = checkpoint.trainer_state()
+    # Another seed: whatever isn't restored would show.
+    resumed = make_trainer(config, examples, vocab_size=size, start=state.values["admitted"], halt_scale=3.0)
+    load_weights(resumed.model, checkpoint.weights(ema=False), tmp_path)
+    assert resumed.ema is not None
+    average = checkpoint.weights(ema=True)
+    resumed.ema.average = {name: average[name] for name in resumed.ema.average}
+    resumed.load_state(state)
+    rest = run(resumed)
+    assert [r.step for r in rest] == [r.step for r in whole[7:]] and len(rest) > 7
+    for one, other in zip(rest, whole[7:], strict=True):
+        assert (one.lr, one.supervised, one.tokens) == (other.lr, other.supervised, other.tokens)
+        assert one.finished_depths == other.finished_depths
+        assert float(one.nll_sum) == float(other.nll_sum) and float(one.halt_bce_sum) == float(other.halt_bce_sum)
+    assert_same(weights(resumed), weights(undisturbed))
+    assert_same(resumed.ema.average, undisturbed.ema.average)
+
+
+def test_parameters_that_never_had_a_gradient_resume_too(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    # The last level call, z_H = f(z_H + z_L), doesn't see the input embedding.
+    config, examples = tiny_config("arch.grad_calls=1", "lr=1e-3"), random_examples(10)
+    undisturbed, stopped, resumed = (make_trainer(config, examples, start=s) for s in (0, 0, 0))
+    run(undisturbed, 6)
+    run(stopped, 2)
+    state = stopped.state()
+    resumed = make_trainer(config, examples, start=state.values["admitted"])
+    resumed.model.load_state_dict(stopped.model.state_dict())
+    resumed.load_state(state)
+    run(resumed, 4)
+    assert_same(weights(resumed), weights(undisturbed))
+
+
+def test_the_average_follows_every_step(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    trainer = make_trainer(tiny_config("ema=true", "ema_rate=0.8", "lr=1e-2"), random_examples(8))
+    assert trainer.ema is not None
+    expected = {name: value.clone() for name, value in trainer.ema.average.items()}
+    for _ in trainer.steps():
+        for name, parameter in trainer.model.named_parameters():
+            expected[name] = 0.8 * expected[name] + 0.2 * parameter.detach()
+    assert_same(trainer.ema.average, expected, 1e-12)
+    assert make_trainer(tiny_config(), random_examples(8)).ema is None
+
+
+def test_settled_rows_leave_without_a_look_at_labels(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    config = tiny_config(
+        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.25", "arch.halt_max_steps=6", *FROZEN
+    )
+    depths = []
+    for shift in (0, 5):
+        trainer = make_trainer(config, random_examples(60), halt_scale=3.0)
+        left = []
+        for result in trainer.steps():
+            left.append(result.finished_depths)
+            labels = trainer.carry.labels_BT
+            # What is asked for changes at once, what the model sees doesn't.
+            labels[labels >= 0] = (labels[labels >= 0] + shift) % VOCABULARY
+        depths.append(left)
+    assert depths[0] == depths[1]
+    steps = Counter(depth for left in depths[0] for depth in left)
+    assert len(steps) >= 3 and sum(steps.values()) == 60
+
+
+def test_settled_means_a_halting_probability_or_an_unchanged_argmax(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = random_examples(4)
+    trainer = make_trainer(
+        tiny_config("arch.halt.mode=settled", "arch.halt.settled_probability=0.4", *FROZEN), examples, halt_scale=2.0
+    )
+    shares: list[np.ndarray] = []
+    monkeypatch.setattr(trainer.slots, "halted", lambda share: shares.append(share.copy()) or np.zeros(4, bool))
+    run(trainer, 3)
+    model, order = trainer.model, trainer.slots.example_id.tolist()
+    for slot, example in enumerate(examples[i] for i in order):
+        inputs, supervised = torch.from_numpy(example.ids[:-1]).long()[None], torch.from_numpy(example.supervised[1:])
+        states, previous = model.initial_states(1, inputs.shape[1]), None
+        for share in shares:
+            with torch.no_grad():
+                states, output = model.act_step(
+                    states, model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.mask(torch.zeros_like(inputs))
+                )
+            argmax, halting = model.logits(output[0]).argmax(-1)[supervised], model.halt_logits(output[0])[supervised, 0]
+            settled = halting.sigmoid() > 0.4
+            if previous is not None:
+                settled |= argmax == previous
+            assert share[slot] == pytest.approx(settled.double().mean().item())
+            previous = argmax
+
+
+ROWS = [
+    {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+    for q, a in [
+        ("What is 1 plus 2?", "3, as 1 plus 2 gives 3."),
+        ("What is 2 plus 1?", "3"),
+        ("Red or blue?", "blue"),
+        ("blue or Red?", "Red\nand then blue"),
+        ("Say é.", "é 日本!"),
+        ("Ask.", "What is it?"),
+        ("What is 17 plus 18?", "35"),
+    ]
+] + [
+    {
+        "conversations": [
+            {"from": "system", "value": "Be Red."},
+            {"from": "human", "value": "What is 5 plus 6?"},
+            {"from": "gpt", "value": "11"},
+            {"from": "human", "value": "plus 1?"},
+            {"from": "gpt", "value": "12 gives blue."},
+        ]
+    }
+]
+
+
+def test_eight_conversations_are_learned_by_heart_and_said_word_for_word(
+    tiny_config: ConfigFactory, tiny_tokenizer: Tokenizer, text_dataset: Callable[..., TextDataset]
+) -> None:
+    dataset = text_dataset(ROWS)
+    assert len(dataset) == 8
+    config = tiny_config(
+        "arch.forward_dtype=float32",
+        "arch.hidden_size=64",
+        "arch.num_heads=2",
+        "arch.H_cycles=1",
+        "arch.L_cycles=2",
+        "arch.halt_max_steps=2",
+        "arch.halt.depth_floor=0.5",
+        "dataset.seq_len=128",
+        "global_batch_size=8",
+        "epochs=400",
+        "lr=3e-3",
+        "weight_decay=0",
+    )
+    trainer = make_trainer(config, dataset, vocab_size=tiny_tokenizer.vocab_size, halt_scale=0.0)
+    accuracy: list[float] = []
+    for result in trainer.steps():
+        if result.step % 25 == 0:
+            report = evaluate_language(trainer.model, dataset, eos_id=tiny_tokenizer.eos_id, batch_size=8, act_steps=2)
+            accuracy = [sums.metrics()["exact_accuracy"] for sums in report.by_depth]
+            if accuracy == [1.0, 1.0]:
+                break
+    assert accuracy == [1.0, 1.0], f"not learned after {trainer.step_number} steps"
+    for act_steps in (1, 2):
+        responder = Responder(trainer.model, tiny_tokenizer, Template(), context=128, act_steps=act_steps)
+        exchanges = [last_exchange(dataset.conversation(i)) for i in range(8)]
+        exchanges.append(last_exchange(dataset.conversation(7)[:3]))  # the first of two turns
+        assert [reference for _, reference in exchanges[-2:]] == ["12 gives blue.", "11"]
+        answers = responder.answers([history for history, _ in exchanges], max_output_tokens=40, batch_size=3)
+        assert [answer.text for answer in answers] == [reference for _, reference in exchanges]

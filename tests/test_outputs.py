@@ -1,0 +1,36 @@
+"""Saved tensors stand in the order of the split, whatever batches they came in."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from artifacts.outputs import OUTPUT_FILL, SavedOutputs
+
+
+def test_batches_of_any_order_and_width_become_one_table(tmp_path: Path) -> None:
+    saved = SavedOutputs(["preds", "nll", "labels"])
+    full = {row: torch.arange(10 * row, 10 * row + 2 + row) for row in range(5)}
+    for rows in ([3, 0], [4], [1, 2]):
+        width = max(len(full[row]) for row in rows)
+        batch = {key: torch.full((len(rows), width), OUTPUT_FILL[key]) for key in ("preds", "labels", "act_steps")}
+        batch["nll"] = torch.zeros(len(rows), width)
+        for place, row in enumerate(rows):
+            for key in batch:
+                batch[key][place, : len(full[row])] = full[row]
+        saved.add(torch.tensor(rows), batch)
+    saved.write(tmp_path / "out.safetensors")
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert tensors.keys() == {"rows", "preds", "nll", "labels"}
+    assert tensors["rows"].tolist() == [0, 1, 2, 3, 4] and tensors["preds"].shape == (5, 6)
+    for row, values in full.items():
+        for key, fill in (("preds", -100), ("labels", -100), ("nll", 0)):
+            assert tensors[key][row].tolist() == [*values.tolist(), *[fill] * (6 - len(values))]
+
+
+def test_what_is_kept_does_not_change_with_the_batch(tmp_path: Path) -> None:
+    saved, values = SavedOutputs(["halt_logits"]), torch.ones(1, 2)
+    saved.add(torch.tensor([0]), {"halt_logits": values.clone()})
+    values.zero_()
+    saved.write(tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["halt_logits"].tolist() == [[1.0, 1.0]]

@@ -1,0 +1,137 @@
+"""Wrong settings are told with their key, what was found, and what is meant (contract 8)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig, parse_config
+
+ConfigFactory = Callable[..., PretrainInstructConfig]
+
+
+@pytest.fixture
+def values(tiny_config: ConfigFactory) -> dict[str, Any]:
+    return tiny_config().model_dump()
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values[section]
+    values[last] = value
+
+
+def test_a_config_survives_its_own_dump(tiny_config: ConfigFactory, values: dict[str, Any]) -> None:
+    assert parse_config(values) == tiny_config()
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("arch.hiden_size", "arch.hiden_size: no such key, did you mean hidden_size?"),
+        ("global_batchsize", "global_batchsize: no such key, did you mean global_batch_size?"),
+        ("arch.halt.moed", "arch.halt.moed: no such key, did you mean mode?"),
+        ("dataset.zzz", "dataset.zzz: no such key"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], key: str, expected: str) -> None:
+    put(values, key, 3)
+    with pytest.raises(UsageError) as error:
+        parse_config(values)
+    assert str(error.value).splitlines()[1:] == ["  " + expected]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("arch.hidden_size", None),
+        ("arch.hidden_size", 0),
+        ("arch.hidden_size", "big"),
+        ("arch.hidden_size", 16.5),
+        ("arch.loss", "hinge"),
+        ("arch.halt", None),
+        ("arch.halt", 3),
+        ("arch.halt.depth_floor", 0),
+        ("dataset", "slimorca"),
+        ("dataset.test_ratio", 1.0),
+        ("dataset.subset_size", -5),
+        ("dataset.data_dir", None),
+        ("dataset.data_dir", 7),
+        ("project_name", ""),
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("lr", 0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("dataloader_workers", -1),
+        ("generation.halt_threshold", 1.0),
+        ("device", "tpu"),
+    ],
+)
+def test_a_wrong_value_is_named_and_shown(values: dict[str, Any], key: str, wrong: Any) -> None:
+    put(values, key, wrong)
+    with pytest.raises(UsageError) as error:
+        parse_config(values)
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 1 and lines[0].startswith(f"  {key}: ") and lines[0].endswith(f"(found {wrong!r})")
+
+
+def test_every_problem_is_told_at_once(values: dict[str, Any]) -> None:
+    put(values, "lr", -1)
+    put(values, "arch.namee", "trm")
+    del values["epochs"]
+    with pytest.raises(UsageError) as error:
+        parse_config(values)
+    told = {line.strip().split(":")[0] for line in str(error.value).splitlines()[1:]}
+    assert told == {"lr", "arch.namee", "epochs"} and "epochs: missing" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"arch.attention": "prefix", "dataset.supervise": "all"}, "choose dataset.supervise=assistant or arch.attention=causal"),
+        ({"arch.attention": "full"}, "choose causal or prefix"),
+        ({"arch.grad_calls": 7}, "grad_calls 7 is more than the 6 level calls"),
+        ({"generation.act_steps": 5}, "generation.act_steps 5 is more than arch.halt_max_steps 4"),
+        ({"arch.num_heads": 3}, "hidden_size 16 must be num_heads 3"),
+        ({"arch.num_heads": 16}, "an even number"),
+    ],
+)
+def test_combinations_that_cannot_be_right_are_refused_with_a_reason(
+    values: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    for key, value in changes.items():
+        put(values, key, value)
+    with pytest.raises(UsageError) as error:
+        parse_config(values)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2 and reason in lines[1] and "found {" not in lines[1]
+
+
+@pytest.mark.parametrize(("key", "value"), [("arch.grad_calls", 6), ("generation.act_steps", 4), ("dataset.subset_size", None)])
+def test_limits_themselves_are_allowed(values: dict[str, Any], key: str, value: Any) -> None:
+    put(values, key, value)
+    parse_config(values)
+
+
+def test_a_config_cannot_be_changed_behind_its_check(tiny_config: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        tiny_config().arch.hidden_size = 3
+
+
+def test_every_knob_is_explained() -> None:
+    def fields(section: type[BaseModel], path: str) -> list[str]:
+        missing = []
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                assert inner.__doc__
+                missing += fields(inner, f"{path}{name}.")
+            elif not field.description:
+                missing.append(path + name)
+        return missing
+
+    assert fields(PretrainInstructConfig, "") == []
