@@ -20,7 +20,10 @@ CONFIG_FOLDER = Path(__file__).resolve().parent
 
 def checked(settings: DictConfig) -> PretrainInstructConfig:
     """Resolve interpolations and check against the schema."""
-    values = OmegaConf.to_container(settings, resolve=True)
+    try:
+        values = OmegaConf.to_container(settings, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"the configuration can't be resolved: {_first_line(error)}") from None
     assert isinstance(values, dict)
     # The experiment group only names a preset; what it sets stands in the other keys.
     return parse_config({str(key): value for key, value in values.items() if key != "experiment"})

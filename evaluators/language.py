@@ -110,16 +110,17 @@ def evaluate_language(
     on_output: Callable[[DepthOutput], None] | None = None,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
 ) -> LanguageResult:
-    """Measure `model` on the first `limit` rows of `dataset`, teacher-forced.
+    """Measure `model` on the first `limit` rows of `dataset`, at most `max_batches` batches of them, teacher-forced.
 
     Without `halt_threshold` every depth 1..act_steps is measured; with it, an assistant's token stops for good when its halting
     probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth.
     """
-    count = len(dataset) if limit is None else min(limit, len(dataset))
+    most = len(dataset) if max_batches is None else max_batches * batch_size
+    count = min(len(dataset), most, len(dataset) if limit is None else limit)
     result = LanguageResult([LanguageSums() for _ in range(1 if halt_threshold is not None else act_steps)])
     # Rows of like length share a batch, so little is padding.
     order = np.argsort([len(dataset[i].ids) for i in range(count)], kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)][:max_batches]
+    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     for rows in progress(batches):
         examples = [dataset[int(row)] for row in rows]
         batch = collate(examples, pad_id=0, length_multiple=pad_multiple)
@@ -130,33 +131,18 @@ def evaluate_language(
         supervised_BT = labels_BT != IGNORE_LABEL_ID
         labels_N = labels_BT[supervised_BT]
         weights_N = torch.zeros(len(labels_N), device=model.device)
-        positions = inputs_BT.shape[1]
-        x_BTD = model.embed(inputs_BT)
-        rotary = model.rotary(torch.arange(positions, device=model.device))
-        mask = model.mask(segments_BT)
-        states = model.initial_states(len(rows), positions)
-        lanes = HeldLanes() if halt_threshold is not None else None
-        active_BT = torch.ones_like(supervised_BT)
-        steps_BT = torch.zeros_like(labels_BT)
-        output_BTD: Tensor | None = None
-        for step in range(act_steps):
-            if lanes is not None:
-                lanes.set_active(active_BT)
-            new_states, new_output_BTD = model.act_step(states, x_BTD, rotary, mask, lanes)
-            steps_BT += active_BT
-            if output_BTD is None or halt_threshold is None:
-                states, output_BTD = new_states, new_output_BTD
-            else:
-                chosen = active_BT.unsqueeze(-1)
-                states = tuple(torch.where(chosen, new, old) for new, old in zip(new_states, states, strict=True))
-                output_BTD = torch.where(chosen, new_output_BTD, output_BTD)
-            last = step == act_steps - 1
-            if halt_threshold is not None:
-                halting_BT = model.halt_logits(output_BTD)[..., 0].sigmoid() > halt_threshold
-                active_BT = active_BT & ~(halting_BT & (segments_BT == 0))
-                last = last or not bool(active_BT.any())
-            if halt_threshold is None or last:
-                output_ND = output_BTD[supervised_BT]
+        refinement = model.refine(
+            inputs_BT,
+            torch.arange(inputs_BT.shape[1], device=model.device),
+            model.mask(segments_BT),
+            act_steps=act_steps,
+            lanes=HeldLanes() if halt_threshold is not None else None,
+            halt_threshold=halt_threshold,
+            may_halt_BT=segments_BT == 0,
+        )
+        for step, refined in enumerate(refinement):
+            if halt_threshold is None or refined.is_last:
+                output_ND = refined.output_BTD[supervised_BT]
                 _, nll_N, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)
                 sums = result.by_depth[0 if halt_threshold is not None else step]
                 right_BT = torch.zeros_like(supervised_BT)
@@ -168,14 +154,15 @@ def evaluate_language(
                 sums.correct += int(right_BT.sum())
                 sums.conversations += len(rows)
                 sums.exact += int((right_BT | ~supervised_BT).all(dim=1).sum())
-                if last and on_output is not None:
+                if refined.is_last and on_output is not None:
                     preds_BT = torch.full_like(labels_BT, IGNORE_LABEL_ID)
                     preds_BT[supervised_BT] = argmax_N
                     nll_BT = torch.zeros(labels_BT.shape, dtype=nll_N.dtype, device=model.device)
                     nll_BT[supervised_BT] = nll_N
-                    halt_logits_BT = model.halt_logits(output_BTD)[..., 0]
-                    on_output(DepthOutput(rows, batch["inputs"], batch["labels"], preds_BT, nll_BT, halt_logits_BT, steps_BT))
-            if last:
-                break
-        result.step_sum += int(steps_BT[supervised_BT].sum())
+                    halt_logits_BT = model.halt_logits(refined.output_BTD)[..., 0]
+                    on_output(
+                        DepthOutput(rows, batch["inputs"], batch["labels"], preds_BT, nll_BT, halt_logits_BT, refined.steps_BT)
+                    )
+            if refined.is_last:
+                result.step_sum += int(refined.steps_BT[supervised_BT].sum())
     return result

@@ -4,6 +4,7 @@ Ids in, ids out; it knows no text and no tokenizer. At a fixed number of ACT ste
 threshold a token stops for good on its own, prompts always at full depth. Shape suffixes as in models/layers.py.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -93,20 +94,25 @@ class Engine:
         for row, prompt in enumerate(prompts):
             ids[row, : lengths[row]] = prompt.ids
             segments[row, : lengths[row]] = prompt.segment
-        x_BTD = model.embed(torch.from_numpy(ids).to(device))
-        rotary = model.rotary(torch.arange(width, device=device))
-        mask = model.mask(torch.from_numpy(segments).to(device))
+        segments_BT = torch.from_numpy(segments).to(device)
         cache.write_at(0, width)
-        states = model.initial_states(rows, width)
-        for step in range(self.act_steps):
-            states, output_BTD = model.act_step(states, x_BTD, rotary, mask, cache.step(step))
+        refinement = model.refine(
+            torch.from_numpy(ids).to(device),
+            torch.arange(width, device=device),
+            model.mask(segments_BT),
+            act_steps=self.act_steps,
+            lanes=cache,
+            halt_threshold=self.halt_threshold,
+            # Earlier answers halt as they did when they were given.
+            may_halt_BT=segments_BT == 0,
+        )
+        refined = collections.deque(refinement, maxlen=1).pop()
         last = torch.from_numpy(lengths - 1).to(device)
-        return output_BTD[torch.arange(rows, device=device), last]
+        return refined.output_BTD[torch.arange(rows, device=device), last]
 
     def _extend(self, cache: KVCache, ids_B: Tensor, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Run one new token a row at its own position: the output [B, D] it halted with, and its ACT steps [B]."""
         model, device = self.model, self.model.device
-        rows = len(positions)
         positions_B = torch.from_numpy(positions).to(device)
         if (positions == positions[0]).all():
             cache.write_at(int(positions[0]), 1)
@@ -115,24 +121,16 @@ class Engine:
             used = cache.write_at_positions(positions_B.unsqueeze(1), int(positions.max()) + 1)
             visible_BS = torch.arange(used, device=device) <= positions_B.unsqueeze(1)
             mask = Mask(visible=visible_BS[:, None, None, :])
-        x_B1D = model.embed(ids_B.unsqueeze(1))
-        rotary = model.rotary(positions_B.unsqueeze(1))
-        states = model.initial_states(rows, 1)
-        result_BD: Tensor | None = None
-        active_B = torch.ones(rows, dtype=torch.bool, device=device)
-        steps_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        for step in range(self.act_steps):
-            states, output_B1D = model.act_step(states, x_B1D, rotary, mask, cache.step(step))
-            output_BD = output_B1D[:, 0]
-            steps_B += active_B
-            if self.halt_threshold is None:
-                result_BD = output_BD
-                continue
-            result_BD = output_BD if result_BD is None else torch.where(active_B.unsqueeze(1), output_BD, result_BD)
-            active_B = active_B & ~(model.halt_logits(output_BD)[:, 0].sigmoid() > self.halt_threshold)
-            if not bool(active_B.any()):
-                break
+        refinement = model.refine(
+            ids_B.unsqueeze(1),
+            positions_B.unsqueeze(1),
+            mask,
+            act_steps=self.act_steps,
+            lanes=cache,
+            halt_threshold=self.halt_threshold,
+        )
+        refined = collections.deque(refinement, maxlen=1).pop()
+        steps_B = refined.steps_BT[:, 0]
         if self.halt_threshold is not None:
             cache.carry_halted(steps_B - 1, positions_B)
-        assert result_BD is not None
-        return result_BD, steps_B
+        return refined.output_BTD[:, 0], steps_B

@@ -8,16 +8,26 @@ tokens.
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from config.schema import ArchConfig
-from models.cache import StepLanes
+from models.cache import Lanes, StepLanes
 from models.initialization import truncated_normal_
 from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, attention_mask, rotary_table
 from models.recursive_reasoning import build_recursion
 from models.recursive_reasoning.base import States
+
+
+class Refined(NamedTuple):
+    """Tokens after some ACT steps: of each, the output at the step it halted or came to."""
+
+    output_BTD: Tensor
+    steps_BT: Tensor
+    is_last: bool
+
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -107,6 +117,46 @@ class RecursiveModel(nn.Module):
 
         with self._weights_cast_once():
             return self.recursion.step(states, x_BTD, call)
+
+    def refine(
+        self,
+        ids_BT: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        *,
+        act_steps: int,
+        lanes: Lanes | None = None,
+        halt_threshold: float | None = None,
+        may_halt_BT: Tensor | None = None,
+    ) -> Iterator[Refined]:
+        """Refine tokens from the initial states, one ACT step at a time, for measuring and generating.
+
+        positions: integers [T] or [B, T]. With `halt_threshold`, a token of `may_halt_BT` (None: every one) stops for good when its
+        halting probability passes it: its states and output stay, and deeper steps see the keys and values it halted with, which
+        needs `lanes`. Stops early when no token goes on.
+        """
+        x_BTD, rotary = self.embed(ids_BT), self.rotary(positions)
+        states = self.initial_states(*ids_BT.shape)
+        active_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        steps_BT = torch.zeros_like(ids_BT)
+        output_BTD: Tensor | None = None
+        for step in range(act_steps):
+            step_lanes = None if lanes is None else lanes.at_step(step, None if halt_threshold is None else active_BT)
+            new_states, new_output_BTD = self.act_step(states, x_BTD, rotary, mask, step_lanes)
+            steps_BT = steps_BT + active_BT
+            if output_BTD is None or halt_threshold is None:
+                states, output_BTD = new_states, new_output_BTD
+            else:
+                chosen_BT1 = active_BT.unsqueeze(-1)
+                states = tuple(torch.where(chosen_BT1, new, old) for new, old in zip(new_states, states, strict=True))
+                output_BTD = torch.where(chosen_BT1, new_output_BTD, output_BTD)
+            if halt_threshold is not None:
+                halting_BT = self.halt_logits(output_BTD)[..., 0].sigmoid() > halt_threshold
+                active_BT = active_BT & ~(halting_BT if may_halt_BT is None else halting_BT & may_halt_BT)
+            is_last = step == act_steps - 1 or (halt_threshold is not None and not bool(active_BT.any()))
+            yield Refined(output_BTD, steps_BT, is_last)
+            if is_last:
+                return
 
     def halt_logits(self, output_ND: Tensor) -> Tensor:
         """Halting and continuing logits [N, 2] of outputs [N, D]; text uses the first."""

@@ -20,6 +20,16 @@ class StepLanes(Protocol):
         """The lanes of the step's level call number `call`, one per layer of its stack."""
 
 
+class Lanes(Protocol):
+    """The lanes of all ACT steps."""
+
+    def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
+        """The lanes of ACT step `act_step`, counted from 0.
+
+        Where `active_BT` is given and false, a token has halted and keeps the keys and values it halted with.
+        """
+
+
 class KVCache:
     """Keys and values of every position so far, for incremental decoding.
 
@@ -43,6 +53,7 @@ class KVCache:
         self._positions: Tensor | None = None
         self._start = 0
         self._used = 0
+        self._active_B1T1: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -72,15 +83,20 @@ class KVCache:
         self._positions, self._used = positions_BT, used
         return used
 
-    def step(self, act_step: int) -> "_CachedStep":
-        """The lanes of ACT step `act_step`, counted from 0."""
+    def at_step(self, act_step: int, active_BT: Tensor | None = None) -> StepLanes:
+        """The lanes of ACT step `act_step`, counted from 0; `active_BT` as in `Lanes`."""
+        self._active_B1T1 = None if active_BT is None else active_BT[:, None, :, None]
         return _CachedStep(self, act_step)
 
     def store(self, act_step: int, lane: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, T, K] of a lane, return all S of them."""
         all_positions = self.buffer[act_step, lane, :, :, :, : self._used]
-        for kept_BHSK, new_BHTK in zip(all_positions, new, strict=True):
+        for part, (kept_BHSK, new_BHTK) in enumerate(zip(all_positions, new, strict=True)):
             if self._positions is None:
+                if act_step > 0 and self._active_B1T1 is not None:
+                    # What a halted token shows was stored in the step before, whenever it halted.
+                    before_BHTK = self.buffer[act_step - 1, lane, part, :, :, self._start : self._used]
+                    new_BHTK = torch.where(self._active_B1T1, new_BHTK, before_BHTK)
                 kept_BHSK[:, :, self._start :] = new_BHTK
             else:
                 kept_BHSK[self._rows, :, self._positions] = new_BHTK.transpose(1, 2)
@@ -124,9 +140,10 @@ class HeldLanes:
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._active_B1T1: Tensor | None = None
 
-    def set_active(self, active_BT: Tensor) -> None:
-        """Only tokens where `active_BT` is true take new keys and values from now on."""
-        self._active_B1T1 = active_BT[:, None, :, None]
+    def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
+        """The lanes of ACT step `act_step`; steps must come in order. `active_BT` as in `Lanes`."""
+        self._active_B1T1 = None if active_BT is None or act_step == 0 else active_BT[:, None, :, None]
+        return self
 
     def of_call(self, call: int, layers: int) -> list[Lane]:
         """The lanes of level call number `call`."""
@@ -134,7 +151,7 @@ class HeldLanes:
 
     def hold(self, key: tuple[int, int], k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the active tokens' keys and values of a lane, return the lane."""
-        if key in self._kept and self._active_B1T1 is not None:
+        if self._active_B1T1 is not None:
             k_old, v_old = self._kept[key]
             k_BHTK = torch.where(self._active_B1T1, k_BHTK, k_old)
             v_BHTK = torch.where(self._active_B1T1, v_BHTK, v_old)

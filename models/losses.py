@@ -34,6 +34,13 @@ def _chunk_gradient(logp_NV: Tensor, logits_NV: Tensor, labels_N: Tensor, loss: 
     return grad_NV
 
 
+def _argmax(logits_NV: Tensor) -> Tensor:
+    if logits_NV.device.type == "cpu":
+        # The same result as torch's own, which is ten times slower on a CPU.
+        return torch.from_numpy(logits_NV.numpy().argmax(-1))
+    return logits_NV.argmax(dim=-1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum_n w_n * -log p(label_n) with logits = output @ weight^T, a chunk of tokens at a time, gradients made on the way."""
 
@@ -47,12 +54,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = torch.empty(len(labels_N), dtype=exact, device=output_ND.device)
         argmax_N = torch.empty_like(labels_N)
         grad_ND = torch.empty_like(output_ND) if needs_output else None
-        grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        grad_VD: Tensor | None = None
         chunk = max(1, _LOGITS_PER_CHUNK // len(weight_VD))
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(output_ND[part], cast_VD).to(exact)
-            argmax_N[part] = logits.argmax(dim=-1)
+            argmax_N[part] = _argmax(logits)
             logp = log_probs(logits, loss)
             nll_N[part] = -logp.gather(1, labels_N[part].unsqueeze(1)).squeeze(1)
             if not (needs_output or needs_weight):
@@ -61,8 +68,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.mul_(weights_N[part].unsqueeze(1)).to(output_ND.dtype)
             if grad_ND is not None:
                 grad_ND[part] = grad_logits @ cast_VD
-            if grad_VD is not None:
-                grad_VD += grad_logits.T @ output_ND[part]
+            if needs_weight:
+                part_VD = (grad_logits.T @ output_ND[part]).to(weight_VD.dtype)
+                grad_VD = part_VD if grad_VD is None else grad_VD.add_(part_VD)
+        if needs_weight and grad_VD is None:
+            grad_VD = torch.zeros_like(weight_VD)
         ctx.save_for_backward(*(g for g in (grad_ND, grad_VD) if g is not None))
         ctx.needs = (needs_output, needs_weight)
         ctx.mark_non_differentiable(nll_N, argmax_N)

@@ -10,9 +10,7 @@ def table(metrics: dict) -> str:  # type: ignore[type-arg]
     answers = metrics["answers"]
     lines = [f"{'family':14s} {'exact':>6s} {'95 % from':>9s} {'baseline':>8s} {'count':>6s}"]
     for name, score in [*answers["families"].items(), ("all", answers["overall"])]:
-        lines.append(
-            f"{name:14s} {score['accuracy']:6.1%} {score['lower_95']:9.1%} {score['baseline']:8.1%} {score['count']:6d}"
-        )
+        lines.append(f"{name:14s} {score['accuracy']:6.1%} {score['lower_95']:9.1%} {score['baseline']:8.1%} {score['count']:6d}")
     depths = ", ".join(f"{accuracy:.1%} at {depth}" for depth, accuracy in enumerate(answers["by_act_step"], 1))
     lines.append(f"exact answers by ACT steps: {depths}")
     lines.append(f"bits per byte {metrics['bits_per_byte']:.3f}, loss per token {metrics['loss_per_token']:.3f} nats")

@@ -32,7 +32,7 @@ def write_everywhere(cache: KVCache, positions: int, seed: int) -> dict[tuple[in
     written = {}
     for step in range(STEPS):
         for call in range(LANES // 2):
-            for layer, lane in enumerate(cache.step(step).of_call(call, 2)):
+            for layer, lane in enumerate(cache.at_step(step).of_call(call, 2)):
                 new = values(positions, seed + 100 * step + 10 * call + layer)
                 lane.exchange(*new)
                 written[step, call * 2 + layer] = new
@@ -58,11 +58,11 @@ def test_a_lane_returns_everything_in_use_and_nothing_beyond() -> None:
     cache = new_cache()
     cache.write_at(0, 3)
     first = values(3, 0)
-    cache.step(0).of_call(0, 1)[0].exchange(*first)
+    cache.at_step(0).of_call(0, 1)[0].exchange(*first)
     cache.reserve(64)
     cache.write_at(3, 1)
     second = values(1, 1)
-    k, v = cache.step(0).of_call(0, 1)[0].exchange(*second)
+    k, v = cache.at_step(0).of_call(0, 1)[0].exchange(*second)
     assert torch.equal(k, torch.cat((first[0], second[0]), 2)) and torch.equal(v, torch.cat((first[1], second[1]), 2))
 
 
@@ -70,10 +70,10 @@ def test_rows_write_at_positions_of_their_own() -> None:
     cache = new_cache()
     cache.write_at(0, 5)
     old = values(5, 0)
-    cache.step(1).of_call(1, 2)[1].exchange(*old)
+    cache.at_step(1).of_call(1, 2)[1].exchange(*old)
     assert cache.write_at_positions(torch.tensor([[5], [2]]), 6) == 6
     new = values(1, 1)
-    k, v = cache.step(1).of_call(1, 2)[1].exchange(*new)
+    k, v = cache.at_step(1).of_call(1, 2)[1].exchange(*new)
     for kept, before, added in zip((k, v), old, new, strict=True):
         assert torch.equal(kept[0, :, 5], added[0, :, 0]) and torch.equal(kept[1, :, 2], added[1, :, 0])
         assert torch.equal(kept[0, :, :5], before[0]) and torch.equal(kept[1, :, [0, 1, 3, 4]], before[1, :, [0, 1, 3, 4]])
@@ -97,12 +97,12 @@ def test_a_halted_token_shows_deeper_steps_what_it_halted_with() -> None:
 @pytest.mark.parametrize("call", [0, 3])
 def test_held_lanes_take_new_keys_of_active_tokens_only(call: int) -> None:
     lanes = HeldLanes()
-    lanes.set_active(torch.ones(ROWS, 5, dtype=torch.bool))
+    lanes.at_step(0, torch.ones(ROWS, 5, dtype=torch.bool))
     first, second, third = (values(5, seed) for seed in range(3))
     lane = lanes.of_call(call, 2)[1]
     assert all(torch.equal(got, new) for got, new in zip(lane.exchange(*first), first, strict=True))
     active = torch.tensor([[True, False, True, False, False], [False, True, True, True, True]])
-    lanes.set_active(active)
+    lanes.at_step(1, active)
     where = active[:, None, :, None]
     expected = [torch.where(where, new, old) for new, old in zip(second, first, strict=True)]
     assert all(torch.equal(got, want) for got, want in zip(lanes.of_call(call, 2)[1].exchange(*second), expected, strict=True))

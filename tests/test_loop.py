@@ -331,16 +331,18 @@ def test_settled_rows_leave_without_a_look_at_labels(tiny_config: ConfigFactory,
     assert len(steps) >= 3 and sum(steps.values()) == 60
 
 
+@pytest.mark.parametrize("halt_scale", [0.0, 0.25], ids=["argmax only", "both"])
 def test_settled_means_a_halting_probability_or_an_unchanged_argmax(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch, halt_scale: float
 ) -> None:
     examples = random_examples(4)
     trainer = make_trainer(
-        tiny_config("arch.halt.mode=settled", "arch.halt.settled_probability=0.4", *FROZEN), examples, halt_scale=2.0
+        tiny_config("arch.halt.mode=settled", "arch.halt.settled_probability=0.4", *FROZEN), examples, halt_scale=halt_scale
     )
     shares: list[np.ndarray] = []
     monkeypatch.setattr(trainer.slots, "halted", lambda share: shares.append(share.copy()) or np.zeros(4, bool))
-    run(trainer, 3)
+    run(trainer, 6)
+    assert any(0 < share < 1 for share in np.concatenate(shares)), "some tokens must settle, and some not"
     model, order = trainer.model, trainer.slots.example_id.tolist()
     for slot, example in enumerate(examples[i] for i in order):
         inputs, supervised = torch.from_numpy(example.ids[:-1]).long()[None], torch.from_numpy(example.supervised[1:])

@@ -56,7 +56,7 @@ def help_of(words: list[str]) -> str:
     program = words[1] if words[0] == "-m" else words[0]
     run = runpy.run_module if words[0] == "-m" else runpy.run_path
     with mock.patch("sys.argv", [program, "--help"]), contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
-        run(program if words[0] == "-m" else str(REPOSITORY / program), run_name="__main__")  # type: ignore[operator]
+        run(program if words[0] == "-m" else str(REPOSITORY / program), run_name="__main__")
     assert not stop.value.code
     return shown.getvalue()
 
@@ -86,6 +86,14 @@ def test_the_program_its_flags_and_its_settings_exist(command: str) -> None:
     else:
         used = {word for word in words[1:] if re.match(r"--?[A-Za-z]", word)} - {"-m"}
         assert used <= flags_in(help_of(words))
+
+
+def test_every_preset_that_is_named_exists() -> None:
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "scripts").glob("*.sh")]
+    named = {name for page in pages for name in re.findall(r"experiment=([a-z]\w*)", page.read_text())}
+    assert named
+    for name in named:
+        compose_config("cfg_pretrain_instruct", [f"experiment={name}"])
 
 
 @pytest.mark.parametrize("door", DOORS[1:])
@@ -127,6 +135,8 @@ def run_bash(script: str, folder: Path, **environment: str) -> subprocess.Comple
     """Run `script` with bash in `folder`, no network. Fails with everything it printed."""
     settings = {
         **{key: value for key, value in os.environ.items() if key not in ("LLAMA_TOKENIZER", "VENV", "HF_HUB_OFFLINE")},
+        # An environment that was moved activates the place where it was made.
+        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "PIP_NO_INDEX": "1",
         "WANDB_MODE": "disabled",

@@ -38,6 +38,8 @@ def run_instruct(config: PretrainInstructConfig) -> Path:
 
     Raises UsageError for anything wrong with the input, before training starts.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("training on several processes is not supported yet: start pretrain_instruct.py without torchrun")
     device = pick_device(config.device)
     arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
     config = config.model_copy(update={"arch": arch, "run_name": config.run_name or _new_run_name(arch.name)})
