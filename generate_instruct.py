@@ -48,7 +48,7 @@ def main() -> None:
     responder = load_responder(checkpoint, config)
     system = arguments.system_message if arguments.system_message is not None else config.dataset.default_system_prompt
     conversation = with_default_system((Turn("user", arguments.message),), system)
-    limit = arguments.max_output_tokens or config.generation.max_output_tokens or config.dataset.seq_len // 2
+    limit = arguments.max_output_tokens or config.answer_limit
     if arguments.verbose:
         tokens = []
         for step, token in enumerate(responder.stream(conversation, max_output_tokens=limit, top=_SHOWN_CANDIDATES), 1):

@@ -67,20 +67,27 @@ def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> 
 def generated_answers(responder: Responder, split: TextDataset, config: PretrainInstructConfig, rows: int) -> dict[str, Any]:
     """Answer the last turn of every row at each depth, and score by family; `by_act_step` holds the accuracies of all depths."""
     exchanges = [last_exchange(split.conversation(i)) for i in range(rows)]
-    families = [str(split.row(i)["task"]) for i in range(rows)]
-    limit = config.generation.max_output_tokens or config.dataset.seq_len // 2
+    fitting = [i for i, (history, _) in enumerate(exchanges) if responder.fits(history)]
+    exchanges = [exchanges[i] for i in fitting]
+    families = [str(split.row(i).get("task", "no task")) for i in fitting]
     depths = range(1, responder.act_steps + 1) if responder.halt_threshold is None else [responder.act_steps]
     by_depth = []
     for depth in depths:
         answers = responder.at_depth(depth).answers(
             [history for history, _ in exchanges],
-            max_output_tokens=limit,
+            max_output_tokens=config.answer_limit,
             batch_size=config.global_batch_size,
             progress=partial(tqdm, desc=f"answers at {depth} ACT steps", unit="batch"),
         )
         scores = score_answers(families, [reference for _, reference in exchanges], [answer.text for answer in answers])
         by_depth.append(scores)
-    return {**by_depth[-1], "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth]}
+    steps = [step for answer in answers for step in answer.act_steps]
+    return {
+        **by_depth[-1],
+        "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
+        "mean_act_steps": sum(steps) / len(steps),
+        "longer_than_context": rows - len(fitting),
+    }
 
 
 def output_folder(folder: Path) -> Path:

@@ -17,7 +17,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (folder / "metrics.jsonl").open("ab")
         self._metrics.truncate(keep)
-        self._timing = (folder / "timing.jsonl").open("ab")
+        self._timing = (folder / "timing.jsonl").open("ab" if keep else "wb")
         self.length = keep
 
     def write(self, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:

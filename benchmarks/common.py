@@ -31,8 +31,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def benchmark_config(overrides: Sequence[str]) -> PretrainInstructConfig:
-    """cfg_pretrain_instruct with `overrides`, on the CPU, its number format decided."""
-    config = compose_config("cfg_pretrain_instruct", ["device=cpu", *overrides])
+    """cfg_pretrain_instruct with `overrides`, on the CPU, its number format decided; the loss is the original's, on both sides."""
+    config = compose_config("cfg_pretrain_instruct", ["device=cpu", "arch.loss=stablemax", *overrides])
     dtype = resolve_dtype(config.arch.forward_dtype, pick_device("cpu"))
     return config.model_copy(update={"arch": config.arch.model_copy(update={"forward_dtype": dtype})})
 

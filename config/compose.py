@@ -71,6 +71,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_for_use(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
     """The settings a checkpoint is used with: its own, then `--config-name`, then `--overrides`, then single flags."""
+    if any(override.startswith("dataset.tokenizer_path=") for override in arguments.overrides):
+        raise UsageError("a checkpoint has its own tokenizer: use --tokenizer-path to check that a file is the same one")
     config = trained
     if arguments.config_name is not None:
         config = compose_config(arguments.config_name).model_copy(update={"arch": trained.arch})

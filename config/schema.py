@@ -26,6 +26,8 @@ class HaltConfig(_Section):
     """fixed: after halt_max_steps. sampled: after a depth drawn at entry. settled: once enough of its tokens have settled."""
     depth_floor: float = Field(gt=0, le=1)
     """Least probability of each depth 1..N in the draw at entry (capped at 1/N); what is left over goes to depth 1."""
+    deepen_at: float = Field(ge=0, le=1)
+    """Share of the run's examples after which what is left over goes to depth N instead; 1: never."""
     settled_share: float = Field(gt=0, le=1)
     """settled: the row leaves when at least this share of its supervised tokens is settled."""
     settled_probability: float = Field(gt=0, lt=1)
@@ -99,7 +101,7 @@ class DatasetConfig(_Section):
     seq_len: int = Field(ge=2)
     """Most input positions of a row."""
     subset_size: PositiveInt | None
-    """Rows taken of each split; null: all."""
+    """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
     test_ratio: float = Field(ge=0, lt=1)
     """Share of the rows held out; 0 trains without evaluation."""
     seed: int = Field(ge=0)
@@ -174,7 +176,17 @@ class PretrainInstructConfig(_Section):
     dataloader_workers: int = Field(ge=0)
     """Background threads that read rows ahead of the training loop; 0 reads in the loop."""
     pad_multiple: PositiveInt
-    """Row lengths of a step are padded to a multiple of this (few distinct shapes help compiled code)."""
+    """Row lengths are padded to a multiple of this for attention (few distinct shapes help compiled code)."""
+
+    @property
+    def depth(self) -> int:
+        """ACT steps a token takes, at most, in measuring and generating."""
+        return self.generation.act_steps or self.arch.halt_max_steps
+
+    @property
+    def answer_limit(self) -> int:
+        """Most tokens of a generated answer."""
+        return self.generation.max_output_tokens or self.dataset.seq_len // 2
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

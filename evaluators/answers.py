@@ -5,7 +5,7 @@ It knows strings and counts only: nothing of models, generation, training or how
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypedDict
 
 from config.errors import UsageError
@@ -31,15 +31,6 @@ class AnswerScores(TypedDict):
     families: dict[str, Score]
 
 
-class WrongAnswer(TypedDict):
-    """One answer that was not exact; `index` points into the scored sequences."""
-
-    index: int
-    family: str
-    reference: str
-    answer: str
-
-
 def is_exact(reference: str, answer: str) -> bool:
     """Exact match, case included, after stripping white space around both; nothing else is forgiven."""
     return answer.strip() == reference.strip()
@@ -57,21 +48,15 @@ def wilson_lower_bound(correct: int, count: int, z: float = Z_95) -> float:
     return (centre - margin) / (1 + z * z / count)
 
 
-def score_answers(
-    families: Sequence[str],
-    references: Sequence[str],
-    answers: Sequence[str],
-    train_answers: Mapping[str, Counter[str]] | None = None,
-) -> AnswerScores:
+def score_answers(families: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> AnswerScores:
     """Accuracy by `is_exact`, baseline and Wilson 95 % lower bound, for each family and over all.
 
-    A family's baseline is the accuracy of always giving its most frequent answer. Without `train_answers` that is the
-    most frequent of the scored references themselves, the strictest version: no constant answer can beat it. With
-    `train_answers` (family -> counts of its training answers) it is the constant a person could know beforehand.
-    The overall baseline gives each family its own constant: the families' baselines weighted by their counts.
+    A family's baseline is the accuracy of always giving its most frequent answer, the most frequent of the scored references
+    themselves: no constant answer can beat it. The overall baseline gives each family its own constant: the families' baselines
+    weighted by their counts.
 
-    The three sequences are parallel, one entry a question. Raises UsageError if their lengths differ, if there is
-    nothing to score, or if `train_answers` lacks a family.
+    The three sequences are parallel, one entry a question. Raises UsageError if their lengths differ or if there is nothing to
+    score.
     """
     if not len(families) == len(references) == len(answers):
         raise UsageError(
@@ -88,16 +73,7 @@ def score_answers(
         correct[family] += is_exact(reference, answer)
         references_of[family][reference.strip()] += 1
 
-    baseline_correct: dict[str, int] = {}
-    for family, family_references in references_of.items():
-        if train_answers is None:
-            baseline_correct[family] = max(family_references.values())
-        elif train_answers.get(family):
-            constant = train_answers[family].most_common(1)[0][0]
-            baseline_correct[family] = family_references[constant.strip()]
-        else:
-            raise UsageError(f"expected training answers of the family '{family}', found none; pass them or pass None")
-
+    baseline_correct = {family: max(found.values()) for family, found in references_of.items()}
     return {
         "overall": _score(sum(correct.values()), sum(baseline_correct.values()), len(families)),
         "families": {family: _score(correct[family], baseline_correct[family], counts[family]) for family in references_of},
@@ -111,16 +87,3 @@ def _score(correct: int, baseline_correct: int, count: int) -> Score:
         "count": count,
         "lower_95": wilson_lower_bound(correct, count),
     }
-
-
-def wrong_answers(
-    families: Sequence[str], references: Sequence[str], answers: Sequence[str], per_family: int = 2
-) -> list[WrongAnswer]:
-    """The first `per_family` answers of each family that are not exact, in the order of the questions."""
-    shown: Counter[str] = Counter()
-    wrong: list[WrongAnswer] = []
-    for index, (family, reference, answer) in enumerate(zip(families, references, answers, strict=True)):
-        if not is_exact(reference, answer) and shown[family] < per_family:
-            shown[family] += 1
-            wrong.append({"index": index, "family": family, "reference": reference, "answer": answer})
-    return wrong

@@ -18,6 +18,9 @@ from models.act import RecursiveModel
 from models.cache import HeldLanes
 from models.losses import linear_cross_entropy
 
+# A deeper ACT step may cost this much more than the one before, in nats per token, before it counts as worse.
+DEPTH_GATE_NATS = 0.01
+
 
 @dataclass
 class LanguageSums:
@@ -80,6 +83,11 @@ class LanguageResult:
     by_depth: list[LanguageSums] = field(default_factory=list)
     step_sum: int = 0
 
+    def worse_steps(self) -> list[int]:
+        """ACT steps (from 2) whose loss per token is more than `DEPTH_GATE_NATS` above the step before: depth that doesn't pay."""
+        losses = [sums.metrics()["loss_per_token"] for sums in self.by_depth]
+        return [step for step in range(2, len(losses) + 1) if losses[step - 1] > losses[step - 2] + DEPTH_GATE_NATS]
+
     def report(self) -> dict[str, object]:
         """Metrics as they are written to metrics.json."""
         final = self.by_depth[-1]
@@ -87,6 +95,7 @@ class LanguageResult:
             **final.metrics(),
             "mean_act_steps": self.step_sum / max(1, final.tokens),
             "by_act_step": [sums.metrics() for sums in self.by_depth] if len(self.by_depth) > 1 else [],
+            "worse_act_steps": self.worse_steps(),
             "counts": {
                 "conversations": final.conversations,
                 "supervised_tokens": final.tokens,

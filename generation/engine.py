@@ -1,7 +1,8 @@
 """Greedy decoding of a batch over cached keys and values: prefill, then one loop that yields a token per row.
 
 Ids in, ids out; it knows no text and no tokenizer. At a fixed number of ACT steps it equals full recomputation; with a halting
-threshold a token stops for good on its own, prompts always at full depth. Shape suffixes as in models/layers.py.
+threshold an assistant's token stops for good on its own, those of earlier answers too, and prompt segments go to full depth. Shape
+suffixes as in models/layers.py.
 """
 
 import collections
@@ -76,8 +77,9 @@ class Engine:
         finished = np.zeros(rows, bool)
         produced = 0
         while True:
-            logp_BV = log_probs(model.logits(output_BD), model.config.loss)
-            ids_B = logp_BV.argmax(dim=-1)
+            logits_BV = model.logits(output_BD)
+            logp_BV = log_probs(logits_BV, model.config.loss)
+            ids_B = logits_BV.argmax(dim=-1)
             produced += 1
             yield DecodedTokens(ids_B, logp_BV, steps_B, ~finished)
             finished |= (ids_B == self.eos_id).cpu().numpy() | (produced >= limits)
@@ -86,7 +88,7 @@ class Engine:
             output_BD, steps_B = self._extend(cache, ids_B, lengths + produced - 1)
 
     def _prefill(self, cache: KVCache, prompts: Sequence[Prompt], lengths: np.ndarray) -> Tensor:
-        """Run whole prompts at full depth; the output [B, D] at each row's last position."""
+        """Run whole prompts; the output [B, D] at each row's last position."""
         model, device = self.model, self.model.device
         rows, width = len(prompts), int(lengths.max())
         ids = np.zeros((rows, width), np.int64)

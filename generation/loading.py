@@ -4,7 +4,7 @@ from artifacts.checkpoint import Checkpoint, load_weights
 from config.schema import PretrainInstructConfig
 from generation.answers import Responder
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype, should_compile
+from models.device import pick_device, resolve_dtype
 
 
 def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> RecursiveModel:
@@ -15,8 +15,6 @@ def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Recurs
     load_weights(model, checkpoint.weights(ema=True), checkpoint.folder)
     model.to(device).eval()
     model.cast_for_inference()
-    if should_compile(config.compile, device):
-        model.compile_levels()
     return model
 
 
@@ -27,6 +25,6 @@ def load_responder(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Re
         checkpoint.tokenizer,
         checkpoint.template,
         context=config.dataset.seq_len,
-        act_steps=config.generation.act_steps or config.arch.halt_max_steps,
+        act_steps=config.depth,
         halt_threshold=config.generation.halt_threshold,
     )

@@ -89,7 +89,9 @@ class RecursiveModel(nn.Module):
         """Rotary tables of integer `positions` [T] or [B, T]."""
         if self.config.pos_encodings == "none":
             return None
-        return rotary_table(positions, self.head_dim, self.config.rope_theta, self.dtype)
+        # As the original: the angles of long rows need more than bfloat16's eight bits.
+        exact = torch.promote_types(self.dtype, torch.float32)
+        return rotary_table(positions, self.head_dim, self.config.rope_theta, exact)
 
     def mask(self, segments_BT: Tensor) -> Mask:
         """The attention mask of the configured kind for whole rows with these prompt segments (0: assistant text, padding)."""
@@ -103,16 +105,24 @@ class RecursiveModel(nn.Module):
         `lanes` (models/cache.py) holds the keys and values of this step, one lane per call and layer; None keeps none.
         """
         calls_done = 0
+        lanes_used = 0
 
         def call(level: str, h_BTD: Tensor) -> Tensor:
-            nonlocal calls_done
+            nonlocal calls_done, lanes_used
             stack = self.get_submodule(level)
             assert isinstance(stack, BlockStack)
-            call_lanes = None if lanes is None else lanes.of_call(calls_done, len(stack.layers))
+            call_lanes = None if lanes is None else lanes.of_call(lanes_used, len(stack.layers))
+            lanes_used += len(stack.layers)
             carries_gradient = torch.is_grad_enabled() and calls_done >= self._first_grad_call
             calls_done += 1
+            if not carries_gradient:
+                h_BTD = h_BTD.detach()
             with torch.set_grad_enabled(carries_gradient):
-                result: Tensor = stack(h_BTD, rotary, mask, call_lanes)
+                if call_lanes is None:
+                    result: Tensor = stack(h_BTD, rotary, mask)
+                else:
+                    # Not through __call__: compiled code would be made anew for every lane.
+                    result = stack.forward(h_BTD, rotary, mask, call_lanes)
             return result
 
         with self._weights_cast_once():

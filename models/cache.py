@@ -12,12 +12,15 @@ from torch import Tensor
 
 from models.layers import Lane
 
+# Positions by which a cache grows at least.
+_LEAST_GROWTH = 32
+
 
 class StepLanes(Protocol):
     """The lanes of one ACT step."""
 
-    def of_call(self, call: int, layers: int) -> list[Lane]:
-        """The lanes of the step's level call number `call`, one per layer of its stack."""
+    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
+        """The lanes of one level call, one per layer of its stack, numbered on from those of the calls before it."""
 
 
 class Lanes(Protocol):
@@ -33,7 +36,7 @@ class Lanes(Protocol):
 class KVCache:
     """Keys and values of every position so far, for incremental decoding.
 
-    One buffer [act_steps, calls * layers, 2, B, H, capacity, K]; `reserve` doubles the capacity when it must, so cost and memory
+    One buffer [act_steps, calls * layers, 2, B, H, capacity, K]; `reserve` grows it by a quarter when it must, so cost and memory
     follow the tokens so far and never the configured context.
     """
 
@@ -66,7 +69,7 @@ class KVCache:
             return
         old = self.buffer
         shape = list(old.shape)
-        shape[5] = max(positions, 2 * self.capacity)
+        shape[5] = positions + max(_LEAST_GROWTH, positions // 4)
         # Zeros, because rows shorter than the longest attend over positions they never wrote: masked, but 0 * NaN is NaN.
         self.buffer = old.new_zeros(shape)
         self.buffer[..., : old.shape[5], :] = old
@@ -129,15 +132,15 @@ class _CachedStep:
     cache: KVCache
     act_step: int
 
-    def of_call(self, call: int, layers: int) -> list[Lane]:
-        return [_CachedLane(self.cache, self.act_step, call * layers + layer) for layer in range(layers)]
+    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
+        return [_CachedLane(self.cache, self.act_step, first_lane + layer) for layer in range(layers)]
 
 
 class HeldLanes:
     """Whole rows refined step by step while some tokens have already halted: those keep the keys and values they halted with."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._active_B1T1: Tensor | None = None
 
     def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
@@ -145,11 +148,11 @@ class HeldLanes:
         self._active_B1T1 = None if active_BT is None or act_step == 0 else active_BT[:, None, :, None]
         return self
 
-    def of_call(self, call: int, layers: int) -> list[Lane]:
-        """The lanes of level call number `call`."""
-        return [_HeldLane(self, (call, layer)) for layer in range(layers)]
+    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
+        """The lanes of one level call; see `StepLanes`."""
+        return [_HeldLane(self, first_lane + layer) for layer in range(layers)]
 
-    def hold(self, key: tuple[int, int], k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+    def hold(self, key: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the active tokens' keys and values of a lane, return the lane."""
         if self._active_B1T1 is not None:
             k_old, v_old = self._kept[key]
@@ -162,7 +165,7 @@ class HeldLanes:
 @dataclass(frozen=True)
 class _HeldLane:
     lanes: HeldLanes
-    key: tuple[int, int]
+    key: int
 
     def exchange(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         return self.lanes.hold(self.key, k_BHTK, v_BHTK)

@@ -18,7 +18,7 @@ _SWIGLU_MULTIPLE = 256
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the positions in use, each [..., 1, 1, K/2] for positions [T], [B, T] or [N]."""
+    """Cosines and sines of the positions in use, each [..., 1, 1, K/2] for positions [T], [B, T] or [N], at least float32."""
 
     cos: Tensor
     sin: Tensor
@@ -34,7 +34,8 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate each half-split channel pair of `x` [..., 2, H, K], queries and keys, by its position's angle."""
     low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * rotary.cos - high * rotary.sin, high * rotary.cos + low * rotary.sin), dim=-1)
+    turned = torch.cat((low * rotary.cos - high * rotary.sin, high * rotary.cos + low * rotary.sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 class TokenRows(NamedTuple):
@@ -100,7 +101,7 @@ class Linear(nn.Module):
 
     def hold_cast(self, dtype: torch.dtype | None) -> None:
         """Cast the weight once for many calls (None: let go); gradients of all calls then meet before the cast back."""
-        self._cast = None if dtype is None else self.weight.to(dtype)
+        self._cast = None if dtype in (None, self.weight.dtype) else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
@@ -147,9 +148,7 @@ class Attention(nn.Module):
         q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
         if lane is not None:
             k_BHTK, v_BHTK = lane.exchange(k_BHTK, v_BHTK)
-        # A single new position sees everything stored; is_causal would align it with the first.
-        is_causal = mask.is_causal and q_BHTK.shape[2] > 1
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask.visible, is_causal=is_causal)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask.visible, is_causal=mask.is_causal)
         y = y_BHTK.transpose(1, 2).flatten(2)
         if mask.token_rows is not None:
             y = mask.token_rows.gather(y)

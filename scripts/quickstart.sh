@@ -16,10 +16,10 @@ python -m dataset.build_sample_dataset --output-dir data/sample
 echo; echo "== training"
 checkpoint="$(ls -d "$run"/step_* 2>/dev/null | sort -V | tail -n 1 || true)"
 if [ -n "$checkpoint" ]; then
-    echo "reusing $checkpoint (delete $run to train again)"
+    echo "reusing $checkpoint${1:+ as it is, without your settings} (delete $run to train again)"
 else
-    python pretrain_instruct.py experiment=quickstart "$@"
-    checkpoint="$(ls -d "$run"/step_* | sort -V | tail -n 1)"
+    checkpoint="$(python pretrain_instruct.py experiment=quickstart "$@" | tee /dev/stderr | sed -n 's/^checkpoint //p' | tail -n 1)"
+    run="$(dirname "$checkpoint")"
 fi
 
 echo; echo "== inference over the test split"
@@ -27,7 +27,7 @@ python inference_instruct.py --checkpoint "$checkpoint" > /dev/null
 python scripts/show_answers.py "$checkpoint/metrics.json"
 
 echo; echo "== three messages"
-for message in "What is 23 + 45?" "Sort these numbers: 7 2 9 4" "Ben is older than Anna. Anna is older than Max. Is Ben older than Max?"; do
+for message in "What is 23 + 45?" "Sort these numbers: 7 2 9 4" "Ben is older than Kate. Kate is older than Max. Is Ben older than Max?"; do
     echo "> $message"
     python generate_instruct.py --checkpoint "$checkpoint" --message "$message"
 done

@@ -13,6 +13,8 @@ def table(metrics: dict) -> str:  # type: ignore[type-arg]
         lines.append(f"{name:14s} {score['accuracy']:6.1%} {score['lower_95']:9.1%} {score['baseline']:8.1%} {score['count']:6d}")
     depths = ", ".join(f"{accuracy:.1%} at {depth}" for depth, accuracy in enumerate(answers["by_act_step"], 1))
     lines.append(f"exact answers by ACT steps: {depths}")
+    if metrics["worse_act_steps"]:
+        lines.append(f"depth doesn't pay: the loss rises at ACT steps {metrics['worse_act_steps']}")
     lines.append(f"bits per byte {metrics['bits_per_byte']:.3f}, loss per token {metrics['loss_per_token']:.3f} nats")
     return "\n".join(lines)
 

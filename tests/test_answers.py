@@ -1,13 +1,11 @@
 """Tests of the per-family scores of generated answers. Strings in, figures out; no model."""
 
-from collections import Counter
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import UsageError
-from evaluators.answers import score_answers, wilson_lower_bound, wrong_answers
+from evaluators.answers import score_answers, wilson_lower_bound
 
 
 @pytest.mark.parametrize(
@@ -68,24 +66,8 @@ def test_no_constant_answer_beats_the_baseline(rows: list[tuple[str, str]], cons
         assert score["accuracy"] <= score["baseline"]
 
 
-def test_baseline_from_training_answers_is_the_constant_known_beforehand() -> None:
-    known = {"logic": Counter({"yes": 9, "no": 1})}
-    scores = score_answers(["logic"] * 4, ["no", "no", "no", "yes"], ["no"] * 4, known)
-    assert scores["families"]["logic"]["baseline"] == 0.25
-    with pytest.raises(UsageError, match="'sum'"):
-        score_answers(["sum"], ["1"], ["1"], known)
-
-
 def test_unequal_lengths_and_an_empty_split_are_refused() -> None:
     with pytest.raises(UsageError, match="2, 1 and 1"):
         score_answers(["a", "a"], ["1"], ["1"])
     with pytest.raises(UsageError, match="empty"):
         score_answers([], [], [])
-
-
-def test_wrong_answers_are_limited_per_family_and_keep_their_place() -> None:
-    wrong = wrong_answers(["a", "a", "b", "a", "b"], ["1", "2", "3", "4", "5"], ["1", "x", "3", "", "y"], per_family=1)
-    assert wrong == [
-        {"index": 1, "family": "a", "reference": "2", "answer": "x"},
-        {"index": 4, "family": "b", "reference": "5", "answer": "y"},
-    ]

@@ -193,7 +193,8 @@ def operands(task: str, questions: list[str]) -> tuple[Any, ...]:
         word = re.findall(LETTERS, text)[0]
         return ("word", min(word, word[::-1]))
     if task == "sequence":
-        return (task, found[-1], found[-1] - found[-2])
+        step = found[-1] - found[-2]
+        return ("sum", *sorted((found[-1], step) if step > 0 else (-step, found[-1] + step)))
     if task == "weekday":
         day, date, steps = solve_date(text)
         return (task, day, date, steps) if steps > 0 else (task, (day + steps) % 7, date + steps, -steps)
@@ -264,6 +265,12 @@ def test_no_operands_of_the_test_split_occur_in_training(tmp_path: Path, seed: i
     build(tmp_path, TRAIN_SIZE, TEST_PER_FAMILY, seed)
     train, test = ({operands(row["task"], questions_of(row)) for row in read(tmp_path, s)} for s in ("train", "test"))
     assert not train & test
+    # Nor does a training answer state one of the test's sums on its way.
+    stated = set()
+    for row in read(tmp_path, "train"):
+        for first, sign, second, result in re.findall(r"(\d+) (\+|-) (\d+) = (\d+)", " ".join(answers_of(row))):
+            stated.add(("sum", *sorted(map(int, (first, second) if sign == "+" else (second, result)))))
+    assert not stated & test
 
 
 def test_no_test_question_occurs_in_training_and_none_twice(splits: dict[str, list[Any]]) -> None:

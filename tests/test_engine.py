@@ -80,12 +80,13 @@ def test_float32_agrees_within_1e_4_at_one_step(tiny_model: ModelFactory) -> Non
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
 @pytest.mark.parametrize("lengths", [UNEVEN, (4, 4)], ids=["uneven", "even"])
+@pytest.mark.parametrize("turns", [1, 2])
 def test_per_token_halting_equals_the_parallel_evaluation(
-    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, attention: str, lengths: tuple[int, ...]
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, attention: str, lengths: tuple[int, ...], turns: int
 ) -> None:
     model = tiny_model(f"arch.attention={attention}", halt_scale=3.0)
-    # A single turn: a prompt runs at full depth, an earlier answer in a parallel evaluation halts on its own.
-    prompts, act_steps, threshold = make_prompts(lengths, turns=1), 6, 0.5
+    # With two turns, the earlier answer in the history halts as it does in the parallel evaluation.
+    prompts, act_steps, threshold = make_prompts(lengths, turns=turns), 6, 0.5
     ticks = decode(model, prompts, 8, act_steps=act_steps, halt_threshold=threshold)
     answers = torch.stack([tick.ids_B for tick in ticks], 1)
     examples = []

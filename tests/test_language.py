@@ -11,7 +11,7 @@ import torch
 import evaluators.language
 from dataset.text.loader import Example, TextDataset
 from dataset.text.tokenizer import Tokenizer
-from evaluators.language import DepthOutput, LanguageSums, evaluate_language
+from evaluators.language import DepthOutput, LanguageResult, LanguageSums, evaluate_language
 from models.act import RecursiveModel
 from models.losses import log_probs
 
@@ -237,3 +237,10 @@ def test_evaluation_asks_for_no_gradient_of_trainable_weights(tiny_model: ModelF
     assert all(p.requires_grad for p in model.parameters())
     evaluate_language(model, examples, eos_id=EOS, batch_size=4, act_steps=2)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_whose_loss_rises_beyond_the_gate_is_named() -> None:
+    losses = (1.0, 0.9, 0.909, 0.95, 0.951)
+    result = LanguageResult([LanguageSums(nll=10 * loss, tokens=10) for loss in losses], step_sum=50)
+    assert result.worse_steps() == [4]
+    assert result.report()["worse_act_steps"] == [4]

@@ -17,7 +17,9 @@ ROW = Example(np.zeros(3, np.int32), np.ones(3, bool), np.zeros(3, np.int32), 1)
 
 
 def halting(mode: str, floor: float = 0.1, share: float = 0.95) -> HaltConfig:
-    return HaltConfig(mode=mode, depth_floor=floor, settled_share=share, settled_probability=0.5, bias=-1.0, backprop=False)
+    return HaltConfig(
+        mode=mode, depth_floor=floor, deepen_at=1.0, settled_share=share, settled_probability=0.5, bias=-1.0, backprop=False
+    )
 
 
 def run(
@@ -38,7 +40,7 @@ def run(
 def test_every_drawn_example_halts_exactly_once_an_epoch(mode: str) -> None:
     examples, epochs, size, deepest = 256, 2, 8, 5
     stream = ExampleStream([ROW] * examples, 0, epochs, 0)
-    slots = Slots(size, stream, halting(mode), deepest, seed=0)
+    slots = Slots(size, stream, halting(mode), deepest, seed=0, total=epochs * examples)
     order = [(epoch, example) for epoch, example, _ in ExampleStream([ROW] * examples, 0, epochs, 0)]
     drawn, halted, depths, per_step, depth_at_entry = [], [], Counter(), [], {}
     # Forced short and long halts: even examples settle at once, odd ones never.
@@ -74,7 +76,7 @@ def test_free_slots_take_the_next_examples_in_ascending_order(
 ) -> None:
     rng = np.random.default_rng(seed)
     order = [(epoch, example) for epoch, example, _ in ExampleStream([ROW] * examples, seed, epochs, 0)]
-    slots = Slots(size, ExampleStream([ROW] * examples, seed, epochs, 0), halting(mode), deepest, seed)
+    slots = Slots(size, ExampleStream([ROW] * examples, seed, epochs, 0), halting(mode), deepest, seed, total=epochs * examples)
     free, position, finished = list(range(size)), 0, 0
     for entered, left in run(slots, lambda s: rng.choice([0.0, 0.94, 0.95, 1.0], s.size)):
         expected = [(slot, *drawn) for slot, drawn in zip(free, order[position:], strict=False)]
@@ -119,7 +121,7 @@ def test_drawn_depths_follow_the_distribution_and_depend_on_their_key_alone() ->
 def test_the_same_examples_get_the_same_depths_whatever_the_number_of_slots() -> None:
     depths = []
     for size in (1, 7):
-        slots = Slots(size, ExampleStream([ROW] * 30, 0, 1, 0), halting("sampled", 0.25), 4, seed=9)
+        slots = Slots(size, ExampleStream([ROW] * 30, 0, 1, 0), halting("sampled", 0.25), 4, seed=9, total=30)
         departures = [departure for _, left in run(slots, lambda s: np.zeros(s.size)) for departure in left]
         depths.append({(epoch, example): steps for _, epoch, example, steps in departures})
     assert depths[0] == depths[1] and len(set(depths[0].values())) == 4
@@ -127,7 +129,7 @@ def test_the_same_examples_get_the_same_depths_whatever_the_number_of_slots() ->
 
 def test_settled_rows_leave_at_the_share_from_their_drawn_depth_on() -> None:
     # floor 1 / N on every depth: all depths are drawn.
-    slots = Slots(64, ExampleStream([ROW] * 64, 0, 1, 0), halting("settled", 0.25, share=0.9), 4, seed=0)
+    slots = Slots(64, ExampleStream([ROW] * 64, 0, 1, 0), halting("settled", 0.25, share=0.9), 4, seed=0, total=64)
     slots.refill()
     for step in range(1, 5):
         below, at = slots.halted(np.full(64, 0.89)), slots.halted(np.full(64, 0.9))
@@ -137,7 +139,7 @@ def test_settled_rows_leave_at_the_share_from_their_drawn_depth_on() -> None:
 
 
 def test_free_slots_neither_halt_nor_count() -> None:
-    slots = Slots(4, ExampleStream([ROW] * 2, 0, 1, 0), halting("fixed"), 1, seed=0)
+    slots = Slots(4, ExampleStream([ROW] * 2, 0, 1, 0), halting("fixed"), 1, seed=0, total=2)
     assert len(slots.refill()) == 2
     halted = slots.halted(np.ones(4))
     assert halted.tolist() == [True, True, False, False]
@@ -147,3 +149,15 @@ def test_free_slots_neither_halt_nor_count() -> None:
 
 def test_no_label_and_no_loss_can_reach_the_decision() -> None:
     assert list(inspect.signature(Slots.halted).parameters) == ["self", "settled_share"]
+
+
+def test_late_in_the_run_the_rest_of_the_draw_goes_to_the_last_depth() -> None:
+    assert depth_distribution(4, 0.1, deep=True) == pytest.approx([0.1, 0.1, 0.1, 0.7])
+    halt = halting("sampled").model_copy(update={"deepen_at": 0.5})
+    slots = Slots(8, ExampleStream([ROW] * 400, 0, 1, 0), halt, 4, seed=0, total=400)
+    depths = []
+    for entered, _ in run(slots, lambda s: np.zeros(s.size)):
+        depths += [int(slots.depth[slot]) for slot, _, _ in entered]
+    early, late = np.array(depths[:200]), np.array(depths[200:])
+    assert (early == 1).mean() > 0.6 and (late == 4).mean() > 0.6
+    assert set(early.tolist()) == set(late.tolist()) == {1, 2, 3, 4}

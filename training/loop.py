@@ -35,6 +35,9 @@ class Carry:
     previous_argmax_BT: Tensor
     states: States
     lengths: np.ndarray
+    """Input positions of each row, int64[B], on the host."""
+    supervised_BT: np.ndarray
+    """Which positions have a label, bool, on the host: a step's shapes are known without asking the device."""
 
     @classmethod
     def empty(cls, model: RecursiveModel, rows: int, positions: int) -> "Carry":
@@ -44,7 +47,9 @@ class Carry:
             return torch.full((rows, positions), fill, dtype=torch.int64, device=model.device)
 
         states = tuple(state.clone() for state in model.initial_states(rows, positions))
-        return cls(ids(0), ids(IGNORE_LABEL_ID), ids(0), ids(-1), states, np.zeros(rows, np.int64))
+        return cls(
+            ids(0), ids(IGNORE_LABEL_ID), ids(0), ids(-1), states, np.zeros(rows, np.int64), np.zeros((rows, positions), bool)
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Trainer:
         )
         self.ema = EMA(model, config.ema_rate) if config.ema else None
         arch = config.arch
-        self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed)
+        self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed, self.total_examples)
         multiple = config.pad_multiple
         self._positions = -(-config.dataset.seq_len // multiple) * multiple
         self.carry = Carry.empty(model, config.global_batch_size, self._positions)
@@ -124,6 +129,7 @@ class Trainer:
         ):
             target.copy_(tensors[f"carry.{name}"])
         carry.lengths[:] = tensors["carry.lengths"].numpy()
+        carry.supervised_BT[:] = (tensors["carry.labels"] != IGNORE_LABEL_ID).numpy()
         for name in _SLOT_ARRAYS:
             getattr(slots, name)[:] = tensors[f"slots.{name}"].numpy()
         for name, parameter in self.model.named_parameters():
@@ -160,13 +166,10 @@ class Trainer:
         carry.previous_argmax_BT[slots] = -1
         for state, initial in zip(carry.states, self.model.initial_states(len(entries), self._positions), strict=True):
             state[slots] = initial
-        carry.lengths[[entry.slot for entry in entries]] = batch["lengths"]
-
-    def _token_rows(self, working: np.ndarray, width: int) -> TokenRows:
-        """Where the tokens of the rows in work stand, from their lengths, which the host knows without asking the device."""
-        lengths = self.carry.lengths[working]
-        is_token = np.arange(width) < lengths[:, None]
-        return TokenRows(torch.from_numpy(np.flatnonzero(is_token)).to(self.model.device), len(working), width)
+        host_slots = [entry.slot for entry in entries]
+        carry.lengths[host_slots] = batch["lengths"]
+        carry.supervised_BT[host_slots] = False
+        carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
 
     def _train_step(self) -> StepResult:
         model, carry, slots = self.model, self.carry, self.slots
@@ -176,9 +179,11 @@ class Trainer:
         # While every slot works, views do; only the end of the run, when slots drain, copies rows.
         full = len(working) == slots.size
         index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
-        token_rows = self._token_rows(working, width)
+        is_token_RT = np.arange(width) < carry.lengths[working][:, None]
+        token_rows = TokenRows(torch.from_numpy(np.flatnonzero(is_token_RT)).to(model.device), len(working), width)
         labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
-        supervised_N = torch.nonzero(labels_M != IGNORE_LABEL_ID).squeeze(1)
+        is_supervised_M = carry.supervised_BT[working, :width][is_token_RT]
+        supervised_N = torch.from_numpy(np.flatnonzero(is_supervised_M)).to(model.device)
         labels_N = labels_M[supervised_N]
         supervised = len(labels_N)
 
@@ -198,7 +203,7 @@ class Trainer:
         )
         output_ND = output_MD[supervised_N]
         halt_logits_N = model.halt_logits(output_ND if arch.halt.backprop else output_ND.detach())[:, 0]
-        weights_N = torch.full_like(halt_logits_N, 1 / max(1, supervised)).detach()
+        weights_N = torch.full_like(halt_logits_N, 1 / max(1, supervised))
         loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, weights_N, arch.loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()

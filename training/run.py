@@ -3,8 +3,10 @@
 The only file of this room that touches disk, the screen and W&B. Knows no Hydra.
 """
 
+import contextlib
 import datetime
 import itertools
+import math
 import os
 import time
 from collections import Counter
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from artifacts.checkpoint import save_checkpoint
@@ -42,7 +43,7 @@ def run_instruct(config: PretrainInstructConfig) -> Path:
         raise UsageError("training on several processes is not supported yet: start pretrain_instruct.py without torchrun")
     device = pick_device(config.device)
     arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
-    config = config.model_copy(update={"arch": arch, "run_name": config.run_name or _new_run_name(arch.name)})
+    config = config.model_copy(update={"run_name": config.run_name or _new_run_name(arch.name)})
     assert config.run_name is not None
     folder = Path(config.checkpoint_dir) / config.project_name / config.run_name
     if list(folder.glob("step_*")):
@@ -99,7 +100,7 @@ class _Run:
         config, data = self.config, self.train_split
         parameters = sum(p.numel() for p in self.model.parameters())
         test_rows = len(self.test_split) if self.test_split is not None else 0
-        print(f"run {self.folder}: {parameters:,} parameters, {self.model.device.type}, {config.arch.forward_dtype}")
+        print(f"run {self.folder}: {parameters:,} parameters, {self.model.device.type}, {self.model.config.forward_dtype}")
         print(f"data {config.dataset.data_dir}: {len(data):,} training rows, {test_rows:,} test rows; {data.counts}")
         if self.test_split is None:
             print("dataset.test_ratio is 0: training without evaluation")
@@ -117,6 +118,11 @@ class _Run:
                     finished_all = not trainer.slots.busy and trainer.slots.finished == trainer.total_examples
                     if result.step % config.log_interval == 0 or finished_all:
                         metrics = window.metrics(trainer)
+                        if not math.isfinite(metrics["loss_per_token"]):
+                            raise UsageError(
+                                f"the loss is not finite at step {result.step}: lower lr, raise lr_warmup_steps, or use "
+                                "arch.forward_dtype=float32; earlier checkpoints of the run are kept"
+                            )
                         now = time.perf_counter()
                         tokens = sum(r.tokens for r in window.results)
                         timing = {
@@ -148,14 +154,14 @@ class _Run:
         config = self.config
         metrics: dict[str, Any] = {"step": trainer.step_number, "examples": trainer.slots.finished}
         if self.test_split is not None:
-            averaged = trainer.ema.swapped_in(self.model) if trainer.ema is not None else torch.no_grad()
+            averaged = trainer.ema.swapped_in(self.model) if trainer.ema is not None else contextlib.nullcontext()
             with averaged:
                 report = evaluate_language(
                     self.model,
                     self.test_split,
                     eos_id=self.tokenizer.eos_id,
                     batch_size=config.global_batch_size,
-                    act_steps=config.generation.act_steps or config.arch.halt_max_steps,
+                    act_steps=config.depth,
                     halt_threshold=config.generation.halt_threshold,
                     limit=config.eval_examples,
                     pad_multiple=config.pad_multiple,
@@ -163,13 +169,15 @@ class _Run:
                 metrics["test"] = report
                 numbers = {name: value for name, value in report.items() if isinstance(value, float)}
                 tqdm.write(f"step {trainer.step_number}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+                if report["worse_act_steps"]:
+                    tqdm.write(f"  depth doesn't pay: the held-out loss rises at ACT steps {report['worse_act_steps']}")
                 self._show_answers(self.test_split)
             log.write(metrics)
             if wandb is not None:
                 wandb.log({f"test/{name}": value for name, value in numbers.items()}, step=trainer.step_number)
         state = trainer.state()
         state.values["metrics_log_bytes"] = log.length
-        state.values["data_hash"] = self.train_split.data_hash
+        state.values["forward_dtype"] = self.model.config.forward_dtype
         folder = self.folder / f"step_{trainer.step_number}"
         save_checkpoint(
             folder,
@@ -192,7 +200,7 @@ class _Run:
             self.tokenizer,
             Template(),
             context=config.dataset.seq_len,
-            act_steps=config.generation.act_steps or config.arch.halt_max_steps,
+            act_steps=config.depth,
             halt_threshold=config.generation.halt_threshold,
         )
         shown = []

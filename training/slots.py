@@ -16,10 +16,10 @@ from dataset.text.loader import Example
 _DEPTH_DRAW = 1
 
 
-def depth_distribution(max_steps: int, floor: float) -> np.ndarray:
-    """Probability of each drawn depth 1..max_steps: at least min(floor, 1 / max_steps) each, the rest on depth 1."""
+def depth_distribution(max_steps: int, floor: float, deep: bool = False) -> np.ndarray:
+    """Probability of each drawn depth 1..max_steps: min(floor, 1 / max_steps) or more each, the rest on the first, or `deep`, the last."""
     probabilities = np.full(max_steps, min(floor, 1 / max_steps))
-    probabilities[0] += 1 - probabilities.sum()
+    probabilities[-1 if deep else 0] += 1 - probabilities.sum()
     return probabilities
 
 
@@ -41,12 +41,15 @@ class Entry:
 
 
 class Slots:
-    """One array of B slots. `refill`, train a step, `advance` with the rows that halted, and again until `done`.
+    """One array of B slots. `refill`, train a step, `advance` with the rows that halted, and again while `busy`.
 
     epoch, example_id, act_step (steps done so far) and depth (drawn at entry) are int64[B]; active is bool[B].
     """
 
-    def __init__(self, size: int, stream: Iterator[tuple[int, int, Example]], halt: HaltConfig, max_steps: int, seed: int) -> None:
+    def __init__(
+        self, size: int, stream: Iterator[tuple[int, int, Example]], halt: HaltConfig, max_steps: int, seed: int, total: int
+    ) -> None:
+        """`total`: examples of the whole run, of which `halt.deepen_at` is a share."""
         self.size = size
         self.max_steps = max_steps
         self.admitted = 0
@@ -59,7 +62,8 @@ class Slots:
         self._halt = halt
         self._stream = stream
         self._seed = seed
-        self._probabilities = depth_distribution(max_steps, halt.depth_floor)
+        self._deepen_from = halt.deepen_at * total
+        self._probabilities = [depth_distribution(max_steps, halt.depth_floor, deep) for deep in (False, True)]
 
     def refill(self) -> list[Entry]:
         """Give the next examples to the free slots, in ascending order; fewer or none at the end of the run."""
@@ -70,9 +74,11 @@ class Slots:
                 break
             epoch, example_id, example = following
             self.epoch[slot], self.example_id[slot], self.act_step[slot] = epoch, example_id, 0
-            self.depth[slot] = (
-                self.max_steps if self._halt.mode == "fixed" else drawn_depth(self._seed, epoch, example_id, self._probabilities)
-            )
+            if self._halt.mode == "fixed":
+                self.depth[slot] = self.max_steps
+            else:
+                probabilities = self._probabilities[self.admitted >= self._deepen_from]
+                self.depth[slot] = drawn_depth(self._seed, epoch, example_id, probabilities)
             self.active[slot] = True
             self.admitted += 1
             entries.append(Entry(slot, epoch, example_id, example))

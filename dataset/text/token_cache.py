@@ -187,7 +187,7 @@ def _make_folder(folder: Path) -> None:
     except OSError:
         usable = False
     if not usable:
-        raise UsageError(f"the token cache needs a folder to write to, {str(folder)!r} is none: set dataset.cache_dir")
+        raise UsageError(f"the token cache needs a folder to write to, {str(folder)!r} is none: make it writable, or copy the data")
 
 
 class _ArrayFile:
