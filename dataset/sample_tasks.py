@@ -145,12 +145,12 @@ SEQUENCE_STEPS = (1, 2, 3, 5, 10)
 
 
 def sequence(rng: random.Random) -> Example:
-    """The next term after three, by an even step up or down, all within 1..99.
+    """The next term after three, by an even step up or down, all within 10..99.
 
     Key: the fact that answers it, as in addition and shared with it: after 14, 24, 34 comes 34 + 10.
     """
     step = rng.choice(SEQUENCE_STEPS) * rng.choice((1, -1))
-    low, high = (1, 99 - 3 * step) if step > 0 else (1 - 3 * step, 99)
+    low, high = (10, 99 - 3 * step) if step > 0 else (10 - 3 * step, 99)
     start = rng.randint(low, high)
     terms = [start + step * index for index in range(3)]
     wording = rng.choice(("Next: {}", "What comes next: {}", "Continue: {}"))
