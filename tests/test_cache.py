@@ -32,7 +32,7 @@ def write_everywhere(cache: KVCache, positions: int, seed: int) -> dict[tuple[in
     written = {}
     for step in range(STEPS):
         for call in range(LANES // 2):
-            for layer, lane in enumerate(cache.at_step(step).of_call(call, 2)):
+            for layer, lane in enumerate(cache.at_step(step).of_call(2 * call, 2)):
                 new = values(positions, seed + 100 * step + 10 * call + layer)
                 lane.exchange(*new)
                 written[step, call * 2 + layer] = new
@@ -46,7 +46,7 @@ def test_growing_keeps_the_content_and_follows_the_tokens(chunks: list[int]) -> 
         assert cache.write_at(used, count) == used + count
         stored.append(write_everywhere(cache, count, 1000 * number))
         used += count
-        assert used <= cache.capacity <= max(2 * used, sum(chunks[:1]))
+        assert used <= cache.capacity <= used + max(32, used // 4)
     for step in range(STEPS):
         for lane in range(LANES):
             for which in range(2):
@@ -99,13 +99,14 @@ def test_held_lanes_take_new_keys_of_active_tokens_only(call: int) -> None:
     lanes = HeldLanes()
     lanes.at_step(0, torch.ones(ROWS, 5, dtype=torch.bool))
     first, second, third = (values(5, seed) for seed in range(3))
-    lane = lanes.of_call(call, 2)[1]
+    lane = lanes.of_call(2 * call, 2)[1]
     assert all(torch.equal(got, new) for got, new in zip(lane.exchange(*first), first, strict=True))
+    lanes.of_call(2 * call, 2)[0].exchange(*third)
     active = torch.tensor([[True, False, True, False, False], [False, True, True, True, True]])
     lanes.at_step(1, active)
     where = active[:, None, :, None]
     expected = [torch.where(where, new, old) for new, old in zip(second, first, strict=True)]
-    assert all(torch.equal(got, want) for got, want in zip(lanes.of_call(call, 2)[1].exchange(*second), expected, strict=True))
-    # Another layer's lane, and another call's, are not touched by it.
-    other = lanes.of_call(call, 2)[0].exchange(*third)
+    assert all(torch.equal(got, want) for got, want in zip(lanes.of_call(2 * call, 2)[1].exchange(*second), expected, strict=True))
+    # Another layer's lane is not touched by it.
+    other = lanes.of_call(2 * call, 2)[0].exchange(*third)
     assert all(torch.equal(got, new) for got, new in zip(other, third, strict=True))

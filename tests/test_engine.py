@@ -178,8 +178,8 @@ def test_memory_follows_the_tokens_so_far(tiny_model: ModelFactory, monkeypatch:
     model = tiny_model()
     engine = Engine(model, eos_id=NEVER, act_steps=2)
     capacities = [caches[-1].capacity for _ in engine.decode(make_prompts((5, 3)), [20, 20])]
-    assert capacities[0] == 5, "a prompt takes its own length, not the context"
-    assert all(capacity <= 2 * (5 + tick) for tick, capacity in enumerate(capacities))
+    assert 5 <= capacities[0] <= 5 + 32, "a prompt takes its own length and a margin, not the context"
+    assert all(5 + tick <= capacity <= 5 + tick + 32 for tick, capacity in enumerate(capacities))
     bytes_held = caches[-1].buffer.numel() * caches[-1].buffer.element_size()
     assert bytes_held == engine.cache_bytes(2, caches[-1].capacity)
 

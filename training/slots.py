@@ -17,7 +17,7 @@ _DEPTH_DRAW = 1
 
 
 def depth_distribution(max_steps: int, floor: float, deep: bool = False) -> np.ndarray:
-    """Probability of each drawn depth 1..max_steps: min(floor, 1 / max_steps) or more, the rest on the first or, `deep`, the last."""
+    """Probability of each depth 1..max_steps: min(floor, 1 / max_steps) or more, the rest on the first or, `deep`, the last."""
     probabilities = np.full(max_steps, min(floor, 1 / max_steps))
     probabilities[-1 if deep else 0] += 1 - probabilities.sum()
     return probabilities
