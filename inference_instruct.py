@@ -18,11 +18,9 @@ from artifacts.outputs import OUTPUT_FILL, SavedOutputs
 from config.compose import add_model_arguments, override_config, settings_for_use
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
-from dataset.instruct import last_exchange, open_instruct_split
-from dataset.text.loader import TextDataset
-from evaluators.answers import score_answers
+from dataset.instruct import open_instruct_split
+from evaluators.generated import evaluate_generated
 from evaluators.language import DepthOutput, evaluate_language
-from generation.answers import Responder
 from generation.loading import load_responder
 from models.device import keep_freed_memory
 
@@ -62,32 +60,6 @@ def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> 
     }
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return override_config(settings_for_use(trained, arguments), given)
-
-
-def generated_answers(responder: Responder, split: TextDataset, config: PretrainInstructConfig, rows: int) -> dict[str, Any]:
-    """Answer the last turn of every row at each depth, and score by family; `by_act_step` holds the accuracies of all depths."""
-    exchanges = [last_exchange(split.conversation(i)) for i in range(rows)]
-    fitting = [i for i, (history, _) in enumerate(exchanges) if responder.fits(history)]
-    exchanges = [exchanges[i] for i in fitting]
-    families = [str(split.row(i).get("task", "no task")) for i in fitting]
-    depths = range(1, responder.act_steps + 1) if responder.halt_threshold is None else [responder.act_steps]
-    by_depth = []
-    for depth in depths:
-        answers = responder.at_depth(depth).answers(
-            [history for history, _ in exchanges],
-            max_output_tokens=config.answer_limit,
-            batch_size=config.global_batch_size,
-            progress=partial(tqdm, desc=f"answers at {depth} ACT steps", unit="batch"),
-        )
-        scores = score_answers(families, [reference for _, reference in exchanges], [answer.text for answer in answers])
-        by_depth.append(scores)
-    steps = [step for answer in answers for step in answer.act_steps]
-    return {
-        **by_depth[-1],
-        "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
-        "mean_act_steps": sum(steps) / len(steps),
-        "longer_than_context": rows - len(fitting),
-    }
 
 
 def output_folder(folder: Path) -> Path:
@@ -139,7 +111,9 @@ def main() -> None:
     metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "split": arguments.split, **result.report()}
     if config.dataset.source == "sample":
         rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
-        metrics["answers"] = generated_answers(responder, split, config, rows)
+        metrics["answers"] = evaluate_generated(
+            responder, split, rows=rows, max_output_tokens=config.answer_limit, batch_size=config.global_batch_size
+        )
     if saved.keys:
         saved.write(folder / f"outputs_{arguments.split}.safetensors")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
