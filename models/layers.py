@@ -7,6 +7,7 @@ are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the toke
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return turned.to(x.dtype)
 
 
+# Products of tokens with weights come in round numbers of tokens: a CPU's kernels are made anew for each number, which takes longer
+# than a small product itself, and stay in memory.
+TOKEN_MULTIPLE = 64
+
+
 class TokenRows(NamedTuple):
     """Where tokens without padding stand: token n is at position `index_N[n] % positions` of row `index_N[n] // positions`."""
 
@@ -53,6 +59,21 @@ class TokenRows(NamedTuple):
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [N, ...]"""
         return x.flatten(0, 1).index_select(0, self.index_N)
+
+
+def tokens_in_rows(lengths_B: np.ndarray, multiple: int = 1, token_multiple: int = TOKEN_MULTIPLE) -> tuple[np.ndarray, int]:
+    """The `index_N` of right-padded rows of these lengths, ascending, and their positions, a multiple of `multiple`.
+
+    Some padding positions count as tokens, so that N is a multiple of `token_multiple`; for their sake rows may be up to that much
+    wider than the longest one.
+    """
+    real = int(lengths_B.sum())
+    rounded = -(-real // token_multiple) * token_multiple
+    positions = max(int(lengths_B.max()), -(-rounded // len(lengths_B)))
+    positions = -(-positions // multiple) * multiple
+    is_token = (np.arange(positions) < lengths_B[:, None]).ravel()
+    is_token[np.flatnonzero(~is_token)[: rounded - real]] = True
+    return np.flatnonzero(is_token), positions
 
 
 class Mask(NamedTuple):
@@ -86,8 +107,13 @@ def attention_mask(kind: str, segments_BT: Tensor | None, positions: int) -> Mas
 class Lane(Protocol):
     """Where one layer of one level call keeps its keys and values (models/cache.py)."""
 
-    def exchange(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, return all that the new positions attend to."""
+    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
+        """Store the new keys and values, and attend to all that the new positions see: [B, H, T, K]."""
+
+
+def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor:
+    """Scaled dot-product attention [B, H, T, K]."""
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal)
 
 
 class Linear(nn.Module):
@@ -146,9 +172,7 @@ class Attention(nn.Module):
         if mask.token_rows is not None:
             qk, v = mask.token_rows.lay_out(qk), mask.token_rows.lay_out(v)
         q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
-        if lane is not None:
-            k_BHTK, v_BHTK = lane.exchange(k_BHTK, v_BHTK)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask.visible, is_causal=mask.is_causal)
+        y_BHTK = (attend if lane is None else lane.attend)(q_BHTK, k_BHTK, v_BHTK, mask)
         y = y_BHTK.transpose(1, 2).flatten(2)
         if mask.token_rows is not None:
             y = mask.token_rows.gather(y)

@@ -3,6 +3,7 @@
 Only supervised tokens come here, and no [tokens, vocabulary] tensor larger than one chunk ever exists. Knows no rows and no slots.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,23 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.layers import TOKEN_MULTIPLE
+
 # Logits that exist at the same time. 2**24 is 64 MiB in float32; the loss needs about four such tensors.
 _LOGITS_PER_CHUNK = 2**24
 
 
-def log_probs(logits: Tensor, loss: str) -> Tensor:
-    """log p over the last dimension of float logits, for `loss` "softmax" or "stablemax".
+def log_probs(logits: Tensor, loss: str, out: Tensor | None = None) -> Tensor:
+    """log p over the last dimension of float logits, for `loss` "softmax" or "stablemax". `out` may be a place for the result.
 
     Stablemax (Prieto et al., arXiv 2501.04697): p = s(v) / sum s, s(v) = v + 1 for v >= 0, else 1 / (1 - v). In one expression
     without a branch, log s(v) = sign(v) log(1 + |v|), which is finite, with a finite gradient, everywhere.
     """
     if loss == "stablemax":
         logits = logits.abs().log1p_().copysign_(logits)
-    return torch.log_softmax(logits, dim=-1)
+    return torch.log_softmax(logits, dim=-1, out=out)
 
 
 def _chunk_gradient(logp_NV: Tensor, logits_NV: Tensor, labels_N: Tensor, loss: str) -> Tensor:
-    """d(-log p[label]) / d(logits), given log p. Overwrites `logp_NV`."""
+    """d(-log p[label]) / d(logits), given log p. Overwrites both."""
     grad_NV = logp_NV.exp_()
     grad_NV.scatter_add_(1, labels_N.unsqueeze(1), grad_NV.new_full((len(labels_N), 1), -1.0))
     if loss == "stablemax":
@@ -35,11 +38,21 @@ def _chunk_gradient(logp_NV: Tensor, logits_NV: Tensor, labels_N: Tensor, loss: 
     return grad_NV
 
 
-def _argmax(logits_NV: Tensor) -> Tensor:
+def argmax(logits_NV: Tensor) -> Tensor:
+    """The lowest id of the highest logit, [N]."""
     if logits_NV.device.type == "cpu":
         # The same result as torch's own, which is not vectorised on a CPU.
         return torch.from_numpy(logits_NV.numpy().argmax(-1))
     return logits_NV.argmax(dim=-1)
+
+
+@functools.lru_cache(maxsize=1)
+def _workspace(rows: int, vocab_size: int, dtype: torch.dtype, exact: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Room for a chunk's logits in both number formats and its log p.
+
+    Kept, because a fresh tensor of this size costs its pages: with other sizes at every step, more time than the softmax itself.
+    """
+    return tuple(torch.empty(rows, vocab_size, dtype=kind, device=device) for kind in (dtype, exact, exact))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,21 +69,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         argmax_N = torch.empty_like(labels_N)
         grad_ND = torch.empty_like(output_ND) if needs_output else None
         grad_VD: Tensor | None = None
-        chunk = max(1, _LOGITS_PER_CHUNK // len(weight_VD))
+        chunk = max(1, _LOGITS_PER_CHUNK // len(weight_VD) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        raw_CV, exact_CV, logp_CV = _workspace(chunk, len(weight_VD), output_ND.dtype, exact, output_ND.device)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(output_ND[part], cast_VD).to(exact)
-            argmax_N[part] = _argmax(logits)
-            logp = log_probs(logits, loss)
-            nll_N[part] = -logp.gather(1, labels_N[part].unsqueeze(1)).squeeze(1)
+            labels = labels_N[part]
+            count = len(labels)
+            # A round number of tokens; see models/layers.TOKEN_MULTIPLE. Those that are none get no gradient.
+            rounded = -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+            output = F.pad(output_ND[part], (0, 0, 0, rounded - count))
+            raw = torch.mm(output, cast_VD.T, out=raw_CV[:rounded])
+            logits, logp = exact_CV[:count].copy_(raw[:count]), logp_CV[:count]
+            argmax_N[part] = argmax(logits)
+            log_probs(logits, loss, out=logp)
+            nll_N[part] = -logp.gather(1, labels.unsqueeze(1)).squeeze(1)
             if not (needs_output or needs_weight):
                 continue
-            grad_logits = _chunk_gradient(logp, logits, labels_N[part], loss)
-            grad_logits = grad_logits.mul_(weights_N[part].unsqueeze(1)).to(output_ND.dtype)
+            grad = _chunk_gradient(logp, logits, labels, loss).mul_(weights_N[part].unsqueeze(1))
+            raw[:count], raw[count:] = grad, 0
             if grad_ND is not None:
-                grad_ND[part] = grad_logits @ cast_VD
+                grad_ND[part] = (raw @ cast_VD)[:count]
             if needs_weight:
-                part_VD = (grad_logits.T @ output_ND[part]).to(weight_VD.dtype)
+                part_VD = (raw.T @ output).to(weight_VD.dtype)
                 grad_VD = part_VD if grad_VD is None else grad_VD.add_(part_VD)
         if needs_weight and grad_VD is None:
             grad_VD = torch.zeros_like(weight_VD)

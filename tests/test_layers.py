@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from models.layers import (
     rms_norm,
     rotary_table,
     rotate,
+    tokens_in_rows,
 )
 
 
@@ -162,3 +164,16 @@ def test_embedding_looks_up_in_float32_and_casts() -> None:
     assert table.embedding_weight.dtype == torch.float32
     rows = table(torch.tensor([[4, 0]]), torch.bfloat16)
     assert rows.shape == (1, 2, 64) and torch.equal(rows[0, 0], table.embedding_weight[4].bfloat16())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    multiple=st.sampled_from([1, 8]),
+    token_multiple=st.sampled_from([1, 8, 64]),
+)
+def test_tokens_in_rows_are_all_tokens_and_a_little_padding(lengths: list[int], multiple: int, token_multiple: int) -> None:
+    index, positions = tokens_in_rows(np.array(lengths), multiple, token_multiple)
+    assert positions % multiple == 0 and max(lengths) <= positions < max(lengths) + token_multiple + multiple
+    assert len(index) % token_multiple == 0 and len(index) < sum(lengths) + token_multiple
+    assert index.tolist() == sorted(set(index.tolist())) and index[-1] < len(lengths) * positions
+    assert {row * positions + t for row, length in enumerate(lengths) for t in range(length)} <= set(index.tolist())

@@ -16,7 +16,8 @@ from dataset.text.conversation import Template
 from dataset.text.loader import Example, ExampleStream, TextDataset
 from dataset.text.tokenizer import Tokenizer
 from evaluators.language import evaluate_language
-from generation.answers import Responder
+from generation.engine import Engine, Prompt, Request
+from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.losses import log_probs
 from training.loop import StepResult, Trainer
@@ -100,6 +101,39 @@ def test_gradients_are_the_sum_over_supervised_tokens_divided_by_their_number(
     assert result.supervised == count
     assert result.nll_sum.item() + 0.5 * result.halt_bce_sum.item() == pytest.approx(total, rel=1e-9)
     assert_same(got, expected, 1e-9)
+
+
+def test_an_update_of_several_act_steps_sums_their_losses_over_all_their_tokens(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory
+) -> None:
+    settings = ("arch.halt_max_steps=2", "arch.halt.depth_floor=0.5", "act_steps_per_update=2", "global_batch_size=8")
+    config = tiny_config(*settings, *FROZEN)
+    examples = random_examples(8)
+    trainer = make_trainer(config, examples)
+    (result,) = run(trainer)
+    assert len(result.finished_depths) == 8 and set(result.finished_depths) == {1, 2}, (
+        "rows of both depths, all of them done in one update"
+    )
+    got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    deep = [examples[i] for i, depth in zip(trainer.slots.example_id, trainer.slots.depth, strict=True) if depth == 2]
+    first, first_loss, first_count = plain_gradients(trainer.model, examples, 1, config.arch.loss, False)
+    second, second_loss, second_count = plain_gradients(trainer.model, deep, 2, config.arch.loss, False)
+    count = first_count + second_count
+    assert result.supervised == count
+    expected = {name: (first[name] * first_count + second[name] * second_count) / count for name in first}
+    assert_same(got, expected, 1e-9)
+    assert result.nll_sum.item() + 0.5 * result.halt_bce_sum.item() == pytest.approx(first_loss + second_loss, rel=1e-9)
+
+
+def test_rows_enter_after_an_update_only(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    config = tiny_config("arch.halt_max_steps=3", "arch.halt.depth_floor=0.34", "act_steps_per_update=2", "global_batch_size=4")
+    trainer = make_trainer(config, random_examples(24))
+    finished: list[int] = []
+    for result in trainer.steps():
+        # Two ACT steps at most: what entered at depth 3 is still at work, all else has left, and nothing came in between.
+        assert (trainer.slots.act_step[trainer.slots.active] == 2).all()
+        finished += result.finished_depths
+    assert len(finished) == 24 and set(finished) == {1, 2, 3}
 
 
 def test_the_halting_loss_stops_at_its_head_unless_told_otherwise(
@@ -191,10 +225,10 @@ def test_slots_hold_their_own_row_whatever_was_there_before(tiny_config: ConfigF
             example = examples[int(slots.example_id[slot])]
             length = len(example.ids) - 1
             assert carry.lengths[slot] == length
-            assert carry.inputs_BT[slot].tolist() == example.ids[:-1].tolist() + [0] * (32 - length)
-            assert carry.segments_BT[slot].tolist() == example.segment[:-1].tolist() + [0] * (32 - length)
+            assert carry.inputs_BT[slot].tolist() == example.ids[:-1].tolist() + [0] * (carry.inputs_BT.shape[1] - length)
+            assert carry.segments_BT[slot].tolist() == example.segment[:-1].tolist() + [0] * (carry.inputs_BT.shape[1] - length)
             labels = np.where(example.supervised[1:], example.ids[1:], -100).tolist()
-            assert carry.labels_BT[slot].tolist() == labels + [-100] * (32 - length)
+            assert carry.labels_BT[slot].tolist() == labels + [-100] * (carry.inputs_BT.shape[1] - length)
 
 
 def test_the_learning_rate_follows_admitted_examples(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
@@ -412,10 +446,41 @@ def test_eight_conversations_are_learned_by_heart_and_said_word_for_word(
             if accuracy == [1.0, 1.0]:
                 break
     assert accuracy == [1.0, 1.0], f"not learned after {trainer.step_number} steps"
+    responder = make_responder(trainer.model, tiny_tokenizer, Template(), config)
     for act_steps in (1, 2):
-        responder = Responder(trainer.model, tiny_tokenizer, Template(), context=128, act_steps=act_steps)
         exchanges = [last_exchange(dataset.conversation(i)) for i in range(8)]
         exchanges.append(last_exchange(dataset.conversation(7)[:3]))  # the first of two turns
         assert [reference for _, reference in exchanges[-2:]] == ["12 gives blue.", "11"]
-        answers = responder.answers([history for history, _ in exchanges], max_output_tokens=40, batch_size=3)
+        answers = responder.at_depth(act_steps).answers([history for history, _ in exchanges])
         assert [answer.text for answer in answers] == [reference for _, reference in exchanges]
+        for (history, _), answer in zip(exchanges, answers, strict=True):
+            assert_decoded_as_recomputed(trainer.model, responder.at_depth(act_steps).prompt(history), answer.ids, act_steps)
+
+
+def assert_decoded_as_recomputed(model: RecursiveModel, prompt: Prompt, answer: list[int], act_steps: int) -> None:
+    """On trained float32 weights the ids are equal wherever the two best logits differ by more than the measured error."""
+    engine = Engine(model, eos_id=-1, act_steps=act_steps, rows=1, positions=len(prompt.ids) + len(answer))
+    engine.submit(Request(prompt, len(answer), top=model.vocab_size))
+    tokens = []
+    while engine.busy:
+        tokens += engine.tick()
+    ids = torch.tensor([[*prompt.ids, *answer[:-1]]])
+    segments = torch.tensor([[*prompt.segment, *[0] * (len(answer) - 1)]])
+    states = model.initial_states(*ids.shape)
+    with torch.no_grad():
+        for _ in range(act_steps):
+            states, output = model.act_step(
+                states, model.embed(ids), model.rotary(torch.arange(ids.shape[1])), model.mask(segments)
+            )
+        logp_TV = log_probs(model.logits(output[0, -len(answer) :]), model.config.loss)
+    decoded_TV = torch.empty_like(logp_TV)
+    for place, token in enumerate(tokens):
+        found, values = zip(*token.candidates, strict=True)
+        decoded_TV[place, list(found)] = torch.tensor(values)
+    error = float((decoded_TV - logp_TV).abs().max())
+    assert error < 1e-3
+    best_T2 = logp_TV.topk(2).values
+    is_clear = (best_T2[:, 0] - best_T2[:, 1] > 2 * error).tolist()
+    assert any(is_clear)
+    for place, expected in enumerate(logp_TV.argmax(-1).tolist()):
+        assert tokens[place].id == expected or not is_clear[place]

@@ -1,15 +1,16 @@
 """The chunked vocabulary loss against the plain float64 formula: values, gradients, chunk borders, nothing supervised."""
 
-import math
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.losses
+from models.layers import TOKEN_MULTIPLE
 from models.losses import linear_cross_entropy, log_probs, token_loss
 
 LOSSES = ["stablemax", "softmax"]
@@ -147,30 +148,39 @@ def test_the_halting_loss_says_whether_the_argmax_is_right(loss: str) -> None:
     torch.testing.assert_close(halting.grad, (0.5 * weights * (probability - right)).detach())
 
 
-def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[tuple[int, ...]] = []
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned."""
 
-    class Watched:
-        def __getattr__(self, name: str) -> object:
-            function = getattr(F, name)
+    elements = 0
 
-            def call(*arguments: Tensor, **options: object) -> Tensor:
-                result = function(*arguments, **options)
-                sizes.append(tuple(result.shape))
-                return result
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
 
-            return call
 
-    monkeypatch.setattr(models.losses, "F", Watched())
-    monkeypatch.setattr(models.losses, "_LOGITS_PER_CHUNK", 100)
-    tokens, vocabulary = 33, 30
+@pytest.mark.parametrize("chunk_tokens", [1, 3])
+@pytest.mark.parametrize("loss", ["stablemax", "softmax"])
+def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch: pytest.MonkeyPatch, loss: str, chunk_tokens: int) -> None:
+    monkeypatch.setattr(models.losses, "_LOGITS_PER_CHUNK", chunk_tokens * TOKEN_MULTIPLE * 300)
+    tokens, vocabulary = 7 * TOKEN_MULTIPLE + 5, 300
     output, head = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
-    linear_cross_entropy(output, head, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), "stablemax")[0].backward()
-    assert sizes == [(3, vocabulary)] * math.ceil(tokens / 3)
-    sizes.clear()
-    monkeypatch.setattr(models.losses, "_LOGITS_PER_CHUNK", 7)
-    linear_cross_entropy(output, head, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), "softmax")
-    assert sizes == [(1, vocabulary)] * tokens, "a vocabulary larger than a chunk still goes token by token"
+    with LargestTensor() as largest:
+        result, _, _ = linear_cross_entropy(output, head, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), loss)
+        result.backward()
+    assert largest.elements == chunk_tokens * TOKEN_MULTIPLE * vocabulary
+
+
+def test_products_come_in_round_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set()
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: sizes.add(len(a)) or real(a, b, out=out))
+    output, head = torch.randn(200, 4), torch.randn(30, 4)
+    for tokens in (1, 63, 64, 65, 100, 200):
+        linear_cross_entropy(output[:tokens], head, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), "softmax")
+    assert sizes == {64, 128, 256}
 
 
 def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: slots full of rows, one ACT step and one optimizer step at a time. Knows no files and prints nothing.
+"""The training loop: slots full of rows, ACT steps, one or several to an optimizer step. Knows no files and prints nothing.
 
 Shape suffixes as in models/layers.py; R counts the rows in work, M their tokens (padding is never computed), N the supervised ones.
 """
@@ -15,7 +15,7 @@ from config.schema import PretrainInstructConfig
 from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
 from models.act import RecursiveModel
 from models.ema import EMA
-from models.layers import TokenRows
+from models.layers import TOKEN_MULTIPLE, TokenRows, tokens_in_rows
 from models.losses import token_loss
 from models.recursive_reasoning.base import States
 from training.optimizer import AdamATan2
@@ -54,7 +54,7 @@ class Carry:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, for logging. Tensors are sums over the step's supervised tokens, left on the device."""
+    """One optimizer step, for logging. Tensors are sums over the supervised tokens of its ACT steps, left on the device."""
 
     step: int
     lr: float
@@ -65,6 +65,19 @@ class StepResult:
     correct: Tensor
     finished_depths: list[int]
     """ACT steps taken by each row that halted in this step."""
+
+
+@dataclass(frozen=True)
+class _ActStep:
+    """One ACT step of an optimizer step: the loss to differentiate, summed over supervised tokens, and what is logged."""
+
+    loss: Tensor
+    supervised: int
+    tokens: int
+    nll_sum: Tensor
+    halt_bce_sum: Tensor
+    correct: Tensor
+    finished_depths: list[int]
 
 
 class Trainer:
@@ -88,7 +101,7 @@ class Trainer:
         arch = config.arch
         self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed, self.total_examples)
         multiple = config.pad_multiple
-        self._positions = -(-config.dataset.seq_len // multiple) * multiple
+        self._positions = -(-(config.dataset.seq_len + TOKEN_MULTIPLE) // multiple) * multiple
         self.carry = Carry.empty(model, config.global_batch_size, self._positions)
 
     def steps(self) -> Iterator[StepResult]:
@@ -172,29 +185,53 @@ class Trainer:
         carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
 
     def _train_step(self) -> StepResult:
-        model, carry, slots = self.model, self.carry, self.slots
-        arch, multiple = self.config.arch, self.config.pad_multiple
-        working = np.flatnonzero(slots.active)
-        width = -(-int(carry.lengths[working].max()) // multiple) * multiple
-        # While every slot works, views do; only the end of the run, when slots drain, copies rows.
-        full = len(working) == slots.size
-        index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
-        is_token_RT = np.arange(width) < carry.lengths[working][:, None]
-        token_rows = TokenRows(torch.from_numpy(np.flatnonzero(is_token_RT)).to(model.device), len(working), width)
-        labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
-        is_supervised_M = carry.supervised_BT[working, :width][is_token_RT]
-        supervised_N = torch.from_numpy(np.flatnonzero(is_supervised_M)).to(model.device)
-        labels_N = labels_M[supervised_N]
-        supervised = len(labels_N)
-
+        """At most `act_steps_per_update` ACT steps of the rows in the slots, until all have halted, then one optimizer step."""
         lr = learning_rate(
-            slots.admitted,
+            self.slots.admitted,
             self.total_examples,
             base=self.config.lr,
             min_ratio=self.config.lr_min_ratio,
             warmup_steps=self.config.lr_warmup_steps,
-            batch_size=slots.size,
+            batch_size=self.slots.size,
         )
+        done: list[_ActStep] = []
+        while self.slots.busy and len(done) < self.config.act_steps_per_update:
+            done.append(self._act_step())
+        supervised = sum(act_step.supervised for act_step in done)
+        self.optimizer.zero_grad(set_to_none=True)
+        (_sum([act_step.loss for act_step in done]) / max(1, supervised)).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.step_number += 1
+        return StepResult(
+            step=self.step_number,
+            lr=lr,
+            supervised=supervised,
+            tokens=sum(act_step.tokens for act_step in done),
+            nll_sum=_sum([act_step.nll_sum for act_step in done]),
+            halt_bce_sum=_sum([act_step.halt_bce_sum for act_step in done]),
+            correct=_sum([act_step.correct for act_step in done]),
+            finished_depths=[depth for act_step in done for depth in act_step.finished_depths],
+        )
+
+    def _act_step(self) -> _ActStep:
+        """One ACT step of every row in the slots."""
+        model, carry, slots = self.model, self.carry, self.slots
+        arch = self.config.arch
+        working = np.flatnonzero(slots.active)
+        index_M, width = tokens_in_rows(carry.lengths[working], self.config.pad_multiple)
+        token_rows = TokenRows(torch.from_numpy(index_M).to(model.device), len(working), width)
+        # While every slot works, views do; only the end of the run, when slots drain, copies rows.
+        full = len(working) == slots.size
+        index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
+        labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
+        is_supervised_M = carry.supervised_BT[working, :width].ravel()[index_M]
+        supervised_N = torch.from_numpy(np.flatnonzero(is_supervised_M)).to(model.device)
+        labels_N = labels_M[supervised_N]
+
         states, output_MD = model.act_step(
             tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
             model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
@@ -202,18 +239,8 @@ class Trainer:
             model.mask(carry.segments_BT[index_R, :width])._replace(token_rows=token_rows),
         )
         output_ND = output_MD[supervised_N]
-        halt_logits_N = model.halt_logits(output_ND if arch.halt.backprop else output_ND.detach())[:, 0]
-        weights_N = torch.full_like(halt_logits_N, 1 / max(1, supervised))
-        loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, weights_N, arch.loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(model)
-        self.step_number += 1
-
+        halt_logits_N = model.halt_logits(output_MD if arch.halt.backprop else output_MD.detach())[supervised_N, 0]
+        loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, torch.ones_like(halt_logits_N), arch.loss)
         with torch.no_grad():
             settled_share = np.zeros(slots.size)
             if arch.halt.mode == "settled":
@@ -231,13 +258,16 @@ class Trainer:
                 kept[index_R, :width] = token_rows.lay_out(new.detach())
         halted = slots.halted(settled_share)
         slots.advance(halted)
-        return StepResult(
-            step=self.step_number,
-            lr=lr,
-            supervised=supervised,
-            tokens=len(labels_M),
+        return _ActStep(
+            loss=loss.total,
+            supervised=len(labels_N),
+            tokens=int(carry.lengths[working].sum()),
             nll_sum=loss.nll_N.sum(),
             halt_bce_sum=loss.halt_bce_N.sum(),
             correct=(loss.argmax_N == labels_N).sum(),
             finished_depths=slots.act_step[halted].tolist(),
         )
+
+
+def _sum(scalars: list[Tensor]) -> Tensor:
+    return torch.stack(scalars).sum()

@@ -25,7 +25,7 @@ from dataset.text.conversation import Template
 from dataset.text.loader import ExampleStream, TextDataset
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_language
-from generation.answers import Responder
+from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype, should_compile
 from training.loop import StepResult, Trainer
@@ -195,23 +195,15 @@ class _Run:
 
     def _show_answers(self, split: TextDataset) -> None:
         config = self.config
-        responder = Responder(
-            self.model,
-            self.tokenizer,
-            Template(),
-            context=config.dataset.seq_len,
-            act_steps=config.depth,
-            halt_threshold=config.generation.halt_threshold,
-        )
+        responder = make_responder(self.model, self.tokenizer, Template(), config)
+        responder = responder.with_options(max_output_tokens=min(config.answer_limit, _SHOWN_ANSWER_TOKENS))
         shown = []
         for index in range(min(config.sample_answers, len(split))):
             history, reference = last_exchange(split.conversation(index))
             # A row that training cut short may have a history longer than the context: nothing to show.
             if responder.fits(history):
                 shown.append((history, reference))
-        answers = responder.answers(
-            [history for history, _ in shown], max_output_tokens=_SHOWN_ANSWER_TOKENS, batch_size=max(1, len(shown))
-        )
+        answers = responder.answers([history for history, _ in shown])
         for (history, reference), answer in zip(shown, answers, strict=True):
             tqdm.write(f"  Q {history[-1].text[:200]!r}\n  A {answer.text[:200]!r} (reference {reference[:200]!r})")
 
