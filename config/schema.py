@@ -92,10 +92,20 @@ class ArchConfig(_Section):
 class DatasetConfig(_Section):
     """Which conversations, how they become tokens, and how they are split."""
 
-    source: Literal["slimorca", "sample"]
-    """slimorca: SlimOrca rows, split by hash. sample: train.jsonl and test.jsonl of dataset/build_sample_dataset.py."""
+    source: Literal["slimorca", "openorca", "jsonl", "sample"]
+    """slimorca, openorca, jsonl: split by hash. sample: train.jsonl and test.jsonl of dataset/build_sample_dataset.py."""
     data_dir: str
     """Folder of the data; the token cache is kept in it."""
+    files: tuple[str, ...]
+    """openorca, jsonl: names or globs in data_dir: .jsonl, .jsonl.zst, .json, .parquet. The other sources know theirs."""
+    shards: PositiveInt | None
+    """openorca, jsonl: so many of these files, drawn by seed; null: all."""
+    hub_repo: str | None
+    """Dataset repository on the Hugging Face hub that missing files are fetched from; null: none are fetched."""
+    hub_revision: str
+    """Branch, tag or commit of it."""
+    hub_sha256: dict[str, str]
+    """Expected SHA-256 of its files by name; a file that isn't named is checked against the hub's own."""
     tokenizer_path: str
     """SentencePiece model file."""
     seq_len: int = Field(ge=2)
@@ -108,16 +118,24 @@ class DatasetConfig(_Section):
     """Seed of the split."""
     default_system_prompt: str | None
     """System turn for rows that have none; null or empty: no system turn."""
-    long_rows: Literal["truncate", "drop"]
-    """A row longer than seq_len: cut its end (if something supervised remains), or drop it. Both are counted."""
+    long_rows: Literal["keep_prompt_end", "truncate", "drop"]
+    """A row longer than seq_len: cut the oldest of its prompt, then its end; or its end only; or drop it. All are counted."""
     on_bad_row: Literal["error", "skip"]
     """A malformed row stops the run with file and line, or is counted and skipped."""
     supervise: Literal["assistant", "all"]
     """Train on the assistant's text and its EOS, or on every token."""
+    processes: PositiveInt | None
+    """Processes that tokenize; the cache is the same for any number. null: one for each CPU, at most 16."""
+
+    @model_validator(mode="after")
+    def _files_of_this_source(self) -> Self:
+        if self.source in ("slimorca", "sample") and (self.files or self.shards):
+            raise ValueError(f"source {self.source} knows its files: dataset.files and dataset.shards are for openorca and jsonl")
+        return self
 
 
 class GenerationConfig(_Section):
-    """How deep to think at use, and how long to answer."""
+    """How answers are generated: depth, length, choice of tokens, and how many at a time."""
 
     act_steps: PositiveInt | None
     """Fixed ACT steps a token; null: arch.halt_max_steps."""
@@ -125,6 +143,28 @@ class GenerationConfig(_Section):
     """A token stops for good when its halting probability passes this; null: every token takes all steps."""
     max_output_tokens: PositiveInt | None
     """Longest answer; null: half of dataset.seq_len."""
+    temperature: float = Field(ge=0)
+    """0: the most probable token. Above: draw, the flatter the higher."""
+    top_k: PositiveInt | None
+    """Draw among the k most probable tokens only; null: all."""
+    top_p: float = Field(gt=0, le=1)
+    """Draw among the fewest tokens that together have this probability."""
+    min_p: float = Field(ge=0, le=1)
+    """Draw among tokens of at least this share of the most probable one's probability."""
+    repetition_penalty: float = Field(gt=0)
+    """Logits of tokens seen before, in the prompt too, are divided by this if positive, multiplied if negative; 1: nothing."""
+    seed: int = Field(ge=0)
+    """Seed of the draws; a request's draws don't depend on what else is answered beside it."""
+    stop: list[str]
+    """An answer ends before the first of these texts."""
+    batch_size: PositiveInt
+    """Answers that form at the same time, at most."""
+    draft_tokens: int = Field(ge=0)
+    """Tokens that an answer at fixed depth which forms alone drafts before it checks them together; 0: none."""
+    draft_act_steps: PositiveInt
+    """ACT steps behind a drafted token."""
+    kv_budget_gb: float = Field(gt=0)
+    """Most memory for keys and values, in GB (10^9 bytes); answers wait for room."""
 
 
 class PretrainInstructConfig(_Section):
@@ -149,6 +189,8 @@ class PretrainInstructConfig(_Section):
     """Passes over the training split."""
     global_batch_size: PositiveInt
     """Slots: rows worked on at the same time."""
+    act_steps_per_update: PositiveInt
+    """Most ACT steps in one optimizer step, their losses summed. Rows leave after any of them, new ones enter after the last."""
     eval_interval: PositiveInt
     """Epochs between evaluations; the last epoch is always evaluated."""
     eval_examples: PositiveInt | None

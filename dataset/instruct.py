@@ -1,37 +1,90 @@
-"""The conversations a config asks for. Knows no command line and no model."""
+"""The conversations a config asks for, as data sets. Knows no command line and no model."""
 
+from pathlib import Path
+
+from config.errors import UsageError
 from config.schema import DatasetConfig
-from dataset.slimorca import TextSettings, open_text_data, open_text_split
+from dataset.slimorca import locate
+from dataset.source_files import Hub, find_files
 from dataset.text.conversation import Conversation, Template
 from dataset.text.loader import TextDataset
-from dataset.text.token_cache import Split
+from dataset.text.token_cache import HashSplit, Split, load_split
 from dataset.text.tokenizer import Tokenizer
 
-
-def open_instruct_data(config: DatasetConfig, tokenizer: Tokenizer, template: Template) -> tuple[TextDataset, TextDataset | None]:
-    """Train and test split for a training run; see `open_text_data`."""
-    return open_text_data(**_settings(config, tokenizer, template))
+SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
+_CACHE_FOLDER = ".token_cache"
 
 
-def open_instruct_split(config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split) -> TextDataset:
-    """One split, with `subset_size` rows of its own; see `open_text_split`."""
-    return open_text_split(split, **_settings(config, tokenizer, template))
+def open_instruct_data(
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, cache_dir: Path | None = None
+) -> tuple[TextDataset, TextDataset | None]:
+    """Train and test split of a source for a training run; test is None with `test_ratio=0`.
+
+    "slimorca": one file, downloaded if it isn't in `data_dir`. "openorca", "jsonl": all of `files`, see `source_files.find_files`.
+    These are split by hash. "sample": train.jsonl and test.jsonl (or .jsonl.zst), a split made by their builder; `subset_size`
+    takes the first rows of each, and a `test_ratio` above 0 only says that there is a test split. Under a hash split, `subset_size`
+    counts training rows, and test has its proportional share: see `token_cache.load_split`. cache_dir: where the token cache goes;
+    a folder inside `data_dir` by default. Raises `UsageError` for missing files, malformed rows, and a split without a usable row.
+    """
+    train = _open(config, tokenizer, template, "train", cache_dir)
+    return train, _open(config, tokenizer, template, "test", cache_dir) if config.test_ratio > 0 else None
 
 
-def _settings(config: DatasetConfig, tokenizer: Tokenizer, template: Template) -> TextSettings:
-    return {
-        "source": config.source,
-        "data_dir": config.data_dir,
-        "tokenizer": tokenizer,
-        "template": template,
-        "seq_len": config.seq_len,
-        "subset_size": config.subset_size,
-        "test_ratio": config.test_ratio,
-        "seed": config.seed,
-        "default_system_prompt": config.default_system_prompt,
-        "long_rows": config.long_rows,
-        "on_bad_row": config.on_bad_row,
-    }
+def open_instruct_split(
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, cache_dir: Path | None = None
+) -> TextDataset:
+    """One split by itself, with `subset_size` rows of its own. Raises `UsageError` as `open_instruct_data` does."""
+    if split == "test" and config.test_ratio == 0:
+        raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
+    return _open(config, tokenizer, template, split, cache_dir, alone=True)
+
+
+def _open(
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, cache_dir: Path | None, alone: bool = False
+) -> TextDataset:
+    loaded = load_split(
+        source=_files(config, split),
+        split=split,
+        alone=alone,
+        tokenizer=tokenizer,
+        template=template,
+        seq_len=config.seq_len,
+        subset_size=config.subset_size,
+        hash_split=HashSplit(config.seed, config.test_ratio) if config.source != "sample" else None,
+        default_system_prompt=config.default_system_prompt,
+        long_rows=config.long_rows,
+        on_bad_row=config.on_bad_row,
+        cache_dir=cache_dir or Path(config.data_dir) / _CACHE_FOLDER,
+        processes=config.processes,
+    )
+    dataset = TextDataset(loaded)
+    if len(dataset) == 0:
+        remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
+        if split == "train":
+            remedy = "check the rows, raise dataset.seq_len, or use more data"
+        names = ", ".join(str(path) for path in loaded.files[:3]) + (", ..." if len(loaded.files) > 3 else "")
+        raise UsageError(f"the {split} split of {names} is empty (rows: {dataset.counts}); {remedy}")
+    return dataset
+
+
+def _files(config: DatasetConfig, split: Split) -> list[Path]:
+    folder = Path(config.data_dir)
+    if config.source == "sample":
+        return [_sample_file(folder, split)]
+    hub = Hub(config.hub_repo, config.hub_revision, config.hub_sha256) if config.hub_repo is not None else None
+    if config.source == "slimorca":
+        return [locate(folder, hub)]
+    return find_files(folder, config.files, hub, config.shards, config.seed)
+
+
+def _sample_file(folder: Path, split: Split) -> Path:
+    for name in (f"{split}.jsonl", f"{split}.jsonl.zst"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UsageError(
+        f"expected {split}.jsonl in {str(folder)!r}, found none; build the sample data first: "
+        f"`{SAMPLE_BUILDER} --output-dir {folder}`"
+    )
 
 
 def last_exchange(conversation: Conversation) -> tuple[Conversation, str]:

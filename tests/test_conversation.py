@@ -1,5 +1,6 @@
 """Contract 1: ids, masks and segments of conversations, for training and for generation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mistral_common
@@ -128,3 +129,36 @@ def test_the_template_goes_through_a_checkpoint_and_refuses_what_it_does_not_kno
             Template.from_dict(wrong)
     with pytest.raises(UsageError, match="different"):
         Template(user="[SYSTEM]\n")
+
+
+@given(turns_lists, st.text(min_size=1, max_size=8), st.integers(24, 90))
+@settings(max_examples=200, deadline=None)
+def test_a_shortened_prompt_keeps_the_answer_the_turns_forms_and_the_end_of_the_question(
+    history: list[Turn], question: str, max_ids: int
+) -> None:
+    history = [replace(turn, supervised=False) for turn in history]
+    row = [*history, Turn("user", question), answer("The answer, at length.")]
+    encoded = encode_batch([row], TOKENIZER, TEMPLATE, max_ids, keep_prompt_end=True)[0]
+    whole = encode_conversation(row, TOKENIZER, TEMPLATE)
+    assert len(encoded.ids) == min(max_ids, len(whole.ids)) or (encoded.prompt_cut and len(encoded.ids) < max_ids)
+    assert encoded.full_length == len(whole.ids)
+    assert encoded.supervised.any() and encoded.ids[0] == TOKENIZER.bos_id
+    kept = encoded.ids[encoded.supervised]
+    assert np.array_equal(kept, whole.ids[whole.supervised][: len(kept)])
+    assert encoded.end_cut == (len(kept) < whole.supervised.sum())
+    # The first answer stands behind the last id of its question and the assistant's tag.
+    tail = len(TOKENIZER.encode("[ASSISTANT]\n")) + 2
+    first, first_whole = int(encoded.supervised.argmax()), int(whole.supervised.argmax())
+    assert np.array_equal(encoded.ids[first - tail : first], whole.ids[first_whole - tail : first_whole])
+    openings = [[TOKENIZER.bos_id, *TOKENIZER.encode(tag)] for tag in ("[SYSTEM]\n", "[USER]\n", "[ASSISTANT]\n")]
+    for begin in np.flatnonzero(encoded.ids[:first] == TOKENIZER.bos_id):
+        assert any(encoded.ids[begin : begin + len(opening)].tolist() == opening for opening in openings)
+
+
+def test_the_oldest_turns_go_first_and_the_system_turn_stays() -> None:
+    old = [Turn("user", "old " * 20), answer("so " * 20, supervised=False)]
+    row = [Turn("system", "Be brief."), *old, Turn("user", "And now?"), answer("Yes.")]
+    shorter = [row[0], *row[-2:]]
+    encoded = encode_batch([row], TOKENIZER, TEMPLATE, 60, keep_prompt_end=True)[0]
+    assert np.array_equal(encoded.ids, encode_conversation(shorter, TOKENIZER, TEMPLATE).ids)
+    assert encoded.prompt_cut and not encoded.end_cut

@@ -11,11 +11,19 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mistral_common
+import pyarrow
+import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
+from config.compose import compose_config
 from config.errors import UsageError
+from dataset.instruct import open_instruct_data
+from dataset.text.conversation import Template
 from dataset.text.hub import download
+from dataset.text.loader import TextDataset
+from dataset.text.tokenizer import Tokenizer
 
 CONTENT = bytes(range(256)) * 4096
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -32,6 +40,7 @@ class StandIn(ThreadingHTTPServer):
         self.cut_after: list[int] = []
         self.status = 200
         self.redirect_to: str | None = None
+        self.stated_sha256: str | None = None
         self.requests: list[tuple[str, str | None, str | None]] = []
 
     def handle_error(self, *_: object) -> None:
@@ -48,6 +57,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def _state_hash(self) -> None:
+        if self.server.stated_sha256 is not None:
+            self.send_header("X-Linked-ETag", f'"{self.server.stated_sha256}"')
+
     def do_GET(self) -> None:
         stand_in = self.server
         wanted = self.headers.get("Range")
@@ -55,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         if stand_in.redirect_to is not None:
             self.send_response(302)
             self.send_header("Location", stand_in.redirect_to + self.path)
+            self._state_hash()
             self.end_headers()
             return
         if stand_in.status != 200:
@@ -69,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         body = stand_in.content[begin:]
         self.send_response(206 if begin else 200)
         self.send_header("ETag", stand_in.etag)
-        self.send_header("X-Repo-Commit", "c0ffee")
+        self._state_hash()
         self.send_header("Content-Length", str(len(body)))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(stand_in.content) - 1}/{len(stand_in.content)}")
@@ -164,6 +178,60 @@ def test_a_wrong_checksum_is_refused_and_deleted(stand_in: StandIn, tmp_path: Pa
     with pytest.raises(UsageError, match=f"expected sha256 {'0' * 64}, found {SHA256}"):
         download("me/repo", "f", tmp_path / "f", expected_sha256="0" * 64)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("behind_a_redirect", [False, True])
+def test_the_hash_that_the_hub_states_is_checked(
+    stand_in: StandIn, storage: StandIn, tmp_path: Path, behind_a_redirect: bool
+) -> None:
+    stand_in.redirect_to = storage.endpoint if behind_a_redirect else None
+    stand_in.stated_sha256 = "0" * 64
+    with pytest.raises(UsageError, match=f"expected sha256 {'0' * 64}, found {SHA256}"):
+        download("me/repo", "f", tmp_path / "f")
+    assert names(tmp_path) == []
+    stand_in.stated_sha256 = SHA256
+    assert download("me/repo", "f", tmp_path / "f").read_bytes() == CONTENT
+    stand_in.stated_sha256 = "no hash"
+    assert download("me/repo", "f", tmp_path / "g", expected_sha256=SHA256).read_bytes() == CONTENT
+
+
+def open_openorca(folder: Path) -> TextDataset:
+    config = compose_config("cfg_pretrain_instruct", ["dataset=openorca", f"dataset.data_dir={folder}", "dataset.test_ratio=0"])
+    tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
+    return open_instruct_data(config.dataset, tokenizer, Template())[0]
+
+
+def test_openorca_is_fetched_at_its_revision_broken_off_and_resumed(stand_in: StandIn, tmp_path: Path) -> None:
+    rows = [{"id": f"t0.{n}", "system_prompt": "", "question": f"Q{n}?", "response": f"A{n}."} for n in range(50)]
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    stand_in.content = sink.getvalue().to_pybytes()
+    stand_in.stated_sha256 = hashlib.sha256(stand_in.content).hexdigest()
+    stand_in.cut_after = [1000, 0, 0, 0]
+    with pytest.raises(UsageError, match="is kept"):
+        open_openorca(tmp_path)
+    assert len(open_openorca(tmp_path)) == 100
+    revision = compose_config("cfg_pretrain_instruct", ["dataset=openorca"]).dataset.hub_revision
+    address = f"/datasets/Open-Orca/OpenOrca/resolve/{revision}"
+    assert stand_in.requests[0][:2] == (f"{address}/1M-GPT4-Augmented.parquet", None)
+    assert stand_in.requests[-2][:2] == (f"{address}/1M-GPT4-Augmented.parquet", "bytes=1000-")
+    assert stand_in.requests[-1][:2] == (f"{address}/3_5M-GPT3_5-Augmented.parquet", None)
+    stand_in.requests.clear()
+    assert len(open_openorca(tmp_path)) == 100 and stand_in.requests == []
+
+
+@pytest.mark.parametrize(("status", "advice"), [(401, "HF_TOKEN"), (404, "check repository")])
+def test_openorca_that_is_refused_is_told(stand_in: StandIn, tmp_path: Path, status: int, advice: str) -> None:
+    stand_in.status = status
+    with pytest.raises(UsageError, match=rf"1M-GPT4.*{advice}.*put the file at"):
+        open_openorca(tmp_path)
+
+
+def test_openorca_offline_is_told(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"1M-GPT4.*HF_HUB_OFFLINE"):
+        open_openorca(tmp_path)
+    assert stand_in.requests == []
 
 
 def test_a_wrong_size_is_refused_before_the_transfer(stand_in: StandIn, tmp_path: Path) -> None:

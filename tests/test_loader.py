@@ -56,7 +56,8 @@ def test_an_example_leads_back_to_its_row_and_conversation(source: Path) -> None
         dataset = open_dataset(source, split=split)
         for index in range(len(dataset)):
             original = dataset.row(index)
-            assert original == all_rows[dataset.line_number(index) - 1]
+            line = int(dataset.place(index).rpartition(":")[2])
+            assert dataset.place(index) == f"{source}:{line}" and original == all_rows[line - 1]
             turns = dataset.conversation(index)
             assert turns[0] == Turn("system", "Help.") and turns[-1].text == original["answer"]
             encoded, example = encode_conversation(turns, TOKENIZER, Template()), dataset[index]
@@ -129,15 +130,47 @@ def test_the_order_is_that_of_the_permutations_for_any_worker_count_and_restart(
     assert taken + [example_id for _, example_id, _ in rest] == [example_id for _, example_id, _ in expected]
 
 
+@given(st.integers(1, 40), st.integers(1, 3), st.lists(st.integers(1, 12), min_size=1), st.data())
+@settings(max_examples=100, deadline=None)
+def test_ranks_that_share_the_slots_read_every_example_once(n: int, epochs: int, steps: list[int], data: st.DataObject) -> None:
+    """Each step admits so many examples; each rank takes those of its own slots and passes over the others'."""
+    drawn: list[list[int]] = [[], []]
+    streams = [ExampleStream(Counted(size=n), 3, epochs, 0) for _ in drawn]  # type: ignore[arg-type]
+    order: list[int] = []
+    while len(streams[0]):
+        free = min(steps[len(order) % len(steps)], len(streams[0]))
+        of_first = data.draw(st.integers(0, free))
+        for rank, stream in enumerate(streams):
+            before, own, after = ((0, of_first, free - of_first), (of_first, free - of_first, 0))[rank]
+            stream.skip(before)
+            drawn[rank] += [next(stream)[1] for _ in range(own)]
+            stream.skip(after)
+        order += drawn[0][len(drawn[0]) - of_first :] + drawn[1][len(drawn[1]) - (free - of_first) :]
+        assert streams[0].position == streams[1].position == len(order)
+    assert order == [int(i) for epoch in range(epochs) for i in epoch_permutation(n, 3, epoch)]
+    assert sum(stream._dataset.reads for stream in streams) == n * epochs  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="pass over"):
+        streams[0].skip(1)
+
+
+def test_a_stream_that_reads_ahead_passes_over_examples_too() -> None:
+    with ExampleStream(Counted(), 0, 1, 2) as stream:  # type: ignore[arg-type]
+        ids = [next(stream)[1]]
+        stream.skip(100)
+        ids.append(next(stream)[1])
+    assert ids == [int(epoch_permutation(1000, 0, 0)[at]) for at in (0, 101)]
+
+
 class Counted:
     """A data set that counts reads and fails at one example."""
 
-    def __init__(self, failing: int | None = None) -> None:
+    def __init__(self, failing: int | None = None, size: int = 1000) -> None:
         self.reads = 0
         self.failing = failing
+        self.size = size
 
     def __len__(self) -> int:
-        return 1000
+        return self.size
 
     def __getitem__(self, index: int) -> int:
         self.reads += 1

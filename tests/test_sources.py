@@ -1,19 +1,24 @@
-"""Rows of every form, malformed rows of many kinds, streaming, and the split by hash."""
+"""Rows of every form, malformed rows of many kinds, and the split by hash."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.errors import UsageError
-from dataset.text import sources
 from dataset.text.conversation import Turn
-from dataset.text.sources import BadRow, NothingToLearn, SourceFile, is_test, parse_row, to_conversation
+from dataset.text.files import BadRow
+from dataset.text.sources import (
+    NothingToLearn,
+    are_test_hashes,
+    conversation_hash,
+    parse_row,
+    prompt_hash,
+    question_hash,
+    to_conversation,
+)
 
 
 def message(role: str, value: Any, **more: Any) -> dict[str, Any]:
@@ -90,6 +95,8 @@ def test_an_empty_answer_among_others_is_context() -> None:
         (b"[" * 100_000, "bad_json"),
         (b"1" * 10_000, "bad_json"),
         (b'{"prompt": "\xff", "answer": "x"}', "bad_utf8"),
+        (b'{"prompt": "a", "prompt": "b", "answer": "x"}', "duplicate_key"),
+        (b'{"conversations": [{"from": "gpt", "value": "x", "value": "y"}]}', "duplicate_key"),
         (b"[1]", "not_an_object"),
         (b"null", "not_an_object"),
         (b'"text"', "not_an_object"),
@@ -98,6 +105,7 @@ def test_an_empty_answer_among_others_is_context() -> None:
         (b'{"instruction": "I", "input": "x", "output": "y"}', "unknown_form"),
         (b'{"prompt": "a", "question": "b", "answer": "c"}', "unknown_form"),
         (b'{"prompt": "a", "answer": "b", "output": "c"}', "unknown_form"),
+        (b'{"prompt": "a", "answer": "b", "system": "c", "system_prompt": "d"}', "unknown_form"),
         (b'{"prompt": null, "answer": "b"}', "wrong_type"),
         (b'{"prompt": "a", "answer": 7}', "wrong_type"),
         (b'{"prompt": "a", "answer": ["b"]}', "wrong_type"),
@@ -147,45 +155,14 @@ def test_any_line_is_a_conversation_or_has_a_reason(line: bytes) -> None:
         assert turns[-1].role == "assistant"
 
 
-def write(path: Path, content: bytes) -> SourceFile:
-    if path.suffix == ".zst":
-        half = len(content) // 2  # two frames, as a file has that was appended to
-        content = b"".join(zstandard.ZstdCompressor().compress(part) for part in (content[:half], content[half:]))
-    path.write_bytes(content)
-    return SourceFile(path)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
-@pytest.mark.parametrize("block", [1, 3, 1 << 20])
-def test_lines_end_at_newlines_only_and_are_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int
-) -> None:
-    monkeypatch.setattr(sources, "_READ_BYTES", block)
-    expected = ["\ufefffirst", "a\u2028b\x85c\x0b", "", "long " * 50, "last, without a newline"]
-    file = write(tmp_path / name, "\n".join(expected).encode())
-    lines = [line for line, _ in file.lines()]
-    assert [line.data.decode() for line in lines] == expected
-    assert [line.number for line in lines] == [1, 2, 3, 4, 5]
-    assert [file.line_at(line.offset).decode() for line in lines] == expected
-
-
 def test_a_byte_order_mark_and_windows_newlines_are_no_obstacle() -> None:
     assert parse_row(b'\xef\xbb\xbf{"a": 1}\r') == {"a": 1}
     with pytest.raises(NothingToLearn, match="blank_line"):
         parse_row(b" \r")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"no zstd at all", lambda data: data + b"xx"])
-def test_a_damaged_compressed_file_is_told(tmp_path: Path, damage: Any) -> None:
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(damage(zstandard.ZstdCompressor().compress(b'{"a": 1}\n' * 100)))
-    with pytest.raises(UsageError, match="damaged"):
-        list(SourceFile(path).lines())
-
-
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected a data file"):
-        SourceFile(tmp_path / "none.jsonl")
+def is_test(conversation: tuple[Turn, ...], seed: int, test_ratio: float) -> bool:
+    return bool(are_test_hashes(np.array([prompt_hash(conversation)], np.uint64), seed, test_ratio)[0])
 
 
 def asked(user: str, system: str = "") -> tuple[Turn, ...]:
@@ -211,3 +188,11 @@ def test_a_larger_share_only_adds_test_rows(user: str, seed: int, one: float, ot
     conversation = (Turn("user", user), Turn("assistant", "A"))
     assert is_test(conversation, seed, low) <= is_test(conversation, seed, high)
     assert not is_test(conversation, seed, 0.0)
+
+
+def test_hashes_tell_what_is_equal() -> None:
+    one, other_system, other_answer = asked("Q"), asked("Q", "Sys"), (*asked("Q")[:-1], Turn("assistant", "B"))
+    assert prompt_hash(one) == prompt_hash(other_answer) != prompt_hash(other_system)
+    assert question_hash(one) == question_hash(other_system) != question_hash(asked("R"))
+    assert conversation_hash(one) == conversation_hash(asked(" Q ")) != conversation_hash(other_answer)
+    assert conversation_hash((Turn("user", "Q"),)) != conversation_hash((Turn("assistant", "Q"),))

@@ -1,9 +1,13 @@
 """The token cache: reuse, its key, crashes, concurrent builders, counts by reason, splits and subsets."""
 
+import contextlib
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,10 @@ import numpy as np
 import pytest
 
 from config.errors import UsageError
-from dataset.text import token_cache
+from dataset.text import row_encoder, token_cache
 from dataset.text.conversation import Template, Turn, encode_batch, encode_conversation
-from dataset.text.sources import is_test
+from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
+from dataset.text.sources import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, LoadedSplit, file_sha256, load_split, wanted_rows
 from dataset.text.tokenizer import Tokenizer
 
@@ -37,9 +42,9 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "data.jsonl", [row(number) for number in range(40)])
 
 
-def load(source: Path, **changes: Any) -> LoadedSplit:
+def load(file: Path, **changes: Any) -> LoadedSplit:
     arguments: dict[str, Any] = {
-        "source": source,
+        "source": file,
         "split": "train",
         "tokenizer": TOKENIZER,
         "template": Template(),
@@ -49,7 +54,7 @@ def load(source: Path, **changes: Any) -> LoadedSplit:
         "default_system_prompt": None,
         "long_rows": "truncate",
         "on_bad_row": "error",
-        "cache_dir": source.parent / "cache",
+        "cache_dir": file.parent / "cache",
     }
     return load_split(**{**arguments, **changes})
 
@@ -60,11 +65,11 @@ def encoded_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     real = encode_batch
 
-    def counted(conversations: Any, *arguments: Any) -> Any:
+    def counted(conversations: Any, *arguments: Any, **more: Any) -> Any:
         sizes.append(len(conversations))
-        return real(conversations, *arguments)
+        return real(conversations, *arguments, **more)
 
-    monkeypatch.setattr(token_cache, "encode_batch", counted)
+    monkeypatch.setattr(row_encoder, "encode_batch", counted)
     return sizes
 
 
@@ -91,7 +96,7 @@ def test_rows_are_stored_as_they_are_encoded(source: Path, monkeypatch: pytest.M
         assert np.array_equal(arrays["supervised"][begin:end], expected.supervised)
         assert np.array_equal(arrays["segment"][begin:end], expected.segment)
         assert arrays["turn_bytes"][number] == expected.turn_bytes == len(f"Answer {number}.")
-        assert arrays["line"][number] == number + 1
+        assert arrays["number"][number] == number + 1
     assert arrays["ids"].dtype == np.uint16 and arrays["segment"].dtype == np.uint8
 
 
@@ -117,6 +122,7 @@ def test_a_second_start_does_not_tokenize_or_hash(
         {"default_system_prompt": "Help."},
         {"seq_len": 63},
         {"long_rows": "drop"},
+        {"long_rows": "keep_prompt_end"},
         {"on_bad_row": "skip"},
         {"subset_size": 5},
     ],
@@ -158,19 +164,19 @@ def test_a_crash_half_way_leaves_nothing_that_is_read(
     source: Path, encoded_batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 10)
-    counted = vars(token_cache)["encode_batch"]
+    counted = vars(row_encoder)["encode_batch"]
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **more: Any) -> Any:
         if len(encoded_batches) == 2:
             raise KeyboardInterrupt
-        return counted(*arguments)
+        return counted(*arguments, **more)
 
-    monkeypatch.setattr(token_cache, "encode_batch", failing)
+    monkeypatch.setattr(row_encoder, "encode_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         load(source)
     assert leftovers(source) == []
     assert not [path for path in (source.parent / "cache").iterdir() if path.is_dir()]
-    monkeypatch.setattr(token_cache, "encode_batch", counted)
+    monkeypatch.setattr(row_encoder, "encode_batch", counted)
     assert len(load(source).rows) == 40
 
 
@@ -214,6 +220,113 @@ def test_without_file_locks_the_slower_builder_uses_the_faster_ones_cache(source
     assert leftovers(source) == []
 
 
+def test_any_number_of_processes_writes_the_same_bytes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 5)
+    lines = [row(number, "word " * (number % 50)) for number in range(200)]
+    lines[70], lines[150] = "{broken", '{"prompt": "No answer"}'
+    write(source, lines)
+    split = HashSplit(0, 0.3)
+    for subset in (None, 60):
+        found = []
+        for processes in (1, 2, 3):
+            folder = load(
+                source, processes=processes, on_bad_row="skip", hash_split=split, subset_size=subset,
+                cache_dir=source.parent / f"cache{processes}",
+            ).cache.folder  # fmt: skip
+            found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        assert found[0] == found[1] == found[2]
+    with pytest.raises(UsageError, match=r"data\.jsonl:71: "):
+        load(source, processes=2)
+    assert leftovers(source) == []
+
+
+def test_several_files_are_read_one_after_the_other(source: Path, tmp_path: Path) -> None:
+    more = write(tmp_path / "more.jsonl", [row(number) for number in range(100, 103)])
+    empty = write(tmp_path / "empty.jsonl", [])
+
+    def load_all(*files: Path) -> LoadedSplit:
+        return load(source, source=list(files))
+
+    cache = load_all(source, empty, more).cache
+    assert len(cache) == 43 and cache.meta["file_ends"] == [40, 40, 43]
+    assert [cache.file_of(row) for row in (0, 39, 40, 42)] == [0, 0, 2, 2]
+    assert cache.folder != load_all(more, empty, source).cache.folder
+    write(more, [row(0), "{broken"])
+    with pytest.raises(UsageError, match=r"more\.jsonl:2"):
+        load_all(source, more)
+
+
+def test_tags_found_in_texts_are_noted(source: Path) -> None:
+    write(source, [row(0), row(1, "[USER] said"), row(2, "[SYSTEM] [ASSISTANT]")])
+    assert load(source).cache.arrays["tags"].tolist() == [0, 0b010, 0b101]
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = token_cache._append
+
+    def changing(*arguments: Any) -> None:
+        real(*arguments)
+        with source.open("a") as handle:
+            handle.write(row(99) + "\n")
+
+    monkeypatch.setattr(token_cache, "_append", changing)
+    with pytest.raises(UsageError, match="changed while"):
+        load(source)
+    assert leftovers(source) == []
+
+
+def test_a_file_that_changes_before_it_is_read_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may while another builder is waited for: its content then isn't what the cache is named after."""
+    real = token_cache.file_sha256
+
+    def then_changed(*arguments: Any) -> str:
+        digest = real(*arguments)
+        source.write_text(source.read_text().replace("Question", "Riddle"))
+        return digest
+
+    monkeypatch.setattr(token_cache, "file_sha256", then_changed)
+    with pytest.raises(UsageError, match="changed while"):
+        load(source)
+    assert leftovers(source) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
+def test_a_killed_build_is_never_read_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
+    write(source, [row(number, "word " * 200) for number in range(60_000)])
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(MODEL)
+    script = (
+        "import sys; from pathlib import Path; from dataset.text.token_cache import load_split\n"
+        "from dataset.text.tokenizer import Tokenizer; from dataset.text.conversation import Template\n"
+        "load_split(source=Path(sys.argv[1]) / 'data.jsonl', split='train', tokenizer=Tokenizer(sys.argv[2]),\n"
+        "  template=Template(), seq_len=64, subset_size=None, hash_split=None, default_system_prompt=None, long_rows='truncate',\n"
+        "  on_bad_row='error', processes=2, cache_dir=Path(sys.argv[1]) / 'cache')"
+    )
+    command = [sys.executable, "-c", script, str(source.parent), str(tokenizer)]
+    builder = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stderr=subprocess.DEVNULL)
+
+    def workers() -> list[Path]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                if parent == str(builder.pid) and b"encoder_pool" in (process / "cmdline").read_bytes():
+                    found.append(process)
+        return found
+
+    deadline = time.monotonic() + 60
+    while len(started := workers()) < 2 and builder.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    builder.kill()
+    builder.wait()
+    assert len(started) == 2 and len(leftovers(source)) >= 1
+    assert not [path for path in (source.parent / "cache").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    while any(process.exists() for process in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(process.exists() for process in started)
+
+
 def test_a_damaged_cache_is_told(source: Path) -> None:
     folder = load(source).cache.folder
     (folder / "ids.npy").write_bytes((folder / "ids.npy").read_bytes()[:-10])
@@ -234,7 +347,7 @@ def test_a_malformed_row_stops_with_file_and_line_or_is_counted(source: Path) ->
         "dropped": {"blank_line": 1, "no_answer": 1},
         "bad": {"bad_json": 1, "wrong_type": 1, "not_an_object": 1},
     }
-    assert loaded.cache.arrays["line"].tolist() == [1, 4]
+    assert loaded.cache.arrays["number"].tolist() == [1, 4]
 
 
 def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
@@ -243,7 +356,7 @@ def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
     write(source, [row(0), long_answer, long_prompt])
     cut = load(source, seq_len=40)
     assert cut.cache.meta["counts"]["dropped"] == {"answer_beyond_seq_len": 1}
-    assert cut.cache.arrays["truncated"].tolist() == [False, True]
+    assert cut.cache.arrays["cut"].tolist() == [0, ANSWER_CUT]
     whole = encode_conversation((Turn("user", "Go on?"), Turn("assistant", "word " * 100)), TOKENIZER, Template())
     assert ids_of(cut, 1) == whole.ids[:41].tolist()
     kept_answer = TOKENIZER.decode(whole.ids[:41][whole.supervised[:41]])
@@ -253,10 +366,25 @@ def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
     assert len(dropped.rows) == 1
 
 
+def test_keeping_the_end_of_the_prompt_leaves_no_row_without_its_answer(source: Path) -> None:
+    long_prompt = json.dumps({"prompt": "word " * 100 + "Why?", "answer": "No."})
+    both_long = json.dumps({"system": "Be brief.", "prompt": "word " * 100 + "Why?", "answer": "yes " * 100})
+    long_answer = json.dumps({"prompt": "Go on?", "answer": "word " * 100})
+    write(source, [row(0), long_prompt, both_long, long_answer])
+    loaded = load(source, seq_len=40, long_rows="keep_prompt_end")
+    assert loaded.cache.meta["counts"]["dropped"] == {} and len(loaded.rows) == 4
+    assert loaded.cache.arrays["cut"].tolist() == [0, PROMPT_CUT, PROMPT_CUT | ANSWER_CUT, ANSWER_CUT]
+    texts = [TOKENIZER.decode(ids_of(loaded, index)) for index in range(4)]
+    assert texts[1].startswith("[USER]\n word") and texts[1].endswith("word Why? [ASSISTANT]\n No.")
+    assert texts[2].startswith("[SYSTEM]\n") and "Why? [ASSISTANT]\n yes yes" in texts[2]
+    assert all(len(ids_of(loaded, index)) == 41 for index in (1, 2, 3))
+    assert (loaded.cache.arrays["full_length"][1:] > 100).all()
+
+
 def test_a_row_that_just_fits_is_not_cut(source: Path) -> None:
     longest = max(len(ids_of(load(source), index)) for index in range(40))
-    assert not load(source, seq_len=longest - 1).cache.arrays["truncated"].any()
-    assert load(source, seq_len=longest - 2).cache.arrays["truncated"].any()
+    assert not load(source, seq_len=longest - 1).cache.arrays["cut"].any()
+    assert load(source, seq_len=longest - 2).cache.arrays["cut"].any()
 
 
 def test_splits_are_disjoint_complete_and_stable_when_rows_are_added(source: Path) -> None:
@@ -264,14 +392,14 @@ def test_splits_are_disjoint_complete_and_stable_when_rows_are_added(source: Pat
 
     def lines(name: str) -> set[int]:
         loaded = load(source, split=name, hash_split=split)
-        return set(loaded.cache.arrays["line"][loaded.rows].tolist())
+        return set(loaded.cache.arrays["number"][loaded.rows].tolist())
 
     train, test = lines("train"), lines("test")
     assert not train & test and train | test == set(range(1, 41)) and len(test) >= 5
     write(source, [row(number) for number in range(80)], age_s=30)
     assert train < lines("train") and test < lines("test")
-    for line in test:
-        assert is_test((Turn("user", f"Question {line - 1}?"), Turn("assistant", "x")), 0, 0.3)
+    hashes = [prompt_hash((Turn("user", f"Question {line - 1}?"), Turn("assistant", "x"))) for line in sorted(test)]
+    assert are_test_hashes(np.array(hashes, np.uint64), 0, 0.3).all()
 
 
 def test_a_subset_takes_the_first_rows_of_each_split_and_stops_reading(
@@ -282,12 +410,13 @@ def test_a_subset_takes_the_first_rows_of_each_split_and_stops_reading(
     write(source, [*(row(number) for number in range(400)), "{a malformed row that is never reached"])
     parts = {name: load(source, split=name, hash_split=split, subset_size=20) for name in ("train", "test")}
     assert sum(encoded_batches) <= 64
-    sides = [is_test((Turn("user", f"Question {number}?"),), 0, 0.2) for number in range(400)]
+    hashes = [prompt_hash((Turn("user", f"Question {number}?"),)) for number in range(400)]
+    sides = are_test_hashes(np.array(hashes, np.uint64), 0, 0.2)
     for name, count in (("train", 20), ("test", 5)):
         expected = [number + 1 for number in range(400) if sides[number] == (name == "test")][:count]
-        assert parts[name].cache.arrays["line"][parts[name].rows].tolist() == expected
+        assert parts[name].cache.arrays["number"][parts[name].rows].tolist() == expected
     counts = parts["train"].cache.meta["counts"]
-    last = max(parts[name].cache.arrays["line"].max() for name in parts)
+    last = max(parts[name].cache.arrays["number"].max() for name in parts)
     assert counts["read"] == last
     assert counts["beyond_subset"] + counts["kept"] == last
 
@@ -309,22 +438,6 @@ def test_many_segments_and_a_large_vocabulary_get_wider_arrays(source: Path, mon
     arrays = load(source, seq_len=8192, tokenizer=wide).cache.arrays
     assert arrays["ids"].dtype == np.int32
     assert arrays["segment"].max() == 300
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"long_rows": "wrap"},
-        {"on_bad_row": "ignore"},
-        {"seq_len": 0},
-        {"subset_size": 0},
-        {"hash_split": HashSplit(0, 1.0)},
-        {"hash_split": HashSplit(0, -0.1)},
-    ],
-)
-def test_wrong_values_are_told(source: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="expected"):
-        load(source, **change)
 
 
 def test_a_missing_source_is_told(tmp_path: Path) -> None:

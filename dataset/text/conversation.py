@@ -4,8 +4,8 @@ Training and generation both build their sequences here, so a prompt is always a
 trained on. This file must not know where conversations come from, nor what a model does with the ids.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +74,8 @@ class Encoded:
     ids: int32 [L]. supervised: bool [L], True where the id is a target when it is the label.
     segment: int32 [L], 0 for an assistant's text and EOS, k = 1, 2, ... for the k-th prompt segment.
     turn_bytes: UTF-8 bytes of the decoded supervised ids (EOS left out) of each turn, summed.
-    full_length: ids before truncation; L where nothing was cut.
+    full_length: ids before anything was cut; L where nothing was.
+    prompt_cut, end_cut: what was: turns and text before the first answer, the end of the row.
     """
 
     ids: npt.NDArray[np.int32]
@@ -82,6 +83,8 @@ class Encoded:
     segment: npt.NDArray[np.int32]
     turn_bytes: int
     full_length: int
+    prompt_cut: bool = False
+    end_cut: bool = False
 
 
 def with_default_system(turns: Sequence[Turn], default_system_prompt: str | None) -> Conversation:
@@ -108,10 +111,12 @@ def encode_batch(
     template: Template,
     max_ids: int | None = None,
     open_assistant: bool = False,
+    keep_prompt_end: bool = False,
 ) -> list[Encoded]:
     """Encode many conversations at once.
 
-    max_ids: longer sequences are cut to it; `turn_bytes` counts what is kept.
+    max_ids: longer sequences are cut to it, at their end; `turn_bytes` counts what is kept.
+    keep_prompt_end: before that, a longer sequence loses what is oldest in its prompt (see `_shorten_prompt`).
     open_assistant: append the BOS and tag of an assistant turn that is still to be written.
     """
     roles: tuple[Role, ...] = ("system", "user", "assistant")
@@ -119,42 +124,92 @@ def encode_batch(
     openings = {role: [tokenizer.bos_id, *tokenizer.encode(template.tag(role))] for role in roles}
     kept = [with_default_system(turns, None) for turns in conversations]
     text_ids = iter(tokenizer.encode_batch([turn.text for turns in kept for turn in turns]))
-    joined = [_join(turns, text_ids, openings, tokenizer.eos_id, open_assistant) for turns in kept]
-    cut = [(ids[:max_ids], supervised[:max_ids], segment[:max_ids]) for ids, supervised, segment in joined]
-    sizes = _turn_bytes([(ids, supervised) for ids, supervised, _ in cut], tokenizer)
+    rows = []
+    for turns in kept:
+        pieces = []
+        for turn in turns:
+            is_answer = turn.role == "assistant"
+            text = [*next(text_ids), tokenizer.eos_id] if is_answer else next(text_ids)
+            pieces.append(_Piece(turn.role, openings[turn.role], text, is_answer and turn.supervised))
+        if open_assistant:
+            pieces.append(_Piece("assistant", openings["assistant"], [], False))
+        shorter = _shorten_prompt(pieces, max_ids) if keep_prompt_end and max_ids is not None else pieces
+        ids, supervised, segment = _join(shorter)
+        rows.append((ids[:max_ids], supervised[:max_ids], segment[:max_ids], _size(pieces), _size(shorter)))
+    sizes = _turn_bytes([(ids, supervised) for ids, supervised, *_ in rows], tokenizer)
     return [
-        Encoded(ids, supervised, segment, size, len(whole))
-        for (ids, supervised, segment), size, (whole, _, _) in zip(cut, sizes, joined, strict=True)
+        Encoded(ids, supervised, segment, turn_bytes, whole, shorter < whole, len(ids) < shorter)
+        for (ids, supervised, segment, whole, shorter), turn_bytes in zip(rows, sizes, strict=True)
     ]
 
 
-def _join(
-    turns: Conversation,
-    text_ids: Iterator[list[int]],
-    openings: dict[Role, list[int]],
-    eos_id: int,
-    open_assistant: bool,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
+@dataclass(frozen=True)
+class _Piece:
+    """A turn as ids: BOS and tag, then text (and the EOS of an answer)."""
+
+    role: Role
+    opening: list[int]
+    text: list[int]
+    supervised: bool
+
+    def __len__(self) -> int:
+        return len(self.opening) + len(self.text)
+
+    def last(self, count: int) -> "_Piece":
+        """The turn with only the last `count` ids of its text."""
+        return replace(self, text=self.text[len(self.text) - count :])
+
+
+def _size(pieces: Sequence[_Piece]) -> int:
+    return sum(map(len, pieces))
+
+
+def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
+    """Shorten what stands before the first supervised answer until the rest fits, but not below half of `max_ids`.
+
+    The oldest turns go first and whole, the system turn excepted. Then the system turn and the turn that is answered lose the
+    beginnings of their texts, the longer one first; the system turn goes where there is no room for both.
+    """
+    answer = next((index for index, piece in enumerate(pieces) if piece.supervised), 0)
+    if not answer or _size(pieces) <= max_ids:
+        return pieces
+    opening = len(pieces[answer].opening)
+    rest = _size(pieces[answer:]) - opening
+    budget = max(max_ids - rest, max_ids // 2) - opening
+    prompt, asked = pieces[:answer], pieces[answer - 1]
+    system = next((piece for piece in prompt[:-1] if piece.role == "system"), None)
+    is_gone = False
+    for oldest in pieces[: answer - 1]:
+        if oldest is not system:
+            # An answer goes with its question.
+            is_gone = _size(prompt) > budget or (is_gone and oldest.role == "assistant")
+            if is_gone:
+                prompt = [piece for piece in prompt if piece is not oldest]
+    if _size(prompt) > budget:
+        room = budget - sum(len(piece.opening) for piece in prompt)
+        of_system = min(len(system.text), max(room - len(asked.text), room // 2)) if system is not None else 0
+        if of_system < 1:
+            prompt, of_system, room = [asked], 0, budget - len(asked.opening)
+        of_asked = min(len(asked.text), max(1, room - of_system))
+        prompt = [piece.last(of_system if piece is system else of_asked) for piece in prompt]
+    return [*prompt, *pieces[answer:]]
+
+
+def _join(pieces: Sequence[_Piece]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
     ids: list[int] = []
-    supervised: list[bool] = []
-    segment: list[int] = []
+    runs: list[tuple[int, bool, int]] = []  # length, whether it is a target, segment
     prompt_segment = 1
-
-    def add(new: list[int], is_target: bool, in_segment: int) -> None:
-        ids.extend(new)
-        supervised.extend([is_target] * len(new))
-        segment.extend([in_segment] * len(new))
-
-    for turn in turns:
-        add(openings[turn.role], False, prompt_segment)
-        if turn.role == "assistant":
-            add([*next(text_ids), eos_id], turn.supervised, 0)
-            prompt_segment += 1
-        else:
-            add(next(text_ids), False, prompt_segment)
-    if open_assistant:
-        add(openings["assistant"], False, prompt_segment)
-    return np.array(ids, np.int32), np.array(supervised, np.bool_), np.array(segment, np.int32)
+    for piece in pieces:
+        ids += piece.opening
+        ids += piece.text
+        is_answer = piece.role == "assistant"
+        runs.append((len(piece.opening), False, prompt_segment))
+        runs.append((len(piece.text), piece.supervised, 0 if is_answer else prompt_segment))
+        prompt_segment += is_answer
+    lengths = [length for length, _, _ in runs]
+    supervised = np.repeat(np.array([target for _, target, _ in runs], np.bool_), lengths)
+    segment = np.repeat(np.array([segment for _, _, segment in runs], np.int32), lengths)
+    return np.array(ids, np.int32), supervised, segment
 
 
 def _turn_bytes(rows: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]], tokenizer: Tokenizer) -> list[int]:

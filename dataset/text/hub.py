@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from config.errors import UsageError
 _TIMEOUT_S = 5.0
 _TRIES_WITHOUT_PROGRESS = 3
 _BLOCK_BYTES = 1 << 18
+_STATED_HASH = "X-Linked-ETag"
 
 
 class _Interrupted(Exception):
@@ -43,8 +44,8 @@ def download(
 
     An interrupted transfer leaves `<destination>.part` and goes on from there when called again, even in
     another process. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN` and the usual proxy variables are respected.
-    repo_type: "model" or "dataset". expected_size: bytes.
-    Raises `UsageError`: offline, no network, no access, not found, wrong size or checksum.
+    repo_type: "model" or "dataset". expected_size: bytes. Without expected_sha256, the hash is checked that the hub states
+    for files in its large-file storage. Raises `UsageError`: offline, no network, no access, not found, wrong size or checksum.
     """
     # Its own downloader can't resume what another process began; its addresses and credentials are used.
     from huggingface_hub import constants, get_token, hf_hub_url
@@ -70,12 +71,13 @@ def download(
             etag_file = part.with_suffix(".etag")
             try:
                 if not _is_complete(target, expected_sha256):  # another process may have fetched it meanwhile
-                    _transfer(url, get_token(), handle, etag_file, expected_size, what)
+                    stated_sha256 = _transfer(url, get_token(), handle, etag_file, expected_size, what)
                     handle.flush()
                     os.fsync(handle.fileno())
-                    _check(part, expected_sha256, what)
+                    _check(part, expected_sha256 or stated_sha256, what)
                     os.replace(part, target)
             finally:
+                handle.flush()
                 if not part.is_file() or part.stat().st_size == 0:
                     part.unlink(missing_ok=True)
                     etag_file.unlink(missing_ok=True)
@@ -100,7 +102,10 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):  # no locks here: two at once then end in a checksum or size error
                 fcntl.flock(handle, fcntl.LOCK_EX)
             # While this one waited, the file may have been moved into place or deleted.
-            if part.is_file() and os.path.samestat(os.fstat(handle.fileno()), part.stat()):
+            is_still_there = False
+            with contextlib.suppress(FileNotFoundError):
+                is_still_there = os.path.samestat(os.fstat(handle.fileno()), part.stat())
+            if is_still_there:
                 handle.seek(0, os.SEEK_END)
                 yield handle
                 return
@@ -123,7 +128,7 @@ def _check(part: Path, expected_sha256: str | None, what: str) -> None:
         part.unlink()
         raise UsageError(
             f"{what}: expected sha256 {expected_sha256}, found {found}; the file was deleted. "
-            "Start again, or pass the hash of the revision that you mean"
+            "Start again, or give the hash of the revision that you mean"
         )
 
 
@@ -135,14 +140,13 @@ def _advice(status: int) -> str:
     return "the hub can't serve it now: start again later"
 
 
-def _transfer(url: str, token: str | None, handle: BinaryIO, etag_file: Path, expected_size: int | None, what: str) -> None:
-    """Append to `handle` until it holds the whole file, reconnecting after interruptions."""
+def _transfer(url: str, token: str | None, handle: BinaryIO, etag_file: Path, expected_size: int | None, what: str) -> str | None:
+    """Append to `handle` until it holds the whole file, reconnecting after interruptions. Returns its hash as the hub states it."""
     failures = 0
     while True:
         before = handle.tell()
         try:
-            _attempt(url, token, handle, etag_file, expected_size, what)
-            return
+            return _attempt(url, token, handle, etag_file, expected_size, what)
         except _Interrupted:
             failures = 0 if handle.tell() > before else failures + 1
             if failures >= _TRIES_WITHOUT_PROGRESS:
@@ -150,7 +154,19 @@ def _transfer(url: str, token: str | None, handle: BinaryIO, etag_file: Path, ex
             time.sleep(0.5)
 
 
-def _attempt(url: str, token: str | None, handle: BinaryIO, etag_file: Path, expected_size: int | None, what: str) -> None:
+class _NotingRedirects(urllib.request.HTTPRedirectHandler):
+    """Keeps the headers of the hub's own answer, which sends on to a storage that doesn't repeat them."""
+
+    stated_etag: str | None = None
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        self.stated_etag = self.stated_etag or headers.get(_STATED_HASH)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _attempt(url: str, token: str | None, handle: BinaryIO, etag_file: Path, expected_size: int | None, what: str) -> str | None:
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
     if token:
         # Not repeated after a redirect: the token is for the hub, not for the storage behind it.
@@ -160,8 +176,9 @@ def _attempt(url: str, token: str | None, handle: BinaryIO, etag_file: Path, exp
     if begin and etag:
         request.add_header("Range", f"bytes={begin}-")
         request.add_header("If-Range", etag)
+    redirects = _NotingRedirects()
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+        response = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not begin:
             raise
@@ -192,6 +209,8 @@ def _attempt(url: str, token: str | None, handle: BinaryIO, etag_file: Path, exp
                 raise _Interrupted(str(error)) from error
         if size is not None and handle.tell() != size:
             raise _Interrupted(f"{handle.tell():,} of {size:,} bytes arrived")
+        stated = re.fullmatch(r'"?([0-9a-f]{64})"?', redirects.stated_etag or response.headers.get(_STATED_HASH) or "")
+    return stated[1] if stated else None
 
 
 def _begin_of(response: http.client.HTTPResponse) -> int:

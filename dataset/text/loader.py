@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
-from dataset.text.sources import SourceFile, parse_row, to_conversation
+from dataset.text.files import open_data_file
+from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
+from dataset.text.sources import parse_row, to_conversation
 from dataset.text.token_cache import LoadedSplit
 
 IGNORE_LABEL_ID = -100
@@ -34,26 +36,29 @@ class Example:
 
 
 class TextDataset:
-    """The examples of one split, in the order of their file.
+    """The examples of one split, in the order of their files.
 
-    data_hash: hex SHA-256 over the tokens of the source and which of its rows are in this split.
-    counts: rows "kept" and "truncated" in this split; over the rows read of the file: "read", "dropped" and
-    "bad" by reason, and "beyond_subset" (whole rows that `subset_size` left out).
+    data_hash: hex SHA-256 over all that is cached of the source and which of its rows are in this split.
+    counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut"; over the rows read of the
+    files: "read", "dropped" and "bad" by reason, and "beyond_subset" (whole rows that `subset_size` left out).
+    loaded: what it was made of.
     """
 
     def __init__(self, loaded: LoadedSplit) -> None:
+        self.loaded = loaded
         self._cache = loaded.cache
         self._rows = loaded.rows
-        self._source = SourceFile(loaded.source)
-        self._default_system_prompt = loaded.default_system_prompt
+        self._files = [open_data_file(path) for path in loaded.files]
         digest = hashlib.sha256(str(loaded.cache.meta["content_sha256"]).encode())
         digest.update(loaded.rows.astype("<i8").tobytes())
         self.data_hash: str = digest.hexdigest()
-        truncated = self._cache.arrays["truncated"][self._rows]
+        cut = self._cache.arrays["cut"][self._rows]
         self.counts: dict[str, Any] = {
             **self._cache.meta["counts"],
             "kept": len(self._rows),
-            "truncated": int(truncated.sum()),
+            "truncated": int(np.count_nonzero(cut)),
+            "prompt_cut": int(np.count_nonzero(cut & PROMPT_CUT)),
+            "answer_cut": int(np.count_nonzero(cut & ANSWER_CUT)),
         }
 
     def __len__(self) -> int:
@@ -76,16 +81,19 @@ class TextDataset:
         return int(self._rows[index])
 
     def row(self, index: int) -> dict[str, Any]:
-        """The source's own JSON object behind an example, with whatever further fields it has."""
-        return parse_row(self._source.line_at(int(self._cache.arrays["position"][self._row_number(index)])))
+        """The source's own row behind an example, with whatever further fields it has."""
+        row = self._row_number(index)
+        data = self._files[self._cache.file_of(row)].row_at(int(self._cache.arrays["position"][row]))
+        return parse_row(data) if isinstance(data, bytes) else data
 
-    def line_number(self, index: int) -> int:
-        """The example's line in the source file, counted from 1."""
-        return int(self._cache.arrays["line"][self._row_number(index)])
+    def place(self, index: int) -> str:
+        """The example's file, and its line or row there, counted from 1."""
+        row = self._row_number(index)
+        return self._files[self._cache.file_of(row)].where(int(self._cache.arrays["number"][row]))
 
     def conversation(self, index: int) -> Conversation:
         """The whole conversation as it was encoded: default system prompt included, nothing cut off."""
-        return with_default_system(to_conversation(self.row(index)), self._default_system_prompt)
+        return with_default_system(to_conversation(self.row(index)), self.loaded.default_system_prompt)
 
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -159,6 +167,21 @@ class ExampleStream:
             raise StopIteration
         epoch, example_id, future = self._pending.popleft()
         return epoch, example_id, future.result()
+
+    def skip(self, count: int) -> None:
+        """Pass over the next `count` examples without reading them, as a rank does with those that other ranks take.
+
+        Every rank walks the same order, so that together they read each example once. Threads that read ahead can't know what will
+        be passed over: such a stream has none (workers=0).
+        """
+        if not 0 <= count <= len(self):
+            raise ValueError(f"can't pass over {count} of {len(self)} examples")
+        for _ in range(count):
+            if self._pending:
+                self._pending.popleft()[2].cancel()
+            else:
+                next(self._order)
+        self.position += count
 
     def close(self) -> None:
         """Stop reading ahead and end the threads; the stream is over."""

@@ -11,47 +11,39 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from config.errors import UsageError
-from dataset.text.conversation import Conversation, Encoded, Template, encode_batch, with_default_system
-from dataset.text.sources import (
-    BadRow,
-    Line,
-    NothingToLearn,
-    SourceFile,
-    are_test_hashes,
-    check_test_ratio,
-    parse_row,
-    prompt_hash,
-    to_conversation,
-)
+from dataset.text.conversation import Template
+from dataset.text.encoder_pool import encode_in_order, processes_to_use
+from dataset.text.files import BadRow, DataFile, RawRow, open_data_file
+from dataset.text.row_encoder import PER_ID, EncodedRows, LongRows, Recipe, column_types
+from dataset.text.sources import are_test_hashes
 from dataset.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Split = Literal["train", "test"]
 
+# What is encoded at once: so many rows, or fewer long ones.
 _ROWS_AT_ONCE = 512
+_BYTES_AT_ONCE = 1 << 20
 _NPY_FORMAT: Any = np.lib.format
-_ARRAYS = (
-    "ids", "supervised", "segment", "offsets", "turn_bytes", "truncated", "prompt_hash", "line", "position",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HashSplit:
-    """Train and test rows of one file, told apart by `sources.is_test`."""
+    """Train and test rows, told apart by `sources.are_test_hashes`."""
 
     seed: int
     test_ratio: float
@@ -61,9 +53,7 @@ class HashSplit:
 class TokenCache:
     """The arrays of one cache folder (memory-mapped, n rows, T ids in all) and its meta.json.
 
-    ids [T] uint16 or int32; supervised [T] bool; segment [T] uint8 or uint16; offsets [n+1] int64;
-    turn_bytes [n] int64; truncated [n] bool; prompt_hash [n] uint64; line [n] int64 (counted from 1);
-    position [n] int64 (byte offset of the row in the uncompressed source).
+    offsets int64 [n+1] says where in [T] a row begins; all others are those of `row_encoder.column_types`, without "length".
     """
 
     folder: Path
@@ -73,20 +63,24 @@ class TokenCache:
     def __len__(self) -> int:
         return int(self.meta["rows"])
 
+    def file_of(self, row: int) -> int:
+        """Which of the source's files a row is from."""
+        return int(np.searchsorted(self.meta["file_ends"], row, side="right"))
+
 
 @dataclass(frozen=True)
 class LoadedSplit:
-    """The rows of one split: `rows` int64 [m] points into `cache`, in the order of the file."""
+    """The rows of one split: `rows` int64 [m] points into `cache`, in the order of the files."""
 
     cache: TokenCache
     rows: npt.NDArray[np.int64]
-    source: Path
+    files: tuple[Path, ...]
     default_system_prompt: str | None
 
 
 def load_split(
     *,
-    source: Path,
+    source: Path | Sequence[Path],
     split: Split,
     tokenizer: Tokenizer,
     template: Template,
@@ -94,36 +88,32 @@ def load_split(
     subset_size: int | None,
     hash_split: HashSplit | None,
     default_system_prompt: str | None,
-    long_rows: str,
-    on_bad_row: str,
+    long_rows: LongRows,
+    on_bad_row: Literal["error", "skip"],
     cache_dir: Path,
     alone: bool = False,
+    processes: int | None = None,
 ) -> LoadedSplit:
-    """Open the cache of `source`, building it first if it isn't there, and take one split of it.
+    """Open the cache of `source` (a file, or several read one after the other), building it if it isn't there, and take one split.
 
-    seq_len: input positions, so a row keeps at most seq_len + 1 ids. long_rows: "truncate" or "drop".
-    on_bad_row: "error" stops at a malformed row with file and line, "skip" counts it.
-    hash_split: None when the file is one split by itself. subset_size: None takes every row. Otherwise
+    seq_len: input positions, so a row keeps at most seq_len + 1 ids. long_rows: what becomes of a longer row. "keep_prompt_end":
+    it loses the oldest of its prompt, then the end of its answer (`conversation.encode_batch`); "truncate": its end; "drop": all.
+    A row is left out if nothing supervised is left of it. on_bad_row: "error" stops at a malformed row and says where it is, "skip"
+    counts it. processes: how many tokenize; null: one for each CPU. The cache is the same, byte for byte.
+    hash_split: None when the files are one split by themselves. subset_size: None takes every row. Otherwise
     reading stops as soon as train has its first `subset_size` rows and test its first
     `min(subset_size, ceil(subset_size * r / (1 - r)))`, r the test ratio: the same proportion, and
     a large file isn't read to its end to fill a small test split. `alone`: only `split` is wanted, with
     `subset_size` rows of its own.
     Raises `UsageError`.
     """
-    if long_rows not in ("truncate", "drop"):
-        raise UsageError(f'dataset.long_rows: expected "truncate" or "drop", found {long_rows!r}')
-    if on_bad_row not in ("error", "skip"):
-        raise UsageError(f'dataset.on_bad_row: expected "error" or "skip", found {on_bad_row!r}')
-    if seq_len < 1:
-        raise UsageError(f"dataset.seq_len: expected at least 1, found {seq_len}")
-    if subset_size is not None and subset_size < 1:
-        raise UsageError(f"dataset.subset_size: expected at least 1 or null for all rows, found {subset_size}")
-    if hash_split is not None:
-        check_test_ratio(hash_split.test_ratio)
     wanted = wanted_rows(subset_size, hash_split, split if alone else None)
+    files = [open_data_file(path) for path in ([source] if isinstance(source, Path) else source)]
+    # Taken before the content is hashed: a cache must hold what its key was made of, however long another builder is waited for.
+    stamps = [_stamp(file.path) for file in files]
     key: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "source_sha256": file_sha256(source, cache_dir),
+        "files": [[file.kind, file_sha256(file.path, cache_dir)] for file in files],
         "tokenizer_sha256": tokenizer.sha256,
         "template": template.to_dict(),
         "default_system_prompt": default_system_prompt or None,
@@ -135,17 +125,19 @@ def load_split(
         key["subset_size"] = subset_size
         key["hash_split"] = [hash_split.seed, hash_split.test_ratio] if hash_split else None
         key["wanted"] = wanted
-    builder = _Builder(SourceFile(source), tokenizer, template, key, wanted, hash_split)
+    recipe = Recipe(tokenizer.model_bytes, template, default_system_prompt or None, seq_len, long_rows)
+    types = column_types(tokenizer.vocab_size, seq_len)
+    builder = _Builder(files, stamps, recipe, types, key, wanted, hash_split, processes_to_use(processes))
     cache = _open_or_build(builder, cache_dir)
     rows = np.arange(len(cache), dtype=np.int64)
     if hash_split is not None:
-        in_test = are_test_hashes(np.asarray(cache.arrays["prompt_hash"]), hash_split.seed, hash_split.test_ratio)
+        in_test = are_test_hashes(cache.arrays["prompt_hash"], hash_split.seed, hash_split.test_ratio)
         rows = np.flatnonzero(in_test if split == "test" else ~in_test)
-    return LoadedSplit(cache, rows, source, default_system_prompt or None)
+    return LoadedSplit(cache, rows, tuple(file.path for file in files), default_system_prompt or None)
 
 
 def wanted_rows(subset_size: int | None, hash_split: HashSplit | None, alone: Split | None = None) -> dict[Split, float]:
-    """How many rows of each split to keep; see `load_split`. A file that is one split counts as "train"."""
+    """How many rows of each split to keep; see `load_split`. Files that are one split count as "train"."""
     test_ratio = hash_split.test_ratio if hash_split else 0.0
     if subset_size is None:
         return {"train": math.inf, "test": math.inf}
@@ -158,13 +150,9 @@ def wanted_rows(subset_size: int | None, hash_split: HashSplit | None, alone: Sp
 
 
 def file_sha256(path: Path, memo_dir: Path) -> str:
-    """SHA-256 of a file, remembered under `memo_dir` for its path, size and modification time."""
-    if not path.is_file():
-        raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir")
-    status = path.stat()
-    resolved = str(path.resolve())
-    stamp = [resolved, status.st_size, status.st_mtime_ns]
-    memo = memo_dir / f"source-{hashlib.sha256(resolved.encode()).hexdigest()[:16]}.json"
+    """SHA-256 of a file, remembered under `memo_dir` for its path, size and times of change."""
+    stamp = _stamp(path)
+    memo = memo_dir / f"source-{hashlib.sha256(str(stamp[0]).encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memo.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
@@ -172,12 +160,23 @@ def file_sha256(path: Path, memo_dir: Path) -> str:
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     # A file changed again within the clock's grain keeps its stamp, so a fresh one isn't remembered.
-    if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
+    if time.time_ns() - int(stamp[2]) > 2_000_000_000:
         _make_folder(memo_dir)
-        with tempfile.NamedTemporaryFile("w", dir=memo_dir, prefix=".source-", delete=False) as temporary:
-            json.dump({"stamp": stamp, "sha256": digest}, temporary)
-        os.replace(temporary.name, memo)
+        temporary = _unused_name(memo)
+        temporary.write_text(json.dumps({"stamp": stamp, "sha256": digest}), encoding="utf-8")
+        os.replace(temporary, memo)
     return digest
+
+
+def _stamp(path: Path) -> list[str | int]:
+    """What a file is known by. The time of its inode's change can't be set back, as that of its content can."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _unused_name(path: Path) -> Path:
+    """A hidden name beside `path`. `tempfile` would keep what is made there from other users of a shared data folder."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -191,19 +190,31 @@ def _make_folder(folder: Path) -> None:
 
 
 class _ArrayFile:
-    """A one-dimensional .npy file that grows; its header is rewritten with the length on close."""
+    """A one-dimensional .npy file that grows; its header is rewritten with the length at the end."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self.length = 0
-        self.handle: BinaryIO = path.open("wb+")
+        self._digest = hashlib.sha256()
+        self._handle: BinaryIO = path.open("wb+")
         self._write_header()
-        self._body = self.handle.tell()
+        self._body = self._handle.tell()
+
+    @property
+    def sha256(self) -> str:
+        """Of the values so far."""
+        return self._digest.hexdigest()
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        data = values.astype(self.dtype).tobytes()
+        self._handle.write(data)
+        self._digest.update(data)
+        self.length += len(values)
 
     def _write_header(self) -> None:
         # NumPy pads the header for a growing first axis, so its size doesn't depend on the length.
         _NPY_FORMAT.write_array_header_1_0(
-            self.handle,
+            self._handle,
             {
                 "descr": _NPY_FORMAT.dtype_to_descr(self.dtype),
                 "fortran_order": False,
@@ -211,19 +222,17 @@ class _ArrayFile:
             },
         )
 
-    def append(self, values: npt.NDArray[Any]) -> bytes:
-        data = values.astype(self.dtype).tobytes()
-        self.handle.write(data)
-        self.length += len(values)
-        return data
+    def __enter__(self) -> Self:
+        return self
 
-    def close(self) -> None:
-        self.handle.seek(0)
-        self._write_header()
-        if self.handle.tell() != self._body:
-            raise RuntimeError("the .npy header changed its size")
-        _sync(self.handle)
-        self.handle.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._handle.seek(0)
+            self._write_header()
+            if self._handle.tell() != self._body:
+                raise RuntimeError("the .npy header changed its size")
+            _sync(self._handle)
+        self._handle.close()
 
 
 def _sync(handle: Any) -> None:
@@ -240,75 +249,74 @@ def _sync_folder(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Where some rows come from: the number of their file, and how many bytes of all files were read up to their end."""
+
+    file: int
+    read: int
+
+
+@dataclass(frozen=True)
 class _Builder:
-    source: SourceFile
-    tokenizer: Tokenizer
-    template: Template
+    files: Sequence[DataFile]
+    stamps: Sequence[list[str | int]]
+    recipe: Recipe
+    types: dict[str, npt.DTypeLike]
     key: dict[str, Any]
     wanted: dict[Split, float]
     hash_split: HashSplit | None
+    processes: int
 
     def build(self, folder: Path) -> None:
-        """Write all arrays and meta.json into an empty folder, a few hundred rows in memory at a time."""
-        wide = self.tokenizer.vocab_size > 1 << 16
-        # A prompt segment and its answer take three ids or more, so there are fewer segments than this.
-        segments_fit_a_byte = self.key["seq_len"] // 2 < 1 << 8
-        types: dict[str, npt.DTypeLike] = {
-            "ids": np.int32 if wide else np.uint16,
-            "supervised": np.bool_,
-            "segment": np.uint8 if segments_fit_a_byte else np.uint16,
-            "offsets": np.int64,
-            "turn_bytes": np.int64,
-            "truncated": np.bool_,
-            "prompt_hash": np.uint64,
-            "line": np.int64,
-            "position": np.int64,
-        }
+        """Write all arrays and meta.json into an empty folder, a few thousand rows in memory at a time."""
         kept: Counter[Split] = Counter()
-        counts = {"read": 0, "beyond_subset": 0}
+        counts: Counter[str] = Counter(read=0, beyond_subset=0)
         dropped: Counter[str] = Counter()
         bad: Counter[str] = Counter()
-        content = hashlib.sha256()
-        end = 0
+        file_ends = [0] * len(self.files)
         with contextlib.ExitStack() as stack:
-            files = {name: _ArrayFile(folder / f"{name}.npy", dtype) for name, dtype in types.items()}
-            for file in files.values():
-                stack.callback(file.handle.close)
-            files["offsets"].append(np.zeros(1))
-            outcomes = self._outcomes()
-            stack.callback(outcomes.close)
-            rows: list[_Row] = []
-            for line, outcome in outcomes:
-                if all(kept[split] >= wanted for split, wanted in self.wanted.items()):
+            types = {**self.types, "offsets": np.int64}
+            del types["length"]
+            arrays = {name: stack.enter_context(_ArrayFile(folder / f"{name}.npy", dtype)) for name, dtype in types.items()}
+            arrays["offsets"].append(np.zeros(1))
+            total = sum(file.size for file in self.files)
+            bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None))
+            encoded_parts = stack.enter_context(contextlib.closing(encode_in_order(self._parts(), self.recipe, self.processes)))
+            for encoded, rows, part in encoded_parts:
+                splits = iter(self._splits(encoded))
+                taken: list[bool] = []
+                for row, outcome in zip(rows, encoded.outcomes, strict=True):
+                    if self._is_full(kept):
+                        break
+                    counts["read"] += 1
+                    if isinstance(outcome, BadRow):
+                        if self.key["on_bad_row"] == "error":
+                            raise UsageError(
+                                f"{self.files[part.file].where(row.number)}: {outcome}; "
+                                "correct the row, or count such rows instead with dataset.on_bad_row=skip"
+                            )
+                        bad[outcome.reason] += 1
+                    elif outcome is not None:
+                        dropped[outcome.reason] += 1
+                    else:
+                        split = next(splits)
+                        taken.append(kept[split] < self.wanted[split])
+                        counts["beyond_subset"] += not taken[-1]
+                        kept[split] += taken[-1]
+                _append(arrays, encoded.columns, taken)
+                file_ends[part.file :] = [sum(kept.values())] * (len(self.files) - part.file)
+                bar.update(part.read - bar.n)
+                if self._is_full(kept):
                     break
-                counts["read"] += 1
-                if isinstance(outcome, BadRow):
-                    if self.key["on_bad_row"] == "error":
-                        raise UsageError(
-                            f"{self.source.path}:{line.number}: {outcome}; "
-                            "correct the row, or count such rows instead with dataset.on_bad_row=skip"
-                        )
-                    bad[outcome.reason] += 1
-                elif isinstance(outcome, NothingToLearn):
-                    dropped[outcome.reason] += 1
-                elif kept[outcome.split] >= self.wanted[outcome.split]:
-                    counts["beyond_subset"] += 1
-                else:
-                    kept[outcome.split] += 1
-                    rows.append(outcome)
-                    end += len(outcome.encoded.ids)
-                    if len(rows) == _ROWS_AT_ONCE:
-                        _append(files, rows, content)
-                        rows = []
-            if rows:
-                _append(files, rows, content)
-            for file in files.values():
-                file.close()
+        for file, stamp in zip(self.files, self.stamps, strict=True):
+            if _stamp(file.path) != stamp:
+                raise UsageError(f"{file.path} was changed while it was read: start again when it is complete")
         meta = {
             "key": self.key,
             "rows": sum(kept.values()),
-            "ids": end,
-            "content_sha256": content.hexdigest(),
+            "ids": arrays["ids"].length,
+            "file_ends": file_ends,
+            "content_sha256": hashlib.sha256("".join(arrays[name].sha256 for name in sorted(arrays)).encode()).hexdigest(),
             "counts": {**counts, "kept": sum(kept.values()), "dropped": dropped, "bad": bad},
         }
         with (folder / "meta.json").open("w", encoding="utf-8") as handle:
@@ -316,64 +324,52 @@ class _Builder:
             _sync(handle)
         _sync_folder(folder)
 
-    def _outcomes(self) -> Generator[tuple[Line, "BadRow | NothingToLearn | _Row"], None, None]:
-        """What became of each line, in the order of the file; a batch of lines is encoded at once."""
-        lines = self.source.lines()
-        with tqdm(total=self.source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            while batch := list(islice(lines, _ROWS_AT_ONCE)):
-                converted = [(line, self._convert(line)) for line, _ in batch]
-                conversations = [outcome for _, outcome in converted if isinstance(outcome, tuple)]
-                max_ids = self.key["seq_len"] + 1
-                encoded = iter(encode_batch(conversations, self.tokenizer, self.template, max_ids))
-                for line, outcome in converted:
-                    yield line, self._row(line, outcome, next(encoded)) if isinstance(outcome, tuple) else outcome
-                bar.update(batch[-1][1] - bar.n)
+    def _is_full(self, kept: Counter[Split]) -> bool:
+        return all(kept[split] >= wanted for split, wanted in self.wanted.items())
 
-    def _convert(self, line: Line) -> Conversation | BadRow | NothingToLearn:
-        try:
-            conversation = to_conversation(parse_row(line.data))
-        except (BadRow, NothingToLearn) as outcome:
-            return outcome
-        return with_default_system(conversation, self.key["default_system_prompt"])
+    def _parts(self) -> Iterator[tuple[list[RawRow], _Part]]:
+        """The rows of all files, some at a time; none are of two files."""
+        before = 0
+        for number, file in enumerate(self.files):
+            rows: list[RawRow] = []
+            size = read = 0
+            for row, read in file.rows():
+                rows.append(row)
+                size += _size(row)
+                if len(rows) == _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
+                    yield rows, _Part(number, before + read)
+                    rows, size = [], 0
+            if rows:
+                yield rows, _Part(number, before + read)
+            before += file.size
 
-    def _row(self, line: Line, conversation: Conversation, encoded: Encoded) -> "_Row | NothingToLearn":
-        is_cut = encoded.full_length > len(encoded.ids)
-        if is_cut and self.key["long_rows"] == "drop":
-            return NothingToLearn("too_long")
-        if not encoded.supervised.any():
-            return NothingToLearn("answer_beyond_seq_len")
-        hashed = prompt_hash(conversation)
-        in_test = False
-        if self.hash_split is not None:
-            one = np.array([hashed], np.uint64)
-            in_test = bool(are_test_hashes(one, self.hash_split.seed, self.hash_split.test_ratio)[0])
-        return _Row(line, encoded, "test" if in_test else "train", hashed, is_cut)
+    def _splits(self, encoded: EncodedRows) -> list[Split]:
+        hashes = encoded.columns["prompt_hash"]
+        if self.hash_split is None:
+            return ["train"] * len(hashes)
+        in_test = are_test_hashes(hashes, self.hash_split.seed, self.hash_split.test_ratio)
+        return ["test" if is_test else "train" for is_test in in_test.tolist()]
 
 
-@dataclass(frozen=True)
-class _Row:
-    line: Line
-    encoded: Encoded
-    split: Split
-    hashed: int
-    is_cut: bool
+def _size(row: RawRow) -> int:
+    if isinstance(row.data, bytes):
+        return len(row.data)
+    return sum(len(value) for value in row.data.values() if isinstance(value, str)) if isinstance(row.data, dict) else 0
 
 
-def _append(files: dict[str, _ArrayFile], rows: list[_Row], content: Any) -> None:
-    lengths = np.array([len(row.encoded.ids) for row in rows], np.int64)
-    columns = {
-        "ids": np.concatenate([row.encoded.ids for row in rows]),
-        "supervised": np.concatenate([row.encoded.supervised for row in rows]),
-        "segment": np.concatenate([row.encoded.segment for row in rows]),
-        "offsets": files["ids"].length + np.cumsum(lengths),
-        "turn_bytes": np.array([row.encoded.turn_bytes for row in rows], np.int64),
-        "truncated": np.array([row.is_cut for row in rows], np.bool_),
-        "prompt_hash": np.array([row.hashed for row in rows], np.uint64),
-        "line": np.array([row.line.number for row in rows], np.int64),
-        "position": np.array([row.line.offset for row in rows], np.int64),
-    }
+def _append(arrays: dict[str, _ArrayFile], columns: dict[str, npt.NDArray[Any]], taken: list[bool]) -> None:
+    """Append the rows that are taken; those after the last entry of `taken` aren't."""
+    lengths = columns["length"].astype(np.int64)
+    mask = np.zeros(len(lengths), np.bool_)
+    mask[: len(taken)] = taken
+    if not mask.all():
+        id_mask = np.repeat(mask, lengths)
+        columns = {name: values[id_mask if name in PER_ID else mask] for name, values in columns.items()}
+        lengths = lengths[mask]
+    arrays["offsets"].append(arrays["ids"].length + np.cumsum(lengths))
     for name, values in columns.items():
-        content.update(files[name].append(values))
+        if name != "length":
+            arrays[name].append(values)
 
 
 def _open_or_build(builder: _Builder, cache_dir: Path) -> TokenCache:
@@ -391,8 +387,9 @@ def _open_or_build(builder: _Builder, cache_dir: Path) -> TokenCache:
 
 
 def _build_atomically(builder: _Builder, folder: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = _unused_name(folder)
     try:
+        temporary.mkdir()
         builder.build(temporary)
         try:
             os.rename(temporary, folder)
@@ -422,8 +419,9 @@ def _only_builder(lock: Path) -> Iterator[bool]:
 def _open(folder: Path) -> TokenCache:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        names = [*(name for name in column_types(1, 1) if name != "length"), "offsets"]
         # Plain arrays over the mapping: every slice of a np.memmap would pay for its subclass.
-        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS}
+        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in names}
         if len(arrays["ids"]) != meta["ids"] or len(arrays["offsets"]) != meta["rows"] + 1:
             raise ValueError("the arrays don't have the lengths that meta.json states")
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,68 @@
+"""Build a data set's token cache ahead of training, and write what it holds: data_card.md and data_card.png.
+
+    python scripts/prepare_data.py dataset=slimorca dataset.subset_size=null [--output FOLDER] [--near-rows 5000]
+
+Settings are those of a training run, so a run with the same ones starts at once. The card goes to the data's folder by default.
+It needs `pip install -r requirements-data.txt`.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    from dataset.text.data_card import draw, markdown, measure
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-data.txt`")
+
+from config.compose import compose_config
+from config.errors import UsageError, one_clear_message
+from dataset.instruct import open_instruct_data
+from dataset.text.conversation import Template
+from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
+
+
+def prepare(overrides: list[str], output: Path | None, near_rows: int) -> Path:
+    """Build the cache and write the card. Returns the card's path. Raises UsageError."""
+    config = compose_config("cfg_pretrain_instruct", overrides).dataset
+    tokenizer = Tokenizer(resolve_tokenizer_path(config.tokenizer_path))
+    started = time.perf_counter()
+    train, test = open_instruct_data(config, tokenizer, Template())
+    print(f"{len(train):,} training rows, {len(test) if test else 0:,} test rows in {time.perf_counter() - started:.1f} s")
+    folder = output or Path(config.data_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        card = measure(train, test, tokenizer, Template(), near_rows)
+        draw(card, folder / "data_card.png")
+        path = folder / "data_card.md"
+        path.write_text(markdown(card, f"{config.source} ({config.data_dir})", "data_card.png"), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"the data card can't be written to {str(folder)!r}: {error}; name another folder with --output"
+        ) from error
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; exit status 2 and one message when the data can't be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
+    parser.add_argument("--output", type=Path, help="folder for the card; default: dataset.data_dir")
+    parser.add_argument(
+        "--near-rows",
+        type=int,
+        default=5000,
+        help="test rows looked at for near overlap, with five times as many of training; 0: none",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    with one_clear_message():
+        if options.near_rows < 0:
+            raise UsageError(f"--near-rows: expected 0 or more, found {options.near_rows}")
+        print(prepare(options.overrides, options.output, options.near_rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Sources as configured: which files, the split and subset of each kind, and sources that can't be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from config.compose import compose_config
+from config.errors import UsageError
+from dataset.instruct import open_instruct_data, open_instruct_split
+from dataset.text.conversation import Template, Turn
+from dataset.text.loader import TextDataset
+from dataset.text.tokenizer import Tokenizer
+
+MODEL = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
+TOKENIZER = Tokenizer(MODEL)
+
+
+def chat(number: int) -> dict[str, Any]:
+    return {
+        "conversations": [
+            {"from": "human", "value": f"Question {number}?", "weight": 0},
+            {"from": "gpt", "value": f"Answer {number}.", "weight": 1},
+        ]
+    }
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_data(data_dir: Path, cache_dir: Path | None = None, **changes: Any) -> tuple[TextDataset, TextDataset | None]:
+    config = compose_config("cfg_pretrain_instruct", ["dataset.seq_len=64", "dataset.hub_repo=null"]).dataset
+    settings = {"data_dir": str(data_dir), "subset_size": None, "test_ratio": 0.25, "default_system_prompt": "Help.", **changes}
+    return open_instruct_data(config.model_copy(update=settings), TOKENIZER, Template(), cache_dir)
+
+
+def questions(dataset: TextDataset) -> set[str]:
+    return {dataset.conversation(index)[1].text for index in range(len(dataset))}
+
+
+def test_slimorca_is_split_by_hash(tmp_path: Path) -> None:
+    write(tmp_path / "SlimOrca.jsonl", [chat(number % 60) for number in range(120)])
+    train, test = open_data(tmp_path)
+    assert test is not None and len(train) + len(test) == 120
+    assert not questions(train) & questions(test)
+    assert all(train.conversation(0)[i].role == role for i, role in enumerate(("system", "user", "assistant")))
+    whole, nothing = open_data(tmp_path, test_ratio=0.0)
+    assert len(whole) == 120 and nothing is None
+
+
+def test_a_subset_has_its_rows_of_both_splits(tmp_path: Path) -> None:
+    write(tmp_path / "SlimOrca.jsonl", [chat(number) for number in range(300)])
+    train, test = open_data(tmp_path, subset_size=30)
+    assert test is not None and (len(train), len(test)) == (30, 10)
+
+
+def test_the_sample_layout_brings_its_own_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{**chat(number), "family": "add"} for number in range(20)])
+    write(tmp_path / "test.jsonl", [{**chat(number), "family": "add"} for number in range(20, 28)])
+    train, test = open_data(tmp_path, source="sample", test_ratio=0.05)
+    assert test is not None
+    assert questions(train) == {f"Question {number}?" for number in range(20)}
+    assert questions(test) == {f"Question {number}?" for number in range(20, 28)}
+    assert test.row(0)["family"] == "add"
+    train, test = open_data(tmp_path, source="sample", subset_size=5)
+    assert test is not None and (len(train), len(test)) == (5, 5)
+    assert train.place(4) == f"{tmp_path / 'train.jsonl'}:5"
+    assert open_data(tmp_path, source="sample", test_ratio=0)[1] is None
+
+
+def test_the_cache_goes_where_it_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "data/SlimOrca.jsonl", [chat(number) for number in range(40)])
+    open_data(tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["SlimOrca.jsonl"]
+    assert (tmp_path / "cache").is_dir()
+
+
+def test_a_sample_folder_without_files_names_the_command_that_builds_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"dataset\.build_sample_dataset"):
+        open_data(tmp_path, source="sample")
+    write(tmp_path / "train.jsonl", [chat(0)])
+    with pytest.raises(UsageError, match=r"test\.jsonl"):
+        open_data(tmp_path, source="sample")
+
+
+def test_splits_without_a_row_are_told_with_the_counts(tmp_path: Path) -> None:
+    write(tmp_path / "none/SlimOrca.jsonl", [{"prompt": "Why?"}, {"prompt": "How?", "answer": ""}])
+    with pytest.raises(UsageError, match=r"train split.*empty.*'no_answer': 1.*'empty_answer': 1|'empty_answer': 1.*"):
+        open_data(tmp_path / "none")
+    write(tmp_path / "one/SlimOrca.jsonl", [chat(0)])
+    with pytest.raises(UsageError, match=r"test split.*empty.*test_ratio=0"):
+        open_data(tmp_path / "one", test_ratio=1e-9)
+    write(tmp_path / "empty/SlimOrca.jsonl", [])
+    with pytest.raises(UsageError, match=r"train split.*empty"):
+        open_data(tmp_path / "empty")
+
+
+def orca_table(numbers: range) -> Any:
+    rows = [
+        {"id": f"cot.{n}", "system_prompt": "" if n % 2 else "Think.", "question": f"Q{n}?", "response": f"A{n}."} for n in numbers
+    ]
+    return pyarrow.Table.from_pylist(rows)
+
+
+def opened(*overrides: str) -> tuple[TextDataset, TextDataset | None]:
+    config = compose_config("cfg_pretrain_instruct", [f"dataset.tokenizer_path={MODEL}", *overrides]).dataset
+    return open_instruct_data(config, TOKENIZER, Template())
+
+
+def test_openorca_is_its_two_parquet_files(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(orca_table(range(40)), tmp_path / "1M-GPT4-Augmented.parquet")
+    pyarrow.parquet.write_table(orca_table(range(40, 60)), tmp_path / "3_5M-GPT3_5-Augmented.parquet")
+    overrides = ("dataset=openorca", f"dataset.data_dir={tmp_path}", "dataset.test_ratio=0.2", "dataset.subset_size=null")
+    train, test = opened(*overrides)
+    assert test is not None and len(train) + len(test) == 60
+    found = {dataset.conversation(i) for dataset in (train, test) for i in range(len(dataset))}
+    systems = ("Think.", "You are a helpful assistant.")
+    assert found == {(Turn("system", systems[n % 2]), Turn("user", f"Q{n}?"), Turn("assistant", f"A{n}.")) for n in range(60)}
+    assert {train.row(i)["id"] for i in range(len(train))} < {f"cot.{n}" for n in range(60)}
+    part, _ = opened(*overrides, "dataset.shards=1", "dataset.seed=1", "dataset.test_ratio=0")
+    assert len(part) in (20, 40)
+
+
+def test_jsonl_takes_files_of_every_kind(tmp_path: Path) -> None:
+    write(tmp_path / "part/a.jsonl", [chat(n) for n in range(3)])
+    (tmp_path / "part/b.json").write_text(json.dumps([{"prompt": f"Question {n}?", "answer": "x"} for n in range(3, 6)]))
+    pyarrow.parquet.write_table(orca_table(range(6, 9)), tmp_path / "c.parquet")
+    files = 'dataset.files=["part/*", c.parquet]'
+    train, test = opened("dataset=jsonl", f"dataset.data_dir={tmp_path}", files, "dataset.test_ratio=0")
+    assert test is None
+    assert [train.place(i).removeprefix(f"{tmp_path}/") for i in range(9)] == [
+        *(f"part/a.jsonl:{n}" for n in (1, 2, 3)),
+        *(f"part/b.json, element {n}" for n in (1, 2, 3)),
+        *(f"c.parquet, row {n}" for n in (1, 2, 3)),
+    ]
+
+
+def test_a_split_alone_has_rows_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [chat(n) for n in range(300)])
+    overrides = [f"dataset.tokenizer_path={MODEL}", "dataset=jsonl", f"dataset.data_dir={tmp_path}", "dataset.subset_size=9"]
+    config = compose_config("cfg_pretrain_instruct", overrides).dataset
+    assert len(open_instruct_split(config, TOKENIZER, Template(), "test")) == 9
+
+
+@pytest.mark.parametrize("override", ["dataset.files=[a.jsonl]", "dataset.shards=1"])
+def test_sources_that_know_their_files_take_none(override: str) -> None:
+    with pytest.raises(UsageError, match="knows its files"):
+        compose_config("cfg_pretrain_instruct", [override])
+
+
+def test_without_a_hub_nothing_is_fetched(tmp_path: Path) -> None:
+    for source in ("slimorca", "openorca"):
+        with pytest.raises(UsageError, match=r"expected .* found none; check dataset\.data_dir"):
+            opened(f"dataset={source}", f"dataset.data_dir={tmp_path}", "dataset.hub_repo=null")
