@@ -8,6 +8,8 @@
     train_metrics.json       metrics at this step
     trainer/                 state.json and tensors.safetensors: optimizer, slots, carry, cursor, length of the metrics log
 
+and, once the checkpoint has been calibrated, halting.json (artifacts/halting.py).
+
 Nothing here is ever unpickled. This file doesn't know what the trainer's state means.
 """
 
@@ -112,10 +114,20 @@ class Checkpoint:
 
     def weights(self, *, ema: bool) -> dict[str, Tensor]:
         """Weights by the names of `RecursiveModel`, the moving average if `ema` is wanted and there is one."""
+        return {strip_prefix(name): tensor for name, tensor in _load_tensors(self._weights_file(ema)).items()}
+
+    def weights_sha256(self, *, ema: bool) -> str:
+        """Hex SHA-256 of the file that `weights` reads. Raises UsageError if it can't be read."""
+        path = self._weights_file(ema)
+        try:
+            with path.open("rb") as handle:
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+
+    def _weights_file(self, ema: bool) -> Path:
         path = self.folder / "ema.safetensors"
-        if not ema or not path.exists():
-            path = self.folder / "model.safetensors"
-        return {strip_prefix(name): tensor for name, tensor in _load_tensors(path).items()}
+        return path if ema and path.exists() else self.folder / "model.safetensors"
 
     def trainer_state(self) -> TrainerState:
         """The trainer's state as it was saved."""

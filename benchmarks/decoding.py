@@ -1,18 +1,24 @@
-"""Decoding with cached keys and values against recomputing every position for every token: same weights, same dtype, one run.
+"""Decoding with cached keys and values against recomputing every position for every token: same weights, one run.
 
-    python benchmarks/decoding.py [--positions 512 --act-steps 16 --repeats 3]
+    python benchmarks/decoding.py [--only alone batch flat --repeats 3]
 
 Ours: generation/engine.py. Naive (benchmarks/naive.py): a forward over all positions so far and all ACT steps for each token, then
-logits at the last position. The two take turns in one process. Log-probabilities of both are compared at full depth and at one ACT
-step, where rounding isn't yet amplified by an untrained recursion. Last line: JSON.
+logits at the last position. The sides take turns in one process. Three comparisons:
+
+alone: one row, `--positions` so far, `--act-steps`: `ratio` in float32 on both sides, `ratio_best` ours in its best number format.
+batch: `--batch` rows, `--positions` so far, `--batch-act-steps`, bfloat16 on both sides: `ratio_batch16`, tokens a second.
+flat: time of a token at `--flat-positions` so far with room for `--far` positions, over the time with room for `--near`.
+
+Log-probabilities of both sides are compared at full depth and at one ACT step, where rounding isn't yet amplified by an untrained
+recursion. Last line: JSON.
 """
 
 import argparse
+import collections
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
 from benchmarks.naive import NaiveTRM
-from generation.engine import DecodedTokens, Engine, Prompt
+from generation.engine import Engine, Prompt, Request, Token, cache_bytes
 from models.act import RecursiveModel
 from models.device import keep_freed_memory
 from models.layers import Linear
@@ -32,132 +38,197 @@ from models.losses import log_probs
 
 # Random weights must not end an answer, so no id ends one.
 _NO_EOS = -1
+_COMPARED_IDS = 50
 # fp32 is the decoding contract's bound at one ACT step; deeper, an untrained recursion amplifies rounding.
 _TOLERANCE_AT_ONE_STEP = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.2}
 
 
-class Comparison:
-    """One prompt of random ids a row, decoded by both sides."""
+class Setting:
+    """One model in one number format, its naive double with the same weights, and one prompt of random ids a row."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        config = benchmark_config(
-            [
-                f"arch.forward_dtype={arguments.dtype}",
-                f"arch.halt_max_steps={arguments.act_steps}",
-                f"dataset.seq_len={arguments.positions + 1}",
-                *arguments.overrides,
-            ]
-        )
-        self.arguments = arguments
-        self.model = RecursiveModel(config.arch, arguments.vocabulary, seed=arguments.seed)
+    def __init__(self, arguments: argparse.Namespace, *, dtype: str, batch: int, positions: int, act_steps: int) -> None:
+        overrides = [f"arch.forward_dtype={dtype}", f"arch.halt_max_steps={act_steps}", *arguments.overrides]
+        self.model = RecursiveModel(benchmark_config(overrides).arch, arguments.vocabulary, seed=arguments.seed)
         # Both sides then read weights of the same dtype, and neither casts.
         self.model.cast_for_inference()
         self.naive = NaiveTRM(self.model)
-        examples = [
-            synthetic_example(arguments.seed, row, arguments.positions, arguments.vocabulary) for row in range(arguments.batch)
-        ]
-        # The first token decoded completes `positions` positions, and is what both sides are compared on.
-        length = arguments.positions - 1
-        self.prompts = [Prompt(e.ids[:length].astype(np.int64), np.zeros(length, np.int64)) for e in examples]
+        self.dtype = self.model.config.forward_dtype
+        self.batch, self.positions, self.act_steps = batch, positions, act_steps
+        rows = [synthetic_example(arguments.seed, row, positions, arguments.vocabulary) for row in range(batch)]
+        # The first token completes `positions` positions, and the second is what the sides are compared on.
+        length = positions - 1
+        self.prompts = [Prompt(row.ids[:length].astype(np.int64), np.zeros(length, np.int64)) for row in rows]
 
-    def engine(self, act_steps: int) -> Engine:
-        """Ours."""
-        return Engine(self.model, eos_id=_NO_EOS, act_steps=act_steps)
-
-    def decoding(self, act_steps: int, tokens: int) -> tuple[Iterator[DecodedTokens], Tensor]:
-        """Prefill: the decoding under way and the `positions` ids [B, T] that the next log-probabilities depend on."""
-        decoding = self.engine(act_steps).decode(self.prompts, [tokens] * len(self.prompts))
-        first = next(decoding)
-        prompt_BT = torch.from_numpy(np.stack([prompt.ids for prompt in self.prompts]))
-        return decoding, torch.cat((prompt_BT, first.ids_B.unsqueeze(1)), dim=1)
+    def decoding(self, tokens: int, *, act_steps: int | None = None, room: int | None = None) -> "Decoding":
+        """Prefilled: `positions` ids in each row are known."""
+        return Decoding(self, act_steps or self.act_steps, tokens, room or self.positions + tokens)
 
     @torch.inference_mode()
-    def recomputed(self, ids_BT: Tensor, act_steps: int) -> Tensor:
+    def recomputed(self, ids_BT: Tensor, act_steps: int | None = None) -> Tensor:
         """Naive: log-probabilities [B, V] after the last position."""
-        logits_BV = self.naive.next_token_logits(ids_BT, act_steps)
+        logits_BV = self.naive.next_token_logits(ids_BT, act_steps or self.act_steps)
         return log_probs(logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)), self.model.config.loss)
 
     def difference(self, act_steps: int) -> float:
-        """Largest difference of the two sides' log-probabilities, nats."""
-        decoding, ids_BT = self.decoding(act_steps, tokens=2)
-        return float((next(decoding).logp_BV - self.recomputed(ids_BT, act_steps)).abs().max())
+        """Largest difference of the two sides' log-probabilities, nats, over the most probable ids."""
+        decoding = self.decoding(2, act_steps=act_steps)
+        tokens, logp_BV = decoding.next(), self.recomputed(decoding.ids_BT, act_steps)
+        return max(abs(logp - float(logp_BV[t.request, token])) for t in tokens for token, logp in t.candidates)
 
     def weight_bytes_per_token(self) -> int:
-        """Bytes of matrices that decoding a token reads: those of every level call of every ACT step, and the head once."""
+        """Bytes of matrices that a token of one row reads: those of every level call of every ACT step, and the head once."""
 
         def of(module: torch.nn.Module) -> int:
             return sum(m.weight.nbytes for m in module.modules() if isinstance(m, Linear))
 
         levels = sum(of(self.model.get_submodule(level)) for level in self.model.level_calls)
-        act_steps: int = self.arguments.act_steps
-        return levels * act_steps + of(self.model.lm_head)
+        return levels * self.act_steps + of(self.model.lm_head)
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prefill, then let the sides take turns: one token the naive way, several of ours."""
-    threads = use_threads(arguments.threads)
-    comparison = Comparison(arguments)
-    act_steps, batch, positions = arguments.act_steps, arguments.batch, arguments.positions
-    at_one_step = comparison.difference(act_steps=1)
-    print(f"1 ACT step: log-probabilities differ by at most {at_one_step:.1e}", flush=True)
-    dtype = comparison.model.config.forward_dtype
-    tolerance = _TOLERANCE_AT_ONE_STEP[dtype]
-    if not at_one_step <= tolerance:
-        raise RuntimeError(f"the sides disagree by {at_one_step:.1e} nats at one ACT step, more than {tolerance:.1e}")
+class Decoding:
+    """Ours under way: every row is given one token at a time."""
 
-    started = time.perf_counter()
-    decoding, ids_BT = comparison.decoding(act_steps, tokens=2 + arguments.repeats * arguments.tokens)
-    seconds = time.perf_counter() - started
-    print(f"prefill of {batch} x {positions - 1} positions, {act_steps} ACT steps: {seconds:.2f} s", flush=True)
-    # Not timed: it is compared, it warms up, and the cache grows in it.
-    logp_BV = next(decoding).logp_BV
-    seconds_ours, seconds_naive = [], []
+    def __init__(self, setting: Setting, act_steps: int, tokens: int, room: int) -> None:
+        self._engine = Engine(setting.model, eos_id=_NO_EOS, act_steps=act_steps, rows=setting.batch, positions=room)
+        self._ready: list[collections.deque[Token]] = [collections.deque() for _ in setting.prompts]
+        for prompt in setting.prompts:
+            self._engine.submit(Request(prompt, tokens, top=_COMPARED_IDS))
+        first = self.next()
+        prompts_BT = torch.from_numpy(np.stack([prompt.ids for prompt in setting.prompts]))
+        self.ids_BT = torch.cat((prompts_BT, torch.tensor([[token.id] for token in first])), dim=1)
+
+    def next(self) -> list[Token]:
+        """A token of every row, in the order of rows."""
+        while not all(self._ready):
+            for token in self._engine.tick():
+                self._ready[token.request].append(token)
+        return [ready.popleft() for ready in self._ready]
+
+    def seconds(self, tokens: int) -> float:
+        """Time of a token of every row, over `tokens` of them."""
+        started = time.perf_counter()
+        for _ in range(tokens):
+            self.next()
+        return (time.perf_counter() - started) / tokens
+
+
+def turns(arguments: argparse.Namespace, ours: list[Setting], naive: Setting) -> tuple[list[float], float, dict[str, Any]]:
+    """Median seconds of a token of every row, for each of `ours` and for `naive`, which take turns; and what they agree on."""
+    at_one_step = [setting.difference(act_steps=1) for setting in ours]
+    checks: dict[str, Any] = {"difference_one_step": max(at_one_step)}
+    for setting, difference in zip(ours, at_one_step, strict=True):
+        if not difference <= (tolerance := _TOLERANCE_AT_ONE_STEP[setting.dtype]):
+            raise RuntimeError(f"{setting.dtype}: the sides differ by {difference:.1e} nats at one ACT step, over {tolerance:.1e}")
+    decodings = [setting.decoding(3 + arguments.repeats * arguments.tokens) for setting in ours]
+    # Not timed: they are compared, and they warm up.
+    tokens = [decoding.next() for decoding in decodings]
+    seconds: list[list[float]] = [[] for _ in ours]
+    seconds_naive = []
     for _ in range(arguments.repeats):
         started = time.perf_counter()
-        recomputed_BV = comparison.recomputed(ids_BT, act_steps)
+        logp_BV = naive.recomputed(decodings[0].ids_BT)
         seconds_naive.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        for _ in range(arguments.tokens):
-            next(decoding)
-        seconds_ours.append((time.perf_counter() - started) / arguments.tokens)
-        print(f"naive {seconds_naive[-1] * 1e3:9.1f} ms a token, ours {seconds_ours[-1] * 1e3:8.1f} ms a token", flush=True)
+        for place, decoding in enumerate(decodings):
+            seconds[place].append(decoding.seconds(arguments.tokens))
+        shown = ", ".join(f"{setting.dtype} {times[-1] * 1e3:.1f}" for setting, times in zip(ours, seconds, strict=True))
+        print(f"naive {naive.dtype} {seconds_naive[-1] * 1e3:.1f} ms, ours {shown} ms", flush=True)
+    checks["difference"] = max(abs(t.logp - float(logp_BV[t.request, t.id])) for t in tokens[0])
+    checks["same_argmax"] = [token.id for token in tokens[0]] == logp_BV.argmax(-1).tolist()
+    return [statistics.median(times) for times in seconds], statistics.median(seconds_naive), checks
 
-    ours, naive = statistics.median(seconds_ours), statistics.median(seconds_naive)
-    weight_bytes = comparison.weight_bytes_per_token()
-    cache_bytes = comparison.engine(act_steps).cache_bytes(batch, positions)
+
+def alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One row, deep."""
+    shape = {"batch": 1, "positions": arguments.positions, "act_steps": arguments.act_steps}
+    same = Setting(arguments, dtype=arguments.dtype or "float32", **shape)
+    best = Setting(arguments, dtype="auto", **shape)
+    (ours, ours_best), naive, checks = turns(arguments, [same, best], same)
+    read, kept = best.weight_bytes_per_token(), cache_bytes(best.model, best.act_steps, 1, best.positions)
     return {
+        **shape,
         "ratio": naive / ours,
-        "dtype": dtype,
-        "batch": batch,
-        "threads": threads,
-        "positions": positions,
-        "act_steps": act_steps,
-        "ms_per_token_ours": ours * 1e3,
+        "ratio_best": naive / ours_best,
+        "dtype": same.dtype,
+        "dtype_best": best.dtype,
         "ms_per_token_naive": naive * 1e3,
-        "cache_bytes": cache_bytes,
-        "weight_bytes_per_token": weight_bytes,
-        "weight_gigabytes_per_second": weight_bytes / ours / 1e9,
-        "weight_and_cache_gigabytes_per_second": (weight_bytes + cache_bytes) / ours / 1e9,
-        "max_difference_one_step": at_one_step,
-        "max_difference": float((logp_BV - recomputed_BV).abs().max()),
-        "same_argmax": bool((logp_BV.argmax(-1) == recomputed_BV.argmax(-1)).all()),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "repeats": arguments.repeats,
-        "torch": torch.__version__,
+        "ms_per_token_ours": ours * 1e3,
+        "ms_per_token_best": ours_best * 1e3,
+        "weight_bytes_per_token_best": read,
+        "cache_bytes_best": kept,
+        "gigabytes_per_second": (same.weight_bytes_per_token() + cache_bytes(same.model, same.act_steps, 1, same.positions))
+        / ours
+        / 1e9,
+        "gigabytes_per_second_best": (read + kept) / ours_best / 1e9,
+        **checks,
     }
+
+
+def batch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Several rows, fewer ACT steps."""
+    shape = {"batch": arguments.batch, "positions": arguments.positions, "act_steps": arguments.batch_act_steps}
+    setting = Setting(arguments, dtype=arguments.dtype or "auto", **shape)
+    (ours,), naive, checks = turns(arguments, [setting], setting)
+    return {
+        **shape,
+        f"ratio_batch{arguments.batch}": naive / ours,
+        "dtype": setting.dtype,
+        "tokens_per_second_ours": arguments.batch / ours,
+        "tokens_per_second_naive": arguments.batch / naive,
+        **checks,
+    }
+
+
+def flat(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Whether room that isn't used costs time."""
+    setting = Setting(arguments, dtype="auto", batch=1, positions=arguments.flat_positions, act_steps=arguments.act_steps)
+    tokens = 2 + arguments.tokens * arguments.flat_repeats
+    near, far = (setting.decoding(tokens, room=room + tokens) for room in (arguments.near, arguments.far))
+    near.next(), far.next()
+    seconds: list[tuple[float, float]] = []
+    for repeat in range(arguments.flat_repeats):
+        # In turns, and each first as often as second.
+        pair = (near, far) if repeat % 2 else (far, near)
+        times = [decoding.seconds(arguments.tokens) for decoding in pair]
+        seconds.append((times[0], times[1]) if repeat % 2 else (times[1], times[0]))
+    return {
+        "positions": arguments.flat_positions,
+        "flatness": statistics.median(far_seconds for _, far_seconds in seconds)
+        / statistics.median(near_seconds for near_seconds, _ in seconds),
+        "ms_per_token_near": statistics.median(near_seconds for near_seconds, _ in seconds) * 1e3,
+        "room_near": arguments.near,
+        "room_far": arguments.far,
+    }
+
+
+COMPARISONS = {"alone": alone, "batch": batch, "flat": flat}
 
 
 def main() -> None:
     """Parse, compare, print."""
     flags = parser(__doc__)
-    flags.set_defaults(dtype="float32", repeats=3)
-    flags.add_argument("--batch", type=int, default=1, help="rows; a token is then one a row")
+    flags.set_defaults(repeats=3)
+    flags.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="some of the comparisons")
     flags.add_argument("--positions", "--seq-len", type=int, default=512, help="positions so far")
-    flags.add_argument("--act-steps", type=int, default=16)
+    flags.add_argument("--act-steps", type=int, default=16, help="alone and flat: ACT steps a token")
+    flags.add_argument("--batch", type=int, default=16, help="batch: rows; a token is then one a row")
+    flags.add_argument("--batch-act-steps", type=int, default=4, help="batch: ACT steps a token")
     flags.add_argument("--tokens", type=int, default=4, help="tokens of ours behind one timing")
+    flags.add_argument("--flat-positions", type=int, default=64)
+    flags.add_argument("--near", type=int, default=512)
+    flags.add_argument("--far", type=int, default=4096)
+    flags.add_argument("--flat-repeats", type=int, default=8)
     arguments = flags.parse_args()
     keep_freed_memory()
-    print(json.dumps(compare(arguments)))
+    threads = use_threads(arguments.threads)
+    report: dict[str, Any] = {"threads": threads, "repeats": arguments.repeats, "torch": torch.__version__}
+    for name in arguments.only:
+        found = COMPARISONS[name](arguments)
+        print(f"{name}: {json.dumps(found)}", flush=True)
+        # What a reader compares stands at the top, the rest under the comparison's name.
+        headline = {key: value for key, value in found.items() if key.startswith("ratio") or key == "flatness"}
+        report |= headline | {name: {key: value for key, value in found.items() if key not in headline}}
+    report["peak_memory_bytes"] = peak_memory_bytes()
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Answers a model generates for a split, scored by family at every depth. Knows no training and no command line."""
+"""Answers a model generates for a split: scored by family at every depth, or written down. Knows no training, no flags."""
 
-from functools import partial
+import json
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dataset.instruct import last_exchange
 from dataset.text.loader import TextDataset
-from evaluators.answers import score_answers
-from generation.answers import Responder
+from evaluators.answers import is_exact, score_answers
+from generation.answers import Answer, Responder
+from generation.batch import Asked, answers_in_order, positions_needed
 
 
-def evaluate_generated(
-    responder: Responder, split: TextDataset, *, rows: int, max_output_tokens: int, batch_size: int
-) -> dict[str, Any]:
+def evaluate_generated(responder: Responder, split: TextDataset, *, rows: int) -> dict[str, Any]:
     """Answer the last turn of the first `rows` rows and score the answers against the references, by the rows' `task`.
 
     Returns `score_answers`' result at the responder's depth, and beside it `by_act_step` (accuracy of all at 1, 2, ... ACT steps;
@@ -24,15 +24,14 @@ def evaluate_generated(
     fitting = [i for i, (history, _) in enumerate(exchanges) if responder.fits(history)]
     histories, references = [exchanges[i][0] for i in fitting], [exchanges[i][1] for i in fitting]
     families = [str(split.row(i).get("task", "no task")) for i in fitting]
-    depths = range(1, responder.act_steps + 1) if responder.halt_threshold is None else [responder.act_steps]
+    options = responder.options
+    depths = range(1, options.act_steps + 1) if options.halt_threshold is None else [options.act_steps]
     by_depth, steps = [], []
     for depth in depths:
-        answers = responder.at_depth(depth).answers(
-            histories,
-            max_output_tokens=max_output_tokens,
-            batch_size=batch_size,
-            progress=partial(tqdm, desc=f"answers at {depth} ACT steps", unit="batch"),
-        )
+        answers = [Answer() for _ in histories]
+        finished = responder.at_depth(depth, options.halt_threshold).finished(histories)
+        for index, answer in tqdm(finished, desc=f"answers at {depth} ACT steps", unit="answer", total=len(histories)):
+            answers[index] = answer
         by_depth.append(score_answers(families, references, [answer.text for answer in answers]))
         steps = [step for answer in answers for step in answer.act_steps]
     return {
@@ -40,4 +39,38 @@ def evaluate_generated(
         "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
         "mean_act_steps": sum(steps) / len(steps),
         "longer_than_context": rows - len(fitting),
+    }
+
+
+def write_generated(responder: Responder, split: TextDataset, path: Path, *, rows: int) -> dict[str, Any]:
+    """Answer the last turn of the first `rows` rows into `path`, one JSON object a line, in the order of the split.
+
+    Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split; an `error` stands where the
+    history leaves no room for an answer. The file appears whole, in place of one that was there. Returns sums over the answers,
+    divided once: `count`, `exact_accuracy`, `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS
+    included (None without an answer), and `longer_than_context`.
+    """
+    _, positions = positions_needed(responder, (last_exchange(split.conversation(i))[0] for i in range(rows)))
+    asked = (Asked(*last_exchange(split.conversation(i)), sample=i) for i in range(rows))
+    records = answers_in_order(responder, asked, rows=min(responder.rows, max(1, rows)), positions=positions)
+    count = exact = tokens = steps = 0
+    log_probability = 0.0
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for index, record in enumerate(tqdm(records, desc="generated", unit="answer", total=rows)):
+            lines.write(json.dumps({"index": index, **record}, ensure_ascii=False) + "\n")
+            if "error" in record:
+                continue
+            count += 1
+            exact += is_exact(record["reference"], record["answer"])
+            tokens += record["answer_tokens"]
+            steps += sum(record["act_steps"])
+            log_probability += record["log_probability"]
+    partial.replace(path)
+    return {
+        "count": count,
+        "exact_accuracy": exact / count if count else None,
+        "mean_act_steps": steps / tokens if count else None,
+        "log_probability_per_token": log_probability / tokens if count else None,
+        "longer_than_context": rows - count,
     }

@@ -1,20 +1,36 @@
-"""From a conversation to the text of its next answer: the prompt, the engine, the text. Greedy.
+"""From conversations to the texts of their next answers: prompts, the engine, text as it forms, stop strings.
 
-Prompts are built by the same functions as training's (dataset/text/conversation.py). Knows nothing of training.
+Prompts are built by the same functions as training's (dataset/text/conversation.py). Knows nothing of training, files or flags.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-import torch
+from typing import Literal
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, Template, encode_prompt
 from dataset.text.tokenizer import Tokenizer
-from generation.engine import Engine, Prompt
+from generation.engine import Engine, Prompt, Request, Token, rows_that_fit
+from generation.sampling import GREEDY, Sampling
+from generation.text_stream import TextStream
 from models.act import RecursiveModel
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one conversation is answered."""
+
+    max_output_tokens: int
+    act_steps: int
+    """ACT steps a token takes, at most."""
+    halt_threshold: float | None = None
+    """A token stops for good when its halting probability passes this; None: every token takes all steps."""
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+    top: int = 0
+    """How many of the most probable tokens to report with each token."""
 
 
 @dataclass
@@ -28,24 +44,19 @@ class Answer:
     """Sum over the generated ids, EOS included, in nats."""
     act_steps: list[int] = field(default_factory=list)
     """ACT steps behind each generated id, EOS included."""
+    finish: Literal["stop", "length"] = "length"
+    """stop: it ended with an EOS or before a stop string. length: it was cut off."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A token that might have come next."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of one answer, and the text that it made certain (which may be empty)."""
 
-    piece: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class AnswerToken:
-    """One decoding step of a single answer, for showing."""
-
-    id: int
-    piece: str
-    act_steps: int
-    candidates: list[Candidate]
+    request: int
+    text: str
+    token: Token
+    answer: Answer | None
+    """The whole answer, with its last piece."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +64,19 @@ class Responder:
     """A model with its tokenizer and template, ready to answer.
 
     `context` is the most input positions the model was trained on; a prompt must leave room for at least one new token in it.
+    At most `rows` answers form at the same time, fewer where `kv_budget_gb` (GB of keys and values) says so. One that forms alone
+    drafts `draft_tokens` tokens with `draft_act_steps` ACT steps (generation/engine.py).
     """
 
     model: RecursiveModel
     tokenizer: Tokenizer
     template: Template
     context: int
-    act_steps: int
-    halt_threshold: float | None = None
+    options: Options
+    rows: int
+    kv_budget_gb: float
+    draft_tokens: int = 0
+    draft_act_steps: int = 1
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """Encode a history for its next answer. Raises UsageError with the counts if it is longer than the context."""
@@ -71,60 +87,117 @@ class Responder:
             )
         return Prompt(encoded.ids, encoded.segment)
 
+    def prompt_length(self, conversation: Conversation) -> int:
+        """Tokens of the prompt, however long it is."""
+        return len(encode_prompt(conversation, self.tokenizer, self.template).ids)
+
     def fits(self, conversation: Conversation) -> bool:
         """Whether the history leaves room for an answer in the context."""
-        return len(encode_prompt(conversation, self.tokenizer, self.template).ids) <= self.context
+        return self.prompt_length(conversation) <= self.context
 
-    def answers(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        max_output_tokens: int,
-        batch_size: int,
-        progress: Callable[[Sequence[Sequence[int]]], Iterable[Sequence[int]]] = iter,
-    ) -> list[Answer]:
-        """Answer each conversation (which ends before the answer), batched by prompt length; results in the given order."""
-        prompts = [self.prompt(conversation) for conversation in conversations]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        answers = [Answer() for _ in prompts]
-        for batch in progress(batches):
-            for tokens in self._engine().decode([prompts[i] for i in batch], self._limits(prompts, batch, max_output_tokens)):
-                logp_B = tokens.logp_BV.gather(1, tokens.ids_B.unsqueeze(1)).squeeze(1).tolist()
-                ids, steps = tokens.ids_B.tolist(), tokens.act_steps_B.tolist()
-                for row in np.flatnonzero(tokens.alive).tolist():
-                    answer = answers[batch[row]]
-                    answer.log_probability += logp_B[row]
-                    answer.act_steps.append(steps[row])
-                    if ids[row] != self.tokenizer.eos_id:
-                        answer.ids.append(ids[row])
-        for answer in answers:
-            answer.text = self.text(answer.ids)
+    def request(self, conversation: Conversation, options: Options, sample: int = 0) -> Request:
+        """What the engine needs to answer `conversation`. Raises UsageError if it is longer than the context."""
+        prompt = self.prompt(conversation)
+        # The last token of an answer is never fed back, so it may stand one position beyond the context.
+        return Request(
+            prompt=prompt,
+            max_new_tokens=min(options.max_output_tokens, self.context - len(prompt.ids) + 1),
+            sampling=options.sampling,
+            sample=sample,
+            act_steps=options.act_steps,
+            halt_threshold=options.halt_threshold,
+            top=options.top,
+        )
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
+        """Answer each conversation (which ends before the answer); results in the given order."""
+        answers = [Answer() for _ in conversations]
+        for index, answer in self.finished(conversations):
+            answers[index] = answer
         return answers
 
-    def stream(self, conversation: Conversation, *, max_output_tokens: int, top: int) -> Iterator[AnswerToken]:
-        """Answer one conversation token by token, EOS included, each with its `top` most probable candidates."""
-        prompt = self.prompt(conversation)
-        for tokens in self._engine().decode([prompt], self._limits([prompt], [0], max_output_tokens)):
-            best = torch.topk(tokens.logp_BV[0], top)
-            candidates = [
-                Candidate(self.tokenizer.piece(token), float(np.exp(logp)))
-                for token, logp in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
-            token_id = int(tokens.ids_B[0])
-            yield AnswerToken(token_id, self.tokenizer.piece(token_id), int(tokens.act_steps_B[0]), candidates)
+    def finished(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Answer]]:
+        """Answer each conversation; yields its place in the sequence and its answer, in the order in which answers end."""
+        speaker = self.speaker([self.request(conversation, self.options) for conversation in conversations])
+        while speaker.busy:
+            yield from ((piece.request, piece.answer) for piece in speaker.tick() if piece.answer is not None)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of generated ids; an EOS is left out."""
-        return self.tokenizer.decode([token for token in ids if token != self.tokenizer.eos_id])
+    def stream(self, conversation: Conversation, sample: int = 0) -> Iterator[Piece]:
+        """Answer one conversation, piece by piece as it forms."""
+        speaker = self.speaker([self.request(conversation, self.options, sample)])
+        while speaker.busy:
+            yield from speaker.tick()
 
-    def at_depth(self, act_steps: int) -> "Responder":
-        """The same model at another fixed number of ACT steps."""
-        return dataclasses.replace(self, act_steps=act_steps)
+    def speaker(self, requests: Sequence[Request]) -> "Speaker":
+        """A speaker with room for these requests, which it has taken up as numbers 0, 1, ..."""
+        positions = max((len(request.prompt.ids) + request.max_new_tokens - 1 for request in requests), default=1)
+        speaker = Speaker(self, rows=min(self.rows, max(1, len(requests))), positions=positions)
+        for request in requests:
+            speaker.submit(request, self.options.stop)
+        return speaker
 
-    def _engine(self) -> Engine:
-        return Engine(self.model, eos_id=self.tokenizer.eos_id, act_steps=self.act_steps, halt_threshold=self.halt_threshold)
+    def at_depth(self, act_steps: int, halt_threshold: float | None = None) -> "Responder":
+        """The same model at another number of ACT steps: fixed, or at most that many with a threshold."""
+        return self.with_options(act_steps=act_steps, halt_threshold=halt_threshold)
 
-    def _limits(self, prompts: Sequence[Prompt], batch: Sequence[int], max_output_tokens: int) -> list[int]:
-        # The last token of an answer is never fed back, so it may stand one position beyond the context.
-        return [min(max_output_tokens, self.context - len(prompts[i].ids) + 1) for i in batch]
+    def with_options(self, **changes: object) -> "Responder":
+        """The same model with other options (fields of `Options`)."""
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))  # type: ignore[arg-type]
+
+
+class Speaker:
+    """An engine whose requests come out as text."""
+
+    def __init__(self, responder: Responder, *, rows: int, positions: int) -> None:
+        """Raises UsageError if the key-value cache of a single row of `positions` positions is over the budget."""
+        act_steps = responder.options.act_steps
+        self._tokenizer = responder.tokenizer
+        self._engine = Engine(
+            responder.model,
+            eos_id=responder.tokenizer.eos_id,
+            act_steps=act_steps,
+            rows=rows_that_fit(responder.model, act_steps, positions, responder.kv_budget_gb, rows),
+            positions=positions,
+            draft_tokens=responder.draft_tokens,
+            draft_act_steps=responder.draft_act_steps,
+        )
+        self._streams: dict[int, TextStream] = {}
+        self._answers: dict[int, Answer] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is still to come."""
+        return self._engine.busy
+
+    def submit(self, request: Request, stop: Iterable[str] = ()) -> int:
+        """Take up a request, whose answer ends before the first of the texts `stop`. Returns its number."""
+        stream = TextStream(self._tokenizer, tuple(stop))
+        number = self._engine.submit(request)
+        self._streams[number], self._answers[number] = stream, Answer()
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; one that has finished is forgotten already."""
+        self._engine.cancel(number)
+        self._streams.pop(number, None)
+        self._answers.pop(number, None)
+
+    def tick(self) -> list[Piece]:
+        """One tick of the engine: the pieces of answers that came of it."""
+        return [self._piece(token) for token in self._engine.tick() if token.request in self._answers]
+
+    def _piece(self, token: Token) -> Piece:
+        stream, answer = self._streams[token.request], self._answers[token.request]
+        answer.log_probability += token.logp
+        answer.act_steps.append(token.act_steps)
+        text = ""
+        if token.finish != "stop":
+            answer.ids.append(token.id)
+            text = stream.push(token.id)
+        if token.finish is None and not stream.stopped:
+            return Piece(token.request, text, token, None)
+        text += stream.finish()
+        answer.text = stream.text
+        answer.finish = "stop" if stream.stopped or token.finish == "stop" else "length"
+        self.cancel(token.request)
+        return Piece(token.request, text, token, answer)

@@ -1,22 +1,33 @@
-"""Greedy decoding of a batch over cached keys and values: prefill, then one loop that yields a token per row.
+"""Decoding of many requests at once over cached keys and values. Ids in, ids out; it knows no text and no tokenizer.
 
-Ids in, ids out; it knows no text and no tokenizer. At a fixed number of ACT steps it equals full recomputation; with a halting
-threshold an assistant's token stops for good on its own, those of earlier answers too, and prompt segments go to full depth. Shape
-suffixes as in models/layers.py.
+The unit of work is a tick: one ACT step of every running row. A row whose token has halted chooses its id and begins the next token
+in the next tick, so tokens that halt early cost less and shapes stay as they are. Finished rows leave, waiting requests enter. At a
+fixed number of ACT steps the result equals full recomputation; with a halting threshold an assistant's token stops for good on its
+own, those of earlier answers too, and prompt segments go to full depth. A single row at fixed depth may speculate on itself: it
+drafts tokens with few ACT steps and checks them together. Shape suffixes as in models/layers.py; P counts prompts, R rows that
+choose an id.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.act import RecursiveModel
+from config.errors import UsageError
+from generation.sampling import GREEDY, Sampler, Sampling
+from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
-from models.layers import Mask
-from models.losses import log_probs
+from models.layers import Mask, Rotary, TokenRows, tokens_in_rows
+from models.losses import argmax
+from models.recursive_reasoning.base import States
+
+# Prompts are short, so a coarser rounding would cost more than the kernels it saves; see models/layers.TOKEN_MULTIPLE.
+_PROMPT_TOKEN_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -28,111 +39,340 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class DecodedTokens:
-    """What one tick gave: a token for every row of the batch, finished rows included (`alive` says which count)."""
+class Request:
+    """A prompt to go on from, and how."""
 
-    ids_B: Tensor
-    logp_BV: Tensor
-    """log p over the vocabulary at this position."""
-    act_steps_B: Tensor
-    """ACT steps behind each row's choice."""
-    alive: np.ndarray
-    """bool[B]: rows that had not finished before this token; an EOS is still alive."""
+    prompt: Prompt
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    sample: int = 0
+    """Number of this sample among those of one prompt: each draws differently."""
+    act_steps: int | None = None
+    """Most ACT steps a token takes; None: the engine's."""
+    halt_threshold: float | None = None
+    """A token stops for good when its halting probability passes this; None: every token takes all steps."""
+    top: int = 0
+    """How many of the most probable ids to report with each token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of one request."""
+
+    request: int
+    id: int
+    logp: float
+    """log p of the id, in nats, as the model gives it, before temperature and cuts."""
+    act_steps: int
+    """ACT steps behind it."""
+    finish: Literal["stop", "length"] | None
+    """stop: it is the EOS. length: the request's tokens are used up."""
+    candidates: tuple[tuple[int, float], ...] = ()
+    """The `top` most probable ids and their log p."""
+
+
+@dataclass
+class _Row:
+    """What a running row works on."""
+
+    number: int
+    request: Request
+    depth: int
+    position: int = 0
+    """Where the token in work stands."""
+    act_step: int = 0
+    """ACT steps it has taken."""
+    given: int = 0
+    """Tokens of the answer so far."""
+
+
+def lane_count(model: RecursiveModel) -> int:
+    """Lanes of one ACT step: one for each layer of each level call."""
+    return sum(model.recursion.levels[level] for level in model.level_calls)
+
+
+def cache_bytes(model: RecursiveModel, act_steps: int, rows: int, positions: int) -> int:
+    """Memory of the keys and values of `rows` rows of `positions` positions."""
+    element = DTYPES[model.config.forward_dtype].itemsize
+    return act_steps * lane_count(model) * 2 * rows * positions * model.config.hidden_size * element
+
+
+def rows_that_fit(model: RecursiveModel, act_steps: int, positions: int, budget_gb: float, most: int) -> int:
+    """How many rows, at most `most`, the key-value cache has room for in `budget_gb` GB (10^9 bytes).
+
+    Raises UsageError when not even one fits, before anything is allocated.
+    """
+    one = cache_bytes(model, act_steps, 1, positions)
+    rows = min(most, int(budget_gb * 1e9) // one)
+    if rows < 1:
+        raise UsageError(
+            f"generation.kv_budget_gb {budget_gb:g} has no room for one row: {positions} positions at {act_steps} ACT steps take "
+            f"{one / 1e9:.2f} GB of keys and values; raise it, or lower the ACT steps or the number of output tokens"
+        )
+    return rows
 
 
 class Engine:
     """Decodes with one set of weights, which must not change while it lives."""
 
-    def __init__(self, model: RecursiveModel, *, eos_id: int, act_steps: int, halt_threshold: float | None = None) -> None:
+    def __init__(
+        self,
+        model: RecursiveModel,
+        *,
+        eos_id: int,
+        act_steps: int,
+        rows: int,
+        positions: int,
+        draft_tokens: int = 0,
+        draft_act_steps: int = 1,
+    ) -> None:
+        """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
+
+        draft_tokens: how many tokens a single row at fixed depth drafts, at `draft_act_steps` ACT steps, before it checks them at
+        full depth; 0: none. What is said stays the same.
+        """
         self.model = model
         self.eos_id = eos_id
         self.act_steps = act_steps
-        self.halt_threshold = halt_threshold
-        layers = sum(model.recursion.levels[level] for level in model.level_calls)
-        self._lanes = layers
-
-    def cache_bytes(self, rows: int, positions: int) -> int:
-        """Memory of the keys and values of `rows` rows of `positions` positions."""
-        element = torch.empty((), dtype=self.model.dtype).element_size()
-        return self.act_steps * self._lanes * 2 * rows * positions * self.model.config.hidden_size * element
-
-    @torch.inference_mode()
-    def decode(self, prompts: Sequence[Prompt], max_new_tokens: Sequence[int]) -> Iterator[DecodedTokens]:
-        """Yield tokens until every row has given EOS or `max_new_tokens` (one number per row, at least 1)."""
-        model, device = self.model, self.model.device
-        rows = len(prompts)
-        cache = KVCache(
-            act_steps=self.act_steps,
-            lanes=self._lanes,
+        self.positions = positions
+        self._draft_tokens = draft_tokens
+        self._draft_act_steps = draft_act_steps
+        self._cache = KVCache(
             rows=rows,
+            act_steps=act_steps,
+            lanes=lane_count(model),
             heads=model.config.num_heads,
+            positions=positions,
             head_dim=model.head_dim,
             dtype=model.dtype,
-            device=device,
+            device=model.device,
         )
-        lengths = np.array([len(prompt.ids) for prompt in prompts])
-        limits = np.array(max_new_tokens)
-        output_BD = self._prefill(cache, prompts, lengths)
-        steps_B = torch.full((rows,), self.act_steps, device=device)
-        finished = np.zeros(rows, bool)
-        produced = 0
-        while True:
-            logits_BV = model.logits(output_BD)
-            logp_BV = log_probs(logits_BV, model.config.loss)
-            ids_B = logits_BV.argmax(dim=-1)
-            produced += 1
-            yield DecodedTokens(ids_B, logp_BV, steps_B, ~finished)
-            finished |= (ids_B == self.eos_id).cpu().numpy() | (produced >= limits)
-            if finished.all():
-                return
-            output_BD, steps_B = self._extend(cache, ids_B, lengths + produced - 1)
+        self._sampler = Sampler(rows, model.vocab_size, model.config.loss, model.device)
+        self._rows: list[_Row | None] = [None] * rows
+        self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
+        self._numbers = itertools.count()
+        self._states = tuple(state.clone() for state in model.initial_states(rows, 1))
+        self._x = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        self._rotary = model.rotary(torch.arange(positions, device=model.device))
 
-    def _prefill(self, cache: KVCache, prompts: Sequence[Prompt], lengths: np.ndarray) -> Tensor:
-        """Run whole prompts; the output [B, D] at each row's last position."""
+    @property
+    def running(self) -> int:
+        """Requests in work."""
+        return sum(row is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return self.running > 0 or self.waiting > 0
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its number, which its tokens bear."""
+        length = len(request.prompt.ids)
+        depth = request.act_steps or self.act_steps
+        if not length or request.max_new_tokens < 1:
+            raise ValueError(f"a request needs a prompt and at least 1 new token, found {length} and {request.max_new_tokens}")
+        if length + request.max_new_tokens - 1 > self.positions or depth > self.act_steps:
+            raise ValueError(
+                f"{length} + {request.max_new_tokens} tokens at {depth} ACT steps don't fit {self.positions} positions at "
+                f"{self.act_steps} steps"
+            )
+        if request.halt_threshold is not None and not request.prompt.segment[-1]:
+            raise ValueError("the opening of an answer belongs to a prompt segment, whose tokens take all steps")
+        number = next(self._numbers)
+        self._waiting[number] = request
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forget a request, waiting or running; one that has finished is none of either."""
+        self._waiting.pop(number, None)
+        self._rows = [None if row is not None and row.number == number else row for row in self._rows]
+
+    @torch.inference_mode()
+    def tick(self) -> list[Token]:
+        """Let waiting requests enter free rows, then take one ACT step with every running row: the tokens that are ready."""
+        tokens = self._admit() if self._waiting else []
+        running = [slot for slot, row in enumerate(self._rows) if row is not None]
+        if len(running) == 1 and self._may_speculate(running[0]):
+            tokens += self._speculate(running[0])
+        elif running:
+            tokens += self._step(running)
+        return tokens
+
+    def _step(self, slots: list[int]) -> list[Token]:
+        """One ACT step of the rows in these slots, ascending."""
+        model = self.model
+        rows = self._rows_in(slots)
+        act_steps, positions = [row.act_step for row in rows], [row.position for row in rows]
+        # While no slot between them is free, views do.
+        is_whole = len(slots) == slots[-1] + 1
+        index_B = slice(len(slots)) if is_whole else torch.tensor(slots, device=model.device)
+        states, output_BTD = model.act_step(
+            tuple(state[index_B] for state in self._states),
+            self._x[index_B],
+            self._rotary_at(positions),
+            Mask(),
+            self._cache.extend(slots, act_steps, positions),
+        )
+        for kept, new in zip(self._states, states, strict=True):
+            kept[index_B] = new
+        output_BD = output_BTD[:, 0]
+        halts = self._halting(output_BD, rows)
+        done = []
+        for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            row.act_step += 1
+            if row.act_step < row.depth and halts[place]:
+                self._cache.carry_halted(slot, row.position, row.act_step - 1, row.depth)
+            if row.act_step == row.depth or halts[place]:
+                done.append(place)
+        if not done:
+            return []
+        output_RD = output_BD if len(done) == len(slots) else output_BD[torch.tensor(done, device=model.device)]
+        return self._give([slots[place] for place in done], model.logits(output_RD))
+
+    def _may_speculate(self, slot: int) -> bool:
+        (row,) = self._rows_in([slot])
+        is_fixed = row.request.halt_threshold is None and row.depth > self._draft_act_steps
+        return self._draft_tokens > 0 and is_fixed and row.act_step == 0 and row.given < row.request.max_new_tokens - 1
+
+    def _speculate(self, slot: int) -> list[Token]:
+        """Draft some tokens after the one in work, then bring all of them to full depth together and give those that are right.
+
+        The steps of the draft are the first steps of the check: nothing of an accepted token is computed twice.
+        """
+        model = self.model
+        (row,) = self._rows_in([slot])
+        count = 1 + min(self._draft_tokens, row.request.max_new_tokens - row.given - 1)
+        drafted: list[int] = []
+        x, states = [self._x[slot]], []
+        for ahead in range(count):
+            position = row.position + ahead
+            state: States = model.initial_states(1, 1)
+            for act_step in range(self._draft_act_steps):
+                lanes = self._cache.extend([slot], [act_step], [position])
+                state, output_BTD = model.act_step(state, x[ahead][None], self._rotary_at([position]), Mask(), lanes)
+            states.append(state)
+            if ahead < count - 1:
+                drafted.append(int(argmax(model.logits(output_BTD[0]))))
+                x.append(model.embed(torch.tensor(drafted[-1:], device=model.device)))
+        x_BTD = torch.stack(x, dim=1)
+        state = tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
+        rotary = self._rotary_at(range(row.position, row.position + count), rows=1)
+        for act_step in range(self._draft_act_steps, row.depth):
+            lanes = self._cache.extend([slot], [act_step], [row.position])
+            state, output_BTD = model.act_step(state, x_BTD, rotary, Mask(), lanes)
+        logits_TV = model.logits(output_BTD[0])
+        tokens: list[Token] = []
+        for ahead in range(count):
+            row.act_step = row.depth
+            tokens += self._give([slot], logits_TV[ahead : ahead + 1])
+            if tokens[-1].finish is not None or (ahead < count - 1 and tokens[-1].id != drafted[ahead]):
+                break
+        return tokens
+
+    def _halting(self, output_BD: Tensor, rows: Sequence[_Row]) -> np.ndarray:
+        """Whether each row's token halts by its threshold (bool[B])."""
+        thresholds = [row.request.halt_threshold for row in rows]
+        if all(threshold is None for threshold in thresholds):
+            return np.zeros(len(rows), bool)
+        act_steps_B = torch.tensor([row.act_step for row in rows], device=self.model.device)
+        probability_B = self.model.halting_probability(output_BD, act_steps_B).cpu().numpy()
+        return probability_B > np.array([np.inf if bound is None else bound for bound in thresholds], probability_B.dtype)
+
+    def _give(self, slots: Sequence[int], logits_RV: Tensor) -> list[Token]:
+        """Choose the next token of each of these rows, and begin it."""
+        model = self.model
+        rows = self._rows_in(slots)
+        top = max(row.request.top for row in rows)
+        slots_R = torch.tensor(slots, device=model.device)
+        chosen = self._sampler.choose(torch.tensor(slots), logits_RV, with_logp=top > 0)
+        best = None if chosen.logp_RV is None else torch.topk(chosen.logp_RV, min(top, model.vocab_size))
+        tokens = []
+        # Together, because each waits for the device.
+        ids, logps = torch.stack((chosen.ids_R.double(), chosen.logp_R.double())).tolist()
+        for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            row.given += 1
+            finish: Literal["stop", "length"] | None = None
+            token_id = int(ids[place])
+            if token_id == self.eos_id:
+                finish = "stop"
+            elif row.given == row.request.max_new_tokens:
+                finish = "length"
+            candidates: tuple[tuple[int, float], ...] = ()
+            if best is not None and row.request.top:
+                candidates = tuple(zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True))[: row.request.top]
+            tokens.append(Token(row.number, token_id, logps[place], row.act_step, finish, candidates))
+            row.position, row.act_step = row.position + 1, 0
+            if finish is not None:
+                self._rows[slot] = None
+        self._x[slots_R] = model.embed(chosen.ids_R).unsqueeze(1)
+        for kept, initial in zip(self._states, model.initial_states(len(slots), 1), strict=True):
+            kept[slots_R] = initial
+        return tokens
+
+    def _admit(self) -> list[Token]:
+        """Let waiting requests enter: run their prompts and choose their first tokens."""
+        running = [row for row in self._rows if row is not None]
+        same_depth = len({row.depth for row in running}) == 1 and all(row.request.halt_threshold is None for row in running)
+        if same_depth and running[0].act_step > 0:
+            # A moment's wait keeps all rows at the same ACT step, so the vocabulary head runs once for all.
+            return []
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        entering: dict[tuple[int, float | None], list[tuple[int, _Row]]] = {}
+        for slot in free[: len(self._waiting)]:
+            number, request = self._waiting.popitem(last=False)
+            depth = request.act_steps or self.act_steps
+            row = _Row(number, request, depth, position=len(request.prompt.ids) - 1, act_step=depth)
+            self._rows[slot] = row
+            self._sampler.admit(slot, request.sampling, request.sample, request.prompt.ids.tolist())
+            entering.setdefault((depth, request.halt_threshold), []).append((slot, row))
+        tokens = []
+        for (depth, threshold), places in entering.items():
+            slots = [slot for slot, _ in places]
+            output_RD = self._prefill(slots, [row.request.prompt for _, row in places], depth, threshold)
+            tokens += self._give(slots, self.model.logits(output_RD))
+        return tokens
+
+    def _prefill(self, slots: list[int], prompts: Sequence[Prompt], act_steps: int, halt_threshold: float | None) -> Tensor:
+        """Run whole prompts, equal ones once, and keep their keys and values: the output [B, D] at each one's last position."""
         model, device = self.model, self.model.device
-        rows, width = len(prompts), int(lengths.max())
-        ids = np.zeros((rows, width), np.int64)
-        segments = np.zeros((rows, width), np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : lengths[row]] = prompt.ids
-            segments[row, : lengths[row]] = prompt.segment
-        segments_BT = torch.from_numpy(segments).to(device)
-        cache.write_at(0, width)
+        distinct: dict[bytes, int] = {}
+        source = [distinct.setdefault(prompt.ids.tobytes() + prompt.segment.tobytes(), len(distinct)) for prompt in prompts]
+        of_prompt = [prompts[source.index(prompt)] for prompt in range(len(distinct))]
+        lengths_P = np.array([len(prompt.ids) for prompt in of_prompt])
+        # Without padding: the tokens of all prompts stand side by side.
+        index_N, width = tokens_in_rows(lengths_P, token_multiple=_PROMPT_TOKEN_MULTIPLE)
+        ids_PT, segments_PT = np.zeros((2, len(of_prompt), width), np.int64)
+        for place, prompt in enumerate(of_prompt):
+            ids_PT[place, : lengths_P[place]] = prompt.ids
+            segments_PT[place, : lengths_P[place]] = prompt.segment
+        token_rows = TokenRows(torch.from_numpy(index_N).to(device), len(of_prompt), width)
+        segments = torch.from_numpy(segments_PT).to(device)
         refinement = model.refine(
-            torch.from_numpy(ids).to(device),
-            torch.arange(width, device=device),
-            model.mask(segments_BT),
-            act_steps=self.act_steps,
-            lanes=cache,
-            halt_threshold=self.halt_threshold,
+            torch.from_numpy(ids_PT.ravel()[index_N]).to(device),
+            token_rows.index_N % width,
+            model.mask(segments)._replace(token_rows=token_rows),
+            act_steps=act_steps,
+            lanes=self._cache.fill(slots, source, lengths_P.tolist()),
+            halt_threshold=halt_threshold,
             # Earlier answers halt as they did when they were given.
-            may_halt_BT=segments_BT == 0,
+            may_halt_BT=token_rows.gather(segments) == 0,
         )
         refined = collections.deque(refinement, maxlen=1).pop()
-        last = torch.from_numpy(lengths - 1).to(device)
-        return refined.output_BTD[torch.arange(rows, device=device), last]
+        last_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width + lengths_P - 1)
+        return refined.output_BTD[torch.from_numpy(last_P[source]).to(device)]
 
-    def _extend(self, cache: KVCache, ids_B: Tensor, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Run one new token a row at its own position: the output [B, D] it halted with, and its ACT steps [B]."""
-        model, device = self.model, self.model.device
-        positions_B = torch.from_numpy(positions).to(device)
-        if (positions == positions[0]).all():
-            cache.write_at(int(positions[0]), 1)
-            mask = Mask()
-        else:
-            used = cache.write_at_positions(positions_B.unsqueeze(1), int(positions.max()) + 1)
-            visible_BS = torch.arange(used, device=device) <= positions_B.unsqueeze(1)
-            mask = Mask(visible=visible_BS[:, None, None, :])
-        refinement = model.refine(
-            ids_B.unsqueeze(1),
-            positions_B.unsqueeze(1),
-            mask,
-            act_steps=self.act_steps,
-            lanes=cache,
-            halt_threshold=self.halt_threshold,
-        )
-        refined = collections.deque(refinement, maxlen=1).pop()
-        steps_B = refined.steps_BT[:, 0]
-        if self.halt_threshold is not None:
-            cache.carry_halted(steps_B - 1, positions_B)
-        return refined.output_BTD[:, 0], steps_B
+    def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
+        """The rows in these slots, which must be running."""
+        return [row for slot in slots if (row := self._rows[slot]) is not None]
+
+    def _rotary_at(self, positions: Sequence[int], rows: int | None = None) -> Rotary | None:
+        """Tables of one position for each row, or of several for each of `rows`."""
+        if self._rotary is None:
+            return None
+        positions_BT = torch.tensor(positions, device=self.model.device).view(rows or len(positions), -1)
+        return Rotary(self._rotary.cos[positions_BT], self._rotary.sin[positions_BT])

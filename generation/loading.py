@@ -1,30 +1,56 @@
 """From a checkpoint to a model that answers. Knows nothing of training, flags or Hydra."""
 
+import torch
+
 from artifacts.checkpoint import Checkpoint, load_weights
+from artifacts.halting import read_halting_calibration
 from config.schema import PretrainInstructConfig
-from generation.answers import Responder
+from dataset.text.conversation import Template
+from dataset.text.tokenizer import Tokenizer
+from generation.answers import Options, Responder
+from generation.sampling import Sampling
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype
 
 
 def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> RecursiveModel:
-    """The checkpoint's model (its moving average if it has one) on `config.device`, cast for inference."""
+    """The checkpoint's model (its moving average if it has one) on `config.device`, cast for inference, calibrated if it was."""
     device = pick_device(config.device)
     arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
     model = RecursiveModel(arch, checkpoint.tokenizer.vocab_size)
     load_weights(model, checkpoint.weights(ema=True), checkpoint.folder)
+    calibration = read_halting_calibration(checkpoint)
+    if calibration is not None:
+        model.halt_calibration = torch.tensor([calibration.scale, calibration.shift], dtype=model.halt_calibration.dtype)
     model.to(device).eval()
     model.cast_for_inference()
     return model
 
 
 def load_responder(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Responder:
-    """The checkpoint's model with its tokenizer and template, at the depth that `config` asks for."""
+    """The checkpoint's model with its tokenizer and template, answering as `config` asks for."""
+    return make_responder(load_model(checkpoint, config), checkpoint.tokenizer, checkpoint.template, config)
+
+
+def make_responder(model: RecursiveModel, tokenizer: Tokenizer, template: Template, config: PretrainInstructConfig) -> Responder:
+    """`model` answering as `config` asks for."""
+    generation = config.generation
+    sampling = Sampling(
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        min_p=generation.min_p,
+        repetition_penalty=generation.repetition_penalty,
+        seed=generation.seed,
+    )
     return Responder(
-        load_model(checkpoint, config),
-        checkpoint.tokenizer,
-        checkpoint.template,
+        model=model,
+        tokenizer=tokenizer,
+        template=template,
         context=config.dataset.seq_len,
-        act_steps=config.depth,
-        halt_threshold=config.generation.halt_threshold,
+        options=Options(config.answer_limit, config.depth, generation.halt_threshold, sampling, tuple(generation.stop)),
+        rows=generation.batch_size,
+        kv_budget_gb=generation.kv_budget_gb,
+        draft_tokens=generation.draft_tokens,
+        draft_act_steps=generation.draft_act_steps,
     )

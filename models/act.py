@@ -56,6 +56,10 @@ class RecursiveModel(nn.Module):
             for name in self.recursion.initial_states:
                 initial_D = truncated_normal_(torch.empty(config.hidden_size), 1.0)
                 self.register_buffer(name, initial_D.to(self.dtype))
+        # Scale and shift of the halting logit after each ACT step; the identity unless a checkpoint was calibrated.
+        self.halt_calibration: Tensor
+        identity_2N = torch.tensor([[1.0], [0.0]]).repeat(1, config.halt_max_steps)
+        self.register_buffer("halt_calibration", identity_2N, persistent=False)
         nn.init.zeros_(self.q_head.weight)
         assert self.q_head.bias is not None
         nn.init.constant_(self.q_head.bias, config.halt.bias)
@@ -63,6 +67,8 @@ class RecursiveModel(nn.Module):
             self.lm_head.weight = self.embed_tokens.embedding_weight
         if self.dtype == torch.float64:
             self.double()
+        levels = [self.get_submodule(name) for name in self.recursion.levels]
+        self._level_linears = [module for level in levels for module in level.modules() if isinstance(module, Linear)]
 
     @property
     def head_dim(self) -> int:
@@ -74,11 +80,9 @@ class RecursiveModel(nn.Module):
         """Where the weights lie."""
         return self.embed_tokens.embedding_weight.device
 
-    def initial_states(self, rows: int, positions: int) -> States:
-        """Every latent state before the first ACT step, each [rows, positions, D]; a view, not to be written to."""
-        return tuple(
-            self.get_buffer(name).expand(rows, positions, self.config.hidden_size) for name in self.recursion.initial_states
-        )
+    def initial_states(self, *shape: int) -> States:
+        """Every latent state before the first ACT step, each [*shape, D]; a view, not to be written to."""
+        return tuple(self.get_buffer(name).expand(*shape, -1) for name in self.recursion.initial_states)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Input embedding [B, T, D], scaled by sqrt(D)."""
@@ -143,7 +147,7 @@ class RecursiveModel(nn.Module):
 
         positions: integers [T] or [B, T]. With `halt_threshold`, a token of `may_halt_BT` (None: every one) stops for good when its
         halting probability passes it: its states and output stay, and deeper steps see the keys and values it halted with, which
-        needs `lanes`. Stops early when no token goes on.
+        needs `lanes`. Stops early when no token goes on. With `mask.token_rows`, tokens come without padding: [N] for every [B, T].
         """
         x_BTD, rotary = self.embed(ids_BT), self.rotary(positions)
         states = self.initial_states(*ids_BT.shape)
@@ -151,7 +155,10 @@ class RecursiveModel(nn.Module):
         steps_BT = torch.zeros_like(ids_BT)
         output_BTD: Tensor | None = None
         for step in range(act_steps):
-            step_lanes = None if lanes is None else lanes.at_step(step, None if halt_threshold is None else active_BT)
+            step_lanes = None
+            if lanes is not None:
+                laid_out_BT = active_BT if mask.token_rows is None else mask.token_rows.lay_out(active_BT)
+                step_lanes = lanes.at_step(step, None if halt_threshold is None else laid_out_BT)
             new_states, new_output_BTD = self.act_step(states, x_BTD, rotary, mask, step_lanes)
             steps_BT = steps_BT + active_BT
             if output_BTD is None or halt_threshold is None:
@@ -161,7 +168,7 @@ class RecursiveModel(nn.Module):
                 states = tuple(torch.where(chosen_BT1, new, old) for new, old in zip(new_states, states, strict=True))
                 output_BTD = torch.where(chosen_BT1, new_output_BTD, output_BTD)
             if halt_threshold is not None:
-                halting_BT = self.halt_logits(output_BTD)[..., 0].sigmoid() > halt_threshold
+                halting_BT = self.halting_probability(output_BTD, step) > halt_threshold
                 active_BT = active_BT & ~(halting_BT if may_halt_BT is None else halting_BT & may_halt_BT)
             is_last = step == act_steps - 1 or (halt_threshold is not None and not bool(active_BT.any()))
             yield Refined(output_BTD, steps_BT, is_last)
@@ -172,6 +179,14 @@ class RecursiveModel(nn.Module):
         """Halting and continuing logits [N, 2] of outputs [N, D]; text uses the first."""
         logits: Tensor = self.q_head(output_ND)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def halting_probability(self, output_ND: Tensor, act_step: int | Tensor) -> Tensor:
+        """Probability [N] that the argmax of outputs [N, D] after ACT step `act_step` (from 0, of all or [N]) is right."""
+        deepest = self.halt_calibration.shape[1] - 1
+        chosen = min(act_step, deepest) if isinstance(act_step, int) else act_step.clamp(max=deepest)
+        scale, shift = self.halt_calibration[:, chosen]
+        probability_N: Tensor = (self.halt_logits(output_ND)[..., 0] * scale + shift).sigmoid()
+        return probability_N
 
     def logits(self, output_ND: Tensor) -> Tensor:
         """Vocabulary logits [N, V] of outputs [N, D], at least float32."""
@@ -192,7 +207,7 @@ class RecursiveModel(nn.Module):
 
     @contextlib.contextmanager
     def _weights_cast_once(self) -> Iterator[None]:
-        linears = [m for name in self.recursion.levels for m in self.get_submodule(name).modules() if isinstance(m, Linear)]
+        linears = self._level_linears
         for linear in linears:
             linear.hold_cast(self.dtype)
         try:

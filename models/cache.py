@@ -1,19 +1,17 @@
 """Keys and values kept between forwards: for decoding (one lane per ACT step, level call and layer) and for halted tokens.
 
 A lane is what one layer of one level call in one ACT step attends to, so any recursion fits without knowing of it. A cache belongs
-to one set of weights. Shape suffixes as in models/layers.py; S is the number of positions in use.
+to one set of weights. Shape suffixes as in models/layers.py; S is the number of positions attended to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from models.layers import Lane
-
-# Positions by which a cache grows at least.
-_LEAST_GROWTH = 32
+from models.layers import Lane, Mask, attend
 
 
 class StepLanes(Protocol):
@@ -27,113 +25,10 @@ class Lanes(Protocol):
     """The lanes of all ACT steps."""
 
     def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
-        """The lanes of ACT step `act_step`, counted from 0.
+        """The lanes of ACT step `act_step`, counted from 0; steps come in order.
 
         Where `active_BT` is given and false, a token has halted and keeps the keys and values it halted with.
         """
-
-
-class KVCache:
-    """Keys and values of every position so far, for incremental decoding.
-
-    One buffer [act_steps, calls * layers, 2, B, H, capacity, K]; `reserve` grows it by a quarter when it must, so cost and memory
-    follow the tokens so far and never the configured context.
-    """
-
-    def __init__(
-        self,
-        *,
-        act_steps: int,
-        lanes: int,
-        rows: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.buffer = torch.empty(act_steps, lanes, 2, rows, heads, 0, head_dim, dtype=dtype, device=device)
-        self._rows = torch.arange(rows, device=device).unsqueeze(1)
-        self._positions: Tensor | None = None
-        self._start = 0
-        self._used = 0
-        self._active_B1T1: Tensor | None = None
-
-    @property
-    def capacity(self) -> int:
-        """Positions that fit without growing."""
-        return self.buffer.shape[5]
-
-    def reserve(self, positions: int) -> None:
-        """Make room for `positions` positions, keeping what is stored."""
-        if positions <= self.capacity:
-            return
-        old = self.buffer
-        shape = list(old.shape)
-        shape[5] = positions + max(_LEAST_GROWTH, positions // 4)
-        # Zeros, because rows shorter than the longest attend over positions they never wrote: masked, but 0 * NaN is NaN.
-        self.buffer = old.new_zeros(shape)
-        self.buffer[..., : old.shape[5], :] = old
-
-    def write_at(self, start: int, count: int) -> int:
-        """The next forwards write positions start..start+count-1 of every row. Returns S, the positions they attend to."""
-        self.reserve(start + count)
-        self._positions, self._start, self._used = None, start, start + count
-        return self._used
-
-    def write_at_positions(self, positions_BT: Tensor, used: int) -> int:
-        """The next forwards write these positions, of its own in each row, all below `used`. Returns S = `used`."""
-        self.reserve(used)
-        self._positions, self._used = positions_BT, used
-        return used
-
-    def at_step(self, act_step: int, active_BT: Tensor | None = None) -> StepLanes:
-        """The lanes of ACT step `act_step`, counted from 0; `active_BT` as in `Lanes`."""
-        self._active_B1T1 = None if active_BT is None else active_BT[:, None, :, None]
-        return _CachedStep(self, act_step)
-
-    def store(self, act_step: int, lane: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, H, T, K] of a lane, return all S of them."""
-        all_positions = self.buffer[act_step, lane, :, :, :, : self._used]
-        for part, (kept_BHSK, new_BHTK) in enumerate(zip(all_positions, new, strict=True)):
-            if self._positions is None:
-                if act_step > 0 and self._active_B1T1 is not None:
-                    # What a halted token shows was stored in the step before, whenever it halted.
-                    before_BHTK = self.buffer[act_step - 1, lane, part, :, :, self._start : self._used]
-                    new_BHTK = torch.where(self._active_B1T1, new_BHTK, before_BHTK)
-                kept_BHSK[:, :, self._start :] = new_BHTK
-            else:
-                kept_BHSK[self._rows, :, self._positions] = new_BHTK.transpose(1, 2)
-        return all_positions[0], all_positions[1]
-
-    def carry_halted(self, halted_at_B: Tensor, position_B: Tensor) -> None:
-        """A token that halted at step h (from 0) shows every deeper step its keys and values of step h (contract of halting).
-
-        halted_at_B: the step of each row's token; position_B: where that token stands.
-        """
-        rows = self._rows.squeeze(1)
-        own_BCEHK = self.buffer[halted_at_B, :, :, rows, :, position_B]
-        for step in range(1, self.buffer.shape[0]):
-            deeper = halted_at_B < step
-            self.buffer[step][:, :, rows[deeper], :, position_B[deeper]] = own_BCEHK[deeper]
-
-
-@dataclass(frozen=True)
-class _CachedLane:
-    cache: KVCache
-    act_step: int
-    lane: int
-
-    def exchange(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.store(self.act_step, self.lane, (k_BHTK, v_BHTK))
-
-
-@dataclass(frozen=True)
-class _CachedStep:
-    cache: KVCache
-    act_step: int
-
-    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
-        return [_CachedLane(self.cache, self.act_step, first_lane + layer) for layer in range(layers)]
 
 
 class HeldLanes:
@@ -141,10 +36,14 @@ class HeldLanes:
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keeps = False
         self._active_B1T1: Tensor | None = None
+        self.act_step = 0
 
     def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
-        """The lanes of ACT step `act_step`; steps must come in order. `active_BT` as in `Lanes`."""
+        """The lanes of ACT step `act_step`; see `Lanes`."""
+        self.act_step = act_step
+        self._keeps = active_BT is not None
         self._active_B1T1 = None if active_BT is None or act_step == 0 else active_BT[:, None, :, None]
         return self
 
@@ -152,20 +51,152 @@ class HeldLanes:
         """The lanes of one level call; see `StepLanes`."""
         return [_HeldLane(self, first_lane + layer) for layer in range(layers)]
 
-    def hold(self, key: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+    def hold(self, lane: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the active tokens' keys and values of a lane, return the lane."""
         if self._active_B1T1 is not None:
-            k_old, v_old = self._kept[key]
+            k_old, v_old = self._kept[lane]
             k_BHTK = torch.where(self._active_B1T1, k_BHTK, k_old)
             v_BHTK = torch.where(self._active_B1T1, v_BHTK, v_old)
-        self._kept[key] = (k_BHTK, v_BHTK)
+        if self._keeps:
+            self._kept[lane] = (k_BHTK, v_BHTK)
         return k_BHTK, v_BHTK
 
 
 @dataclass(frozen=True)
 class _HeldLane:
     lanes: HeldLanes
-    key: int
+    lane: int
 
-    def exchange(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        return self.lanes.hold(self.key, k_BHTK, v_BHTK)
+    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
+        k_BHTK, v_BHTK = self.lanes.hold(self.lane, k_BHTK, v_BHTK)
+        return attend(q_BHTK, k_BHTK, v_BHTK, mask)
+
+
+class KVCache:
+    """Keys and values of a fixed number of rows, for incremental decoding: `fill` with a prompt, then `extend` token by token.
+
+    One buffer [rows, act_steps, lanes, 2, H, positions, K], allocated once. Memory that no position was written to yet is not read;
+    on a CPU the system doesn't even provide it before it is written.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        act_steps: int,
+        lanes: int,
+        heads: int,
+        positions: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (rows, act_steps, lanes, 2, heads, positions, head_dim)
+        # Where lanes are gathered, rows shorter than the longest meet memory they never wrote: masked, but 0 * NaN is NaN.
+        make = torch.empty if device.type == "cpu" else torch.zeros
+        self.buffer = make(shape, dtype=dtype, device=device)
+        self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def lanes_of(self, row: int, act_step: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each lane, views [1, H, positions, K]."""
+        found = self._views.get((row, act_step))
+        if found is None:
+            # Kept, because a forward asks for every one of them and making a view costs microseconds.
+            found = [(kv[0:1], kv[1:2]) for kv in self.buffer[row, act_step].unbind()]
+            self._views[row, act_step] = found
+        return found
+
+    def fill(self, rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int]) -> Lanes:
+        """Lanes for a forward over whole prompts that stores them: row `rows[i]` takes the forward's prompt `prompts[i]`.
+
+        lengths: tokens of each prompt of the forward.
+        """
+        return _FillingLanes(self, [(row, prompt, lengths[prompt]) for row, prompt in zip(rows, prompts, strict=True)])
+
+    def extend(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
+        """Lanes for one ACT step of the next tokens, T >= 1 of each of `rows`, which attend to what stands before them.
+
+        act_steps: the ACT step of each row, counted from 0. starts: the position of the first of its tokens.
+        """
+        return ExtendingLanes(self, rows, act_steps, starts)
+
+    def carry_halted(self, row: int, position: int, halted_at: int, act_steps: int) -> None:
+        """A token that halted at step `halted_at` (from 0) shows the deeper ones of its `act_steps` what that step stored of it."""
+        kept = self.buffer[row, :act_steps, :, :, :, position]
+        kept[halted_at + 1 :] = kept[halted_at]
+
+
+class _FillingLanes(HeldLanes):
+    def __init__(self, cache: KVCache, places: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self._cache = cache
+        self._places = places
+
+    def hold(self, lane: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        k_BHTK, v_BHTK = super().hold(lane, k_BHTK, v_BHTK)
+        for row, prompt, length in self._places:
+            k_kept, v_kept = self._cache.lanes_of(row, self.act_step)[lane]
+            k_kept[0, :, :length] = k_BHTK[prompt, :, :length]
+            v_kept[0, :, :length] = v_BHTK[prompt, :, :length]
+        return k_BHTK, v_BHTK
+
+
+class ExtendingLanes:
+    """One ACT step of the next tokens of some rows; see `KVCache.extend`."""
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> None:
+        self.cache = cache
+        self.rows = list(rows)
+        self.act_steps = list(act_steps)
+        self.starts = list(starts)
+        device = cache.buffer.device
+        self.rows_B, self.act_steps_B, self.starts_B = torch.tensor([self.rows, self.act_steps, self.starts], device=device)
+
+    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
+        kind = lane_for(self.cache.buffer.device)
+        return [kind(self, first_lane + layer) for layer in range(layers)]
+
+
+@dataclass(frozen=True)
+class RowByRowLane:
+    """Each row by itself, over its own positions and nothing else: without threads to fill, a batched kernel gains little."""
+
+    step: ExtendingLanes
+    lane: int
+
+    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
+        step, count = self.step, q_BHTK.shape[2]
+        y_BHTK = []
+        for place, (row, act_step, start) in enumerate(zip(step.rows, step.act_steps, step.starts, strict=True)):
+            k_kept, v_kept = step.cache.lanes_of(row, act_step)[self.lane]
+            end, this = start + count, slice(place, place + 1)
+            k_kept[:, :, start:end] = k_BHTK[this]
+            v_kept[:, :, start:end] = v_BHTK[this]
+            visible_TS = None if count == 1 else torch.ones(count, end, dtype=torch.bool).tril(start)
+            y_BHTK.append(attend(q_BHTK[this], k_kept[:, :, :end], v_kept[:, :, :end], Mask(visible=visible_TS)))
+        return torch.cat(y_BHTK)
+
+
+@dataclass(frozen=True)
+class GatheredLane:
+    """All rows in one kernel: each row's lane is picked by its ACT step, shorter rows are masked."""
+
+    step: ExtendingLanes
+    lane: int
+
+    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
+        step, count = self.step, q_BHTK.shape[2]
+        buffer = step.cache.buffer
+        used = max(step.starts) + count
+        positions_BT = step.starts_B[:, None] + torch.arange(count, device=buffer.device)
+        rows_B1, steps_B1 = step.rows_B[:, None], step.act_steps_B[:, None]
+        for part, new_BHTK in enumerate((k_BHTK, v_BHTK)):
+            buffer[rows_B1, steps_B1, self.lane, part, :, positions_BT] = new_BHTK.transpose(1, 2)
+        k_BHSK, v_BHSK = (buffer[step.rows_B, step.act_steps_B, self.lane, part, :, :used] for part in range(2))
+        visible_BTS = torch.arange(used, device=buffer.device) <= positions_BT[:, :, None]
+        return attend(q_BHTK, k_BHSK, v_BHSK, Mask(visible=visible_BTS[:, None]))
+
+
+def lane_for(device: torch.device) -> type[RowByRowLane] | type[GatheredLane]:
+    """How rows attend on `device`."""
+    return RowByRowLane if device.type == "cpu" else GatheredLane

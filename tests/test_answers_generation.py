@@ -1,18 +1,16 @@
-"""From a conversation to text: order, limits, the context, EOS, single tokens for showing (generation/answers.py)."""
+"""From conversations to texts: order, limits, the context, EOS, stop strings, pieces as they form (generation/answers.py)."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-import generation.engine
 from config.errors import UsageError
 from dataset.text.conversation import Template, Turn, encode_prompt
 from dataset.text.tokenizer import Tokenizer
-from generation.answers import Responder
-from models.cache import KVCache
+from generation.answers import Answer, Options, Responder
+from generation.sampling import Sampling
 
 ResponderFactory = Callable[..., Responder]
 QUESTIONS = [(Turn("user", text),) for text in ("blue 1", "What is 2 plus 3 and 4 plus 5", "Red", "blue 17 plus 18 gives")]
@@ -20,47 +18,73 @@ QUESTIONS = [(Turn("user", text),) for text in ("blue 1", "What is 2 plus 3 and 
 
 @pytest.fixture(scope="module")
 def responder(tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer) -> ResponderFactory:
-    def build(context: int = 256, **options: Any) -> Responder:
+    def build(context: int = 256, rows: int = 4, budget: float = 1.0, **options: Any) -> Responder:
         model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, halt_scale=2.0)
-        return Responder(model, tiny_tokenizer, Template(), context=context, **{"act_steps": 2, **options})
+        chosen = Options(**{"max_output_tokens": 6, "act_steps": 2, **options})
+        return Responder(model, tiny_tokenizer, Template(), context, chosen, rows, budget)
 
     return build
 
 
-@pytest.mark.parametrize("threshold", [None, 0.4])
-def test_answers_do_not_depend_on_batches(responder: ResponderFactory, threshold: float | None) -> None:
-    speaker = responder(halt_threshold=threshold)
-    alone = [speaker.answers([question], max_output_tokens=6, batch_size=1)[0] for question in QUESTIONS]
+def as_values(answer: Answer) -> tuple[object, ...]:
+    return answer.text, answer.ids, answer.act_steps, answer.finish, pytest.approx(answer.log_probability, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"halt_threshold": 0.4}, {"sampling": Sampling(temperature=1.5, seed=3)}])
+def test_answers_do_not_depend_on_what_is_answered_beside_them(responder: ResponderFactory, options: dict[str, Any]) -> None:
+    alone = [responder(**options).answers([question])[0] for question in QUESTIONS]
     assert len({tuple(answer.ids) for answer in alone}) > 1
-    for batch_size in (2, 3, 100):
-        together = speaker.answers(QUESTIONS, max_output_tokens=6, batch_size=batch_size)
-        assert [answer.ids for answer in together] == [answer.ids for answer in alone]
-        assert [answer.text for answer in together] == [answer.text for answer in alone]
-        for one, other in zip(together, alone, strict=True):
-            assert one.log_probability == pytest.approx(other.log_probability, rel=1e-9) and one.act_steps == other.act_steps
-    assert speaker.answers([], max_output_tokens=6, batch_size=2) == []
+    for rows in (1, 3, 100):
+        together = responder(rows=rows, **options).answers(QUESTIONS)
+        assert [as_values(answer) for answer in together] == [as_values(answer) for answer in alone]
+    assert responder().answers([]) == []
 
 
-def test_streaming_shows_the_same_answer_and_its_rivals(responder: ResponderFactory, tiny_tokenizer: Tokenizer) -> None:
-    speaker = responder()
+def test_answers_come_as_they_end(responder: ResponderFactory) -> None:
+    speaker = responder(rows=2)
+    finished = dict(speaker.finished(QUESTIONS))
+    assert [as_values(finished[i]) for i in range(4)] == [as_values(answer) for answer in speaker.answers(QUESTIONS)]
+
+
+def test_streaming_gives_the_same_answer_piece_by_piece(responder: ResponderFactory) -> None:
     for question in QUESTIONS:
-        (answer,) = speaker.answers([question], max_output_tokens=5, batch_size=1)
-        tokens = list(speaker.stream(question, max_output_tokens=5, top=4))
-        assert [t.id for t in tokens if t.id != tiny_tokenizer.eos_id] == answer.ids
-        assert speaker.text([t.id for t in tokens]) == answer.text
-        assert [t.act_steps for t in tokens] == answer.act_steps == [2] * len(tokens)
-        assert sum(math.log(t.candidates[0].probability) for t in tokens) == pytest.approx(answer.log_probability, rel=1e-5)
-        for token in tokens:
-            probabilities = [c.probability for c in token.candidates]
-            assert token.candidates[0].piece == token.piece == tiny_tokenizer.piece(token.id)
-            assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
+        (answer,) = responder().answers([question])
+        pieces = list(responder(top=4).stream(question))
+        assert "".join(piece.text for piece in pieces) == answer.text
+        assert [piece.answer is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert pieces[-1].answer is not None and as_values(pieces[-1].answer) == as_values(answer)
+        assert [piece.token.act_steps for piece in pieces] == answer.act_steps == [2] * len(pieces)
+        for piece in pieces:
+            logps = [logp for _, logp in piece.token.candidates]
+            assert piece.token.candidates[0][0] == piece.token.id and len(logps) == 4
+            assert logps == sorted(logps, reverse=True) and logps[0] == pytest.approx(piece.token.logp)
+
+
+def test_samples_of_one_prompt_differ_and_repeat(responder: ResponderFactory) -> None:
+    speaker = responder(sampling=Sampling(temperature=2.0, seed=1))
+
+    def text(sample: int) -> str:
+        return "".join(piece.text for piece in speaker.stream(QUESTIONS[0], sample))
+
+    assert len({text(sample) for sample in range(4)}) > 1
+    assert [text(sample) for sample in range(4)] == [text(sample) for sample in range(4)]
+
+
+def test_an_answer_ends_before_a_stop_string(responder: ResponderFactory) -> None:
+    whole = responder(max_output_tokens=12).answers(QUESTIONS)[1].text
+    middle = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    speaker = responder(max_output_tokens=12, stop=(middle, "never said"))
+    (answer,) = speaker.answers([QUESTIONS[1]])
+    assert answer.text == whole[: whole.index(middle)] and answer.finish == "stop"
+    assert "".join(piece.text for piece in speaker.stream(QUESTIONS[1])) == answer.text
 
 
 def test_an_eos_ends_the_answer_counts_in_its_probability_and_is_not_shown(
     responder: ResponderFactory, tiny_tokenizer: Tokenizer
 ) -> None:
-    speaker = responder()
-    free = speaker.answers(QUESTIONS, max_output_tokens=12, batch_size=4)
+    speaker = responder(max_output_tokens=12)
+    free = speaker.answers(QUESTIONS)
+    assert {answer.finish for answer in free} == {"length"}
     # An answer with a token that is not its first.
     row, end = next(
         (row, n) for row, answer in enumerate(free) for n in range(1, len(answer.ids)) if answer.ids[n] not in answer.ids[:n]
@@ -69,25 +93,26 @@ def test_an_eos_ends_the_answer_counts_in_its_probability_and_is_not_shown(
     with torch.no_grad():
         # Where that token was most probable, EOS now is.
         speaker.model.lm_head.weight[eos] = (1 + 1e-9) * speaker.model.lm_head.weight[free[row].ids[end]]
-    (answer,) = speaker.answers([QUESTIONS[row]], max_output_tokens=12, batch_size=1)
+    (answer,) = speaker.answers([QUESTIONS[row]])
     assert answer.ids == said and answer.text == tiny_tokenizer.decode(said) and len(answer.act_steps) == end + 1
-    tokens = list(speaker.stream(QUESTIONS[row], max_output_tokens=12, top=1))
-    assert [t.id for t in tokens] == [*said, eos]
-    assert answer.log_probability == pytest.approx(sum(math.log(t.candidates[0].probability) for t in tokens), rel=1e-5)
+    assert answer.finish == "stop"
+    pieces = list(speaker.stream(QUESTIONS[row]))
+    assert [piece.token.id for piece in pieces] == [*said, eos]
+    assert answer.log_probability == pytest.approx(sum(piece.token.logp for piece in pieces), rel=1e-9)
 
 
 def test_a_prompt_longer_than_the_context_is_told_with_both_numbers(responder: ResponderFactory, tiny_tokenizer: Tokenizer) -> None:
     length = len(encode_prompt(QUESTIONS[1], tiny_tokenizer, Template()).ids)
-    exactly = responder(context=length)
+    exactly = responder(context=length, max_output_tokens=50)
     assert exactly.fits(QUESTIONS[1])
-    assert len(exactly.answers([QUESTIONS[1]], max_output_tokens=50, batch_size=1)[0].act_steps) == 1, "one token stands beyond"
-    assert len(responder(context=length + 3).answers([QUESTIONS[1]], max_output_tokens=50, batch_size=1)[0].act_steps) == 4
+    assert len(exactly.answers([QUESTIONS[1]])[0].act_steps) == 1, "one token stands beyond"
+    assert len(responder(context=length + 3, max_output_tokens=50).answers([QUESTIONS[1]])[0].act_steps) == 4
     short = responder(context=length - 1)
     assert not short.fits(QUESTIONS[1])
     with pytest.raises(UsageError, match=rf"has {length} tokens, the context holds {length - 1}"):
-        short.answers([QUESTIONS[0], QUESTIONS[1]], max_output_tokens=1, batch_size=1)
+        short.answers([QUESTIONS[0], QUESTIONS[1]])
     with pytest.raises(UsageError, match="shorten the message"):
-        next(short.stream(QUESTIONS[1], max_output_tokens=1, top=1))
+        next(short.stream(QUESTIONS[1]))
 
 
 def test_a_prompt_is_the_beginning_of_what_is_trained_on(responder: ResponderFactory, tiny_tokenizer: Tokenizer) -> None:
@@ -98,37 +123,28 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(responder: ResponderFac
     assert set(prompt.segment.tolist()) == {0, 1, 2}
 
 
-def test_the_configured_context_costs_nothing(responder: ResponderFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    capacities: list[int] = []
-    real = KVCache.reserve
+def test_the_configured_context_costs_nothing(responder: ResponderFactory) -> None:
+    def allocated(context: int) -> int:
+        speaker = responder(context=context)
+        return speaker.speaker([speaker.request(QUESTIONS[0], speaker.options)])._engine._cache.buffer.nbytes
 
-    def watch(self: KVCache, positions: int) -> None:
-        real(self, positions)
-        capacities.append(self.capacity)
+    assert allocated(128) == allocated(1_000_000)
 
-    monkeypatch.setattr(generation.engine.KVCache, "reserve", watch)
-    used = []
-    for context in (128, 1_000_000):
-        capacities.clear()
-        responder(context=context).answers(QUESTIONS[:1], max_output_tokens=4, batch_size=1)
-        used.append(max(capacities))
-    assert used[0] == used[1] < 128
+
+def test_keys_and_values_stay_within_the_budget(responder: ResponderFactory) -> None:
+    plenty = responder(rows=4)
+    requests = [plenty.request(question, plenty.options) for question in QUESTIONS]
+    whole = plenty.speaker(requests)._engine._cache.buffer
+    tight = responder(rows=4, budget=0.6 * whole.nbytes / 1e9)
+    assert tight.speaker(requests)._engine._cache.buffer.shape[0] == 2
+    assert [as_values(answer) for answer in tight.answers(QUESTIONS)] == [as_values(a) for a in plenty.answers(QUESTIONS)]
+    with pytest.raises(UsageError, match="kv_budget_gb"):
+        responder(budget=0.1 * whole.nbytes / 1e9).answers(QUESTIONS)
 
 
 def test_depth_can_be_chosen_at_use(responder: ResponderFactory) -> None:
     speaker = responder(act_steps=1, halt_threshold=0.4)
-    deeper = speaker.at_depth(3)
-    assert (deeper.act_steps, deeper.halt_threshold, deeper.model) == (3, 0.4, speaker.model)
-    fixed = responder(act_steps=3).answers(QUESTIONS[:1], max_output_tokens=4, batch_size=1)[0]
+    deeper = speaker.at_depth(3, 0.4)
+    assert (deeper.options.act_steps, deeper.options.halt_threshold, deeper.model) == (3, 0.4, speaker.model)
+    (fixed,) = speaker.at_depth(3).answers(QUESTIONS[:1])
     assert set(fixed.act_steps) == {3}
-
-
-def test_progress_sees_every_batch_once(responder: ResponderFactory) -> None:
-    seen: list[Sequence[int]] = []
-
-    def progress(batches: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        seen.extend(batches)
-        return batches
-
-    responder().answers(QUESTIONS, max_output_tokens=1, batch_size=3, progress=progress)
-    assert sorted(index for batch in seen for index in batch) == [0, 1, 2, 3] and [len(batch) for batch in seen] == [3, 1]

@@ -1,112 +1,118 @@
-"""What the decoding cache stores, how it grows, and what a halted token shows deeper steps."""
+"""What the decoding cache stores, how rows extend it, and what a halted token shows deeper steps."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.cache import HeldLanes, KVCache
+import models.cache
+from models.cache import GatheredLane, HeldLanes, KVCache, RowByRowLane
+from models.layers import Mask, attend
 
-STEPS, LANES, ROWS, HEADS, CHANNELS = 3, 4, 2, 2, 4
+STEPS, LANES, ROWS, HEADS, POSITIONS, CHANNELS = 3, 4, 2, 2, 12, 4
+EACH_WAY = pytest.mark.parametrize("kind", [RowByRowLane, GatheredLane])
 
 
-def new_cache() -> KVCache:
-    return KVCache(
+@pytest.fixture
+def cache() -> KVCache:
+    made = KVCache(
+        rows=ROWS,
         act_steps=STEPS,
         lanes=LANES,
-        rows=ROWS,
         heads=HEADS,
+        positions=POSITIONS,
         head_dim=CHANNELS,
         dtype=torch.float64,
         device=torch.device("cpu"),
     )
+    made.buffer.zero_()
+    return made
 
 
-def values(positions: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def values(positions: int, seed: int, rows: int = ROWS) -> list[torch.Tensor]:
+    """Queries, keys and values [B, H, T, K]."""
     generator = torch.Generator().manual_seed(seed)
-    k, v = torch.randn(2, ROWS, HEADS, positions, CHANNELS, dtype=torch.float64, generator=generator)
-    return k, v
+    return list(torch.randn(3, rows, HEADS, positions, CHANNELS, dtype=torch.float64, generator=generator))
 
 
-def write_everywhere(cache: KVCache, positions: int, seed: int) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
-    written = {}
+def test_filling_stores_each_prompt_in_its_rows_and_no_padding(cache: KVCache) -> None:
+    # Prompts of 3 and 5 tokens; the second one, for instance, goes to row 0.
+    lanes = cache.fill([0, 1], [1, 0], [3, 5])
+    stored = {}
     for step in range(STEPS):
         for call in range(LANES // 2):
-            for layer, lane in enumerate(cache.at_step(step).of_call(2 * call, 2)):
-                new = values(positions, seed + 100 * step + 10 * call + layer)
-                lane.exchange(*new)
-                written[step, call * 2 + layer] = new
-    return written
+            for layer, lane in enumerate(lanes.at_step(step, None).of_call(2 * call, 2)):
+                q, k, v = values(5, 100 * step + 10 * call + layer)
+                mask = Mask(is_causal=True)
+                assert torch.equal(lane.attend(q, k, v, mask), attend(q, k, v, mask))
+                stored[step, 2 * call + layer] = (k, v)
+    for (step, number), kv in stored.items():
+        for part in range(2):
+            assert torch.equal(cache.buffer[0, step, number, part, :, :5], kv[part][1])
+            assert torch.equal(cache.buffer[1, step, number, part, :, :3], kv[part][0, :, :3])
+    assert not cache.buffer[0, ..., 5:, :].any() and not cache.buffer[1, ..., 3:, :].any()
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-def test_growing_keeps_the_content_and_follows_the_tokens(chunks: list[int]) -> None:
-    cache, stored, used = new_cache(), [], 0
-    for number, count in enumerate(chunks):
-        assert cache.write_at(used, count) == used + count
-        stored.append(write_everywhere(cache, count, 1000 * number))
-        used += count
-        assert used <= cache.capacity <= used + max(32, used // 4)
-    for step in range(STEPS):
-        for lane in range(LANES):
-            for which in range(2):
-                expected = torch.cat([chunk[step, lane][which] for chunk in stored], dim=2)
-                assert torch.equal(cache.buffer[step, lane, which, :, :, :used], expected)
-
-
-def test_a_lane_returns_everything_in_use_and_nothing_beyond() -> None:
-    cache = new_cache()
-    cache.write_at(0, 3)
-    first = values(3, 0)
-    cache.at_step(0).of_call(0, 1)[0].exchange(*first)
-    cache.reserve(64)
-    cache.write_at(3, 1)
-    second = values(1, 1)
-    k, v = cache.at_step(0).of_call(0, 1)[0].exchange(*second)
-    assert torch.equal(k, torch.cat((first[0], second[0]), 2)) and torch.equal(v, torch.cat((first[1], second[1]), 2))
-
-
-def test_rows_write_at_positions_of_their_own() -> None:
-    cache = new_cache()
-    cache.write_at(0, 5)
-    old = values(5, 0)
-    cache.at_step(1).of_call(1, 2)[1].exchange(*old)
-    assert cache.write_at_positions(torch.tensor([[5], [2]]), 6) == 6
-    new = values(1, 1)
-    k, v = cache.at_step(1).of_call(1, 2)[1].exchange(*new)
-    for kept, before, added in zip((k, v), old, new, strict=True):
-        assert torch.equal(kept[0, :, 5], added[0, :, 0]) and torch.equal(kept[1, :, 2], added[1, :, 0])
-        assert torch.equal(kept[0, :, :5], before[0]) and torch.equal(kept[1, :, [0, 1, 3, 4]], before[1, :, [0, 1, 3, 4]])
-
-
-def test_a_halted_token_shows_deeper_steps_what_it_halted_with() -> None:
-    cache = new_cache()
-    cache.write_at(0, 4)
-    write_everywhere(cache, 4, 7)
+@EACH_WAY
+@given(
+    starts=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    steps=st.tuples(st.integers(0, STEPS - 1), st.integers(0, STEPS - 1)),
+    count=st.integers(1, 4),
+)
+def test_each_row_attends_to_its_own_past_at_its_own_step(
+    kind: type[RowByRowLane], starts: tuple[int, int], steps: tuple[int, int], count: int
+) -> None:
+    cache = KVCache(
+        rows=ROWS, act_steps=STEPS, lanes=1, heads=HEADS, positions=POSITIONS, head_dim=CHANNELS, dtype=torch.float64,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    cache.buffer.copy_(torch.randn(cache.buffer.shape, dtype=torch.float64, generator=generator))
     before = cache.buffer.clone()
-    halted_at, position = torch.tensor([0, 1]), torch.tensor([3, 1])
-    cache.carry_halted(halted_at, position)
-    for row in range(ROWS):
-        for step in range(STEPS):
-            for t in range(4):
-                is_carried = t == position[row] and step > halted_at[row]
-                source = int(halted_at[row]) if is_carried else step
-                assert torch.equal(cache.buffer[step, :, :, row, :, t], before[source, :, :, row, :, t])
+    q, k, v = values(count, 2)
+    y = kind(models.cache.ExtendingLanes(cache, [0, 1], steps, starts), 0).attend(q, k, v, Mask())
+    for row, (step, start) in enumerate(zip(steps, starts, strict=True)):
+        for t in range(count):
+            past = before[row, step, 0, :, :, :start]
+            keys, vals = (torch.cat((past[part], new[row, :, : t + 1]), 1) for part, new in ((0, k), (1, v)))
+            expected = torch.softmax(q[row, :, t, None] @ keys.transpose(1, 2) / CHANNELS**0.5, -1) @ vals
+            torch.testing.assert_close(y[row, :, t], expected[:, 0], rtol=0, atol=1e-12)
+        after = before[row].clone()
+        after[step, 0, 0, :, start : start + count], after[step, 0, 1, :, start : start + count] = k[row], v[row]
+        assert torch.equal(cache.buffer[row], after)
+
+
+def test_a_halted_token_shows_deeper_steps_what_it_halted_with(cache: KVCache) -> None:
+    cache.buffer.copy_(torch.arange(cache.buffer.numel(), dtype=torch.float64).view(cache.buffer.shape))
+    before = cache.buffer.clone()
+    cache.carry_halted(1, position=3, halted_at=0, act_steps=2)
+    expected = before.clone()
+    expected[1, 1, :, :, :, 3] = before[1, 0, :, :, :, 3]
+    assert torch.equal(cache.buffer, expected), "not beyond the steps that the token may take"
 
 
 @pytest.mark.parametrize("call", [0, 3])
 def test_held_lanes_take_new_keys_of_active_tokens_only(call: int) -> None:
     lanes = HeldLanes()
-    lanes.at_step(0, torch.ones(ROWS, 5, dtype=torch.bool))
+    all_active = torch.ones(ROWS, 5, dtype=torch.bool)
     first, second, third = (values(5, seed) for seed in range(3))
-    lane = lanes.of_call(2 * call, 2)[1]
-    assert all(torch.equal(got, new) for got, new in zip(lane.exchange(*first), first, strict=True))
-    lanes.of_call(2 * call, 2)[0].exchange(*third)
+    mask = Mask(is_causal=True)
+    lane, other = lanes.at_step(0, all_active).of_call(2 * call, 2)
+    assert torch.equal(lane.attend(*first, mask), attend(*first, mask))
+    other.attend(*third, mask)
     active = torch.tensor([[True, False, True, False, False], [False, True, True, True, True]])
-    lanes.at_step(1, active)
+    lane, other = lanes.at_step(1, active).of_call(2 * call, 2)
     where = active[:, None, :, None]
-    expected = [torch.where(where, new, old) for new, old in zip(second, first, strict=True)]
-    assert all(torch.equal(got, want) for got, want in zip(lanes.of_call(2 * call, 2)[1].exchange(*second), expected, strict=True))
+    k, v = (torch.where(where, new, old) for new, old in zip(second[1:], first[1:], strict=True))
+    assert torch.equal(lane.attend(*second, mask), attend(second[0], k, v, mask))
     # Another layer's lane is not touched by it.
-    other = lanes.of_call(2 * call, 2)[0].exchange(*third)
-    assert all(torch.equal(got, new) for got, new in zip(other, third, strict=True))
+    assert torch.equal(other.attend(*third, mask), attend(*third, mask))
+
+
+def test_held_lanes_keep_nothing_while_no_token_may_halt() -> None:
+    lanes = HeldLanes()
+    for step in range(2):
+        (lane,) = lanes.at_step(step, None).of_call(0, 1)
+        new = values(5, step)
+        assert torch.equal(lane.attend(*new, Mask()), attend(*new, Mask()))
+    assert not lanes._kept

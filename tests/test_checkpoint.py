@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import artifacts.checkpoint
 from artifacts.checkpoint import TrainerState, load_weights, open_checkpoint, save_checkpoint, strip_prefix
+from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer
+from generation.loading import load_model
 from models.act import RecursiveModel
 from models.ema import EMA
 
@@ -253,3 +255,90 @@ def test_nothing_in_the_folder_is_a_pickle(tmp_path: Path, save: Save) -> None:
     save(tmp_path / "step_7", ema=True)
     kinds = {path.suffix for path in (tmp_path / "step_7").rglob("*") if path.is_file()}
     assert kinds == {".safetensors", ".json", ".yaml", ".model"}
+
+
+CALIBRATION = HaltingCalibration(scale=(0.5, 2.0, 1.0, 3.0), shift=(0.1, -1.0, 0.0, 0.25))
+
+
+def test_a_calibration_is_what_the_model_halts_by(tmp_path: Path, save: Save) -> None:
+    save(tmp_path / "step_7")
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    assert read_halting_calibration(checkpoint) is None
+    plain = load_model(checkpoint, checkpoint.config)
+    assert plain.halt_calibration.tolist() == [[1.0] * 4, [0.0] * 4]
+    path = write_halting_calibration(checkpoint, CALIBRATION, {"split": "test"})
+    assert path == tmp_path / "step_7/halting.json" and json.loads(path.read_text())["measured"] == {"split": "test"}
+    assert read_halting_calibration(checkpoint) == CALIBRATION
+    model = load_model(checkpoint, checkpoint.config)
+    assert torch.equal(model.halt_calibration, torch.tensor([CALIBRATION.scale, CALIBRATION.shift]))
+    assert same(model.state_dict(), plain.state_dict())
+    output_ND = torch.randn(5, model.config.hidden_size)
+    for step in range(4):
+        expected_N = (CALIBRATION.scale[step] * model.halt_logits(output_ND)[:, 0] + CALIBRATION.shift[step]).sigmoid()
+        torch.testing.assert_close(model.halting_probability(output_ND, step), expected_N)
+
+
+def test_a_calibration_is_replaced_for_the_same_weights_and_refused_for_others(tmp_path: Path, save: Save) -> None:
+    folder = tmp_path / "step_7"
+    save(folder, ema=True)
+    checkpoint = open_checkpoint(folder)
+    path = write_halting_calibration(checkpoint, HaltingCalibration((1.0,) * 4, (0.0,) * 4))
+    write_halting_calibration(checkpoint, CALIBRATION)
+    assert read_halting_calibration(checkpoint) == CALIBRATION
+    before = path.read_bytes()
+    # Without the average, the weights in use are others.
+    (folder / "ema.safetensors").unlink()
+    for use in (
+        lambda: read_halting_calibration(checkpoint),
+        lambda: load_model(checkpoint, checkpoint.config),
+        lambda: write_halting_calibration(checkpoint, CALIBRATION),
+    ):
+        with pytest.raises(UsageError, match=r"halting\.json was made for other weights.*delete the file"):
+            use()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "\xff",
+        {"format_version": 2},
+        {"weights_sha256": "0"},
+        {"scale": None},
+        {"scale": 1.0},
+        {"scale": "1111"},
+        {"scale": [1.0, 1.0, 1.0]},
+        {"scale": [1.0, 1.0, 1.0, "1"]},
+        {"shift": [1.0, 1.0, 1.0, True]},
+        {"shift": [1.0, 1.0, 1.0, float("nan")]},
+        {"shift": [1.0, 1.0, 1.0, float("inf")]},
+    ],
+)
+def test_a_damaged_calibration_is_told(tmp_path: Path, save: Save, content: str | dict[str, Any]) -> None:
+    save(tmp_path / "step_7")
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    path = write_halting_calibration(checkpoint, CALIBRATION)
+    if isinstance(content, str):
+        path.write_bytes(content.encode("latin-1"))
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    with pytest.raises(UsageError, match=r"step_7/halting\.json.*delete the file"):
+        load_model(checkpoint, checkpoint.config)
+
+
+def test_a_failure_leaves_the_calibration_that_was_there(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "step_7")
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    write_halting_calibration(checkpoint, CALIBRATION)
+    files = sorted((tmp_path / "step_7").iterdir())
+
+    def full(_: int) -> None:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr("artifacts.halting.os.fsync", full)
+    with pytest.raises(UsageError, match="can't be written: no space left"):
+        write_halting_calibration(checkpoint, HaltingCalibration((1.0,) * 4, (0.0,) * 4))
+    assert read_halting_calibration(checkpoint) == CALIBRATION
+    assert sorted((tmp_path / "step_7").iterdir()) == files

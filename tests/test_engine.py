@@ -1,18 +1,21 @@
-"""Cached decoding equals recomputing everything for every token (contract 5), per-token halting and prefix attention included."""
+"""Cached decoding equals recomputing everything for every token (contract 5), whatever else is in the batch."""
 
-from collections.abc import Callable
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 
 import evaluators.language
-import generation.engine
+import models.cache
+from config.errors import UsageError
 from dataset.text.loader import Example
 from evaluators.language import DepthOutput, evaluate_language
-from generation.engine import DecodedTokens, Engine, Prompt
+from generation.engine import Engine, Prompt, Request, Token, cache_bytes, rows_that_fit
+from generation.sampling import Sampler, Sampling
 from models.act import RecursiveModel
-from models.cache import KVCache
 from models.losses import log_probs
 
 ModelFactory = Callable[..., RecursiveModel]
@@ -21,7 +24,7 @@ NEVER = -1  # an EOS id that no row gives
 UNEVEN = (5, 2, 9, 3)
 
 
-def make_prompts(lengths: tuple[int, ...], seed: int = 0, turns: int = 2) -> list[Prompt]:
+def make_prompts(lengths: Sequence[int], seed: int = 0, turns: int = 2) -> list[Prompt]:
     """Histories, with an earlier answer in the middle of the longer ones unless `turns` is 1."""
     rng = np.random.default_rng(seed)
     prompts = []
@@ -33,8 +36,34 @@ def make_prompts(lengths: tuple[int, ...], seed: int = 0, turns: int = 2) -> lis
     return prompts
 
 
+def requests_for(prompts: Sequence[Prompt], new: int, **options: object) -> list[Request]:
+    return [Request(prompt, new, top=VOCABULARY, **options) for prompt in prompts]
+
+
+def decode(
+    model: RecursiveModel, requests: Sequence[Request], *, act_steps: int, rows: int | None = None, eos_id: int = NEVER
+) -> list[list[Token]]:
+    """The tokens of each request, in the requests' order."""
+    positions = max(len(request.prompt.ids) + request.max_new_tokens for request in requests)
+    engine = Engine(model, eos_id=eos_id, act_steps=act_steps, rows=rows or len(requests), positions=positions)
+    assert [engine.submit(request) for request in requests] == list(range(len(requests)))
+    answers: list[list[Token]] = [[] for _ in requests]
+    while engine.busy:
+        for token in engine.tick():
+            answers[token.request].append(token)
+    return answers
+
+
+def logp_of(token: Token) -> torch.Tensor:
+    """log p over the whole vocabulary."""
+    logp = torch.empty(VOCABULARY, dtype=torch.float64)
+    for token_id, value in token.candidates:
+        logp[token_id] = value
+    return logp
+
+
 def recomputed(model: RecursiveModel, prompt: Prompt, answer: list[int], act_steps: int) -> torch.Tensor:
-    """log p of the next token, from the whole row at once and without any cache."""
+    """Logits of the next token, from the whole row at once and without any cache."""
     ids = torch.tensor([[*prompt.ids.tolist(), *answer]])
     segments = torch.tensor([[*prompt.segment.tolist(), *[0] * len(answer)]])
     positions = ids.shape[1]
@@ -42,11 +71,7 @@ def recomputed(model: RecursiveModel, prompt: Prompt, answer: list[int], act_ste
     with torch.no_grad():
         for _ in range(act_steps):
             states, output = model.act_step(states, model.embed(ids), model.rotary(torch.arange(positions)), model.mask(segments))
-        return log_probs(model.logits(output[:, -1]), model.config.loss)[0]
-
-
-def decode(model: RecursiveModel, prompts: list[Prompt], new: int, **engine: object) -> list[DecodedTokens]:
-    return list(Engine(model, eos_id=NEVER, **engine).decode(prompts, [new] * len(prompts)))
+        return model.logits(output[:, -1])
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
@@ -55,27 +80,96 @@ def decode(model: RecursiveModel, prompts: list[Prompt], new: int, **engine: obj
 def test_cached_equals_recomputed(tiny_model: ModelFactory, attention: str, act_steps: int, lengths: tuple[int, ...]) -> None:
     model = tiny_model(f"arch.attention={attention}")
     prompts = make_prompts(lengths)
-    ticks = decode(model, prompts, 5, act_steps=act_steps)
-    assert len(ticks) == 5
-    for row, prompt in enumerate(prompts):
+    for prompt, tokens in zip(prompts, decode(model, requests_for(prompts, 5), act_steps=act_steps), strict=True):
+        assert len(tokens) == 5 and [token.finish for token in tokens] == [None] * 4 + ["length"]
         answer: list[int] = []
-        for tick in ticks:
-            expected = recomputed(model, prompt, answer, act_steps)
-            torch.testing.assert_close(tick.logp_BV[row], expected, rtol=0, atol=1e-6)
-            assert int(tick.ids_B[row]) == int(expected.argmax()) and int(tick.act_steps_B[row]) == act_steps
-            answer.append(int(tick.ids_B[row]))
+        for token in tokens:
+            expected = log_probs(recomputed(model, prompt, answer, act_steps), model.config.loss)[0]
+            torch.testing.assert_close(logp_of(token), expected, rtol=0, atol=1e-6)
+            assert token.id == int(expected.argmax()) and token.act_steps == act_steps
+            assert token.logp == pytest.approx(float(expected.max()))
+            answer.append(token.id)
 
 
 def test_float32_agrees_within_1e_4_at_one_step(tiny_model: ModelFactory) -> None:
     model = tiny_model("arch.forward_dtype=float32")
     prompts = make_prompts(UNEVEN)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for tick in decode(model, prompts, 6, act_steps=1):
-        assert tick.logp_BV.dtype == torch.float32
-        for row, prompt in enumerate(prompts):
-            expected = recomputed(model, prompt, answers[row], 1)
-            torch.testing.assert_close(tick.logp_BV[row], expected, rtol=0, atol=1e-4)
-            answers[row].append(int(tick.ids_B[row]))
+    for prompt, tokens in zip(prompts, decode(model, requests_for(prompts, 6), act_steps=1), strict=True):
+        answer: list[int] = []
+        for token in tokens:
+            expected = log_probs(recomputed(model, prompt, answer, 1), model.config.loss)[0]
+            torch.testing.assert_close(logp_of(token).float(), expected, rtol=0, atol=1e-4)
+            answer.append(token.id)
+
+
+SAMPLED = {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("threshold", [None, 0.5], ids=["fixed", "halting"])
+def test_64_uneven_requests_in_any_order_equal_one_by_one(
+    tiny_model: ModelFactory, sampling: dict[str, float], threshold: float | None
+) -> None:
+    model = tiny_model("arch.attention=prefix", halt_scale=3.0)
+    rng = np.random.default_rng(1)
+    prompts = make_prompts(rng.integers(1, 24, 64).tolist())
+    requests = [
+        Request(prompt, int(rng.integers(1, 9)), Sampling(seed=number, **sampling), halt_threshold=threshold)  # type: ignore[arg-type]
+        for number, prompt in enumerate(prompts)
+    ]
+    alone = [decode(model, [request], act_steps=4)[0] for request in requests]
+    if threshold is None:
+        for request, tokens in zip(requests, alone, strict=True):
+            sampler = Sampler(1, VOCABULARY, model.config.loss, model.device)
+            sampler.admit(0, request.sampling, 0, request.prompt.ids.tolist())
+            answer: list[int] = []
+            for token in tokens:
+                logits = recomputed(model, request.prompt, answer, 4)
+                assert token.id == int(sampler.choose(torch.tensor([0]), logits).ids_R[0])
+                answer.append(token.id)
+    else:
+        assert len({token.act_steps for tokens in alone for token in tokens}) >= 3, "tokens must halt at different steps"
+    for rows, order in ((64, range(64)), (7, rng.permutation(64).tolist()), (5, list(reversed(range(64))))):
+        together = decode(model, [requests[i] for i in order], act_steps=4, rows=rows)
+        for place, i in enumerate(order):
+            assert [(t.id, t.act_steps, t.finish) for t in together[place]] == [(t.id, t.act_steps, t.finish) for t in alone[i]]
+            assert [t.logp for t in together[place]] == pytest.approx([t.logp for t in alone[i]], abs=1e-9)
+
+
+def test_requests_that_come_later_change_nothing(tiny_model: ModelFactory) -> None:
+    model = tiny_model(halt_scale=3.0)
+    prompts = make_prompts((4, 7, 3, 6))
+    # Depths and thresholds of their own, at the same time.
+    kinds = [{"act_steps": 2}, {"halt_threshold": 0.5}, {}, {"act_steps": 3, "halt_threshold": 0.4}]
+    requests = [dataclasses.replace(requests_for([p], 6)[0], **kind) for p, kind in zip(prompts, kinds, strict=True)]
+    alone = [decode(model, [request], act_steps=4)[0] for request in requests]
+    engine = Engine(model, eos_id=NEVER, act_steps=4, rows=3, positions=16)
+    answers: list[list[Token]] = [[] for _ in requests]
+    waiting = list(requests)
+    ticks = 0
+    while engine.busy or waiting:
+        if ticks % 3 == 0 and waiting:
+            engine.submit(waiting.pop(0))
+        for token in engine.tick():
+            answers[token.request].append(token)
+        ticks += 1
+    for got, expected in zip(answers, alone, strict=True):
+        assert [(t.id, t.act_steps) for t in got] == [(t.id, t.act_steps) for t in expected]
+
+
+@pytest.mark.parametrize(("depths", "longest_wait"), [((4, 4), 4), ((3, 4), 1)])
+def test_a_request_waits_for_a_free_row_no_longer_than_a_token(
+    tiny_model: ModelFactory, depths: tuple[int, ...], longest_wait: int
+) -> None:
+    prompts = make_prompts((4, 5, 3))
+    engine = Engine(tiny_model(), eos_id=NEVER, act_steps=4, rows=3, positions=32)
+    for prompt, depth in zip(prompts, depths, strict=False):
+        engine.submit(Request(prompt, 20, act_steps=depth))
+    for _ in range(6):
+        engine.tick()
+    late = engine.submit(Request(prompts[2], 2))
+    waits = next(ticks for ticks in range(1, 20) if any(token.request == late for token in engine.tick()))
+    assert waits <= longest_wait
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
@@ -84,16 +178,18 @@ def test_float32_agrees_within_1e_4_at_one_step(tiny_model: ModelFactory) -> Non
 def test_per_token_halting_equals_the_parallel_evaluation(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, attention: str, lengths: tuple[int, ...], turns: int
 ) -> None:
-    model = tiny_model(f"arch.attention={attention}", halt_scale=3.0)
+    model = tiny_model(f"arch.attention={attention}", "arch.halt_max_steps=6", halt_scale=3.0)
+    with torch.no_grad():
+        # Calibrated differently at every depth, as a checkpoint may be.
+        model.halt_calibration.copy_(torch.tensor([[1.2, 0.8, 1.0, 1.1, 0.9, 1.0], [0.1, -0.2, 0.0, 0.3, 0.1, 0.0]]))
     # With two turns, the earlier answer in the history halts as it does in the parallel evaluation.
     prompts, act_steps, threshold = make_prompts(lengths, turns=turns), 6, 0.5
-    ticks = decode(model, prompts, 8, act_steps=act_steps, halt_threshold=threshold)
-    answers = torch.stack([tick.ids_B for tick in ticks], 1)
+    answers = decode(model, requests_for(prompts, 8, halt_threshold=threshold), act_steps=act_steps)
     examples = []
-    for prompt, answer in zip(prompts, answers.tolist(), strict=True):
-        ids = np.array([*prompt.ids, *answer], np.int32)
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        ids = np.array([*prompt.ids, *(token.id for token in tokens)], np.int32)
         supervised = np.arange(len(ids)) >= len(prompt.ids)
-        segment = np.concatenate((prompt.segment, np.zeros(len(answer), np.int32)))
+        segment = np.concatenate((prompt.segment, np.zeros(len(tokens), np.int32)))
         examples.append(Example(ids, supervised, segment, 0))
 
     outputs: list[torch.Tensor] = []
@@ -115,73 +211,125 @@ def test_per_token_halting_equals_the_parallel_evaluation(
         on_output=parallel.append,
     )
     (whole,) = parallel
-    logp_RNV = log_probs(model.logits(outputs[-1]), model.config.loss).view(len(prompts), len(ticks), VOCABULARY)
+    logp_RNV = log_probs(model.logits(outputs[-1]), model.config.loss).view(len(prompts), 8, VOCABULARY)
     steps_seen = set()
     for place, row in enumerate(whole.rows.tolist()):
         start = len(prompts[row].ids) - 1
-        for n, tick in enumerate(ticks):
-            torch.testing.assert_close(tick.logp_BV[row], logp_RNV[place, n], rtol=0, atol=1e-6)
-            assert int(tick.act_steps_B[row]) == int(whole.act_steps_BT[place, start + n])
-            steps_seen.add(int(tick.act_steps_B[row]))
-        assert torch.equal(whole.preds_BT[place, start : start + len(ticks)], answers[row])
+        for n, token in enumerate(answers[row]):
+            torch.testing.assert_close(logp_of(token), logp_RNV[place, n], rtol=0, atol=1e-6)
+            assert token.act_steps == int(whole.act_steps_BT[place, start + n])
+            assert token.id == int(whole.preds_BT[place, start + n])
+            steps_seen.add(token.act_steps)
     assert len(steps_seen) >= 3, "tokens must halt at different steps for this test to mean anything"
-    assert {int(ticks[0].act_steps_B[row]) for row in range(len(prompts))} == {act_steps}, "prompts take all steps"
-
-
-def test_one_row_at_a_time_gives_what_the_batch_gives(tiny_model: ModelFactory) -> None:
-    model = tiny_model(halt_scale=3.0)
-    prompts = make_prompts(UNEVEN)
-    for options in ({"act_steps": 3}, {"act_steps": 3, "halt_threshold": 0.4}):
-        together = decode(model, prompts, 4, **options)
-        for row, prompt in enumerate(prompts):
-            for batch_tick, tick in zip(together, decode(model, [prompt], 4, **options), strict=True):
-                torch.testing.assert_close(batch_tick.logp_BV[row], tick.logp_BV[0], rtol=0, atol=1e-9)
-                assert int(batch_tick.act_steps_B[row]) == int(tick.act_steps_B[0])
+    assert {tokens[0].act_steps for tokens in answers} == {act_steps}, "prompts take all steps"
 
 
 def test_memory_that_was_never_written_reaches_no_row(tiny_model: ModelFactory) -> None:
-    model, prompts = tiny_model(), make_prompts(UNEVEN)
-    expected = decode(model, prompts, 12, act_steps=2)
+    model, requests = tiny_model(), requests_for(make_prompts(UNEVEN), 12)
+    expected = decode(model, requests, act_steps=2, rows=2)
     # torch then fills what `empty` returns with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        ticks = decode(model, prompts, 12, act_steps=2)
+        answers = decode(model, requests, act_steps=2, rows=2)
     finally:
         torch.use_deterministic_algorithms(False)
-    for tick, other in zip(ticks, expected, strict=True):
-        torch.testing.assert_close(tick.logp_BV, other.logp_BV, rtol=0, atol=1e-9)
+    assert answers == expected
+
+
+def test_all_rows_in_one_kernel_give_what_rows_by_themselves_give(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, taken on a CPU."""
+    model = tiny_model(halt_scale=3.0)
+    requests = requests_for(make_prompts(UNEVEN), 8, halt_threshold=0.5)
+    expected = decode(model, requests, act_steps=4, rows=3)
+    gathered: list[int] = []
+    real = models.cache.GatheredLane.attend
+
+    def spy(self: models.cache.GatheredLane, *arguments: torch.Tensor) -> torch.Tensor:
+        gathered.append(1)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(models.cache.GatheredLane, "attend", spy)
+    monkeypatch.setattr(models.cache, "lane_for", lambda device: models.cache.GatheredLane)
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    for got, wanted in zip(decode(model, requests, act_steps=4, rows=3), expected, strict=True):
+        assert [(t.id, t.act_steps) for t in got] == [(t.id, t.act_steps) for t in wanted]
+        assert [t.logp for t in got] == pytest.approx([t.logp for t in wanted], abs=1e-9)
+    assert gathered
 
 
 def test_a_row_ends_with_its_eos_or_its_limit(tiny_model: ModelFactory) -> None:
-    model, prompts = tiny_model(), make_prompts((5, 2))
-    free = [tick.ids_B.tolist() for tick in decode(model, prompts, 6, act_steps=2)]
+    model, requests = tiny_model(), requests_for(make_prompts((5, 2)), 6)
+    free = [[token.id for token in tokens] for tokens in decode(model, requests, act_steps=2)]
     # Whatever row 0 says at its third token is now the end, wherever it comes first.
-    eos = free[2][0]
-    expected = []
-    for row, limit in ((0, 6), (1, 4)):
-        said = [tick[row] for tick in free][:limit]
-        expected.append(said[: said.index(eos) + 1] if eos in said else said)
-    ticks = list(Engine(model, eos_id=eos, act_steps=2).decode(prompts, [6, 4]))
-    got = [[int(tick.ids_B[row]) for tick in ticks if tick.alive[row]] for row in range(2)]
-    assert got == expected and len(ticks) == max(map(len, expected))
+    eos = free[0][2]
+    limits = (6, 4)
+    answers = decode(
+        model, [dataclasses.replace(r, max_new_tokens=n) for r, n in zip(requests, limits, strict=True)], act_steps=2, eos_id=eos
+    )
+    for tokens, said, limit in zip(answers, free, limits, strict=True):
+        expected = said[:limit]
+        ends = eos in expected
+        assert [token.id for token in tokens] == (expected[: expected.index(eos) + 1] if ends else expected)
+        assert [token.finish for token in tokens] == [None] * (len(tokens) - 1) + ["stop" if ends else "length"]
 
 
-def test_memory_follows_the_tokens_so_far(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches: list[KVCache] = []
+def test_a_cancelled_request_gives_no_more_tokens_and_frees_its_row(tiny_model: ModelFactory) -> None:
+    model, requests = tiny_model(), requests_for(make_prompts((5, 4, 3)), 6)
+    expected = decode(model, requests, act_steps=2)
+    engine = Engine(model, eos_id=NEVER, act_steps=2, rows=1, positions=16)
+    numbers = [engine.submit(request) for request in requests]
+    first = engine.tick()
+    assert {token.request for token in first} == {numbers[0]} and (engine.running, engine.waiting) == (1, 2)
+    engine.cancel(numbers[0])
+    engine.cancel(numbers[1])
+    assert (engine.running, engine.waiting) == (0, 1)
+    rest: list[Token] = []
+    while engine.busy:
+        rest += engine.tick()
+    assert [(t.request, t.id) for t in rest] == [(numbers[2], t.id) for t in expected[2]]
+    engine.cancel(numbers[2])  # it has finished: nothing happens
 
-    class Watched(KVCache):
-        def __init__(self, **arguments: object) -> None:
-            super().__init__(**arguments)
-            caches.append(self)
 
-    monkeypatch.setattr(generation.engine, "KVCache", Watched)
+def test_equal_prompts_are_run_once(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model(), make_prompts((6, 4))
+    tokens_run: list[int] = []
+    real = RecursiveModel.act_step
+
+    def spy(self: RecursiveModel, states: object, x_BTD: torch.Tensor, *rest: object) -> object:
+        tokens_run.append(x_BTD.shape[:-1].numel())
+        return real(self, states, x_BTD, *rest)
+
+    monkeypatch.setattr(RecursiveModel, "act_step", spy)
+    sampling = Sampling(temperature=5.0, seed=3)
+    requests = [Request(prompts[0], 6, sampling, sample=n) for n in range(3)] + [Request(prompts[1], 6, sampling)]
+    answers = decode(model, requests, act_steps=1)
+    # A number of tokens that is a multiple of 8, then one token of each of four rows.
+    assert tokens_run == [16] + [4] * 5, "two prompts of 10 tokens side by side"
+    assert len({tuple(token.id for token in tokens) for tokens in answers[:3]}) == 3
+    alone = decode(model, [requests[1]], act_steps=1)
+    assert [token.id for token in alone[0]] == [token.id for token in answers[1]]
+
+
+def test_the_cache_is_as_large_as_was_said_and_bounded(tiny_model: ModelFactory) -> None:
     model = tiny_model()
-    engine = Engine(model, eos_id=NEVER, act_steps=2)
-    capacities = [caches[-1].capacity for _ in engine.decode(make_prompts((5, 3)), [20, 20])]
-    assert 5 <= capacities[0] <= 5 + 32, "a prompt takes its own length and a margin, not the context"
-    assert all(5 + tick <= capacity <= 5 + tick + 32 for tick, capacity in enumerate(capacities))
-    bytes_held = caches[-1].buffer.numel() * caches[-1].buffer.element_size()
-    assert bytes_held == engine.cache_bytes(2, caches[-1].capacity)
+    engine = Engine(model, eos_id=NEVER, act_steps=2, rows=3, positions=20)
+    assert engine._cache.buffer.nbytes == cache_bytes(model, 2, 3, 20)
+    one = cache_bytes(model, 2, 1, 20) / 1e9
+    assert [rows_that_fit(model, 2, 20, one * factor, most=4) for factor in (1.001, 3.5, 100)] == [1, 3, 4]
+    with pytest.raises(UsageError, match=r"kv_budget_gb .* 20 positions at 2 ACT steps"):
+        rows_that_fit(model, 2, 20, one * 0.999, most=4)
+
+
+def test_a_request_that_does_not_fit_is_refused(tiny_model: ModelFactory) -> None:
+    engine = Engine(tiny_model(), eos_id=NEVER, act_steps=2, rows=1, positions=8)
+    (prompt,) = make_prompts((5,))
+    for request in (Request(prompt, 5), Request(prompt, 0), Request(prompt, 1, act_steps=3), Request(make_prompts((0,))[0], 1)):
+        with pytest.raises(ValueError):
+            engine.submit(request)
+    engine.submit(Request(prompt, 4))
+    assert engine.waiting == 1
 
 
 def test_each_new_token_costs_one_position_whatever_came_before(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +337,50 @@ def test_each_new_token_costs_one_position_whatever_came_before(tiny_model: Mode
     real = RecursiveModel.act_step
 
     def spy(self: RecursiveModel, states: object, x_BTD: torch.Tensor, *rest: object) -> object:
-        widths.append(x_BTD.shape[1])
+        widths.append(x_BTD.shape[:-1].numel())
         return real(self, states, x_BTD, *rest)
 
     monkeypatch.setattr(RecursiveModel, "act_step", spy)
-    decode(model, make_prompts((7,)), 5, act_steps=3)
-    assert widths == [7] * 3 + [1] * 3 * 4
+    decode(model, requests_for(make_prompts((8,)), 5), act_steps=3)
+    assert widths == [8] * 3 + [1] * 3 * 4
+
+
+def test_tokens_that_halt_early_cost_fewer_ticks(tiny_model: ModelFactory) -> None:
+    model = tiny_model("arch.halt_max_steps=6", halt_scale=3.0)
+    for request in requests_for(make_prompts(UNEVEN), 12, halt_threshold=0.5):
+        engine = Engine(model, eos_id=NEVER, act_steps=6, rows=1, positions=24)
+        engine.submit(request)
+        ticks, tokens = 0, []
+        while engine.busy:
+            tokens += engine.tick()
+            ticks += 1
+        # The first token comes of the prompt, which takes all steps in the first tick.
+        assert ticks == sum(token.act_steps for token in tokens[1:])
+        if ticks < 6 * 11:
+            return
+    pytest.fail("no token halted early: the test means nothing")
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", [{"draft_tokens": 1}, {"draft_tokens": 3}, {"draft_tokens": 4, "draft_act_steps": 2}])
+def test_a_row_that_speculates_says_the_same(tiny_model: ModelFactory, sampling: dict[str, float], draft: dict[str, int]) -> None:
+    model = tiny_model("arch.attention=prefix")
+    said = decode(model, requests_for(make_prompts((9,)), 12), act_steps=4)[0][7].id
+    accepted = 0
+    for prompt, eos in itertools.product(make_prompts((9, 4, 1, 6, 2)), (NEVER, said)):
+        request = dataclasses.replace(requests_for([prompt], 12)[0], sampling=Sampling(**sampling))  # type: ignore[arg-type]
+        (expected,) = decode(model, [request], act_steps=4, eos_id=eos)
+        # It runs beside others first, in any row, then alone.
+        engine = Engine(model, eos_id=eos, act_steps=4, rows=2, positions=24, **draft)
+        other = engine.submit(dataclasses.replace(request, max_new_tokens=2))
+        engine.submit(request)
+        tokens: list[Token] = []
+        while engine.busy:
+            new = [token for token in engine.tick() if token.request != other]
+            accepted += max(0, len(new) - 1)
+            tokens += new
+        assert [(t.id, t.act_steps, t.finish) for t in tokens] == [(t.id, t.act_steps, t.finish) for t in expected]
+        assert [t.logp for t in tokens] == pytest.approx([t.logp for t in expected], abs=1e-9)
+        for got, wanted in zip(tokens, expected, strict=True):
+            torch.testing.assert_close(logp_of(got), logp_of(wanted), rtol=0, atol=1e-9)
+    assert accepted > 0, "no draft was ever right: the test means nothing"

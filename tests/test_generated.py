@@ -1,17 +1,20 @@
-"""Generated answers are scored by family at every depth, and rows that don't fit are counted (evaluators/generated.py)."""
+"""Generated answers are scored by family at every depth, or written down; rows that don't fit are counted."""
 
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from config.compose import compose_config
 from config.errors import UsageError
 from dataset.build_sample_dataset import build
-from dataset.slimorca import open_text_split
-from dataset.text.conversation import Template
+from dataset.instruct import open_instruct_split
+from dataset.text.conversation import Conversation, Template
 from dataset.text.tokenizer import Tokenizer
-from evaluators.generated import evaluate_generated
-from generation.answers import Answer, Responder
+from evaluators.generated import evaluate_generated, write_generated
+from generation.answers import Answer, Options, Responder
 
 ROWS = 30
 
@@ -21,10 +24,11 @@ class _Oracle(Responder):
 
     references: dict[str, str]
 
-    def answers(self, conversations: Any, **_: Any) -> list[Answer]:  # type: ignore[override]
-        found = [self.references[repr(conversation)] for conversation in conversations]
-        texts = [text if self.act_steps == 2 or i % 2 else "?" for i, text in enumerate(found)]
-        return [Answer(text=text, act_steps=[self.act_steps] * 3) for text in texts]
+    def finished(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Answer]]:
+        depth = self.options.act_steps
+        for index in reversed(range(len(conversations))):
+            right = self.references[repr(conversations[index])]
+            yield index, Answer(text=right if depth == 2 or index % 2 else "?", act_steps=[depth] * 3)
 
 
 @pytest.fixture
@@ -36,21 +40,19 @@ def tokenizer() -> Tokenizer:
 
 def _split(folder: Path, tokenizer: Tokenizer) -> Any:
     build(folder, 60, 2, 0)
-    return open_text_split(
-        "test", source="sample", data_dir=folder, tokenizer=tokenizer, template=Template(), seq_len=128, subset_size=None,
-        test_ratio=0.5, seed=0, default_system_prompt=None, long_rows="truncate", on_bad_row="error",
-    )  # fmt: skip
+    config = compose_config("cfg_pretrain_instruct", ["dataset=sample", f"dataset.data_dir={folder}"]).dataset
+    return open_instruct_split(config, tokenizer, Template(), "test")
 
 
 def _responder(split: Any, tokenizer: Tokenizer, context: int) -> _Oracle:
     conversations = [split.conversation(i) for i in range(len(split))]
     _Oracle.references = {repr(c[:-1]): c[-1].text for c in conversations}
-    return _Oracle(model=None, tokenizer=tokenizer, template=Template(), context=context, act_steps=2)  # type: ignore[arg-type]
+    return _Oracle(None, tokenizer, Template(), context, Options(8, act_steps=2), rows=4, kv_budget_gb=1.0)  # type: ignore[arg-type]
 
 
 def test_right_answers_score_at_their_depth(tmp_path: Path, tokenizer: Tokenizer) -> None:
     split = _split(tmp_path, tokenizer)
-    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=ROWS, max_output_tokens=8, batch_size=4)
+    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=ROWS)
     assert result["by_act_step"] == [0.5, 1.0] and result["overall"]["accuracy"] == 1.0
     assert result["overall"]["count"] == ROWS and len(result["families"]) == 15
     assert result["mean_act_steps"] == 2.0 and result["longer_than_context"] == 0
@@ -60,8 +62,54 @@ def test_histories_longer_than_the_context_are_counted_not_scored(tmp_path: Path
     split = _split(tmp_path, tokenizer)
     lengths = sorted(len(_responder(split, tokenizer, 10**6).prompt(split.conversation(i)[:-1]).ids) for i in range(len(split)))
     context = lengths[len(lengths) // 2]
-    result = evaluate_generated(_responder(split, tokenizer, context), split, rows=ROWS, max_output_tokens=8, batch_size=4)
+    result = evaluate_generated(_responder(split, tokenizer, context), split, rows=ROWS)
     assert result["longer_than_context"] == sum(length > context for length in lengths) > 0
     assert result["overall"]["count"] == ROWS - result["longer_than_context"]
     with pytest.raises(UsageError, match="at least one answer"):
-        evaluate_generated(_responder(split, tokenizer, 1), split, rows=ROWS, max_output_tokens=8, batch_size=4)
+        evaluate_generated(_responder(split, tokenizer, 1), split, rows=ROWS)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_written_answers_are_those_of_the_model_and_the_measures_are_theirs(
+    text_dataset: Callable[..., Any],
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    threshold: float | None,
+) -> None:
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, halt_scale=2.0)
+    responder = Responder(model, tiny_tokenizer, Template(), 64, Options(4, 3, threshold), rows=2, kv_budget_gb=1.0)
+    questions = [f"blue {number}" for number in range(5)]
+    split = text_dataset([{"prompt": text, "response": "gives"} for text in [*questions, "Red " * 60, "not asked"]])
+    answers = responder.answers([split.conversation(i)[:-1] for i in range(5)])
+    # Two of the references are what the model says.
+    rows = [
+        {"prompt": text, "response": answer.text if i < 2 else "gives"}
+        for i, (text, answer) in enumerate(zip(questions, answers, strict=True))
+    ]
+    split = text_dataset([*rows, {"prompt": "Red " * 60, "response": "gives"}, {"prompt": "not asked", "response": "gives"}])
+    path = tmp_path / "answers.jsonl"
+    path.write_text("of another run")
+    measured = write_generated(responder, split, path, rows=6)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(6))
+    assert [line["answer"] for line in lines[:5]] == [answer.text for answer in answers]
+    assert [line["reference"] for line in lines[:5]] == [row["response"] for row in rows]
+    assert [line["act_steps"] for line in lines[:5]] == [answer.act_steps for answer in answers]
+    assert "error" in lines[5] and not list(tmp_path.glob("*.partial"))
+    tokens = sum(len(answer.act_steps) for answer in answers)
+    assert measured["count"] == 5 and measured["longer_than_context"] == 1 and measured["exact_accuracy"] == 2 / 5
+    assert measured["mean_act_steps"] == pytest.approx(sum(sum(answer.act_steps) for answer in answers) / tokens)
+    assert measured["log_probability_per_token"] == pytest.approx(sum(answer.log_probability for answer in answers) / tokens)
+
+
+def test_without_a_row_that_fits_there_is_nothing_to_measure(
+    text_dataset: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    responder = Responder(model, tiny_tokenizer, Template(), 8, Options(4, 3), rows=2, kv_budget_gb=1.0)
+    split = text_dataset([{"prompt": "Red " * 20, "response": "gives"}])
+    measured = write_generated(responder, split, tmp_path / "answers.jsonl", rows=1)
+    assert measured == {
+        "count": 0, "exact_accuracy": None, "mean_act_steps": None, "log_probability_per_token": None, "longer_than_context": 1,
+    }  # fmt: skip

@@ -1,0 +1,83 @@
+"""halting.json in a checkpoint folder: scale and shift that make the halting logit at each depth a probability to rely on.
+
+It belongs to one set of weights and says which. How it is fitted (evaluators/calibration.py) is not known here.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.checkpoint import Checkpoint
+from config.errors import UsageError
+
+FILE_NAME = "halting.json"
+FORMAT_VERSION = 1
+_MAKE_IT_AGAIN = "delete the file, and run scripts/calibrate_halting.py if you want it anew"
+
+
+@dataclass(frozen=True)
+class HaltingCalibration:
+    """sigmoid(scale * halting logit + shift) is the probability that the argmax is right; one entry for each depth 1..N."""
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+
+def read_halting_calibration(checkpoint: Checkpoint) -> HaltingCalibration | None:
+    """The calibration in the checkpoint's folder, or None. Raises UsageError if it is damaged or was made for other weights."""
+    path = checkpoint.folder / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can't be read: {error}; {_MAKE_IT_AGAIN}") from error
+    if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+        raise UsageError(f"{path} is not a halting calibration of format {FORMAT_VERSION}; {_MAKE_IT_AGAIN}")
+    if values.get("weights_sha256") != checkpoint.weights_sha256(ema=True):
+        raise UsageError(f"{path} was made for other weights than those beside it; {_MAKE_IT_AGAIN}")
+    depths = checkpoint.config.arch.halt_max_steps
+    return HaltingCalibration(*(_numbers(path, key, values.get(key), depths) for key in ("scale", "shift")))
+
+
+def write_halting_calibration(
+    checkpoint: Checkpoint, calibration: HaltingCalibration, measured: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the calibration of the weights that are used (the average if there is one), whole or not at all; returns its path.
+
+    One that was made for the same weights is replaced. `measured` goes into the file for its readers; the program doesn't read it.
+    Raises UsageError if the file there is damaged or belongs to other weights, or if it can't be written.
+    """
+    read_halting_calibration(checkpoint)
+    path = checkpoint.folder / FILE_NAME
+    values = {
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": checkpoint.weights_sha256(ema=True),
+        "scale": calibration.scale,
+        "shift": calibration.shift,
+        "measured": measured or {},
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    try:
+        with tempfile.TemporaryDirectory(dir=checkpoint.folder, prefix=f".{FILE_NAME}-") as folder:
+            partial = Path(folder) / FILE_NAME
+            with partial.open("w") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}; make the checkpoint's folder writable") from error
+    return path
+
+
+def _numbers(path: Path, key: str, found: object, depths: int) -> tuple[float, ...]:
+    is_list = isinstance(found, Sequence) and not isinstance(found, str) and len(found) == depths
+    if not is_list or not all(type(number) in (int, float) and math.isfinite(number) for number in found):  # type: ignore[attr-defined]
+        raise UsageError(f"{path}: expected {depths} finite numbers under {key}, found {found!r:.80}; {_MAKE_IT_AGAIN}")
+    return tuple(float(number) for number in found)  # type: ignore[attr-defined]

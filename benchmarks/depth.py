@@ -1,0 +1,321 @@
+"""What depth costs and gives at use: answers of a trained model at fixed numbers of ACT steps and with halting thresholds.
+
+    python benchmarks/depth.py --checkpoint checkpoints/<project>/<run>/step_<N> [--thresholds 0.8 0.9 --rows 300]
+
+All settings answer the same questions of the bundled data's test split, in turns, each round all of them, with the checkpoint's
+other generation settings (greedy unless they say otherwise). Shown are exact answers with 95 % intervals, over all and by family;
+tokens per second of wall time, prompts included; ACT steps a generated token (an answer's first one comes out of the prompt, which
+takes all steps); and how far the halting probability is off at each depth. The setting to use is chosen on these same answers.
+Markdown on stdout, the last line is JSON. Knows no training.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from artifacts.checkpoint import open_checkpoint
+from benchmarks.common import use_threads
+from config.compose import override_config
+from config.errors import UsageError, one_clear_message
+from config.schema import PretrainInstructConfig
+from dataset.instruct import last_exchange, open_instruct_split
+from dataset.text.conversation import Conversation
+from dataset.text.loader import TextDataset
+from evaluators.answers import Score, is_exact, score_answers, wilson_lower_bound
+from evaluators.calibration import record_halting, reliability
+from generation.answers import Answer, Responder
+from generation.loading import load_responder
+from models.device import keep_freed_memory
+
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+# An adaptive setting may lose so much of the best fixed depth's accuracy.
+MARGIN = 0.005
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and what is right; parallel lists."""
+
+    histories: list[Conversation]
+    references: list[str]
+    families: list[str]
+
+
+@dataclass
+class Setting:
+    """One depth at use, and what came of it."""
+
+    act_steps: int
+    threshold: float | None
+    seconds: list[float] = field(default_factory=list)
+    """Of each round."""
+    answers: list[Answer] = field(default_factory=list)
+    """Of the last round."""
+
+    @property
+    def name(self) -> str:
+        """As it stands in the tables."""
+        if self.threshold is not None:
+            return f"threshold {self.threshold:g}"
+        return f"{self.act_steps} ACT step{'s' if self.act_steps > 1 else ''}"
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of a round, EOS included."""
+        return sum(len(answer.act_steps) for answer in self.answers)
+
+    @property
+    def mean_act_steps(self) -> float:
+        """ACT steps of a generated token."""
+        return sum(sum(answer.act_steps) for answer in self.answers) / self.tokens
+
+    @property
+    def tokens_per_second(self) -> list[float]:
+        """Of each round."""
+        return [self.tokens / seconds for seconds in self.seconds]
+
+    def right(self, questions: Questions) -> list[bool]:
+        """Whether each answer is exact."""
+        return [is_exact(reference, answer.text) for reference, answer in zip(questions.references, self.answers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The adaptive setting to use, against the best fixed depth."""
+
+    adaptive: Setting | None
+    """The fastest within `MARGIN`; None: none is."""
+    best_fixed: Setting
+
+
+def choose(settings: Sequence[Setting], questions: Questions) -> Choice:
+    """The fixed depth with the most exact answers (of equals the shallowest), and the fastest threshold that is within `MARGIN`."""
+    right = {id(setting): sum(setting.right(questions)) for setting in settings}
+    fixed = [setting for setting in settings if setting.threshold is None]
+    best = max(fixed, key=lambda setting: (right[id(setting)], -setting.act_steps))
+    least = right[id(best)] - MARGIN * len(questions.references)
+    good = [setting for setting in settings if setting.threshold is not None and right[id(setting)] >= least]
+    return Choice(max(good, key=lambda setting: statistics.median(setting.tokens_per_second), default=None), best)
+
+
+def ask(split: TextDataset, responder: Responder, rows: int) -> Questions:
+    """The last questions of the first `rows` rows that leave room for an answer. Raises UsageError if there is none."""
+    questions = Questions([], [], [])
+    for index in range(rows):
+        history, reference = last_exchange(split.conversation(index))
+        if responder.fits(history):
+            questions.histories.append(history)
+            questions.references.append(reference)
+            questions.families.append(str(split.row(index).get("task", "no task")))
+    if not questions.histories:
+        raise UsageError(
+            f"no question of the test split leaves room for an answer in {responder.context} tokens: raise dataset.seq_len"
+        )
+    return questions
+
+
+def measure(responder: Responder, questions: Questions, settings: Sequence[Setting], rounds: int) -> None:
+    """Let every setting answer every question, in turns, `rounds` times. Fills the settings."""
+    warm_up = questions.histories[: responder.rows]
+    for setting in settings:
+        responder.at_depth(setting.act_steps, setting.threshold).answers(warm_up)
+    for _, setting in tqdm([(r, setting) for r in range(rounds) for setting in settings], desc="answering", unit="setting"):
+        at_depth = responder.at_depth(setting.act_steps, setting.threshold)
+        started = time.perf_counter()
+        setting.answers = at_depth.answers(questions.histories)
+        setting.seconds.append(time.perf_counter() - started)
+
+
+def calibration(responder: Responder, split: TextDataset, config: PretrainInstructConfig, rows: int) -> list[dict[str, Any]]:
+    """How far the halting probability is off at each depth, on the rows that scripts/calibrate_halting.py doesn't fit on."""
+    records = record_halting(
+        responder.model,
+        split,
+        batch_size=config.global_batch_size,
+        act_steps=responder.options.act_steps,
+        limit=rows,
+        pad_multiple=config.pad_multiple,
+    )
+    found = []
+    for record, (scale, shift) in zip(records, responder.model.halt_calibration.T.tolist(), strict=False):
+        measured = record.to_measure_on()
+        as_used = reliability(measured, scale, shift)
+        found.append({**dataclasses.asdict(as_used), "ece_uncalibrated": reliability(measured).ece})
+    return found
+
+
+def upper_95(score: Score) -> float:
+    """The upper end of Wilson's interval: the lower one of the wrong answers, seen from 1."""
+    return 1 - wilson_lower_bound(round((1 - score["accuracy"]) * score["count"]), score["count"])
+
+
+def with_interval(score: Score) -> str:
+    """Percent exact and the ends of its 95 % interval."""
+    return f"{score['accuracy']:.1%} [{score['lower_95']:.1%}, {upper_95(score):.1%}]".replace("%", "")
+
+
+def speed_ratio(setting: Setting, to: Setting) -> list[float]:
+    """Tokens per second over those of `to`, of each round: median, least, most."""
+    ratios = [ours / theirs for ours, theirs in zip(setting.tokens_per_second, to.tokens_per_second, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
+
+
+def report(settings: Sequence[Setting], questions: Questions, choice: Choice, by_depth: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the tables show, for a machine."""
+    rows = []
+    for setting in settings:
+        scores = score_answers(questions.families, questions.references, [answer.text for answer in setting.answers])
+        rows.append(
+            {
+                "name": setting.name,
+                "act_steps": setting.act_steps,
+                "threshold": setting.threshold,
+                "overall": {**scores["overall"], "upper_95": upper_95(scores["overall"])},
+                "families": {name: {**score, "upper_95": upper_95(score)} for name, score in scores["families"].items()},
+                "mean_act_steps": setting.mean_act_steps,
+                "tokens": setting.tokens,
+                "tokens_per_second": setting.tokens_per_second,
+                "ratio_to_best_fixed": speed_ratio(setting, choice.best_fixed),
+            }
+        )
+    return {"settings": rows, "chosen": chosen(choice, questions), "calibration": list(by_depth)}
+
+
+def chosen(choice: Choice, questions: Questions) -> dict[str, Any]:
+    """The chosen setting beside the best fixed depth, question by question."""
+    found: dict[str, Any] = {"best_fixed": choice.best_fixed.name, "margin": MARGIN, "setting": None}
+    if choice.adaptive is not None:
+        pairs = list(zip(choice.adaptive.right(questions), choice.best_fixed.right(questions), strict=True))
+        found |= {
+            "setting": choice.adaptive.name,
+            "ratio": speed_ratio(choice.adaptive, choice.best_fixed)[0],
+            "gained": sum(ours and not theirs for ours, theirs in pairs),
+            "lost": sum(theirs and not ours for ours, theirs in pairs),
+        }
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables, and the choice in a sentence or two."""
+    settings, picked = found["settings"], found["chosen"]
+    lines = [
+        "| setting | % exact [95 % interval] | ACT steps a token | tokens/s (least to most) | speed to the best fixed depth |",
+        "|---|---|---|---|---|",
+    ]
+    for row in settings:
+        speeds = row["tokens_per_second"]
+        lines.append(
+            f"| {row['name']} | {with_interval(row['overall'])} | {row['mean_act_steps']:.2f} "
+            f"| {statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f}) | {row['ratio_to_best_fixed'][0]:.2f} |"
+        )
+    lines += [
+        "",
+        "| % exact [95 % interval] | answers | " + " | ".join(row["name"] for row in settings) + " |",
+        "|---" * (len(settings) + 2) + "|",
+    ]
+    for family, score in settings[0]["families"].items():
+        cells = " | ".join(with_interval(row["families"][family]) for row in settings)
+        lines.append(f"| {family} | {score['count']} | {cells} |")
+    lines += [
+        "",
+        "| ACT steps | tokens | argmax right | mean halting probability | ECE | ECE uncalibrated |",
+        "|---|---|---|---|---|---|",
+    ]
+    for depth, row in enumerate(found["calibration"], 1):
+        lines.append(
+            f"| {depth} | {row['tokens']} | {row['accuracy']:.1%} | {row['predicted']:.1%} "
+            f"| {row['ece']:.2%} | {row['ece_uncalibrated']:.2%} |"
+        )
+    by_name = {row["name"]: row for row in settings}
+
+    def told(label: str, row: dict[str, Any]) -> str:
+        ratio, least, most = row["ratio_to_best_fixed"]
+        speed = f"{ratio:.2f} times the best fixed depth's speed ({least:.2f} to {most:.2f} over the rounds)"
+        steps = f"{row['mean_act_steps']:.2f} ACT steps a token"
+        return f"- {label}: {row['name']}, {with_interval(row['overall'])} % exact, {steps}, {speed}"
+
+    lines += ["", told("best fixed depth", by_name[picked["best_fixed"]]), told("depth 1", settings[0])]
+    if picked["setting"] is None:
+        lines.append(f"- chosen: none, no threshold is within {MARGIN * 100:g} points of the best fixed depth")
+    else:
+        changed = f"{picked['gained']} answers gained, {picked['lost']} lost"
+        lines.append(f"{told('chosen', by_name[picked['setting']])}; {changed}")
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="folder checkpoints/<project>/<run>/step_<N>")
+    add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="halting thresholds, beside the fixed depths")
+    add("--rows", type=int, help="only the first rows of the test split, so many of them")
+    add("--rounds", type=int, default=3, help="times that every setting answers every question")
+    add("--threads", type=int, help="threads of a computation; default: torch's own choice")
+    add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
+    add("--output", type=Path, help="also write the JSON to this file")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        raise UsageError(f"--rounds {arguments.rounds}: expected at least 1")
+    if arguments.rows is not None and arguments.rows < 2:
+        raise UsageError(f"--rows {arguments.rows}: expected at least 2, because calibration is measured on every other row")
+    wrong = [threshold for threshold in arguments.thresholds if not 0 < threshold < 1]
+    if wrong:
+        raise UsageError(f"--thresholds {wrong[0]:g}: expected probabilities above 0 and below 1")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise UsageError(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
+    return arguments
+
+
+def main() -> None:
+    """Load, measure, choose, print."""
+    arguments = parse_arguments()
+    threads = use_threads(arguments.threads)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    config = override_config(checkpoint.config, arguments.overrides)
+    if config.dataset.source != "sample":
+        raise UsageError(
+            f"the depth table needs answers that are right or wrong: those of the bundled data have one, and dataset.source is "
+            f"{config.dataset.source}; train on dataset=sample, or take inference_instruct.py's by_act_step for text"
+        )
+    split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, "test")
+    rows = min(len(split), arguments.rows or len(split))
+    responder = load_responder(checkpoint, config)
+    deepest = responder.options.act_steps
+    settings = [Setting(depth, None) for depth in range(1, deepest + 1)]
+    settings += [Setting(deepest, threshold) for threshold in sorted(set(arguments.thresholds))]
+    questions = ask(split, responder, rows)
+    measure(responder, questions, settings, arguments.rounds)
+    found = {
+        **report(settings, questions, choose(settings, questions), calibration(responder, split, config, rows)),
+        "checkpoint": str(arguments.checkpoint),
+        "questions": len(questions.histories),
+        "longer_than_context": rows - len(questions.histories),
+        "batch_size": responder.rows,
+        "dtype": responder.model.config.forward_dtype,
+        "threads": threads,
+        "rounds": arguments.rounds,
+        "torch": torch.__version__,
+    }
+    print(markdown(found))
+    print(json.dumps(found))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    with one_clear_message():
+        main()
