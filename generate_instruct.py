@@ -1,15 +1,24 @@
 """Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N> --message "..."`.
 
-Everything else comes from the checkpoint; flags and --overrides go on top.
+`--chat` talks on and on instead, `--input FILE --output FILE` answers a file. Everything else comes from the checkpoint; flags and
+--overrides go on top.
 """
 
 import argparse
+import contextlib
+import functools
+import json
+import math
+import sys
+from pathlib import Path
 
 from artifacts.checkpoint import open_checkpoint
-from config.compose import add_model_arguments, settings_for_use
+from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message
-from dataset.text.conversation import Turn, with_default_system
-from generation.answers import AnswerToken
+from dataset.text.conversation import Conversation, Turn, with_default_system
+from generation.answers import Piece, Responder
+from generation.batch import Asked, answer_file, answers_in_order, positions_needed
+from generation.chat import Chat, is_text
 from generation.loading import load_responder
 from models.device import keep_freed_memory
 
@@ -17,46 +26,90 @@ _SHOWN_CANDIDATES = 5
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line of this door."""
+    """The command line of this door. Raises UsageError for flags that don't go together."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--message", required=True, help="what the user says")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--message", help="what the user says; the answer is printed as it forms")
+    what.add_argument("--chat", action="store_true", help="talk, with a history; /help tells the commands")
+    what.add_argument("--input", type=Path, metavar="FILE", help="answer each row of a .jsonl, .json, .jsonl.zst or .parquet file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="with --input: the answers, as JSON lines; resumes after a kill"
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="with --message: answer it N times")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("-V", "--verbose", action="store_true", help="show each decoding step with its most probable tokens")
+    shown.add_argument("--json", action="store_true", help="with --message: a JSON object for each answer, and nothing else")
     parser.add_argument("--system-message", help="system turn; default: the one the model was trained with, if any")
-    parser.add_argument("--max-output-tokens", type=int, help="longest answer; default: half of dataset.seq_len")
-    parser.add_argument("-V", "--verbose", action="store_true", help="show each decoding step with its most probable tokens")
-    return parser.parse_args()
+    add_sampling_arguments(parser)
+    arguments = parser.parse_args()
+    given = {name for name, value in vars(arguments).items() if value is not None and value is not False}
+    needs = (("samples", "message"), ("json", "message"), ("verbose", "message"), ("output", "input"), ("input", "output"))
+    for flag, other in needs:
+        if flag in given and other not in given:
+            raise UsageError(f"--{flag} goes with --{other}: give both")
+    if arguments.samples is not None and arguments.samples < 1:
+        raise UsageError(f"--samples {arguments.samples}: expected at least 1")
+    if arguments.message is not None and not arguments.message.strip():
+        raise UsageError("--message is empty: there is nothing to answer")
+    for flag, text in (("--message", arguments.message), ("--system-message", arguments.system_message)):
+        if not is_text(text or ""):
+            raise UsageError(f"{flag} is not valid UTF-8 text: check the terminal's encoding")
+    return arguments
 
 
-def show(step: int, token: AnswerToken) -> None:
+def show(responder: Responder, step: int, piece: Piece) -> None:
     """One decoding step: the token taken, its ACT steps, and what else was probable."""
-    candidates = "  ".join(f"{c.piece!r} {c.probability:.3f}" for c in token.candidates)
-    print(f"{step:4d}  {token.piece!r}  ({token.act_steps} ACT steps)  {candidates}")
+    name, token = responder.tokenizer.piece, piece.token
+    candidates = "  ".join(f"{name(rival)!r} {math.exp(logp):.3f}" for rival, logp in token.candidates)
+    print(f"{step:4d}  {name(token.id)!r}  ({token.act_steps} ACT steps)  {candidates}", flush=True)
+
+
+def answer_message(responder: Responder, conversation: Conversation, arguments: argparse.Namespace) -> None:
+    """Print the answer, or the answers, in the form that was asked for."""
+    samples = arguments.samples or 1
+    if samples > 1 and responder.options.sampling.temperature == 0:
+        raise UsageError(f"--samples {samples} at temperature 0 would be the same answer {samples} times: set --temperature")
+    if samples > 1 and arguments.verbose:
+        raise UsageError(f"-V shows the steps of one answer: leave it or --samples {samples} out")
+    if arguments.json or samples > 1:
+        responder.prompt(conversation)  # tells a message that is too long
+        _, positions = positions_needed(responder, [conversation])
+        asked = (Asked(conversation, sample=sample) for sample in range(samples))
+        records = answers_in_order(responder, asked, rows=min(responder.rows, samples), positions=positions)
+        for number, record in enumerate(records, 1):
+            print(json.dumps(record) if arguments.json else f"[{number} of {samples}]\n{record['answer']}", flush=True)
+    elif arguments.verbose:
+        said = ""
+        for step, piece in enumerate(responder.with_options(top=_SHOWN_CANDIDATES).stream(conversation), 1):
+            show(responder, step, piece)
+            said += piece.text
+        print(said)
+    else:
+        for piece in responder.stream(conversation):
+            print(piece.text, end="", flush=True)
+        print()
 
 
 def main() -> None:
     """Load, answer, print."""
     arguments = parse_arguments()
-    if not arguments.message.strip():
-        raise UsageError("--message is empty: there is nothing to answer")
-    if arguments.max_output_tokens is not None and arguments.max_output_tokens < 1:
-        raise UsageError(f"--max-output-tokens {arguments.max_output_tokens}: expected at least 1")
-    for flag, text in (("--message", arguments.message), ("--system-message", arguments.system_message or "")):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError(f"{flag} is not valid UTF-8 text: check the terminal's encoding")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings_for_use(checkpoint.config, arguments)
     responder = load_responder(checkpoint, config)
-    system = arguments.system_message if arguments.system_message is not None else config.dataset.default_system_prompt
-    conversation = with_default_system((Turn("user", arguments.message),), system)
-    limit = arguments.max_output_tokens or config.answer_limit
-    if arguments.verbose:
-        tokens = []
-        for step, token in enumerate(responder.stream(conversation, max_output_tokens=limit, top=_SHOWN_CANDIDATES), 1):
-            show(step, token)
-            tokens.append(token.id)
-        print(responder.text(tokens))
+    system = config.dataset.default_system_prompt if arguments.system_message is None else arguments.system_message
+    if arguments.chat:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and a history)
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are told, not a traceback
+        Chat(responder, input, sys.stdout, system).run()
+    elif arguments.input is not None:
+        tell = functools.partial(print, file=sys.stderr)
+        count = answer_file(responder, arguments.input, arguments.output, system=system, tell=tell)
+        tell(f"{count} rows: {arguments.output}")
     else:
-        print(responder.answers([conversation], max_output_tokens=limit, batch_size=1)[0].text)
+        answer_message(responder, with_default_system((Turn("user", arguments.message),), system), arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N>`.
 
-Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family. Writes metrics.json.
+Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family; with --generate all generated
+answers as JSON lines. Writes metrics.json.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from config.compose import add_model_arguments, override_config, settings_for_us
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
 from dataset.instruct import open_instruct_split
-from evaluators.generated import evaluate_generated
+from evaluators.generated import evaluate_generated, write_generated
 from evaluators.language import DepthOutput, evaluate_language
 from generation.loading import load_responder
 from models.device import keep_freed_memory
@@ -42,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY",
         help=f"tensors to keep, of {', '.join(OUTPUT_FILL)}",
     )
+    add("--generate", action="store_true", help="also generate an answer to each row, into answers_<split>.jsonl")
+    add("--max-generated", type=int, metavar="N", help="with --generate: the first N rows only")
     add("--data-dir", help="folder of the data; default: that of the run")
     add("--subset-size", type=int, help="rows of the split; default: that of the run")
     add("--seq-len", type=int, help="longest row; default: that of the run")
@@ -84,8 +87,11 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path) 
 def main() -> None:
     """Load, measure, write, print."""
     arguments = parse_arguments()
-    if arguments.max_batches is not None and arguments.max_batches < 1:
-        raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
+    for flag, value in (("--max-batches", arguments.max_batches), ("--max-generated", arguments.max_generated)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} {value}: expected at least 1")
+    if arguments.max_generated is not None and not arguments.generate:
+        raise UsageError("--max-generated goes with --generate: give both")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
     split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, arguments.split)
@@ -101,19 +107,20 @@ def main() -> None:
         split,
         eos_id=checkpoint.tokenizer.eos_id,
         batch_size=config.global_batch_size,
-        act_steps=responder.act_steps,
-        halt_threshold=responder.halt_threshold,
+        act_steps=responder.options.act_steps,
+        halt_threshold=responder.options.halt_threshold,
         max_batches=arguments.max_batches,
         pad_multiple=config.pad_multiple,
         on_output=keep if saved.keys else None,
         progress=partial(tqdm, desc=arguments.split, unit="batch"),
     )
     metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "split": arguments.split, **result.report()}
+    rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
     if config.dataset.source == "sample":
-        rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
-        metrics["answers"] = evaluate_generated(
-            responder, split, rows=rows, max_output_tokens=config.answer_limit, batch_size=config.global_batch_size
-        )
+        metrics["answers"] = evaluate_generated(responder, split, rows=rows)
+    if arguments.generate:
+        path = folder / f"answers_{arguments.split}.jsonl"
+        metrics["generated"] = write_generated(responder, split, path, rows=min(rows, arguments.max_generated or rows))
     if saved.keys:
         saved.write(folder / f"outputs_{arguments.split}.safetensors")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

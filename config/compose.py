@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig, no_such_key, parse_config
+from config.schema import GenerationConfig, PretrainInstructConfig, no_such_key, parse_config
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
 
@@ -69,6 +69,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--halt-threshold", type=float, help="a token stops early when its halting probability passes this")
 
 
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of doors that generate: each sets the key generation.* of its name, and defaults to it."""
+    add = parser.add_argument
+    add("--max-output-tokens", type=int, metavar="N", help="longest answer; default: half of dataset.seq_len")
+    add("--temperature", type=float, help="0: always the most probable token; above: draw, the flatter the higher")
+    add("--top-k", type=int, metavar="K", help="draw among the K most probable tokens only")
+    add("--top-p", type=float, metavar="P", help="draw among the fewest tokens that together have this probability")
+    add("--min-p", type=float, metavar="P", help="draw among tokens of at least this share of the most probable one's probability")
+    add("--repetition-penalty", type=float, help="above 1: makes tokens less probable that were there before")
+    add("--seed", type=int, help="seed of the draws")
+    add("--stop", action="append", metavar="TEXT", help="the answer ends before this text; may be given again")
+
+
 def settings_for_use(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
     """The settings a checkpoint is used with: its own, then `--config-name`, then `--overrides`, then single flags."""
     if any(override.startswith("dataset.tokenizer_path=") for override in arguments.overrides):
@@ -76,9 +89,10 @@ def settings_for_use(trained: PretrainInstructConfig, arguments: argparse.Namesp
     config = trained
     if arguments.config_name is not None:
         config = compose_config(arguments.config_name).model_copy(update={"arch": trained.arch})
-    flags = {"generation.act_steps": arguments.act_steps, "generation.halt_threshold": arguments.halt_threshold}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return override_config(config, [*arguments.overrides, *given])
+    values = override_config(config, arguments.overrides).model_dump()
+    # A flag named like a key generation.* sets it, as it stands: a text given to --stop may look like anything.
+    flags = {key: value for key, value in vars(arguments).items() if key in GenerationConfig.model_fields and value is not None}
+    return parse_config({**values, "generation": {**values["generation"], **flags}})
 
 
 def _scalar(text: str) -> Any:

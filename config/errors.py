@@ -1,9 +1,12 @@
-"""The one exception that is meant for the person at the keyboard, and how a door shows it.
+"""The one exception that is meant for the person at the keyboard, and how a door shows it and other endings that are no fault.
 
 Rooms raise `UsageError` where the cause is known; doors turn it into one message and a non-zero exit.
 """
 
 import contextlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -14,9 +17,28 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def one_clear_message() -> Iterator[None]:
-    """Print a `UsageError` as `error: ...` on stderr and exit with status 2, without a traceback."""
+    """Print a `UsageError` as `error: ...` on stderr and exit with status 2, without a traceback.
+
+    Ctrl-C, and a stdout that nobody reads any more (`... | head -1`), end the program without a word, with the status that the
+    signals SIGINT and SIGPIPE have in a shell.
+    """
     try:
         yield
+        print(end="", flush=True)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        if not _is_closed_at_the_other_end(sys.stdout.fileno()):
+            raise
+        # Or the interpreter would try once more on its way out, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _is_closed_at_the_other_end(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -1,0 +1,158 @@
+"""A conversation at a terminal: lines in, answers out as they form, with a history and a few commands.
+
+Knows the streams it is given; nothing of flags, terminals or training.
+"""
+
+from collections.abc import Callable
+from typing import TextIO
+
+from config.errors import UsageError
+from dataset.text.conversation import Conversation, Turn, with_default_system
+from generation.answers import Answer, Responder
+from generation.engine import cache_bytes
+
+HELP = """\
+/reset        forget what was said
+/system TEXT  tell the model this before the conversation; without TEXT, nothing
+/depth K      every token takes K ACT steps
+/depth P      with P between 0 and 1, a token stops when its halting probability passes P
+/help         this
+/quit         leave; so do Ctrl-D and, at the prompt, Ctrl-C
+Ctrl-C during an answer stops it; what was said stays part of the conversation.
+A line that begins with a blank is a message, whatever follows."""
+
+
+class Chat:
+    """One conversation. When it outgrows the context its oldest exchanges are dropped, and that is said."""
+
+    def __init__(self, responder: Responder, read: Callable[[str], str], output: TextIO, system: str | None = None) -> None:
+        """`read` shows a prompt and returns a line without its end, or raises EOFError, as the built-in `input` does."""
+        self._responder = responder
+        self._most_act_steps = responder.model.config.halt_max_steps
+        self._read = read
+        self._output = output
+        self._system = system
+        self.history: Conversation = ()
+        """Turns so far, without the system turn."""
+
+    def run(self) -> None:
+        """Talk until /quit, the end of the input, or Ctrl-C at the prompt."""
+        responder = self._responder
+        size = cache_bytes(responder.model, self._most_act_steps, 1, responder.context) / 1e6
+        self._say(f"context of {responder.context} tokens, up to {size:.1f} MB of keys and values; /help tells the commands")
+        try:
+            while self._take(self._read("> ")):
+                pass
+        except (EOFError, KeyboardInterrupt):
+            self._write("\n")
+
+    def _take(self, line: str) -> bool:
+        """Do what a line asks for. Returns whether the conversation goes on."""
+        command, _, rest = line.partition(" ")
+        if not is_text(line):
+            self._say("this is not valid UTF-8 text: check the terminal's encoding")
+        elif command == "/quit":
+            return False
+        elif line.startswith("/"):
+            self._command(command, rest.strip())
+        elif line.strip():
+            self._answer(line.strip())
+        return True
+
+    def _command(self, command: str, rest: str) -> None:
+        if command == "/help":
+            self._write(HELP + "\n")
+        elif command == "/reset":
+            self.history = ()
+            self._say("a new conversation")
+        elif command == "/system":
+            self._system = rest
+            self._say("a new system turn" if rest else "no system turn")
+        elif command == "/depth":
+            self._depth(rest)
+        else:
+            self._say(f"{command} is no command; /help tells them")
+
+    def _depth(self, text: str) -> None:
+        options = self._responder.options
+        try:
+            depth = float(text)
+        except ValueError:
+            depth = 0.0
+        if 0 < depth < 1:
+            self._responder = self._responder.at_depth(self._most_act_steps, depth)
+            self._say(
+                f"a token stops when its halting probability passes {depth:g}, after {self._most_act_steps} ACT steps at most"
+            )
+        elif depth in range(1, self._most_act_steps + 1):
+            self._responder = self._responder.at_depth(int(depth))
+            self._say(f"{int(depth)} ACT steps a token")
+        else:
+            threshold = f", halting threshold {options.halt_threshold:g}" if options.halt_threshold else ""
+            self._say(
+                f"/depth takes 1 to {self._most_act_steps} ACT steps, or a halting threshold between 0 and 1; "
+                f"it is {options.act_steps}{threshold}"
+            )
+
+    def _answer(self, message: str) -> None:
+        turns = self._within_context((*self.history, Turn("user", message)))
+        if turns is None:
+            return
+        said = ""
+        answer: Answer | None = None
+        try:
+            for piece in self._responder.stream(self._with_system(turns)):
+                said += piece.text
+                self._write(piece.text)
+                answer = piece.answer
+        except KeyboardInterrupt:
+            self._write("\n")
+            if not said:
+                self._say("stopped before a word was said: the message is withdrawn")
+                return
+            self._say("stopped; what was said stays in the conversation")
+        except UsageError as error:  # no room for its keys and values: another /depth may need less
+            self._say(str(error))
+            return
+        else:
+            self._write("\n")
+            if answer is not None and answer.finish == "length":
+                self._say(f"cut off after {len(answer.act_steps)} tokens")
+        self.history = (*turns, Turn("assistant", said))
+
+    def _within_context(self, turns: Conversation) -> Conversation | None:
+        """`turns` without its oldest exchanges, which leave an answer too little room; None if the message alone is too long."""
+        context = self._responder.context
+        # An answer of a few tokens is of no use: a quarter of the context is kept for it, as far as dropping exchanges helps.
+        room = context - min(self._responder.options.max_output_tokens, context // 4) + 1
+        dropped = 0
+        while len(turns) > 1 and self._responder.prompt_length(self._with_system(turns)) > room:
+            # An exchange: a user's turn and the answer to it.
+            turns, dropped = turns[2:], dropped + 1
+        try:
+            self._responder.prompt(self._with_system(turns))
+        except UsageError as error:
+            self._say(str(error))
+            return None
+        if dropped:
+            self._say(
+                f"the conversation has outgrown the context of {context} tokens: the oldest {dropped} of its "
+                f"{dropped + len(turns) // 2} exchanges are forgotten; /reset begins anew"
+            )
+        return turns
+
+    def _with_system(self, turns: Conversation) -> Conversation:
+        return with_default_system(turns, self._system)
+
+    def _say(self, text: str) -> None:
+        """What the program says, set apart from what the model does."""
+        self._write(f"({text})\n")
+
+    def _write(self, text: str) -> None:
+        self._output.write(text)
+        self._output.flush()
+
+
+def is_text(line: str) -> bool:
+    """Whether a line has no half of a surrogate pair, which is how bytes that are no UTF-8 arrive."""
+    return not any("\ud800" <= character <= "\udfff" for character in line)
