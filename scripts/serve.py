@@ -1,0 +1,484 @@
+"""A trained model behind OpenAI's HTTP API, and a page to chat: `python scripts/serve.py --checkpoint DIR`, then http://127.0.0.1:8000.
+
+HTTP only: who may ask, how much, which status. Shapes are scripts/chat_completions.py's; waiting, limits of time and the model are
+generation/service.py's.
+"""
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+    from starlette.types import ASGIApp, Receive, Scope, Send
+except ImportError as missing:
+    sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-serve.txt`")
+
+from artifacts.checkpoint import open_checkpoint
+from config.compose import add_model_arguments, settings_for_use
+from config.errors import UsageError, one_clear_message
+from generation.loading import load_responder
+from generation.service import Broken, Closed, Full, Part, Service, ServiceError, TimedOut
+from models.device import keep_freed_memory
+from scripts.chat_completions import ApiError, Completion, invalid, parse_request
+
+PAGE = Path(__file__).with_name("serve_page.html")
+KEY_VARIABLE = "TRM_API_KEY"
+# A client that takes longer to send its request, or to read a piece of its answer, is given up.
+_SLOWEST_CLIENT_SECONDS = 30.0
+# Below the usual limit of 1024 open files a process.
+_MOST_CONNECTIONS = 900
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask for how much."""
+
+    model: str
+    """The name that requests give the model."""
+    api_key: str | None = None
+    any_host: bool = False
+    """Without a key: whether names other than the loopback's are answered to."""
+    default_system: str | None = None
+    max_request_bytes: int = 256 * 1024
+
+
+def make_app(service: Service, access: Access) -> Starlette:
+    """The HTTP application. `service` is its caller's to close."""
+    api = _Api(service, access)
+    return Starlette(
+        routes=[
+            Route("/", api.page),
+            Route("/health", api.health),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name:path}", api.model),
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        ],
+        middleware=[Middleware(_Gate, access=access)],
+        exception_handlers={
+            ApiError: _on_error,
+            ServiceError: _on_error,
+            HTTPException: _on_error,
+            Exception: _on_error,
+            ClientDisconnect: _on_disconnect,
+        },
+    )
+
+
+class _Gate:
+    """Refuses requests without the key and, where there is none, those that a foreign web page sent."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (self._app if refusal is None else _error_response(refusal))(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._access.api_key is not None:
+            expected = f"Bearer {self._access.api_key}".encode()
+            given = headers.get(b"authorization", b"")
+            if scope["path"].startswith("/v1/") and not hmac.compare_digest(given, expected):
+                return ApiError(401, "wrong or no API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
+        elif not self._access.any_host and not _is_loopback(_host_name(headers.get(b"host", b"").decode("latin-1"))):
+            # A web page whose name was made to point to this machine would be of the same origin as the server.
+            return ApiError(403, "a server without an API key answers only to localhost, 127.0.0.1 and [::1]", code="wrong_host")
+        return None
+
+
+class _Api:
+    """The endpoints."""
+
+    def __init__(self, service: Service, access: Access) -> None:
+        self._service = service
+        self._access = access
+        self._created = int(time.time())
+        self._html, self._html_headers = _page(
+            {
+                "model": access.model,
+                "needsKey": access.api_key is not None,
+                "actSteps": service.responder.options.act_steps,
+                "haltThreshold": service.responder.options.halt_threshold,
+                "temperature": service.responder.options.sampling.temperature,
+                "context": service.responder.context,
+            }
+        )
+
+    async def page(self, _: Request) -> Response:
+        return HTMLResponse(self._html, headers=self._html_headers)
+
+    async def health(self, _: Request) -> Response:
+        service = self._service
+        about = {"status": "ok", "model": self._access.model, "pending": service.pending, "capacity": service.capacity}
+        if service.refusal is None:
+            return JSONResponse(about)
+        status = "failed" if isinstance(service.refusal, Broken) else "stopping"
+        return JSONResponse({**about, "status": status, "message": str(service.refusal)}, 503)
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about_model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._about_model())
+
+    async def chat(self, request: Request) -> Response:
+        service = self._service
+        asked = parse_request(await _read_body(request, self._access.max_request_bytes))
+        self._check_model(asked.model)
+        conversation = asked.conversation(self._access.default_system)
+        options = asked.options(service.responder.options)
+        if asked.n > service.capacity:
+            raise invalid(f"n is {asked.n}: this server gives at most {service.capacity} answers at a time", "n")
+
+        events: asyncio.Queue[Part | ServiceError] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Part | ServiceError) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop has ended, and with it everyone who listens.
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            # In a thread, as a long text takes long to encode.
+            submission = await asyncio.to_thread(service.submit, conversation, options, asked.n, deliver)
+        except UsageError as error:
+            raise invalid(str(error), "messages", "context_length_exceeded") from None
+        completion = Completion(
+            id=f"chatcmpl-{secrets.token_hex(12)}",
+            asked=asked,
+            tokenizer=service.responder.tokenizer,
+            prompt_tokens=submission.prompt_tokens,
+            seed=options.sampling.seed,
+        )
+        parts = _parts(events, asked.n)
+        if asked.stream:
+            return _EventStream(completion, parts, lambda: service.cancel(submission))
+        try:
+            return JSONResponse(completion.whole(await _while_connected(request.receive, _all(parts))))
+        finally:
+            service.cancel(submission)
+
+    def _check_model(self, name: str) -> None:
+        if name != self._access.model:
+            message = f"there is no model {name!r} here, only {self._access.model!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def _about_model(self) -> dict[str, Any]:
+        responder = self._service.responder
+        extras = {"context": responder.context, "act_steps": responder.options.act_steps}
+        return {"id": self._access.model, "object": "model", "created": self._created, "owned_by": "local", **extras}
+
+
+# Requests in.
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body. Raises ApiError: 415 for another type than JSON, 413 over `limit` bytes, 408 if it doesn't come."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # Web pages of other origins may send other types without asking first.
+        raise ApiError(415, "send the body with `Content-Type: application/json`")
+    too_large = ApiError(413, f"the body is larger than {limit} bytes, the most this server takes", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_SLOWEST_CLIENT_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {_SLOWEST_CLIENT_SECONDS:g} s") from None
+    return bytes(body)
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is given up if the client goes away first: then raises ClientDisconnect."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+# Answers out.
+
+
+async def _parts(events: asyncio.Queue[Part | ServiceError], n: int) -> AsyncIterator[Part]:
+    """The parts of `n` answers, until all are whole. Raises the error that ends them."""
+    while n:
+        event = await events.get()
+        if isinstance(event, ServiceError):
+            raise event
+        n -= event.piece.answer is not None
+        yield event
+
+
+async def _all(parts: AsyncIterator[Part]) -> list[Part]:
+    return [part async for part in parts]
+
+
+class _EventStream(Response):
+    """Server-sent events: a chunk a token. Nothing is sent before the first token, so an error until then has a status."""
+
+    def __init__(self, completion: Completion, parts: AsyncIterator[Part], end: Callable[[], None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._completion = completion
+        self._parts = parts
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(ClientDisconnect):
+                await _while_connected(receive, self._send(send))
+        finally:
+            # Whatever the reason: a row must not go on for nobody.
+            self._end()
+
+    async def _send(self, send: Send) -> None:
+        completion, parts = self._completion, self._parts
+        first = await anext(parts)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await self._give(send, *completion.opening(), completion.chunk(first))
+            async for part in parts:
+                await self._give(send, completion.chunk(part))
+            await self._give(send, *completion.closing(), "[DONE]")
+        except ServiceError as error:
+            await self._give(send, _as_api_error(error).body())
+        except TimeoutError:
+            raise ClientDisconnect from None
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _give(self, send: Send, *events: dict[str, Any] | str) -> None:
+        lines = (event if isinstance(event, str) else json.dumps(event) for event in events)
+        body = "".join(f"data: {line}\n\n" for line in lines).encode()
+        async with asyncio.timeout(_SLOWEST_CLIENT_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+# Errors out.
+
+_STATUS_OF: dict[type[ServiceError], tuple[int, str]] = {
+    Full: (429, "rate_limit_exceeded"),
+    TimedOut: (504, "timeout"),
+    Closed: (503, "shutting_down"),
+    Broken: (500, "engine_failed"),
+}
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ServiceError):
+        status, code = _STATUS_OF[type(error)]
+        return ApiError(status, str(error), code=code)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, error.detail)
+    return ApiError(500, "the server has failed at this request; its log says more")
+
+
+def _error_response(error: Exception) -> Response:
+    told = _as_api_error(error)
+    # Every answer that ends makes room.
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(told.status)
+    return JSONResponse(told.body(), told.status, headers)
+
+
+async def _on_error(_: Request, error: Exception) -> Response:
+    return _error_response(error)
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # For the access log alone, where this is the habit.
+
+
+# The page.
+
+
+def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The page with the settings it needs, and headers that let it run its own script and call this server, and nothing else."""
+    html = PAGE.read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    policy = (
+        f"default-src 'none'; script-src {_source_of(script)}; style-src {_source_of(style)}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    # "<" could end the element that holds them.
+    return html.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c")), headers
+
+
+def _source_of(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+# The command.
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; one that others reach needs an API key")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(KEY_VARIABLE),
+        help=f"key that callers must send; better ${KEY_VARIABLE}, as `ps` shows flags",
+    )
+    parser.add_argument("--allow-open", action="store_true", help="let others in without a key")
+    parser.add_argument("--model-name", help="name that requests give the model; default: <run>/step_<N>")
+    parser.add_argument("--queue", type=int, default=64, help="answers that may wait for those in work")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds from a request to the end of its answer, at most")
+    parser.add_argument("--max-request-kb", type=int, default=256, help="largest request, in units of 1024 bytes")
+    parser.add_argument(
+        "--grace", type=float, default=10.0, help="seconds that answers in work have to end when the server is stopped"
+    )
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for what can be seen to be wrong before the model is loaded."""
+    key = arguments.api_key
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UsageError(f"the API key must be of visible ASCII characters without blanks; unset {KEY_VARIABLE} to have none")
+    if key is None and not arguments.allow_open and not _is_loopback(arguments.host):
+        raise UsageError(
+            f"--host {arguments.host} lets everyone who reaches this machine use the model: set a key in {KEY_VARIABLE}, "
+            "or say --allow-open if that is meant"
+        )
+    for flag, value, least in (("queue", arguments.queue, 0), ("max-request-kb", arguments.max_request_kb, 1)):
+        if value < least:
+            raise UsageError(f"--{flag} {value}: expected at least {least}")
+    if not arguments.timeout > 0 or not arguments.grace >= 0:
+        raise UsageError("--timeout must be above 0 seconds, --grace not below 0")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address. Raises UsageError if it can't be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise UsageError(f"can't listen on {host} port {port}: {error}; choose another with --host and --port") from None
+    return bound
+
+
+class Server(uvicorn.Server):
+    """Serves until it is told to stop; then answers in work have `grace` seconds to end, and what is left then gets 503."""
+
+    def __init__(self, service: Service, access: Access, grace: float = 10.0) -> None:
+        super().__init__(
+            uvicorn.Config(
+                make_app(service, access),
+                lifespan="off",
+                server_header=False,
+                limit_concurrency=_MOST_CONNECTIONS,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._service = service
+        self._grace = grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.drain()
+        end = time.monotonic() + self._grace
+        while self._service.pending and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._service.close)
+        await super().shutdown(sockets)
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"
+
+
+def main() -> None:
+    """Load, say what is offered, serve."""
+    arguments = parse_arguments()
+    check(arguments)
+    listening = bind(arguments.host, arguments.port)
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
+    config = settings_for_use(checkpoint.config, arguments)
+    responder = load_responder(checkpoint, config)
+    service = Service(responder, queue=arguments.queue, timeout=arguments.timeout)
+    folder = checkpoint.folder.resolve()
+    access = Access(
+        model=arguments.model_name or f"{folder.parent.name}/{folder.name}",
+        api_key=arguments.api_key,
+        any_host=arguments.allow_open,
+        default_system=config.dataset.default_system_prompt,
+        max_request_bytes=arguments.max_request_kb * 1024,
+    )
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    print(
+        f"{access.model}: {service.rows} answers at a time, {arguments.queue} more may wait; keys and values take up to "
+        f"{service.cache_bytes / 1e9:.3f} GB ({responder.context} positions, {responder.options.act_steps} ACT steps)\n"
+        f"chat: {address}/  API: {address}/v1",
+        flush=True,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(service, access, arguments.grace).run([listening])
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    with one_clear_message():
+        main()
