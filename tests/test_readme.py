@@ -24,8 +24,8 @@ from config.compose import compose_config
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
 DOORS = ("pretrain_instruct.py", "inference_instruct.py", "generate_instruct.py")
-# They run elsewhere: quickstart in its own test, test.sh is running now, benchmarks are tests/test_benchmarks.py's.
-RUN_ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh", "benchmarks/")
+# They run elsewhere: quickstart in its own test, test.sh is running now, benchmarks and the server have test files of their own.
+RUN_ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh", "scripts/serve.py", "benchmarks/")
 TINY = (
     "device=cpu arch.hidden_size=32 arch.num_heads=2 arch.expansion=1 arch.H_cycles=1 arch.L_cycles=1 arch.L_layers=1 "
     "arch.halt_max_steps=2 arch.forward_dtype=float32 sample_answers=1 generation.max_output_tokens=4"
