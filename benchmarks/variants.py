@@ -23,13 +23,14 @@ from dataset.build_sample_dataset import build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Name: what it changes of the preset, which has N = 2, sampled depth that deepens late, softmax and prefix attention.
+_SAMPLED = ["arch.halt.mode=sampled", "arch.halt.deepen_at=0.65", "act_steps_per_update=1"]
+# Name: what it changes of the preset: N = 2, fixed depth, both steps in one optimizer step, softmax, prefix attention.
 VARIANTS: dict[str, list[str]] = {
-    "sampled": [],
-    "sampled evenly": ["arch.halt.depth_floor=0.5"],
-    "fixed 1": ["arch.halt.mode=fixed", "arch.halt_max_steps=1"],
-    "fixed N": ["arch.halt.mode=fixed"],
-    "settled": ["arch.halt.mode=settled"],
+    "fixed N": [],
+    "fixed 1": ["arch.halt_max_steps=1"],
+    "fixed N, an optimizer step each": ["act_steps_per_update=1"],
+    "sampled": _SAMPLED,
+    "settled": [*_SAMPLED, "arch.halt.mode=settled"],
     "stablemax": ["arch.loss=stablemax"],
     "causal": ["arch.attention=causal"],
 }
@@ -62,7 +63,7 @@ def measure(name: str, overrides: list[str], *, seconds: float, threads: int, da
         _call("pretrain_instruct.py", settings, threads)
         return folder / "SlimOrca-ACT" / run
 
-    slug = name.replace(" ", "_")
+    slug = name.replace(" ", "_").replace(",", "")
     rate = _PROBE_EXAMPLES / _seconds(train(f"{slug}_probe", _PROBE_EXAMPLES, []))
     examples = min(_MOST_EXAMPLES, int(rate * seconds))
     run = train(slug, examples, [])

@@ -1,6 +1,6 @@
 """Command: writes the bundled data set, SlimOrca-form JSONL with checkable answers, split by operands.
 
-    python -m dataset.build_sample_dataset --output-dir data/sample --train-size 60000 --test-per-family 100 --seed 0
+    python -m dataset.build_sample_dataset --output-dir data/sample --train-size 70000 --test-per-family 100 --seed 0
 
 It knows the families of `sample_tasks` and the row form, nothing of tokenizers, training or models.
 """
