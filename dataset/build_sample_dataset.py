@@ -1,6 +1,6 @@
 """Command: writes the bundled data set, SlimOrca-form JSONL with checkable answers, split by operands.
 
-    python -m dataset.build_sample_dataset --output-dir data/sample --train-size 70000 --test-per-family 100 --seed 0
+    python -m dataset.build_sample_dataset --output-dir data/sample --train-size 88000 --test-per-family 100 --seed 0
 
 It knows the families of `sample_tasks` and the row form, nothing of tokenizers, training or models.
 """
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, build, and say what lies where."""
     parser = argparse.ArgumentParser(description="Build the bundled instruction data set.")
     parser.add_argument("--output-dir", default="data/sample", help="folder for train.jsonl, test.jsonl, dataset.json")
-    parser.add_argument("--train-size", type=int, default=70_000, help="training rows over all families")
+    parser.add_argument("--train-size", type=int, default=88_000, help="training rows over all families")
     parser.add_argument("--test-per-family", type=int, default=100, help="held-out rows of each family")
     parser.add_argument("--seed", type=int, default=0, help="decides the split and every row")
     arguments = parser.parse_args(argv)
