@@ -23,14 +23,13 @@ from dataset.build_sample_dataset import build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-_SAMPLED = ["arch.halt.mode=sampled", "arch.halt.deepen_at=0.65", "act_steps_per_update=1"]
-# Name: what it changes of the preset: N = 2, fixed depth, both steps in one optimizer step, softmax, prefix attention.
+# Name: what it changes of the preset: N = 2, sampled depth that deepens, both steps in one update, softmax, prefix attention.
 VARIANTS: dict[str, list[str]] = {
-    "fixed N": [],
-    "fixed 1": ["arch.halt_max_steps=1"],
-    "fixed N, an optimizer step each": ["act_steps_per_update=1"],
-    "sampled": _SAMPLED,
-    "settled": [*_SAMPLED, "arch.halt.mode=settled"],
+    "sampled": [],
+    "sampled, an optimizer step each": ["act_steps_per_update=1"],
+    "fixed 1": ["arch.halt.mode=fixed", "arch.halt_max_steps=1"],
+    "fixed N": ["arch.halt.mode=fixed"],
+    "settled": ["arch.halt.mode=settled"],
     "stablemax": ["arch.loss=stablemax"],
     "causal": ["arch.attention=causal"],
 }
