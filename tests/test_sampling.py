@@ -265,16 +265,16 @@ def test_work_nobody_needs_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(generation.sampling, name, call)
 
-    for name in ("log_probs", "_argmax", "_descending", "_penalized", "_weights", "_uniform"):
+    for name in ("log_probs", "argmax", "_descending", "_penalized", "_weights", "_uniform"):
         watch(name)
     sampler, rows, logits = Sampler(2, 10, "softmax", "cpu"), torch.arange(2), torch.randn(2, 10, requires_grad=True)
     sampler.admit(0, Sampling(top_k=3, top_p=0.5), 0, [1])
     chosen = sampler.choose(rows, logits)
-    assert calls == ["log_probs", "_argmax"] and chosen.logp_RV is None and not chosen.logp_R.requires_grad
+    assert calls == ["log_probs", "argmax"] and chosen.logp_RV is None and not chosen.logp_R.requires_grad
     calls.clear()
     sampler.admit(1, Sampling(temperature=1.0, min_p=0.1), 0, [1])
     sampler.choose(rows, logits)
-    assert calls == ["log_probs", "_uniform", "_argmax", "_weights"], "no sort without a cut by rank, no uniform for a greedy row"
+    assert calls == ["log_probs", "_uniform", "argmax", "_weights"], "no sort without a cut by rank, no uniform for a greedy row"
 
 
 @pytest.mark.parametrize(
