@@ -94,16 +94,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_VD = part_VD if grad_VD is None else grad_VD.add_(part_VD)
         if needs_weight and grad_VD is None:
             grad_VD = torch.zeros_like(weight_VD)
-        ctx.save_for_backward(*(g for g in (grad_ND, grad_VD) if g is not None))
-        ctx.needs = (needs_output, needs_weight)
+        ctx.grads = (grad_ND, grad_VD)
         ctx.mark_non_differentiable(nll_N, argmax_N)
         return (nll_N * weights_N).sum(), nll_N, argmax_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        saved = iter(ctx.saved_tensors)
-        grad_output, grad_weight = (next(saved) * grads[0] if needed else None for needed in ctx.needs)
+        # In place, and so only once: a copy of the weight's gradient would cost more than the softmax of a short batch.
+        grad_output, grad_weight = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
+        del ctx.grads
         return grad_output, grad_weight, None, None, None
 
 
