@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from config.compose import checked
 from config.errors import one_clear_message
 from models.device import keep_freed_memory
-from training.run import run_instruct
+from training.instruct import run_instruct
 
 
 @hydra.main(version_base=None, config_path="config", config_name="cfg_pretrain_instruct")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-import training.loop
+import training.text
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
 from benchmarks.naive import NaiveTRM, train_step
 from config.schema import PretrainInstructConfig
@@ -32,6 +32,7 @@ from models.act import RecursiveModel
 from models.device import keep_freed_memory
 from training.loop import Trainer
 from training.optimizer import AdamATan2
+from training.text import TextTask
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # So many rows that the schedule never gets near its end.
@@ -73,7 +74,7 @@ class Ours:
                 yield 0, index, synthetic_example(config.seed, index, config.dataset.seq_len, vocabulary)
 
         self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
-        self.trainer = Trainer(config, self.model, stream(), _ROWS)
+        self.trainer = Trainer(config, self.model, TextTask(config, self.model, stream(), _ROWS))
         self._steps = self.trainer.steps()
         self._seconds: dict[str, float] = {}
 
@@ -82,11 +83,11 @@ class Ours:
         self._seconds = {}
         with contextlib.ExitStack() as patches:
             patches.enter_context(self._timed("forward", self.model, "act_step"))
-            patches.enter_context(self._timed("loss", training.loop, "token_loss"))
+            patches.enter_context(self._timed("loss", training.text, "token_loss"))
             patches.enter_context(self._timed("backward", torch.Tensor, "backward"))
             patches.enter_context(self._timed("optimizer", self.trainer.optimizer, "step"))
             result = next(self._steps)
-        return {"loss_per_token": float(result.nll_sum) / result.supervised, **self._seconds}
+        return {"loss_per_token": float(result.sums["nll"]) / result.weight, **self._seconds}
 
     @contextlib.contextmanager
     def _timed(self, part: str, owner: Any, name: str) -> Iterator[None]:

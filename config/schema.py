@@ -167,12 +167,10 @@ class GenerationConfig(_Section):
     """Most memory for keys and values, in GB (10^9 bytes); answers wait for room."""
 
 
-class PretrainInstructConfig(_Section):
-    """One instruction-tuning run."""
+class TrainingConfig(_Section):
+    """What every training run has, whatever it trains on."""
 
     arch: ArchConfig
-    dataset: DatasetConfig
-    generation: GenerationConfig
     project_name: str = Field(min_length=1)
     """Folder of the run under checkpoint_dir, and its W&B project."""
     run_name: str | None
@@ -189,14 +187,8 @@ class PretrainInstructConfig(_Section):
     """Passes over the training split."""
     global_batch_size: PositiveInt
     """Slots: rows worked on at the same time."""
-    act_steps_per_update: PositiveInt
-    """Most ACT steps in one optimizer step, their losses summed. Rows leave after any of them, new ones enter after the last."""
     eval_interval: PositiveInt
     """Epochs between evaluations; the last epoch is always evaluated."""
-    eval_examples: PositiveInt | None
-    """Test rows used in those evaluations; null: all."""
-    sample_answers: int = Field(ge=0)
-    """Answers generated and shown at each evaluation."""
     log_interval: PositiveInt
     """Optimizer steps between lines of metrics.jsonl."""
     lr: float = Field(gt=0)
@@ -215,6 +207,19 @@ class PretrainInstructConfig(_Section):
     """Keep an exponential moving average of the weights, evaluate and generate with it."""
     ema_rate: float = Field(gt=0, lt=1)
     """Decay of that average per optimizer step."""
+
+
+class PretrainInstructConfig(TrainingConfig):
+    """One instruction-tuning run."""
+
+    dataset: DatasetConfig
+    generation: GenerationConfig
+    act_steps_per_update: PositiveInt
+    """Most ACT steps in one optimizer step, their losses summed. Rows leave after any of them, new ones enter after the last."""
+    eval_examples: PositiveInt | None
+    """Test rows used in evaluations; null: all."""
+    sample_answers: int = Field(ge=0)
+    """Answers generated and shown at each evaluation."""
     dataloader_workers: int = Field(ge=0)
     """Background threads that read rows ahead of the training loop; 0 reads in the loop."""
     pad_multiple: PositiveInt

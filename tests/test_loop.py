@@ -21,6 +21,7 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.losses import log_probs
 from training.loop import StepResult, Trainer
+from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 ExampleFactory = Callable[..., list[Example]]
@@ -36,7 +37,7 @@ def make_trainer(
     with torch.no_grad():
         model.q_head.weight.copy_(halt_scale * torch.randn(2, config.arch.hidden_size, generator=torch.Generator().manual_seed(1)))
     stream = ExampleStream(examples, config.seed, config.epochs, config.dataloader_workers, start=start)
-    return Trainer(config, model, stream, len(examples))
+    return Trainer(config, model, TextTask(config, model, stream, len(examples)))
 
 
 def run(trainer: Trainer, steps: int | None = None) -> list[StepResult]:
@@ -95,11 +96,11 @@ def test_gradients_are_the_sum_over_supervised_tokens_divided_by_their_number(
     examples = random_examples(4)
     trainer = make_trainer(config, examples)
     *_, result = run(trainer, 3)
-    assert result.tokens == sum(len(e.ids) - 1 for e in examples)
+    assert result.sums["tokens"] == sum(len(e.ids) - 1 for e in examples)
     got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     expected, total, count = plain_gradients(trainer.model, examples, 3, loss, backprop == "true")
-    assert result.supervised == count
-    assert result.nll_sum.item() + 0.5 * result.halt_bce_sum.item() == pytest.approx(total, rel=1e-9)
+    assert result.weight == count
+    assert result.sums["nll"].item() + 0.5 * result.sums["halt_bce"].item() == pytest.approx(total, rel=1e-9)
     assert_same(got, expected, 1e-9)
 
 
@@ -115,14 +116,14 @@ def test_an_update_of_several_act_steps_sums_their_losses_over_all_their_tokens(
         "rows of both depths, all of them done in one update"
     )
     got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    deep = [examples[i] for i, depth in zip(trainer.slots.example_id, trainer.slots.depth, strict=True) if depth == 2]
+    deep = [examples[i] for i, depth in zip(trainer.task.slots.example_id, trainer.task.slots.depth, strict=True) if depth == 2]
     first, first_loss, first_count = plain_gradients(trainer.model, examples, 1, config.arch.loss, False)
     second, second_loss, second_count = plain_gradients(trainer.model, deep, 2, config.arch.loss, False)
     count = first_count + second_count
-    assert result.supervised == count
+    assert result.weight == count
     expected = {name: (first[name] * first_count + second[name] * second_count) / count for name in first}
     assert_same(got, expected, 1e-9)
-    assert result.nll_sum.item() + 0.5 * result.halt_bce_sum.item() == pytest.approx(first_loss + second_loss, rel=1e-9)
+    assert result.sums["nll"].item() + 0.5 * result.sums["halt_bce"].item() == pytest.approx(first_loss + second_loss, rel=1e-9)
 
 
 def test_rows_enter_after_an_update_only(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
@@ -131,7 +132,7 @@ def test_rows_enter_after_an_update_only(tiny_config: ConfigFactory, random_exam
     finished: list[int] = []
     for result in trainer.steps():
         # Two ACT steps at most: what entered at depth 3 is still at work, all else has left, and nothing came in between.
-        assert (trainer.slots.act_step[trainer.slots.active] == 2).all()
+        assert (trainer.task.slots.act_step[trainer.task.slots.active] == 2).all()
         finished += result.finished_depths
     assert len(finished) == 24 and set(finished) == {1, 2, 3}
 
@@ -159,7 +160,7 @@ def test_a_step_with_nothing_supervised_is_no_nan_and_moves_nothing(
         trainer = make_trainer(tiny_config("weight_decay=0", f"arch.halt.mode={mode}"), silent)
         before = weights(trainer)
         results = run(trainer)
-        assert len(results) > 0 and all(r.supervised == 0 and float(r.nll_sum + r.halt_bce_sum) == 0.0 for r in results)
+        assert len(results) > 0 and all(r.weight == 0 and float(r.sums["nll"] + r.sums["halt_bce"]) == 0.0 for r in results)
         assert_same(weights(trainer), before)
 
 
@@ -178,8 +179,8 @@ def test_supervising_everything_trains_on_the_prompt_too(tiny_config: ConfigFact
     examples = random_examples(4)
     everything = run(make_trainer(tiny_config("dataset.supervise=all"), examples), 1)[0]
     answers = run(make_trainer(tiny_config(), examples), 1)[0]
-    assert everything.supervised == everything.tokens == sum(len(e.ids) - 1 for e in examples)
-    assert answers.supervised == sum(int(e.supervised[1:].sum()) for e in examples) < everything.supervised
+    assert everything.weight == everything.sums["tokens"] == sum(len(e.ids) - 1 for e in examples)
+    assert answers.weight == sum(int(e.supervised[1:].sum()) for e in examples) < everything.weight
 
 
 def test_no_example_is_lost_with_long_and_short_halts(
@@ -190,7 +191,7 @@ def test_no_example_is_lost_with_long_and_short_halts(
     )
     examples = random_examples(256, longest=8)
     trainer = make_trainer(config, examples)
-    slots, drawn, halted, trained = trainer.slots, Counter(), Counter(), Counter()
+    slots, drawn, halted, trained = trainer.task.slots, Counter(), Counter(), Counter()
     real = slots.refill
 
     def refill() -> Any:
@@ -213,14 +214,14 @@ def test_no_example_is_lost_with_long_and_short_halts(
     assert drawn == halted == everything
     assert trained == Counter({key: (1, 3, 6)[key[1] % 3] for key in everything})
     assert depths == {1: 2 * 86, 3: 2 * 85, 6: 2 * 85}
-    assert trainer.slots.finished == trainer.total_examples == 512
+    assert trainer.task.slots.finished == trainer.task.total == 512
 
 
 def test_slots_hold_their_own_row_whatever_was_there_before(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
     examples = random_examples(20)
     trainer = make_trainer(tiny_config("arch.halt.depth_floor=0.25"), examples)
     for _ in trainer.steps():
-        carry, slots = trainer.carry, trainer.slots
+        carry, slots = trainer.task.carry, trainer.task.slots
         for slot in np.flatnonzero(slots.active).tolist():
             example = examples[int(slots.example_id[slot])]
             length = len(example.ids) - 1
@@ -258,7 +259,7 @@ def test_workers_and_padding_change_no_weight(
         trainer = make_trainer(config, examples)
         finished = [result.finished_depths for result in run(trainer, 20)]
         assert trainer.ema is not None
-        got = (weights(trainer), trainer.ema.average, finished, trainer.slots.example_id.tolist())
+        got = (weights(trainer), trainer.ema.average, finished, trainer.task.slots.example_id.tolist())
         if reference is None:
             reference = got
         else:
@@ -288,7 +289,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     whole = run(undisturbed)
     stopped = make_trainer(config, examples, vocab_size=size)
     run(stopped, 7)
-    assert stopped.slots.active.any() and stopped.slots.act_step.max() > 0
+    assert stopped.task.slots.active.any() and stopped.task.slots.act_step.max() > 0
     assert stopped.ema is not None and undisturbed.ema is not None
     save_checkpoint(
         tmp_path / "step_7",
@@ -314,9 +315,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     rest = run(resumed)
     assert [r.step for r in rest] == [r.step for r in whole[7:]] and len(rest) > 7
     for one, other in zip(rest, whole[7:], strict=True):
-        assert (one.lr, one.supervised, one.tokens) == (other.lr, other.supervised, other.tokens)
+        assert (one.lr, one.weight, one.sums["tokens"]) == (other.lr, other.weight, other.sums["tokens"])
         assert one.finished_depths == other.finished_depths
-        assert float(one.nll_sum) == float(other.nll_sum) and float(one.halt_bce_sum) == float(other.halt_bce_sum)
+        assert float(one.sums["nll"]) == float(other.sums["nll"]) and float(one.sums["halt_bce"]) == float(other.sums["halt_bce"])
     assert_same(weights(resumed), weights(undisturbed))
     assert_same(resumed.ema.average, undisturbed.ema.average)
 
@@ -356,7 +357,7 @@ def test_settled_rows_leave_without_a_look_at_labels(tiny_config: ConfigFactory,
         left = []
         for result in trainer.steps():
             left.append(result.finished_depths)
-            labels = trainer.carry.labels_BT
+            labels = trainer.task.carry.labels_BT
             # What is asked for changes at once, what the model sees doesn't.
             labels[labels >= 0] = (labels[labels >= 0] + shift) % VOCABULARY
         depths.append(left)
@@ -374,10 +375,10 @@ def test_settled_means_a_halting_probability_or_an_unchanged_argmax(
         tiny_config("arch.halt.mode=settled", "arch.halt.settled_probability=0.4", *FROZEN), examples, halt_scale=halt_scale
     )
     shares: list[np.ndarray] = []
-    monkeypatch.setattr(trainer.slots, "halted", lambda share: shares.append(share.copy()) or np.zeros(4, bool))
+    monkeypatch.setattr(trainer.task.slots, "halted", lambda share: shares.append(share.copy()) or np.zeros(4, bool))
     run(trainer, 6)
     assert any(0 < share < 1 for share in np.concatenate(shares)), "some tokens must settle, and some not"
-    model, order = trainer.model, trainer.slots.example_id.tolist()
+    model, order = trainer.model, trainer.task.slots.example_id.tolist()
     for slot, example in enumerate(examples[i] for i in order):
         inputs, supervised = torch.from_numpy(example.ids[:-1]).long()[None], torch.from_numpy(example.supervised[1:])
         states, previous = model.initial_states(1, inputs.shape[1]), None

@@ -1,150 +1,146 @@
-"""The training loop: slots full of rows, ACT steps, one or several to an optimizer step. Knows no files and prints nothing.
+"""The training loop: optimizer steps over whatever a task hands out. Knows no rows and no files, and prints nothing.
 
-Shape suffixes as in models/layers.py; R counts the rows in work, M their tokens (padding is never computed), N the supervised ones.
+A task (conversations: training/text.py) holds the rows in work and says what one optimizer step consists of; everything about
+gradients, weights and their average is here.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from artifacts.checkpoint import TrainerState
-from config.schema import PretrainInstructConfig
-from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
-from models.act import RecursiveModel
+from config.schema import TrainingConfig
 from models.ema import EMA
-from models.layers import TOKEN_MULTIPLE, TokenRows, tokens_in_rows
-from models.losses import token_loss
-from models.recursive_reasoning.base import States
 from training.optimizer import AdamATan2
-from training.schedule import learning_rate
-from training.slots import Slots
-
-_SLOT_ARRAYS = ("epoch", "example_id", "act_step", "depth", "active")
 
 
-@dataclass
-class Carry:
-    """What the rows in the slots are and how far their states have come. Positions beyond a row's length are padding."""
+@dataclass(frozen=True)
+class Part:
+    """One part of an optimizer step: some rows at one ACT step. Its graph is freed before the next part is asked for."""
 
-    inputs_BT: Tensor
-    labels_BT: Tensor
-    segments_BT: Tensor
-    previous_argmax_BT: Tensor
-    states: States
-    lengths: np.ndarray
-    """Input positions of each row, int64[B], on the host."""
-    supervised_BT: np.ndarray
-    """Which positions have a label, bool, on the host: a step's shapes are known without asking the device."""
+    loss: Tensor
+    """Scalar to differentiate: a sum, not a mean."""
+    weight: int
+    """What the loss sums over: the step's gradient is divided by the weights of all its parts together."""
+    sums: dict[str, Tensor | int]
+    """What is logged, summed over the part, with at least the counts "tokens" and "supervised"; tensors are left on the device."""
+    finished_depths: list[int]
+    """ACT steps taken by each row that halted in this part."""
 
-    @classmethod
-    def empty(cls, model: RecursiveModel, rows: int, positions: int) -> "Carry":
-        """Room for `rows` rows of at most `positions` positions."""
 
-        def ids(fill: int) -> Tensor:
-            return torch.full((rows, positions), fill, dtype=torch.int64, device=model.device)
+class Task(Protocol):
+    """What is trained: rows in slots, what they have come to, and the losses of an optimizer step."""
 
-        states = tuple(state.clone() for state in model.initial_states(rows, positions))
-        return cls(
-            ids(0), ids(IGNORE_LABEL_ID), ids(0), ids(-1), states, np.zeros(rows, np.int64), np.zeros((rows, positions), bool)
-        )
+    @property
+    def busy(self) -> bool:
+        """Whether any row is in work."""
+
+    @property
+    def done(self) -> int:
+        """How far the run has come, of `total`."""
+
+    @property
+    def total(self) -> int:
+        """Where `done` ends."""
+
+    @property
+    def unit(self) -> str:
+        """What `done` counts, as the progress bar calls it."""
+
+    @property
+    def loss_name(self) -> str:
+        """Which entry of `report` is the loss to watch."""
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole passes over the training split that have been trained."""
+
+    def admit(self) -> None:
+        """Fill free slots, if there is anything left to fill them with."""
+
+    def lr_factor(self) -> float:
+        """The next step's share of the peak learning rate."""
+
+    def parts(self) -> Iterator[Part]:
+        """The parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
+
+    def report(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What is logged of some steps, from their parts' sums."""
+
+    def state(self) -> TrainerState:
+        """Rows, their states, and the position in the data, between two steps."""
+
+    def load_state(self, state: TrainerState) -> None:
+        """Go on from `state`."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, for logging. Tensors are sums over the supervised tokens of its ACT steps, left on the device."""
+    """One optimizer step, for logging. Tensors are left on the device."""
 
     step: int
     lr: float
-    supervised: int
-    tokens: int
-    nll_sum: Tensor
-    halt_bce_sum: Tensor
-    correct: Tensor
-    finished_depths: list[int]
-    """ACT steps taken by each row that halted in this step."""
-
-
-@dataclass(frozen=True)
-class _ActStep:
-    """One ACT step of an optimizer step: the loss to differentiate, summed over supervised tokens, and what is logged."""
-
-    loss: Tensor
-    supervised: int
-    tokens: int
-    nll_sum: Tensor
-    halt_bce_sum: Tensor
-    correct: Tensor
-    finished_depths: list[int]
+    weight: int
+    """What the step's gradient was divided by."""
+    sums: dict[str, Tensor | int] = field(default_factory=dict)
+    finished_depths: list[int] = field(default_factory=list)
 
 
 class Trainer:
-    """Model, optimizer, EMA, slots and carry of one run."""
+    """A model with its optimizer and moving average, trained on a task."""
 
-    def __init__(
-        self,
-        config: PretrainInstructConfig,
-        model: RecursiveModel,
-        stream: Iterator[tuple[int, int, Example]],
-        examples_per_epoch: int,
-    ) -> None:
+    def __init__(self, config: TrainingConfig, model: nn.Module, task: Task) -> None:
         self.config = config
         self.model = model
-        self.total_examples = examples_per_epoch * config.epochs
+        self.task = task
         self.step_number = 0
         self.optimizer = AdamATan2(
             model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self.ema = EMA(model, config.ema_rate) if config.ema else None
-        arch = config.arch
-        self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed, self.total_examples)
-        multiple = config.pad_multiple
-        self._positions = -(-(config.dataset.seq_len + TOKEN_MULTIPLE) // multiple) * multiple
-        self.carry = Carry.empty(model, config.global_batch_size, self._positions)
 
     def steps(self) -> Iterator[StepResult]:
-        """Train until every admitted example has halted and the stream is empty."""
-        self._admit()
-        while self.slots.busy:
-            yield self._train_step()
-            self._admit()
+        """Train until the task has no row left in work."""
+        self.task.admit()
+        while self.task.busy:
+            yield self._step()
+            self.task.admit()
+
+    def _step(self) -> StepResult:
+        lr = self.config.lr * self.task.lr_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        weight, sums, finished_depths = 0, dict[str, Tensor | int](), list[int]()
+        for part in self.task.parts():
+            part.loss.backward()
+            weight += part.weight
+            for name, value in part.sums.items():
+                sums[name] = sums[name] + value if name in sums else value
+            finished_depths += part.finished_depths
+        # Divided once, at the end: with several ACT steps to a step, what they sum over isn't known before the last of them.
+        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], float(max(1, weight)))
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.step_number += 1
+        return StepResult(self.step_number, lr, weight, sums, finished_depths)
 
     def state(self) -> TrainerState:
-        """Everything that training goes on from, between two steps: optimizer, slots, carry, cursor."""
-        slots, carry = self.slots, self.carry
-        tensors = {
-            "carry.inputs": carry.inputs_BT,
-            "carry.labels": carry.labels_BT,
-            "carry.segments": carry.segments_BT,
-            "carry.previous_argmax": carry.previous_argmax_BT,
-            **{f"carry.state.{i}": state for i, state in enumerate(carry.states)},
-            **{f"slots.{name}": torch.from_numpy(getattr(slots, name)) for name in _SLOT_ARRAYS},
-            "carry.lengths": torch.from_numpy(carry.lengths),
-        }
+        """Everything that training goes on from, between two steps, but for the weights and their average."""
+        task = self.task.state()
+        tensors = dict(task.tensors)
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        values = {"step": self.step_number, "admitted": slots.admitted, "finished": slots.finished}
-        return TrainerState(tensors, values)
+        return TrainerState(tensors, {"step": self.step_number, **task.values})
 
     def load_state(self, state: TrainerState) -> None:
-        """Go on from `state`; the stream must already stand at example number `admitted`, and the weights be loaded."""
+        """Go on from `state`; the weights must be loaded, and the task's data stand where the state was taken."""
         tensors = state.tensors
-        carry, slots = self.carry, self.slots
-        for name, target in (
-            ("inputs", carry.inputs_BT),
-            ("labels", carry.labels_BT),
-            ("segments", carry.segments_BT),
-            ("previous_argmax", carry.previous_argmax_BT),
-            *((f"state.{i}", state_BTD) for i, state_BTD in enumerate(carry.states)),
-        ):
-            target.copy_(tensors[f"carry.{name}"])
-        carry.lengths[:] = tensors["carry.lengths"].numpy()
-        carry.supervised_BT[:] = (tensors["carry.labels"] != IGNORE_LABEL_ID).numpy()
-        for name in _SLOT_ARRAYS:
-            getattr(slots, name)[:] = tensors[f"slots.{name}"].numpy()
         for name, parameter in self.model.named_parameters():
             if f"optimizer.step.{name}" not in tensors:
                 continue  # it never had a gradient: with grad_calls=1 nothing reaches the embedding
@@ -154,120 +150,4 @@ class Trainer:
                 "v": tensors[f"optimizer.v.{name}"].to(parameter.device, copy=True),
             }
         self.step_number = state.values["step"]
-        slots.admitted, slots.finished = state.values["admitted"], state.values["finished"]
-
-    def _admit(self) -> None:
-        entries = self.slots.refill()
-        if not entries:
-            return
-        carry = self.carry
-        batch = collate(
-            [entry.example for entry in entries],
-            pad_id=0,
-            length_multiple=self.config.pad_multiple,
-            supervise=self.config.dataset.supervise,
-        )
-        slots = torch.tensor([entry.slot for entry in entries], device=self.model.device)
-        width = batch["inputs"].shape[1]
-        for target, name, fill in (
-            (carry.inputs_BT, "inputs", 0),
-            (carry.labels_BT, "labels", IGNORE_LABEL_ID),
-            (carry.segments_BT, "segment", 0),
-        ):
-            target[slots, width:] = fill
-            target[slots, :width] = torch.from_numpy(batch[name].astype(np.int64)).to(target.device)
-        carry.previous_argmax_BT[slots] = -1
-        for state, initial in zip(carry.states, self.model.initial_states(len(entries), self._positions), strict=True):
-            state[slots] = initial
-        host_slots = [entry.slot for entry in entries]
-        carry.lengths[host_slots] = batch["lengths"]
-        carry.supervised_BT[host_slots] = False
-        carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
-
-    def _train_step(self) -> StepResult:
-        """At most `act_steps_per_update` ACT steps of the rows in the slots, until all have halted, then one optimizer step."""
-        lr = learning_rate(
-            self.slots.admitted,
-            self.total_examples,
-            base=self.config.lr,
-            min_ratio=self.config.lr_min_ratio,
-            warmup_steps=self.config.lr_warmup_steps,
-            batch_size=self.slots.size,
-        )
-        done: list[_ActStep] = []
-        while self.slots.busy and len(done) < self.config.act_steps_per_update:
-            done.append(self._act_step())
-        supervised = sum(act_step.supervised for act_step in done)
-        self.optimizer.zero_grad(set_to_none=True)
-        (_sum([act_step.loss for act_step in done]) / max(1, supervised)).backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
-        self.step_number += 1
-        return StepResult(
-            step=self.step_number,
-            lr=lr,
-            supervised=supervised,
-            tokens=sum(act_step.tokens for act_step in done),
-            nll_sum=_sum([act_step.nll_sum for act_step in done]),
-            halt_bce_sum=_sum([act_step.halt_bce_sum for act_step in done]),
-            correct=_sum([act_step.correct for act_step in done]),
-            finished_depths=[depth for act_step in done for depth in act_step.finished_depths],
-        )
-
-    def _act_step(self) -> _ActStep:
-        """One ACT step of every row in the slots."""
-        model, carry, slots = self.model, self.carry, self.slots
-        arch = self.config.arch
-        working = np.flatnonzero(slots.active)
-        index_M, width = tokens_in_rows(carry.lengths[working], self.config.pad_multiple)
-        token_rows = TokenRows(torch.from_numpy(index_M).to(model.device), len(working), width)
-        # While every slot works, views do; only the end of the run, when slots drain, copies rows.
-        full = len(working) == slots.size
-        index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
-        labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
-        is_supervised_M = carry.supervised_BT[working, :width].ravel()[index_M]
-        supervised_N = torch.from_numpy(np.flatnonzero(is_supervised_M)).to(model.device)
-        labels_N = labels_M[supervised_N]
-
-        states, output_MD = model.act_step(
-            tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
-            model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
-            model.rotary(token_rows.index_N % width),
-            model.mask(carry.segments_BT[index_R, :width])._replace(token_rows=token_rows),
-        )
-        output_ND = output_MD[supervised_N]
-        halt_logits_N = model.halt_logits(output_MD if arch.halt.backprop else output_MD.detach())[supervised_N, 0]
-        loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, torch.ones_like(halt_logits_N), arch.loss)
-        with torch.no_grad():
-            settled_share = np.zeros(slots.size)
-            if arch.halt.mode == "settled":
-                previous_M = token_rows.gather(carry.previous_argmax_BT[index_R, :width])
-                settled_N = loss.argmax_N == previous_M[supervised_N]
-                settled_N |= halt_logits_N.sigmoid() > arch.halt.settled_probability
-                per_row = torch.zeros(2, len(working), device=model.device)
-                rows_N = token_rows.index_N[supervised_N] // width
-                per_row[0].index_add_(0, rows_N, settled_N.float())
-                per_row[1].index_add_(0, rows_N, torch.ones_like(settled_N, dtype=torch.float32))
-                settled_share[working] = (per_row[0] / per_row[1].clamp(min=1)).cpu().numpy()
-                previous_M[supervised_N] = loss.argmax_N
-                carry.previous_argmax_BT[index_R, :width] = token_rows.lay_out(previous_M)
-            for kept, new in zip(carry.states, states, strict=True):
-                kept[index_R, :width] = token_rows.lay_out(new.detach())
-        halted = slots.halted(settled_share)
-        slots.advance(halted)
-        return _ActStep(
-            loss=loss.total,
-            supervised=len(labels_N),
-            tokens=int(carry.lengths[working].sum()),
-            nll_sum=loss.nll_N.sum(),
-            halt_bce_sum=loss.halt_bce_N.sum(),
-            correct=(loss.argmax_N == labels_N).sum(),
-            finished_depths=slots.act_step[halted].tolist(),
-        )
-
-
-def _sum(scalars: list[Tensor]) -> Tensor:
-    return torch.stack(scalars).sum()
+        self.task.load_state(state)
