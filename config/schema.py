@@ -41,26 +41,30 @@ class HaltConfig(_Section):
 class ArchConfig(_Section):
     """The network: sizes, recursion, attention, number format, halting."""
 
-    name: Literal["trm"]
+    name: Literal["trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
     """The recursion, a file of models/recursive_reasoning/."""
     hidden_size: PositiveInt
     """Channels of the state."""
     num_heads: PositiveInt
-    """Attention heads; each has hidden_size / num_heads channels, an even number."""
+    """Attention heads; each has hidden_size / num_heads channels, rounded down; an even number with rotary positions."""
     expansion: float = Field(gt=0)
     """SwiGLU width: expansion * hidden_size * 2/3, rounded up to a multiple of 256."""
-    L_layers: PositiveInt
-    """Transformer blocks in the shared stack."""
+    H_layers: int = Field(ge=0)
+    """Transformer blocks in the answer state's own stack: hrm and transformers_baseline; 0 where all calls share one stack."""
+    L_layers: int = Field(ge=0)
+    """Transformer blocks in the reasoning state's stack, which the trm family uses for the answer state, too."""
     H_cycles: PositiveInt
     """Updates of the answer state in one ACT step."""
-    L_cycles: PositiveInt
-    """Updates of the reasoning state before each update of the answer state."""
+    L_cycles: int = Field(ge=0)
+    """Updates of the reasoning state before each update of the answer state; 0 for transformers_baseline, which has none."""
     grad_calls: PositiveInt | None
-    """How many of an ACT step's last level calls carry gradient; null: those of the last H cycle, as the original."""
+    """How many of an ACT step's last level calls carry gradient; null: as the original, those of the last H cycle, 2 for hrm."""
     attention: Literal["full", "causal", "prefix"]
     """full: all see all (puzzles). causal: the past. prefix: causal, but a prompt segment sees itself whole."""
-    pos_encodings: Literal["rope", "none"]
-    """Rotary positions, or none."""
+    mlp_t: bool
+    """A SwiGLU over the positions of each channel in place of attention; every position sees every other, so for puzzles."""
+    pos_encodings: Literal["rope", "learned", "none"]
+    """Rotary positions, a learned vector for each place of a puzzle's row, or none."""
     rope_theta: float = Field(gt=0)
     """Base of the rotary frequencies."""
     tie_embeddings: bool
@@ -71,21 +75,72 @@ class ArchConfig(_Section):
     """How logits become probabilities, in training, measuring and sampling alike."""
     halt_max_steps: PositiveInt
     """N, the most ACT steps: the depth of evaluation and generation unless they are told another."""
-    puzzle_emb_ndim: Literal[0]
-    """Width of the per-puzzle embedding: 0, text has none."""
-    puzzle_emb_len: Literal[0]
-    """Positions that the per-puzzle embedding takes: 0, text has none."""
+    no_ACT_continue: bool
+    """Puzzles: a row halts when its halting logit is positive. Off, when it is above the continuing logit, which is then trained to
+    foretell the next ACT step's logits by a second forward (transformers_baseline compares the two without training it)."""
+    halt_exploration_prob: float = Field(ge=0, le=1)
+    """Puzzles: probability, drawn anew at each ACT step, that a row may not halt before a depth drawn from 2..halt_max_steps."""
+    act_enabled: bool
+    """Puzzles: rows may halt before halt_max_steps in training."""
+    act_inference: bool
+    """Puzzles: rows may halt before halt_max_steps in evaluation."""
+    puzzle_emb_ndim: int = Field(ge=0)
+    """Channels of the learned vector that each puzzle has; 0: none, as for text."""
+    puzzle_emb_len: int = Field(ge=0)
+    """Positions before the tokens that the vector is laid out over, padded with zeros; 0: as few as it needs."""
     halt: HaltConfig
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def prefix_len(self) -> int:
+        """Positions before the tokens that the puzzle's vector takes."""
+        return self.puzzle_emb_len or -(-self.puzzle_emb_ndim // self.hidden_size)
+
+    @property
+    def trains_continue(self) -> bool:
+        """Whether the continuing logit has a loss, which takes a second forward."""
+        return not self.no_ACT_continue and self.name != "transformers_baseline"
+
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number (rotary pairs)"
-            )
+    def _recursion_has_its_parts(self) -> Self:
+        has_H, has_L = self.name in ("hrm", "transformers_baseline"), self.name != "transformers_baseline"
+        for key, has in (("H_layers", has_H), ("L_layers", has_L), ("L_cycles", has_L)):
+            value = getattr(self, key)
+            if has and not value:
+                raise ValueError(f"{key} must be at least 1 for {self.name}")
+            if value and not has:
+                raise ValueError(f"{key} {value} means nothing to {self.name}: set it to 0")
+        if self.name == "transformers_baseline" and self.H_cycles != 1:
+            raise ValueError(f"H_cycles {self.H_cycles}: transformers_baseline passes its blocks once per ACT step, set it to 1")
+        if self.name == "trm_hier6" and self.L_cycles > 6:
+            raise ValueError(f"L_cycles {self.L_cycles}: trm_hier6 has a state for each of at most 6 L calls")
+        # So many calls has an ACT step of any recursion.
         calls = self.H_cycles * (self.L_cycles + 1)
         if self.grad_calls is not None and self.grad_calls > calls:
             raise ValueError(f"grad_calls {self.grad_calls} is more than the {calls} level calls of an ACT step")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.head_dim == 0 or (self.pos_encodings == "rope" and self.head_dim % 2):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number or a little more: heads "
+                f"have {self.head_dim} channels, rotary positions turn pairs"
+            )
+        if self.attention != "full" and (self.mlp_t or self.pos_encodings == "learned"):
+            what = "mlp_t lets every position see every other" if self.mlp_t else "pos_encodings=learned is for rows of one length"
+            raise ValueError(f"{what}: choose attention=full (puzzles), or leave it out")
+        if self.puzzle_emb_ndim == 0 and self.puzzle_emb_len:
+            raise ValueError(f"puzzle_emb_len {self.puzzle_emb_len} without a vector to fill it: set puzzle_emb_ndim, or this to 0")
+        if self.puzzle_emb_ndim > self.prefix_len * self.hidden_size:
+            raise ValueError(
+                f"puzzle_emb_ndim {self.puzzle_emb_ndim} doesn't fit into puzzle_emb_len {self.puzzle_emb_len} positions of "
+                f"{self.hidden_size} channels"
+            )
         return self
 
 
@@ -209,6 +264,16 @@ class TrainingConfig(_Section):
     """Decay of that average per optimizer step."""
 
 
+# Of the knobs for puzzles, what text must leave them at; the others are refused with causal attention.
+_WITHOUT_PUZZLES: dict[str, object] = {
+    "puzzle_emb_ndim": 0,
+    "no_ACT_continue": True,
+    "halt_exploration_prob": 0.0,
+    "act_enabled": True,
+    "act_inference": False,
+}
+
+
 class PretrainInstructConfig(TrainingConfig):
     """One instruction-tuning run."""
 
@@ -244,6 +309,9 @@ class PretrainInstructConfig(TrainingConfig):
             )
         if self.arch.attention == "full":
             raise ValueError("arch.attention=full lets a position see the token it should predict: choose causal or prefix")
+        for key, value in _WITHOUT_PUZZLES.items():
+            if getattr(self.arch, key) != value:
+                raise ValueError(f"arch.{key}={getattr(self.arch, key)} is for puzzles, and text has none: leave it at {value}")
         if self.generation.act_steps is not None and self.generation.act_steps > self.arch.halt_max_steps:
             raise ValueError(
                 f"generation.act_steps {self.generation.act_steps} is more than arch.halt_max_steps {self.arch.halt_max_steps}"

@@ -94,7 +94,7 @@ def lane_count(model: RecursiveModel) -> int:
 def cache_bytes(model: RecursiveModel, act_steps: int, rows: int, positions: int) -> int:
     """Memory of the keys and values of `rows` rows of `positions` positions."""
     element = DTYPES[model.config.forward_dtype].itemsize
-    return act_steps * lane_count(model) * 2 * rows * positions * model.config.hidden_size * element
+    return act_steps * lane_count(model) * 2 * rows * positions * model.config.num_heads * model.head_dim * element
 
 
 def rows_that_fit(model: RecursiveModel, act_steps: int, positions: int, budget_gb: float, most: int) -> int:

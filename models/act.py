@@ -2,7 +2,7 @@
 
 It owns every weight under the names of the published checkpoints. It decides nothing about when a row leaves training
 (training/slots.py) or when generation stops (generation/engine.py). Shape suffixes as in models/layers.py; N is any number of
-tokens.
+tokens, P the positions that a puzzle's vector takes before them.
 """
 
 import contextlib
@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config.errors import UsageError
 from config.schema import ArchConfig
 from models.cache import Lanes, StepLanes
 from models.initialization import truncated_normal_
 from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, attention_mask, rotary_table
 from models.recursive_reasoning import build_recursion
 from models.recursive_reasoning.base import States
+from models.sparse_embedding import SparseEmbedding
 
 
 class Refined(NamedTuple):
@@ -29,6 +32,9 @@ class Refined(NamedTuple):
     is_last: bool
 
 
+# A learned position and a token's embedding have the same deviation; so has their sum.
+_SUM_OF_TWO_SCALE = 0.5**0.5
+
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,11 +42,27 @@ class RecursiveModel(nn.Module):
     """A recursion with its embedding, heads and initial states; `forward_dtype` must be resolved (not auto).
 
     State-dict names and shapes are those of the original TinyRecursiveModels below its prefix `model.inner.`.
+
+    Tokens of a puzzle's row stand behind the P = `prefix_len` positions of the puzzle's vector: `embed(inputs_BT, puzzle_ids_B)`
+    gives [B, P + T, D]; states, rotary tables and mask are for P + T positions; the halting logits of the row are those of
+    `output_BTD[:, 0]`, its tokens' logits those of `output_BTD[:, P:]`.
     """
 
-    def __init__(self, config: ArchConfig, vocab_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, config: ArchConfig, vocab_size: int, seed: int = 0, *, seq_len: int | None = None, puzzles: int | None = None
+    ) -> None:
+        """`seq_len`: tokens of a row, for weights that belong to positions (`mlp_t`, learned positions).
+
+        `puzzles`: number of puzzle identifiers, if puzzles have vectors (`puzzle_emb_ndim`).
+        """
         super().__init__()
+        if (config.mlp_t or config.pos_encodings == "learned") and seq_len is None:
+            raise ValueError("mlp_t and learned positions need the length of a row: pass seq_len")
+        if config.puzzle_emb_ndim and not puzzles:
+            raise ValueError("puzzle_emb_ndim needs the number of puzzle identifiers: pass puzzles")
         self.config = config
+        self.prefix_len = config.prefix_len
+        positions = None if seq_len is None else self.prefix_len + seq_len
         self.vocab_size = vocab_size
         self.dtype = DTYPES[config.forward_dtype]
         self.recursion = build_recursion(config)
@@ -51,11 +73,16 @@ class RecursiveModel(nn.Module):
             self.embed_tokens = Embedding(vocab_size, config.hidden_size)
             self.lm_head = Linear(config.hidden_size, vocab_size)
             self.q_head = Linear(config.hidden_size, 2, bias=True)
+            mixed = positions if config.mlp_t else None
             for name, layers in self.recursion.levels.items():
-                self.add_module(name, BlockStack(layers, config.hidden_size, config.num_heads, config.expansion))
+                self.add_module(name, BlockStack(layers, config.hidden_size, config.num_heads, config.expansion, mixed))
             for name in self.recursion.initial_states:
                 initial_D = truncated_normal_(torch.empty(config.hidden_size), 1.0)
                 self.register_buffer(name, initial_D.to(self.dtype))
+            self.embed_pos: Embedding | None = None
+            if config.pos_encodings == "learned" and positions is not None:
+                self.embed_pos = Embedding(positions, config.hidden_size)
+        self.puzzle_emb = SparseEmbedding(puzzles, config.puzzle_emb_ndim) if config.puzzle_emb_ndim and puzzles else None
         # Scale and shift of the halting logit after each ACT step; the identity unless a checkpoint was calibrated.
         self.halt_calibration: Tensor
         identity_2N = torch.tensor([[1.0], [0.0]]).repeat(1, config.halt_max_steps)
@@ -73,7 +100,7 @@ class RecursiveModel(nn.Module):
     @property
     def head_dim(self) -> int:
         """Channels of an attention head."""
-        return self.config.hidden_size // self.config.num_heads
+        return self.config.head_dim
 
     @property
     def device(self) -> torch.device:
@@ -84,14 +111,31 @@ class RecursiveModel(nn.Module):
         """Every latent state before the first ACT step, each [*shape, D]; a view, not to be written to."""
         return tuple(self.get_buffer(name).expand(*shape, -1) for name in self.recursion.initial_states)
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """Input embedding [B, T, D], scaled by sqrt(D)."""
-        embedding_BTD: Tensor = self.embed_tokens(ids_BT, self.dtype)
-        return embedding_BTD * math.sqrt(self.config.hidden_size)
+    def embed(self, ids_BT: Tensor, puzzle_ids_B: Tensor | None = None) -> Tensor:
+        """Input embedding, scaled by sqrt(D): [B, T, D], or with the vectors of the rows' puzzles before the tokens [B, P + T, D].
+
+        Raises UsageError for more positions than there are learned ones.
+        """
+        embedding: Tensor = self.embed_tokens(ids_BT, self.dtype)
+        if self.puzzle_emb is not None:
+            assert puzzle_ids_B is not None
+            vector: Tensor = self.puzzle_emb(puzzle_ids_B, self.dtype)
+            padding = self.prefix_len * self.config.hidden_size - vector.shape[-1]
+            prefix_BPD = F.pad(vector, (0, padding)).unflatten(-1, (self.prefix_len, -1))
+            embedding = torch.cat((prefix_BPD, embedding), dim=1)
+        if self.embed_pos is not None:
+            table, positions = self.embed_pos.embedding_weight, embedding.shape[1]
+            if positions > len(table):
+                raise UsageError(
+                    f"a row of {positions} positions, but the model has {len(table)} learned ones: use rows of the length it was "
+                    "trained on, or arch.pos_encodings=rope"
+                )
+            embedding = _SUM_OF_TWO_SCALE * (embedding + table[:positions].to(self.dtype))
+        return embedding * math.sqrt(self.config.hidden_size)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
         """Rotary tables of integer `positions` [T] or [B, T]."""
-        if self.config.pos_encodings == "none":
+        if self.config.pos_encodings != "rope":
             return None
         # As the original: the angles of long rows need more than bfloat16's eight bits.
         exact = torch.promote_types(self.dtype, torch.float32)
@@ -176,7 +220,7 @@ class RecursiveModel(nn.Module):
                 return
 
     def halt_logits(self, output_ND: Tensor) -> Tensor:
-        """Halting and continuing logits [N, 2] of outputs [N, D]; text uses the first."""
+        """Halting and continuing logits [N, 2] of outputs [N, D]: of text's tokens, which use the first, or of puzzles' rows."""
         logits: Tensor = self.q_head(output_ND)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 

@@ -153,13 +153,17 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k and v come from one stacked projection."""
+    """Multi-head self-attention; q, k and v come from one stacked projection.
+
+    Heads that don't divide the channels are narrower, together too: 12 heads of 512 channels have 42 each, 504 in all.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
-        self.o_proj = Linear(hidden_size, hidden_size)
+        width = hidden_size // num_heads * num_heads
+        self.qkv_proj = Linear(hidden_size, 3 * width)
+        self.o_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
@@ -196,24 +200,34 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm transformer block: h = rms(h + attention(h)), then h = rms(h + swiglu(h))."""
+    """Post-norm transformer block: h = rms(h + attention(h)), then h = rms(h + swiglu(h)).
 
-    def __init__(self, hidden_size: int, num_heads: int, expansion: float) -> None:
+    With `mixed_positions`, rows have exactly so many positions, and a SwiGLU over the positions of each channel takes the place of
+    attention (`mlp_t`); as in the original, the norm of its sum runs over positions, too, not over channels.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, expansion: float, mixed_positions: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden_size, num_heads)
+        self.self_attn = Attention(hidden_size, num_heads) if mixed_positions is None else None
+        self.mlp_t = SwiGLU(mixed_positions, expansion) if mixed_positions is not None else None
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
-        h = rms_norm(h + self.self_attn(h, rotary, mask, lane))
+        if self.mlp_t is not None:
+            h_BDT = h.transpose(1, 2)
+            h = rms_norm(h_BDT + self.mlp_t(h_BDT)).transpose(1, 2)
+        else:
+            assert self.self_attn is not None
+            h = rms_norm(h + self.self_attn(h, rotary, mask, lane))
         return rms_norm(h + self.mlp(h))
 
 
 class BlockStack(nn.Module):
     """The network of one level: a few blocks, applied to the sum of what a level call receives."""
 
-    def __init__(self, layers: int, hidden_size: int, num_heads: int, expansion: float) -> None:
+    def __init__(self, layers: int, hidden_size: int, num_heads: int, expansion: float, mixed_positions: int | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(hidden_size, num_heads, expansion) for _ in range(layers))
+        self.layers = nn.ModuleList(Block(hidden_size, num_heads, expansion, mixed_positions) for _ in range(layers))
 
     def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lanes: list[Lane] | None = None) -> Tensor:
         for index, layer in enumerate(self.layers):

@@ -41,14 +41,22 @@ TINY = (
 )
 
 
+# What a recursion says otherwise at toy size, its layers in the first place.
+TINY_RECURSIONS = {
+    "arch=hrm": ("arch.H_layers=1", "arch.L_layers=2"),
+    "arch=transformers_baseline": ("arch.H_layers=2", "arch.H_cycles=1", "arch.L_cycles=0"),
+}
+
+
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> PretrainInstructConfig:
-    return compose_config("cfg_pretrain_instruct", [*TINY, *overrides])
+    of_recursion = [own for override in overrides for own in TINY_RECURSIONS.get(override, ())]
+    return compose_config("cfg_pretrain_instruct", [*TINY, *of_recursion, *overrides])
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., PretrainInstructConfig]:
-    """`tiny_config("arch.loss=softmax", ...)`: the instruction config at toy size, float64, with overrides on top."""
+    """`tiny_config("arch=hrm", "arch.loss=softmax", ...)`: the instruction config at toy size, float64, with overrides on top."""
     return lambda *overrides: _composed(tuple(overrides))
 
 

@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from config.compose import CONFIG_FOLDER, add_model_arguments, compose_config, override_config, settings_for_use
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig
+from config.schema import ArchConfig, PretrainInstructConfig
 
 MAIN = "cfg_pretrain_instruct"
 
@@ -39,6 +41,30 @@ def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.Mon
     assert (config.beta1, config.beta2, config.ema, config.ema_rate, config.dataloader_workers) == (0.9, 0.95, False, 0.999, 2)
     assert config.project_name == "SlimOrca-ACT" and config.run_name is None
     assert config.arch.halt.depth_floor >= 0.1 and config.arch.halt.bias == -1.0 and not config.arch.halt.backprop
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "cycles", "heads", "prefix_len", "compares"),
+    [
+        ("trm", (0, 2), (3, 6), 8, 16, False),
+        ("trm_singlez", (0, 2), (3, 6), 8, 16, False),
+        ("trm_hier6", (0, 2), (3, 6), 8, 16, False),
+        ("hrm", (4, 4), (2, 2), 8, 1, True),
+        ("transformers_baseline", (8, 0), (1, 0), 12, 1, True),
+    ],
+)
+def test_an_architecture_by_itself_is_the_originals_for_puzzles(
+    name: str, layers: tuple[int, int], cycles: tuple[int, int], heads: int, prefix_len: int, compares: bool
+) -> None:
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        values = OmegaConf.to_container(compose(f"arch/{name}").arch, resolve=True)
+    arch = ArchConfig.model_validate(values)
+    assert (arch.name, arch.hidden_size, arch.num_heads, arch.expansion) == (name, 512, heads, 4)
+    assert ((arch.H_layers, arch.L_layers), (arch.H_cycles, arch.L_cycles)) == (layers, cycles)
+    assert (arch.puzzle_emb_ndim, arch.prefix_len, arch.no_ACT_continue) == (512, prefix_len, not compares)
+    assert (arch.attention, arch.pos_encodings, arch.mlp_t, arch.loss) == ("full", "rope", False, "stablemax")
+    assert (arch.halt_max_steps, arch.halt_exploration_prob, arch.act_enabled, arch.act_inference) == (16, 0.1, True, False)
+    assert (arch.halt.bias, arch.halt.backprop) == (-5.0, True)
 
 
 def test_the_environment_names_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,12 @@ ModelFactory = Callable[..., RecursiveModel]
 VOCABULARY = 13
 NEVER = -1  # an EOS id that no row gives
 UNEVEN = (5, 2, 9, 3)
+# Thoroughly for the recursion with one stack and the one with two of different depth, once for each of the others. The seed is one
+# with which tokens halt at different steps.
+EACH_RECURSION = [
+    *itertools.product(["trm", "hrm"], ["causal", "prefix"], [UNEVEN, (4, 4)], [0]),
+    *((name, "prefix", UNEVEN, 1) for name in ("trm_singlez", "trm_hier6", "transformers_baseline")),
+]
 
 
 def make_prompts(lengths: Sequence[int], seed: int = 0, turns: int = 2) -> list[Prompt]:
@@ -74,11 +80,12 @@ def recomputed(model: RecursiveModel, prompt: Prompt, answer: list[int], act_ste
         return model.logits(output[:, -1])
 
 
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize(("recursion", "attention", "lengths", "seed"), EACH_RECURSION)
 @pytest.mark.parametrize("act_steps", [1, 4, 16])
-@pytest.mark.parametrize("lengths", [UNEVEN, (4, 4)], ids=["uneven", "even"])
-def test_cached_equals_recomputed(tiny_model: ModelFactory, attention: str, act_steps: int, lengths: tuple[int, ...]) -> None:
-    model = tiny_model(f"arch.attention={attention}")
+def test_cached_equals_recomputed(
+    tiny_model: ModelFactory, recursion: str, attention: str, act_steps: int, lengths: tuple[int, ...], seed: int
+) -> None:
+    model = tiny_model(f"arch={recursion}", f"arch.attention={attention}", seed=seed)
     prompts = make_prompts(lengths)
     for prompt, tokens in zip(prompts, decode(model, requests_for(prompts, 5), act_steps=act_steps), strict=True):
         assert len(tokens) == 5 and [token.finish for token in tokens] == [None] * 4 + ["length"]
@@ -172,13 +179,19 @@ def test_a_request_waits_for_a_free_row_no_longer_than_a_token(
     assert waits <= longest_wait
 
 
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
-@pytest.mark.parametrize("lengths", [UNEVEN, (4, 4)], ids=["uneven", "even"])
+@pytest.mark.parametrize(("recursion", "attention", "lengths", "seed"), EACH_RECURSION)
 @pytest.mark.parametrize("turns", [1, 2])
 def test_per_token_halting_equals_the_parallel_evaluation(
-    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, attention: str, lengths: tuple[int, ...], turns: int
+    tiny_model: ModelFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    recursion: str,
+    attention: str,
+    lengths: tuple[int, ...],
+    seed: int,
+    turns: int,
 ) -> None:
-    model = tiny_model(f"arch.attention={attention}", "arch.halt_max_steps=6", halt_scale=3.0)
+    overrides = (f"arch={recursion}", f"arch.attention={attention}", "arch.halt_max_steps=6")
+    model = tiny_model(*overrides, seed=seed, halt_scale=3.0)
     with torch.no_grad():
         # Calibrated differently at every depth, as a checkpoint may be.
         model.halt_calibration.copy_(torch.tensor([[1.2, 0.8, 1.0, 1.1, 0.9, 1.0], [0.1, -0.2, 0.0, 0.3, 0.1, 0.0]]))
@@ -312,8 +325,12 @@ def test_equal_prompts_are_run_once(tiny_model: ModelFactory, monkeypatch: pytes
     assert [token.id for token in alone[0]] == [token.id for token in answers[1]]
 
 
-def test_the_cache_is_as_large_as_was_said_and_bounded(tiny_model: ModelFactory) -> None:
-    model = tiny_model()
+# The last one: heads narrower than the state, 3 of 4 channels.
+@pytest.mark.parametrize(
+    "overrides", [("arch=trm",), ("arch=hrm",), ("arch=transformers_baseline", "arch.hidden_size=14", "arch.num_heads=3")]
+)
+def test_the_cache_is_as_large_as_was_said_and_bounded(tiny_model: ModelFactory, overrides: tuple[str, ...]) -> None:
+    model = tiny_model(*overrides)
     engine = Engine(model, eos_id=NEVER, act_steps=2, rows=3, positions=20)
     assert engine._cache.buffer.nbytes == cache_bytes(model, 2, 3, 20)
     one = cache_bytes(model, 2, 1, 20) / 1e9

@@ -102,6 +102,32 @@ def test_every_problem_is_told_at_once(values: dict[str, Any]) -> None:
         ({"generation.act_steps": 5}, "generation.act_steps 5 is more than arch.halt_max_steps 4"),
         ({"arch.num_heads": 3}, "hidden_size 16 must be num_heads 3"),
         ({"arch.num_heads": 16}, "an even number"),
+        ({"arch.num_heads": 17, "arch.pos_encodings": "none"}, "heads have 0 channels"),
+        ({"arch.mlp_t": True}, "mlp_t lets every position see every other: choose attention=full"),
+        ({"arch.pos_encodings": "learned"}, "pos_encodings=learned is for rows of one length: choose attention=full"),
+        ({"arch.puzzle_emb_len": 16}, "puzzle_emb_len 16 without a vector to fill it"),
+        (
+            {"arch.puzzle_emb_ndim": 33, "arch.puzzle_emb_len": 2},
+            "puzzle_emb_ndim 33 doesn't fit into puzzle_emb_len 2 positions of 16",
+        ),
+        ({"arch.puzzle_emb_ndim": 16}, "arch.puzzle_emb_ndim=16 is for puzzles"),
+        ({"arch.no_ACT_continue": False}, "arch.no_ACT_continue=False is for puzzles"),
+        ({"arch.halt_exploration_prob": 0.1}, "arch.halt_exploration_prob=0.1 is for puzzles"),
+        ({"arch.act_enabled": False}, "arch.act_enabled=False is for puzzles"),
+        ({"arch.act_inference": True}, "arch.act_inference=True is for puzzles"),
+        ({"arch.H_layers": 2}, "H_layers 2 means nothing to trm: set it to 0"),
+        ({"arch.L_layers": 0}, "L_layers must be at least 1 for trm"),
+        ({"arch.L_cycles": 0}, "L_cycles must be at least 1 for trm"),
+        ({"arch.name": "trm_hier6", "arch.L_cycles": 7}, "trm_hier6 has a state for each of at most 6 L calls"),
+        ({"arch.name": "hrm"}, "H_layers must be at least 1 for hrm"),
+        (
+            {"arch.name": "transformers_baseline", "arch.H_layers": 2, "arch.L_layers": 0},
+            "L_cycles 2 means nothing to transformers_baseline: set it to 0",
+        ),
+        (
+            {"arch.name": "transformers_baseline", "arch.H_layers": 2, "arch.L_layers": 0, "arch.L_cycles": 0},
+            "H_cycles 2: transformers_baseline passes its blocks once per ACT step",
+        ),
     ],
 )
 def test_combinations_that_cannot_be_right_are_refused_with_a_reason(

@@ -8,7 +8,7 @@ from models.recursive_reasoning.base import LevelCall, Recursion, States
 class TRM(Recursion):
     """`H_cycles` times: `L_cycles` times z_L = f(z_L + z_H + x), then z_H = f(z_H + z_L). The output is z_H."""
 
-    initial_states = ("H_init", "L_init")
+    initial_states: tuple[str, ...] = ("H_init", "L_init")
 
     @property
     def levels(self) -> dict[str, int]:
