@@ -1,6 +1,6 @@
-"""From outputs to losses: stablemax and softmax, the chunked vocabulary loss, the halting loss.
+"""From outputs to losses: stablemax and softmax, the chunked vocabulary loss, the halting losses of tokens and of puzzles' rows.
 
-Only supervised tokens come here, and no [tokens, vocabulary] tensor larger than one chunk ever exists. Knows no rows and no slots.
+Of text, only supervised tokens come here; no [tokens, vocabulary] tensor larger than one chunk ever exists. Knows no slots.
 """
 
 import functools
@@ -145,3 +145,63 @@ def token_loss(
     right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
     bce_N = F.binary_cross_entropy_with_logits(halt_logits_N, right_N, reduction="none")
     return TokenLoss(ce + 0.5 * (bce_N * weights_N).sum(), nll_N, argmax_N, bce_N.detach())
+
+
+class RowLoss(NamedTuple):
+    """What the rows of one ACT step gave, puzzle by puzzle. Only `total` carries gradient."""
+
+    total: Tensor
+    """Scalar: sum over rows of mean CE + 0.5 (halting BCE + continuing BCE); to be divided by the global batch."""
+    nll_B: Tensor
+    """Mean -log p(label) of each row's supervised tokens, nats; 0 without any."""
+    halt_bce_B: Tensor
+    """Binary cross entropy of each row's halting logit, nats."""
+    continue_bce_B: Tensor
+    """Binary cross entropy of each row's continuing logit, nats; 0 without a target."""
+    argmax_BT: Tensor
+    """The most probable id of every token, supervised or not."""
+    accuracy_B: Tensor
+    """Share of each row's supervised tokens whose argmax is right; 0 without any."""
+    is_right_B: Tensor
+    """Whether all of them are; a row without any counts as right."""
+
+
+def row_loss(
+    output_BTD: Tensor,
+    head_VD: Tensor,
+    halt_logits_B2: Tensor,
+    labels_BT: Tensor,
+    loss: str,
+    continue_target_B: Tensor | None = None,
+) -> RowLoss:
+    """The loss of TinyRecursiveModels and HRM for whole rows: the halting logit is trained to say whether all of a row is right.
+
+    labels_BT: negative where a token is not supervised. continue_target_B: probabilities (`row_halting.continue_target`), or None
+    where the continuing logit isn't trained. A puzzle's vocabulary is small, so tokens that are not supervised go through the head
+    with weight 0: their number then needs no answer from the device.
+    """
+    supervised_BT = labels_BT >= 0
+    count_B = supervised_BT.sum(dim=1)
+    exact = torch.promote_types(output_BTD.dtype, torch.float32)
+    weights_BT = supervised_BT.to(exact) / count_B.clamp(min=1).unsqueeze(1)
+    ce, nll_N, argmax_N = linear_cross_entropy(
+        output_BTD.flatten(0, 1), head_VD, labels_BT.clamp(min=0).flatten(), weights_BT.flatten(), loss
+    )
+    argmax_BT = argmax_N.view_as(labels_BT)
+    right_B = ((argmax_BT == labels_BT) & supervised_BT).sum(dim=1)
+    is_right_B = right_B == count_B
+
+    halt_B, continue_B = halt_logits_B2.unbind(-1)
+    halt_bce_B = F.binary_cross_entropy_with_logits(halt_B, is_right_B.to(halt_B.dtype), reduction="none")
+    continue_bce_B = torch.zeros_like(halt_bce_B)
+    if continue_target_B is not None:
+        continue_bce_B = F.binary_cross_entropy_with_logits(continue_B, continue_target_B, reduction="none")
+    return RowLoss(
+        total=ce + 0.5 * (halt_bce_B + continue_bce_B).sum(),
+        nll_B=(nll_N.view_as(weights_BT) * weights_BT).sum(dim=1),
+        halt_bce_B=halt_bce_B.detach(),
+        continue_bce_B=continue_bce_B.detach(),
+        argmax_BT=argmax_BT,
+        accuracy_B=right_B / count_B.clamp(min=1),
+        is_right_B=is_right_B,
+    )

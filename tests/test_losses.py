@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.losses
 from models.layers import TOKEN_MULTIPLE
-from models.losses import linear_cross_entropy, log_probs, token_loss
+from models.losses import linear_cross_entropy, log_probs, row_loss, token_loss
 
 LOSSES = ["stablemax", "softmax"]
 # Exactly 1 makes the branch 1 / (1 - v) infinite; 0 is where the branches meet; the rest is large or tiny.
@@ -146,6 +146,47 @@ def test_the_halting_loss_says_whether_the_argmax_is_right(loss: str) -> None:
     assert result.argmax_N.tolist() == [0, 1, 2]
     result.total.backward()
     torch.testing.assert_close(halting.grad, (0.5 * weights * (probability - right)).detach())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("has_target", [False, True])
+def test_the_row_loss_is_the_originals(loss: str, has_target: bool) -> None:
+    """Sum over rows of mean CE + 0.5 (BCE of being all right + BCE of the continuing logit), row by row from the definitions."""
+    rng = torch.Generator().manual_seed(0)
+    output = torch.randn(4, 5, 3, generator=rng, dtype=torch.float64).requires_grad_()
+    head = torch.randn(6, 3, generator=rng, dtype=torch.float64).requires_grad_()
+    halting = torch.randn(4, 2, generator=rng, dtype=torch.float64).requires_grad_()
+    target = torch.tensor([0.1, 0.5, 0.9, 0.3], dtype=torch.float64) if has_target else None
+    best = (output @ head.T).argmax(-1)
+    labels = best.clone()
+    labels[0, 1:3] = -100  # all right, partly supervised
+    labels[1, 4] = (best[1, 4] + 1) % 6  # one wrong
+    labels[2] = -100  # nothing to be right about
+    labels[3, :3], labels[3, 3:] = (best[3, :3] + 1) % 6, -100  # all wrong, and what isn't supervised doesn't help
+    result = row_loss(output, head, halting, labels, loss, target)
+
+    expected, nll, halt_bce, continue_bce = torch.tensor(0.0), [], [], []
+    for row, right in enumerate([1.0, 0.0, 1.0, 0.0]):
+        logp = plain_log_probs(output[row] @ head.T, loss)
+        of_row = [-logp[t, labels[row, t]] for t in range(5) if labels[row, t] != -100]
+        nll.append(sum(of_row, torch.tensor(0.0)) / max(1, len(of_row)))
+        p = torch.sigmoid(halting[row])
+        halt_bce.append(-(right * torch.log(p[0]) + (1 - right) * torch.log(1 - p[0])))
+        continue_bce.append(0 * p[1])
+        if target is not None:
+            continue_bce[-1] = -(target[row] * torch.log(p[1]) + (1 - target[row]) * torch.log(1 - p[1]))
+        expected = expected + nll[-1] + 0.5 * (halt_bce[-1] + continue_bce[-1])
+    torch.testing.assert_close(result.total, expected, rtol=0, atol=1e-12)
+    for name, values in (("nll_B", nll), ("halt_bce_B", halt_bce), ("continue_bce_B", continue_bce)):
+        torch.testing.assert_close(getattr(result, name), torch.stack(values).detach(), rtol=0, atol=1e-12)
+    assert result.is_right_B.tolist() == [True, False, True, False]
+    assert result.accuracy_B.tolist() == pytest.approx([1.0, 0.8, 0.0, 0.0])
+    assert torch.equal(result.argmax_BT, best)
+    ours = torch.autograd.grad(result.total, (output, head, halting))
+    for mine, exact in zip(ours, torch.autograd.grad(expected, (output, head, halting)), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=0, atol=1e-12)
+    assert (ours[2][:, 1] != 0).any() == has_target
+    assert not any(part.requires_grad for part in result[1:])
 
 
 class LargestTensor(TorchDispatchMode):
