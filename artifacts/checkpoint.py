@@ -10,7 +10,8 @@
 
 and, once the checkpoint has been calibrated, halting.json (artifacts/halting.py).
 
-Nothing here is ever unpickled. This file doesn't know what the trainer's state means.
+Nothing of it is ever unpickled. Weights alone come from foreign files, too (`read_weights`): of a torch pickle, nothing is read but
+tensors. This file doesn't know what the trainer's state means.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,6 +39,7 @@ FORMAT_VERSION = 1
 WEIGHT_PREFIX = "model.inner."
 _COMPILED_PREFIX = "_orig_mod."
 _TIED_HEAD = "lm_head.weight"
+_PUZZLE_VECTORS = "puzzle_emb.weights"
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Checkpoint:
 
     def weights(self, *, ema: bool) -> dict[str, Tensor]:
         """Weights by the names of `RecursiveModel`, the moving average if `ema` is wanted and there is one."""
-        return {strip_prefix(name): tensor for name, tensor in _load_tensors(self._weights_file(ema)).items()}
+        return {_strip_prefix(name): tensor for name, tensor in _load_tensors(self._weights_file(ema)).items()}
 
     def weights_sha256(self, *, ema: bool) -> str:
         """Hex SHA-256 of the file that `weights` reads. Raises UsageError if it can't be read."""
@@ -126,8 +129,7 @@ class Checkpoint:
             raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
 
     def _weights_file(self, ema: bool) -> Path:
-        path = self.folder / "ema.safetensors"
-        return path if ema and path.exists() else self.folder / "model.safetensors"
+        return _weights_file(self.folder, ema)
 
     def trainer_state(self) -> TrainerState:
         """The trainer's state as it was saved."""
@@ -174,10 +176,30 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
     )
 
 
-def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Fill `model`, by name and shape. Raises UsageError with the names that are missing, unknown or of another shape."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights by the names of `RecursiveModel`, whatever prefix they have in the file.
+
+    path: a checkpoint folder, whose moving average is preferred; a .safetensors file; or a state dict written by torch.save, as the
+    original does, of which tensors are read and nothing else. Raises UsageError if it is none of these or would run code.
+    """
+    if path.is_dir():
+        path = _weights_file(path, ema=True)
+    tensors = _load_tensors(path) if path.suffix == ".safetensors" else _load_pickled_tensors(path)
+    return {_strip_prefix(name): tensor for name, tensor in tensors.items()}
+
+
+def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path, reset_puzzle_embedding: bool = False) -> None:
+    """Fill `model`, by name and shape. Raises UsageError with the names that are missing, unknown or of another shape.
+
+    reset_puzzle_embedding: where the number of puzzles is another, each puzzle's vector becomes the mean of those found.
+    """
     expected = model.state_dict()
     found = dict(weights)
+    vectors = found.get(_PUZZLE_VECTORS)
+    if reset_puzzle_embedding and model.puzzle_emb is not None and vectors is not None and vectors.dim() == 2 and len(vectors):
+        count = len(model.puzzle_emb.weights)
+        if len(vectors) != count:
+            found[_PUZZLE_VECTORS] = vectors.mean(dim=0, keepdim=True).expand(count, -1)
     if model.config.tie_embeddings:
         found.setdefault(_TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[_TIED_HEAD]))
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
@@ -192,7 +214,7 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
     model.load_state_dict(found)
 
 
-def strip_prefix(name: str) -> str:
+def _strip_prefix(name: str) -> str:
     """A state-dict name without the optional prefixes of compiled and wrapped models."""
     return name.removeprefix(_COMPILED_PREFIX).removeprefix(WEIGHT_PREFIX)
 
@@ -201,6 +223,27 @@ def _save_weights(path: Path, weights: Mapping[str, Tensor], tied: bool) -> None
     # safetensors refuses two names for one tensor.
     named = {name: tensor for name, tensor in weights.items() if not (tied and name == _TIED_HEAD)}
     save_file({WEIGHT_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+
+
+def _weights_file(folder: Path, ema: bool) -> Path:
+    path = folder / "ema.safetensors"
+    return path if ema and path.exists() else folder / "model.safetensors"
+
+
+def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"the weights {path} can't be read: {error}") from error
+    # What a file that isn't one does to torch's reader has no common class.
+    except Exception as error:
+        raise UsageError(
+            f"the weights {path} are refused: not a state dict saved by torch, damaged, or a pickle that holds more than tensors "
+            "and could run code; if you trust it, have its owner save the tensors as .safetensors"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        raise UsageError(f"the weights {path} are no state dict: expected names with tensors, and nothing else")
+    return content
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
