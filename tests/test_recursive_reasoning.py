@@ -15,6 +15,7 @@ from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
 from models.layers import Mask
 from training.loop import Trainer
+from training.text import TextTask
 
 ALL = ["trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
 VOCABULARY, HIDDEN, SEQ_LEN, PUZZLES = 11, 8, 5, 4
@@ -298,6 +299,6 @@ def test_every_recursion_learns_as_a_language_model(
     config = tiny_config(f"arch={name}", "epochs=40", "lr=2e-3", "lr_min_ratio=1", "arch.halt_max_steps=2")
     examples = random_examples(4)
     model = RecursiveModel(config.arch, 13)
-    trainer = Trainer(config, model, ExampleStream(examples, 0, config.epochs, 0), len(examples))
-    losses = [float(result.nll_sum) / result.supervised for result in trainer.steps()]
+    trainer = Trainer(config, model, TextTask(config, model, ExampleStream(examples, 0, config.epochs, 0), len(examples)))
+    losses = [float(result.sums["nll"]) / result.weight for result in trainer.steps()]
     assert losses[0] == pytest.approx(math.log(13), abs=1.0) and losses[-1] < 0.7 * losses[0]
