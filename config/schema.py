@@ -71,6 +71,8 @@ class ArchConfig(_Section):
     """Use the embedding matrix as the vocabulary head."""
     forward_dtype: Literal["auto", "bfloat16", "float32", "float64"]
     """Number format of activations; weights stay float32. auto: bfloat16 where the processor multiplies it natively."""
+    activation_checkpointing: bool
+    """Training keeps only the inputs of the level calls that carry gradient and computes them again in the backward pass."""
     loss: Literal["stablemax", "softmax"]
     """How logits become probabilities, in training, measuring and sampling alike."""
     halt_max_steps: PositiveInt
@@ -236,8 +238,10 @@ class TrainingConfig(_Section):
     """Seed of weights, order and drawn depths."""
     device: Literal["auto", "cpu", "cuda"]
     """auto: CUDA if there is one."""
-    compile: bool
-    """torch.compile the level stack on CUDA; the environment variable DISABLE_COMPILE=1 turns it off."""
+    compile: Literal["auto"] | bool
+    """torch.compile the level stacks for training. auto: on CUDA. The environment variable DISABLE_COMPILE=1 turns it off."""
+    tf32: bool
+    """Multiply float32 matrices in TF32 on CUDA: faster, with 10 bits of mantissa. For arch.forward_dtype=float32."""
     epochs: PositiveInt
     """Passes over the training split."""
     global_batch_size: PositiveInt

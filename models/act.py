@@ -7,12 +7,13 @@ tokens, P the positions that a puzzle's vector takes before them.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config.errors import UsageError
 from config.schema import ArchConfig
@@ -154,6 +155,7 @@ class RecursiveModel(nn.Module):
         """
         calls_done = 0
         lanes_used = 0
+        casts = [linear.cast_weight(self.dtype) for linear in self._level_linears]
 
         def call(level: str, h_BTD: Tensor) -> Tensor:
             nonlocal calls_done, lanes_used
@@ -166,14 +168,22 @@ class RecursiveModel(nn.Module):
             if not carries_gradient:
                 h_BTD = h_BTD.detach()
             with torch.set_grad_enabled(carries_gradient):
-                if call_lanes is None:
-                    result: Tensor = stack(h_BTD, rotary, mask)
-                else:
+                if call_lanes is not None:
                     # Not through __call__: compiled code would be made anew for every lane.
-                    result = stack.forward(h_BTD, rotary, mask, call_lanes)
+                    result: Tensor = stack.forward(h_BTD, rotary, mask, call_lanes)
+                elif carries_gradient and self.config.activation_checkpointing:
+                    result = checkpoint(recomputed, stack, h_BTD, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    result = stack(h_BTD, rotary, mask)
             return result
 
-        with self._weights_cast_once():
+        def recomputed(stack: BlockStack, h_BTD: Tensor) -> Tensor:
+            # Backward comes here after the step: with other casts, compiled code would be made anew and save other tensors.
+            with self._holding(casts):
+                result: Tensor = stack(h_BTD, rotary, mask)
+            return result
+
+        with self._holding(casts):
             return self.recursion.step(states, x_BTD, call)
 
     def refine(
@@ -250,12 +260,14 @@ class RecursiveModel(nn.Module):
             self.get_submodule(name).compile(dynamic=True)
 
     @contextlib.contextmanager
-    def _weights_cast_once(self) -> Iterator[None]:
+    def _holding(self, casts: Sequence[Tensor | None]) -> Iterator[None]:
+        """Within the block the levels' linear layers compute with these casts of their weights."""
         linears = self._level_linears
-        for linear in linears:
-            linear.hold_cast(self.dtype)
+        before = [linear.held_cast for linear in linears]
+        for linear, cast in zip(linears, casts, strict=True):
+            linear.held_cast = cast
         try:
             yield
         finally:
-            for linear in linears:
-                linear.hold_cast(None)
+            for linear, cast in zip(linears, before, strict=True):
+                linear.held_cast = cast

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import shutil
+from typing import Literal
 
 import torch
 
@@ -34,9 +36,26 @@ def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def should_compile(wanted: bool, device: torch.device) -> bool:
-    """Whether to torch.compile: wanted, on CUDA, and the environment variable DISABLE_COMPILE is not set (or is 0)."""
-    return wanted and device.type == "cuda" and os.environ.get("DISABLE_COMPILE", "0") in ("", "0")
+def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
+    """Whether to torch.compile: `wanted` (auto: on CUDA), and the environment variable DISABLE_COMPILE is not set (or is 0).
+
+    Raises UsageError if it is wanted on a CPU and there is no C++ compiler, which torch would find out in the middle of a step.
+    """
+    if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0"):
+        return False
+    if wanted == "auto":
+        return device.type == "cuda"
+    if wanted and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UsageError(
+            "compile=true on a CPU needs a C++ compiler: install g++, name one in the variable CXX, or use compile=auto"
+        )
+    return wanted
+
+
+def set_matmul_precision(tf32: bool, device: torch.device) -> None:
+    """Whether CUDA may multiply float32 matrices in TF32; other devices and number formats are left alone."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def keep_freed_memory() -> None:

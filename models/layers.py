@@ -123,15 +123,16 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(truncated_normal_(torch.empty(out_features, in_features), in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self._cast: Tensor | None = None
+        self.held_cast: Tensor | None = None
+        """The weight in the compute format, held for many calls, so that gradients of all meet before the cast back."""
 
-    def hold_cast(self, dtype: torch.dtype | None) -> None:
-        """Cast the weight once for many calls (None: let go); gradients of all calls then meet before the cast back."""
-        self._cast = None if dtype in (None, self.weight.dtype) else self.weight.to(dtype)
+    def cast_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight in `dtype`, to be held; None if it has that format itself."""
+        return None if dtype == self.weight.dtype else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        weight = self.weight.to(x.dtype) if self._cast is None else self._cast
+        weight = self.weight.to(x.dtype) if self.held_cast is None else self.held_cast
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 

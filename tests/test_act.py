@@ -1,12 +1,15 @@
 """The ACT wrapper: what sees what, initial weights, number formats. Per-token halting: test_language.py and test_engine.py."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from models.act import RecursiveModel
+from models.device import should_compile
 
 ModelFactory = Callable[..., RecursiveModel]
 VOCABULARY = 13
@@ -108,6 +111,102 @@ def test_casting_for_inference_changes_no_result(tiny_model: ModelFactory, tied:
     model.cast_for_inference()
     assert model.lm_head.weight.dtype == torch.bfloat16 and not any(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(heads_at_depth(model, ids, segments, 2), before, rtol=0, atol=0)
+
+
+def has_compiler() -> bool:
+    try:
+        return should_compile(True, torch.device("cpu"))
+    except UsageError:
+        return False
+
+
+def one_gradient(model: RecursiveModel) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Logits after two ACT steps, gradients of a loss at both, and the bytes that autograd saved for them, weights left out."""
+    ids, segments = torch.arange(20).view(2, 10) % VOCABULARY, SEGMENTS.expand(2, -1)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.zero_grad()
+    states, loss = model.initial_states(2, 10), torch.zeros(())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in range(2):
+            states, output = model.act_step(
+                tuple(state.detach() for state in states),
+                model.embed(ids),
+                model.rotary(torch.arange(10)),
+                model.mask(segments),
+            )
+            loss = loss + model.logits(output).square().mean()
+    loss.backward()
+    return (
+        model.logits(output).detach(),
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        sum(saved.values()),
+    )
+
+
+def assert_like(
+    got: tuple[torch.Tensor, dict[str, torch.Tensor], int],
+    expected: tuple[torch.Tensor, dict[str, torch.Tensor], int],
+    tolerance: float,
+) -> None:
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=tolerance)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(
+            got[1][name], gradient, rtol=0, atol=tolerance * float(gradient.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_activations_computed_again_give_the_same_gradients_for_less_memory(tiny_model: ModelFactory, dtype: str) -> None:
+    settings = (f"arch.forward_dtype={dtype}", "arch.attention=prefix")
+    kept = one_gradient(tiny_model(*settings))
+    again = one_gradient(tiny_model(*settings, "arch.activation_checkpointing=true"))
+    assert_like(again, kept, 0.0)
+    # What a level call is given isn't among what autograd saves: a state for each of three calls of two ACT steps.
+    inputs = 2 * 3 * 2 * 10 * 16 * {"float64": 8, "bfloat16": 2}[dtype]
+    assert again[2] + inputs < kept[2] / 5
+
+
+# Rounding of the number format, grown on the way back; a compiler rounds bfloat16 in fewer places.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 0.1}
+
+
+# aot_eager is all of torch.compile but the generated code: graphs, guards, what is saved for the backward pass.
+@pytest.mark.parametrize(
+    ("backend", "dtype", "again"),
+    [
+        ("aot_eager", "bfloat16", "true"),
+        *(pytest.param("inductor", dtype, again, marks=pytest.mark.slow) for dtype in TOLERANCE for again in ("false", "true")),
+    ],
+)
+def test_compiled_levels_equal_eager_ones(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, again: str
+) -> None:
+    if backend == "inductor" and not has_compiler():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    settings = (
+        f"arch.forward_dtype={dtype}",
+        f"arch.activation_checkpointing={again}",
+        "arch.L_layers=1",
+        "arch.H_cycles=1",
+        "arch.grad_calls=2",
+    )
+    eager, compiled = tiny_model(*settings), tiny_model(*settings)
+    compiled.compile_levels()
+    assert compiled.state_dict().keys() == eager.state_dict().keys(), "checkpoints load either way"
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        # One graph with gradient, and one without for the first of three calls, at every ACT step.
+        assert_like(one_gradient(compiled), one_gradient(eager), TOLERANCE[dtype])
 
 
 def test_weights_held_in_the_compute_format_are_let_go_after_a_step(tiny_model: ModelFactory) -> None:

@@ -1,12 +1,14 @@
 """Choice of device and number format."""
 
 import ctypes
+import shutil
+import sys
 
 import pytest
 import torch
 
 from config.errors import UsageError
-from models.device import keep_freed_memory, pick_device, resolve_dtype, should_compile
+from models.device import keep_freed_memory, pick_device, resolve_dtype, set_matmul_precision, should_compile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,8 +38,27 @@ def test_the_environment_turns_compilation_off(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delenv("DISABLE_COMPILE", raising=False)
     else:
         monkeypatch.setenv("DISABLE_COMPILE", variable)
-    assert should_compile(True, CUDA) == compiles
-    assert not should_compile(False, CUDA) and not should_compile(True, CPU)
+    assert should_compile("auto", CUDA) == should_compile(True, CUDA) == compiles
+    assert not should_compile(False, CUDA) and not should_compile("auto", CPU)
+
+
+def test_a_cpu_compiles_when_told_to_and_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISABLE_COMPILE", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert should_compile(True, CPU)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match="install g\\+\\+, name one in the variable CXX, or use compile=auto"):
+        should_compile(True, CPU)
+
+
+def test_tf32_is_for_cuda_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    for tf32 in (True, False):
+        set_matmul_precision(tf32, CPU)
+        set_matmul_precision(tf32, CUDA)
+    assert chosen == ["high", "highest"]
 
 
 def test_a_machine_without_glibc_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

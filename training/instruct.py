@@ -20,7 +20,7 @@ from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_language
 from generation.loading import make_responder
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype, should_compile
+from models.device import pick_device, resolve_dtype, set_matmul_precision, should_compile
 from training.run import Run, Snapshot, new_run_name, run_folder
 from training.text import TextTask
 
@@ -47,6 +47,7 @@ def run_instruct(config: PretrainInstructConfig) -> Path:
             "data (dataset.subset_size, dataset.test_ratio)"
         )
     model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed).to(device)
+    set_matmul_precision(config.tf32, device)
     if should_compile(config.compile, device):
         model.compile_levels()
     parameters = sum(p.numel() for p in model.parameters())
