@@ -1,8 +1,6 @@
 """What both benchmarks share: flags, the config they compose, synthetic conversations. Knows neither side of a comparison."""
 
 import argparse
-import resource
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,11 +9,9 @@ import torch
 from config.compose import compose_config
 from config.schema import PretrainInstructConfig
 from dataset.text.loader import Example
-from models.device import pick_device, resolve_dtype
+from models.device import peak_memory, pick_device, resolve_dtype
 
 VOCABULARY = 32_000
-# ru_maxrss counts KiB on Linux, bytes on macOS.
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -46,7 +42,7 @@ def synthetic_example(seed: int, index: int, positions: int, vocabulary: int) ->
 
 def peak_memory_bytes() -> int:
     """The most memory this process ever held, torch's libraries included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    return peak_memory(torch.device("cpu"))["peak_rss_bytes"]
 
 
 def use_threads(threads: int | None) -> int:

@@ -250,6 +250,14 @@ class TrainingConfig(_Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_interval: PositiveInt
     """Optimizer steps between lines of metrics.jsonl."""
+    wandb: Literal["offline", "online", "disabled"] | None
+    """Log to W&B: into the run's folder for a later `wandb sync`, at once, not at all. null: as WANDB_MODE says, else offline."""
+    tensorboard: bool
+    """Log to TensorBoard, too, in the run's folder; needs `pip install tensorboard`."""
+    plot: bool
+    """Draw the run into its folder, run.png, at each evaluation."""
+    dry_run: bool
+    """Say what the run would take (parameters, memory, steps, FLOPs, time) without training, and write nothing."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     lr_min_ratio: float = Field(ge=0, le=1)

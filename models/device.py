@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import os
+import resource
 import shutil
+import sys
 from typing import Literal
 
 import torch
@@ -14,6 +16,8 @@ from config.errors import UsageError
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _KEEP_BYTES = 2**31 - 1
+# ru_maxrss counts KiB on Linux, bytes on macOS.
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,6 +60,14 @@ def set_matmul_precision(tf32: bool, device: torch.device) -> None:
     """Whether CUDA may multiply float32 matrices in TF32; other devices and number formats are left alone."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory held so far, in bytes: by this process, torch's libraries included, and by tensors on a CUDA device."""
+    peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT}
+    if device.type == "cuda":
+        peak["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peak
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config.errors import UsageError
-from models.device import keep_freed_memory, pick_device, resolve_dtype, set_matmul_precision, should_compile
+from models.device import keep_freed_memory, peak_memory, pick_device, resolve_dtype, set_matmul_precision, should_compile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -59,6 +59,15 @@ def test_tf32_is_for_cuda_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -
         set_matmul_precision(tf32, CPU)
         set_matmul_precision(tf32, CUDA)
     assert chosen == ["high", "highest"]
+
+
+def test_peak_memory_grows_with_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = peak_memory(CPU)
+    assert before.keys() == {"peak_rss_bytes"} and before["peak_rss_bytes"] > 2**25
+    held = torch.ones(before["peak_rss_bytes"] // 4 + 2**22)
+    assert peak_memory(CPU)["peak_rss_bytes"] >= held.nbytes
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert peak_memory(CUDA)["cuda_peak_bytes"] == 7
 
 
 def test_a_machine_without_glibc_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ SMALL = (
     "generation.max_output_tokens=3",
     "sample_answers=1",
     "dataloader_workers=0",
+    "plot=false",
 )
 
 
@@ -153,6 +154,7 @@ def checkpoint(tokenizer_path: str, sample_dir: Path, tmp_path_factory: pytest.T
         "dataset.seq_len=256",
         "global_batch_size=8",
         "run_name=doors",
+        "plot=true",
         folder=folder,
         LLAMA_TOKENIZER=tokenizer_path,
     )
@@ -290,6 +292,20 @@ def test_a_checkpoint_is_whole_and_the_log_has_a_line_for_its_end(checkpoint: Pa
     lines = [json.loads(line) for line in (checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["test"]["counts"]["conversations"] == TEST_ROWS
     assert lines[-2]["examples"] == 32
+    timing = [json.loads(line) for line in (checkpoint.parent / "timing.jsonl").read_text().splitlines()]
+    assert timing[-1]["step"] == lines[-2]["step"] and timing[-1]["peak_rss_bytes"] > 2**20
+    assert (checkpoint.parent / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_does_not_end_for_want_of_its_picture(
+    train: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", pairs(8))
+    outcome = train(f"dataset.data_dir={folder}", "dataset.test_ratio=0", "run_name=plain", "plot=true")
+    assert outcome.status == 0, outcome.err
+    run = tmp_path / "checkpoints/SlimOrca-ACT/plain"
+    assert list(run.glob("step_*")) and not (run / "run.png").exists()
 
 
 # Inference.

@@ -1,13 +1,12 @@
 """What every training run does around its loop: logs, evaluations, checkpoints, the progress bar.
 
-The only file of this room that touches disk, the screen and W&B. Knows no Hydra, and not what is trained: that is a `Job`
+The only file of this room that touches disk and the screen. Knows no Hydra, and not what is trained: that is a `Job`
 (conversations: training/instruct.py).
 """
 
 import contextlib
 import datetime
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from artifacts.checkpoint import TrainerState
-from artifacts.metrics_log import MetricsLog
+from artifacts.plots import draw_runs
 from config.errors import UsageError
 from config.schema import TrainingConfig
+from models.device import peak_memory
+from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
 
 
@@ -94,8 +95,8 @@ class Run:
         self.job = job
         self.folder = folder
         self.trainer = Trainer(config, job.model, job.task)
-        self.log = MetricsLog(folder)
-        self._wandb = self._start_wandb()
+        self._device = next(job.model.parameters()).device
+        self._logger = open_logger(config, folder)
 
     def train(self) -> Path:
         """Train to the end; returns the folder of the last checkpoint."""
@@ -122,18 +123,16 @@ class Run:
                         "seconds": now - started,
                         "tokens_per_second": totals["tokens"] / (now - logged),
                         "supervised_tokens_per_second": totals["supervised"] / (now - logged),
+                        **peak_memory(self._device),
                     }
-                    self.log.write(metrics, timing)
-                    self._wandb_log("train", metrics)
+                    self._logger.training(metrics, timing)
                     bar.set_postfix(loss=f"{metrics[task.loss_name]:.3f}", act_steps=_short(metrics["mean_act_steps"]))
                     window, logged = _Window(), now
                 epochs = task.epochs_done
                 if finished_all or epochs // config.eval_interval > evaluated_epochs // config.eval_interval:
                     evaluated_epochs = epochs
                     saved = self._evaluate_and_save()
-        self.log.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._logger.close()
         assert saved is not None
         print(f"checkpoint {saved}")
         return saved
@@ -157,35 +156,22 @@ class Run:
             report = self.job.evaluate(trainer.step_number)
         if report is not None:
             metrics["test"] = report
-            self.log.write(metrics)
-            self._wandb_log("test", report)
+            self._logger.evaluation(metrics)
         state = trainer.state()
-        state.values["metrics_log_bytes"] = self.log.length
+        state.values.update(self._logger.state())
         folder = self.folder / f"step_{trainer.step_number}"
         average = trainer.ema.average if trainer.ema is not None else None
+        if self.config.plot:
+            self._draw()
         self.job.save(folder, Snapshot(trainer.step_number, trainer.model.state_dict(), average, metrics, state))
         return folder
 
-    def _start_wandb(self) -> Any:
-        mode = os.environ.setdefault("WANDB_MODE", "offline")
-        if mode == "disabled":
-            return None
-        import wandb
-
-        # W&B keeps its own console capture off: tqdm's bar would be logged line by line.
-        settings = wandb.Settings(console="off", silent=True)
-        return wandb.init(
-            project=self.config.project_name,
-            name=self.config.run_name,
-            config=self.config.model_dump(),
-            dir=str(self.folder),
-            settings=settings,
-        )
-
-    def _wandb_log(self, group: str, metrics: Mapping[str, Any]) -> None:
-        if self._wandb is not None:
-            numbers = {f"{group}/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
-            self._wandb.log(numbers, step=self.trainer.step_number)
+    def _draw(self) -> None:
+        """The picture of the run so far, for want of which no run ends."""
+        try:
+            draw_runs([self.folder], self.folder / "run.png")
+        except UsageError as error:
+            tqdm.write(str(error))
 
 
 def _short(value: float | None) -> str:

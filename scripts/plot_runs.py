@@ -1,0 +1,30 @@
+"""Draw one run, or several over each other, as a PNG: loss, bits per byte, ACT steps, learning rate, tokens per second, memory.
+
+    python scripts/plot_runs.py checkpoints/SlimOrca-ACT/first checkpoints/SlimOrca-ACT/second --output runs.png
+
+A run draws itself into its folder (run.png); this is for comparing, or for a run that goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from artifacts.plots import draw_runs
+from config.errors import one_clear_message
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; exit status 2 and one message where a folder holds no run or the picture can't be written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder checkpoints/<project>/<run>")
+    parser.add_argument("--output", type=Path, default=Path("runs.png"), help="the picture; one that is there is replaced")
+    options = parser.parse_args(arguments)
+    with one_clear_message():
+        draw_runs(options.runs, options.output)
+        print(options.output)
+
+
+if __name__ == "__main__":
+    main()
