@@ -101,9 +101,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        # In place, and so only once: a copy of the weight's gradient would cost more than the softmax of a short batch.
-        grad_output, grad_weight = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
+        # In place, and so only once: a copy of the weight's gradient would cost more than the softmax of a short batch. Nor is it
+        # touched where the loss itself is what is differentiated; a GPU would be waited for to know that.
+        grad_output, grad_weight = ctx.grads
         del ctx.grads
+        if grads[0].device.type != "cpu" or grads[0] != 1:
+            for grad in (grad_output, grad_weight):
+                if grad is not None:
+                    grad.mul_(grads[0])
         return grad_output, grad_weight, None, None, None
 
 
