@@ -166,6 +166,9 @@ class RowByRowLane:
 
     def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
         step, count = self.step, q_BHTK.shape[2]
+        # Of a bfloat16 cache, too: torch's CPU kernel for a single query takes three times as long in that format, casts included.
+        exact = torch.promote_types(q_BHTK.dtype, torch.float32)
+        q_BHTK = q_BHTK.to(exact)
         y_BHTK = []
         for place, (row, act_step, start) in enumerate(zip(step.rows, step.act_steps, step.starts, strict=True)):
             k_kept, v_kept = step.cache.lanes_of(row, act_step)[self.lane]
@@ -173,7 +176,8 @@ class RowByRowLane:
             k_kept[:, :, start:end] = k_BHTK[this]
             v_kept[:, :, start:end] = v_BHTK[this]
             visible_TS = None if count == 1 else torch.ones(count, end, dtype=torch.bool).tril(start)
-            y_BHTK.append(attend(q_BHTK[this], k_kept[:, :, :end], v_kept[:, :, :end], Mask(visible=visible_TS)))
+            k_seen, v_seen = k_kept[:, :, :end].to(exact), v_kept[:, :, :end].to(exact)
+            y_BHTK.append(attend(q_BHTK[this], k_seen, v_seen, Mask(visible=visible_TS)))
         return torch.cat(y_BHTK)
 
 
