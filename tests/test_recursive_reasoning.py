@@ -14,7 +14,11 @@ from config.schema import ArchConfig, PretrainInstructConfig
 from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
 from models.layers import Mask
+from models.losses import row_loss
+from models.row_halting import continue_target, halted
+from models.sparse_embedding import sign_sgd_
 from training.loop import Trainer
+from training.optimizer import AdamATan2
 from training.text import TextTask
 
 ALL = ["trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
@@ -302,3 +306,54 @@ def test_every_recursion_learns_as_a_language_model(
     trainer = Trainer(config, model, TextTask(config, model, ExampleStream(examples, 0, config.epochs, 0), len(examples)))
     losses = [float(result.sums["nll"]) / result.weight for result in trainer.steps()]
     assert losses[0] == pytest.approx(math.log(13), abs=1.0) and losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("trm", {"mlp_t": True, "pos_encodings": "none"}),
+        ("trm", {"no_ACT_continue": False}),
+        ("trm", {"forward_dtype": "bfloat16", "pos_encodings": "learned"}),
+        ("trm_singlez", {"no_ACT_continue": False, "loss": "softmax"}),
+        ("trm_hier6", {}),
+        ("hrm", {"no_ACT_continue": False}),
+        ("transformers_baseline", {"no_ACT_continue": False}),
+    ],
+)
+def test_every_recursion_learns_puzzles(name: str, changes: dict[str, Any]) -> None:
+    """The original's training step, on two rows of one puzzle and one of another, all with the same input."""
+    short = {"forward_dtype": "float32", "halt_max_steps": 2, "H_cycles": 1, "L_cycles": min(2, SHAPE[name][1])}
+    arch = puzzle_arch(name, **{**short, **changes})
+    model = RecursiveModel(arch, VOCABULARY, seq_len=SEQ_LEN, puzzles=PUZZLES)
+    optimizer = AdamATan2(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
+    # The same input has another answer in another puzzle: only the puzzle's vector can tell.
+    inputs, labels = IDS[[0, 0, 0]], IDS[[1, 2, 1]]
+    labels[:, 3] = -100
+    states, steps = model.initial_states(3, model.prefix_len + SEQ_LEN), torch.zeros(3, dtype=torch.int64)
+    losses, trained_to_continue = [], False
+    for update in range(100):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - update / 100)
+        if update % arch.halt_max_steps == 0:
+            states, steps = model.initial_states(3, model.prefix_len + SEQ_LEN), torch.zeros(3, dtype=torch.int64)
+        x, rotary = model.embed(inputs, PUZZLE_IDS), model.rotary(torch.arange(model.prefix_len + SEQ_LEN))
+        states, output = model.act_step(states, x, rotary, Mask())
+        states, steps = tuple(state.detach() for state in states), steps + 1
+        target = None
+        if arch.trains_continue:
+            with torch.no_grad():
+                _, next_output = model.act_step(states, x, rotary, Mask())
+                target = continue_target(model.halt_logits(next_output[:, 0]), steps >= arch.halt_max_steps)
+        halt_logits = model.halt_logits(output[:, 0])
+        tokens = output[:, model.prefix_len :]
+        loss = row_loss(tokens, model.lm_head.weight, halt_logits, labels, arch.loss, target)
+        assert halted(arch, halt_logits, steps, torch.zeros(3)).shape == (3,)
+        optimizer.zero_grad(set_to_none=True)
+        (loss.total / 3).backward()
+        trained_to_continue |= bool(model.q_head.weight.grad[1].any())
+        optimizer.step()
+        sign_sgd_(model.puzzle_emb, lr=1e-2, weight_decay=0.1)
+        losses.append(float(loss.nll_B.mean()))
+    assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=1.5) and losses[-1] < 0.5 * losses[0]
+    assert trained_to_continue == arch.trains_continue
+    moved = model.puzzle_emb.weights.any(dim=1).tolist()
+    assert moved == [False, True, False, True]
