@@ -1,0 +1,88 @@
+"""Puzzles in CSV files with the columns source, question, answer, rating: found in a folder, else fetched from the hub.
+
+This file must not know what a question is.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from config.errors import UsageError
+from dataset.source_files import Hub
+
+COLUMNS = ["source", "question", "answer", "rating"]
+
+
+@dataclass(frozen=True, eq=False)
+class CsvPuzzles:
+    """The rows of a file: questions and answers as ASCII codes, uint8 [N, L]; lines int64 [N], where they stand in it."""
+
+    path: Path
+    questions: npt.NDArray[np.uint8]
+    answers: npt.NDArray[np.uint8]
+    lines: npt.NDArray[np.int64]
+
+    def require(self, holds: npt.NDArray[np.bool_], what: str) -> None:
+        """Raise `UsageError` for the first row for which bool [N] `holds` isn't true."""
+        if not holds.all():
+            raise UsageError(f"{self.path}, line {self.lines[int(np.argmin(holds))]}: expected {what}; correct the row or remove it")
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "CsvPuzzles":
+        """These rows only."""
+        return CsvPuzzles(self.path, self.questions[rows], self.answers[rows], self.lines[rows])
+
+
+def locate(folder: str | Path, split: str, repo: str) -> Path:
+    """`<folder>/<split>.csv`, downloaded from the hub's data set `repo` if it isn't there. Raises `UsageError`."""
+    path = Path(folder) / f"{split}.csv"
+    return path if path.is_file() else Hub(repo).fetch(path.name, path)
+
+
+def read_csv(path: Path, min_rating: int | None = None) -> CsvPuzzles:
+    """All rows, or those with at least that rating. Raises `UsageError` for a row that is malformed or of another length."""
+    questions, answers, lines = bytearray(), bytearray(), []
+    length = 0
+    try:
+        with path.open(encoding="ascii", newline="") as handle:
+            reader = csv.reader(_with_bar(handle, path))
+            header = next(reader, [])
+            if header != COLUMNS:
+                raise UsageError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(header) or 'nothing'}")
+            for row in reader:
+                if len(row) != len(COLUMNS):
+                    raise UsageError(f"{path}, line {reader.line_num}: expected {len(COLUMNS)} columns, found {len(row)}")
+                _, question, answer, rating = row
+                if min_rating is not None:
+                    try:
+                        if int(rating) < min_rating:
+                            continue
+                    except ValueError:
+                        raise UsageError(f"{path}, line {reader.line_num}: expected a whole number as rating, found {rating!r}") from None
+                length = length or len(question)
+                if len(question) != length or len(answer) != length:
+                    raise UsageError(
+                        f"{path}, line {reader.line_num}: expected a question and an answer of {length} characters, found "
+                        f"{len(question)} and {len(answer)}"
+                    )
+                questions += question.encode()
+                answers += answer.encode()
+                lines.append(reader.line_num)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} can't be read as CSV: {error}") from error
+    if not lines:
+        raise UsageError(f"{path} has no puzzle" + ("" if min_rating is None else f" with a rating of at least {min_rating}"))
+    as_array = (np.frombuffer(cells, np.uint8).reshape(len(lines), length) for cells in (questions, answers))
+    return CsvPuzzles(path, *as_array, np.array(lines))
+
+
+def _with_bar(handle: IO[str], path: Path) -> Iterator[str]:
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        for line in handle:
+            bar.update(len(line))
+            yield line

@@ -1,0 +1,29 @@
+"""Random numbers keyed by what they are for, so that no order of work changes them. NumPy keeps the streams of raw bits over versions."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+
+def raw_bits(seed: int, *purpose: object) -> np.random.Philox:
+    """A stream of raw bits that depends on nothing but the seed and `purpose`."""
+    digest = hashlib.blake2b("/".join(map(str, (seed, *purpose))).encode(), digest_size=16).digest()
+    return np.random.Philox(key=np.frombuffer(digest, np.uint64))
+
+
+def uniform(bits: np.random.Philox, *shape: int) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1) of that shape."""
+    return (bits.random_raw(int(np.prod(shape))) >> np.uint64(11)).reshape(shape) * 2.0**-53
+
+
+def permutations(bits: np.random.Philox, count: int, size: int) -> npt.NDArray[np.int64]:
+    """Permutations of 0..size-1, [count, size]."""
+    return np.argsort(bits.random_raw(count * size).reshape(count, size), axis=1, kind="stable")
+
+
+def subsample(bits: np.random.Philox, total: int, count: int | None) -> npt.NDArray[np.int64]:
+    """`count` of 0..total-1 in ascending order; None: all."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.argsort(bits.random_raw(total), kind="stable")[:count])

@@ -1,0 +1,77 @@
+"""Mazes: characters, tokens, and shortest paths of many mazes at once. Knows no files.
+
+A maze is a square of `#` wall, blank, `S` start and `G` goal; in an answer `o` marks a shortest path between them. Tokens are 1 to 5 in the order
+of CHARACTERS, 0 is padding.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CHARACTERS = "# SGo"
+WALL, BLANK, START, GOAL, PATH = range(1, 1 + len(CHARACTERS))
+VOCAB_SIZE = 1 + len(CHARACTERS)
+
+Mazes = npt.NDArray[np.uint8]
+_UNREACHED = -1
+_SEVERAL = 2
+
+
+def to_tokens(codes: npt.NDArray[np.uint8]) -> Mazes:
+    """Tokens of ASCII codes; 0 for a character that isn't a maze's."""
+    tokens = np.zeros(256, np.uint8)
+    tokens[np.frombuffer(CHARACTERS.encode(), np.uint8)] = np.arange(1, VOCAB_SIZE)
+    return tokens[codes]
+
+
+def distances(is_open: npt.NDArray[np.bool_], origin: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
+    """Breadth-first search in many mazes at once, in steps up, down, left and right.
+
+    is_open, origin: bool [N, R, C], origins are open. Returns int16 [N, R, C], steps from an origin, -1 where none leads, and
+    uint8 [N, R, C], the number of shortest ways: 0, 1, or 2 for two and more.
+    """
+    # A rim of walls, so that a step off the maze ends there.
+    rim = ((0, 0), (1, 1), (1, 1))
+    front = np.pad(origin & is_open, rim).astype(np.uint8)
+    free = np.pad(is_open, rim) & (front == 0)
+    steps = np.where(front > 0, 0, _UNREACHED).astype(np.int16)
+    ways = front.copy()
+    step = 0
+    while front.any():
+        step += 1
+        reached = np.zeros_like(front)
+        reached[:, 1:-1, 1:-1] = front[:, :-2, 1:-1] + front[:, 2:, 1:-1] + front[:, 1:-1, :-2] + front[:, 1:-1, 2:]
+        front = np.where(free, np.minimum(reached, _SEVERAL), np.uint8(0))
+        is_new = front > 0
+        free &= ~is_new
+        steps[is_new] = step
+        ways += front
+    inside: Any = np.s_[:, 1:-1, 1:-1]
+    return steps[inside], ways[inside]
+
+
+def shortest_paths(questions: Mazes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
+    """Steps from start to goal, -1 if no way leads there, and the number of shortest ways (2 for more), of mazes [N, R, C]: each [N]."""
+    steps, ways = distances(questions != WALL, questions == START)
+    goal = questions == GOAL
+    return steps[goal], ways[goal]
+
+
+def are_shortest(questions: Mazes, answers: Mazes) -> npt.NDArray[np.bool_]:
+    """Which answers [N, R, C] mark one shortest path and nothing else; start and goal are there once each."""
+    steps, _ = shortest_paths(questions)
+    # Only the cells marked: as many as a shortest path has, and enough to arrive as fast.
+    along, _ = distances((answers == PATH) | (answers == START) | (answers == GOAL), answers == START)
+    marked = (answers == PATH).sum(axis=(1, 2))
+    result: npt.NDArray[np.bool_] = (steps > 0) & (along[answers == GOAL] == steps) & (marked == steps - 1)
+    return result
+
+
+def path_cells(questions: Mazes) -> npt.NDArray[np.bool_]:
+    """The cells on any shortest path of mazes [N, R, C], start and goal included; none where no way leads."""
+    from_start, _ = distances(questions != WALL, questions == START)
+    from_goal, _ = distances(questions != WALL, questions == GOAL)
+    total = from_start[questions == GOAL][:, None, None]
+    result: npt.NDArray[np.bool_] = (from_start >= 0) & (from_goal >= 0) & (from_start + from_goal == total)
+    return result
