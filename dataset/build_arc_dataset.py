@@ -3,8 +3,8 @@
     python -m dataset.build_arc_dataset --input-file-prefix kaggle/combined/arc-agi --output-dir data/arc1concept-aug-1000 \\
         --subsets training evaluation concept --test-set-name evaluation
 
-Reads <prefix>_<subset>_challenges.json and <prefix>_<subset>_solutions.json. A test subset's demonstration pairs are for training, its test
-pairs for testing; all pairs of other subsets are for training. It knows the files, `dataset/puzzles/arc.py` the grids.
+Reads <prefix>_<subset>_challenges.json and <prefix>_<subset>_solutions.json. A test subset's demonstration pairs are for training,
+its test pairs for testing; all pairs of other subsets are for training. It knows the files, `dataset/puzzles/arc_grids.py` the grids.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config.errors import UsageError, one_clear_message
-from dataset.puzzles.arc import (
+from dataset.puzzles.arc_grids import (
     IDENTITY,
     NAME_SEPARATOR,
     SEQ_LEN,
@@ -44,6 +44,7 @@ from dataset.puzzles.arc import (
 from dataset.puzzles.draws import raw_bits
 from dataset.puzzles.storage import (
     BLANK_IDENTIFIER,
+    TEST_PUZZLES_FILE,
     Split,
     SplitFiles,
     create_split,
@@ -52,7 +53,6 @@ from dataset.puzzles.storage import (
     write_identifiers,
 )
 
-TEST_PUZZLES_FILE = "test_puzzles.json"
 _SPLITS: tuple[Split, ...] = ("train", "test")
 
 Result = TypeVar("Result")
@@ -112,7 +112,8 @@ def _read_puzzle(name: str, task: Any, outputs: Any, is_test_set: bool) -> Puzzl
     if not demonstrations or not questions:
         raise ValueError("expected demonstration and test pairs, found none")
     shown, asked = (
-        tuple(Pair(parse_grid(pair["input"]), parse_grid(pair["output"])) for pair in pairs) for pairs in (demonstrations, questions)
+        tuple(Pair(parse_grid(pair["input"]), parse_grid(pair["output"])) for pair in pairs)
+        for pairs in (demonstrations, questions)
     )
     if is_test_set:
         return Puzzle(name, shown, asked, {"train": demonstrations, "test": questions})

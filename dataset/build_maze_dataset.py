@@ -52,7 +52,8 @@ def build(
     source_repo: str = SOURCE_REPO,
     seed: int = 0,
 ) -> dict[str, dict[str, int]]:
-    """Write the data set. Returns for each split its mazes, how many answers are a shortest path, and of how many it is the only one.
+    """Write the data set. Returns for each split its mazes, how many answers are a shortest path, and of how many it is the only
+    one.
 
     subsample_size: so many training mazes, drawn by seed; None: all. aug: training mazes in all eight dihedral forms.
     Raises `UsageError`.

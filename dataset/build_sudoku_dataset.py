@@ -68,8 +68,8 @@ def build(
 ) -> dict[str, int]:
     """Write the data set; returns the puzzles of each split. Raises `UsageError`.
 
-    subsample_size: so many training puzzles, drawn by seed; None: all. num_aug: augmented forms of each training puzzle; test puzzles
-    have none. min_difficulty: least rating, of both splits as in the original.
+    subsample_size: so many training puzzles, drawn by seed; None: all. num_aug: augmented forms of each training puzzle; test
+    puzzles have none. min_difficulty: least rating, of both splits as in the original.
     """
     if num_aug < 0 or (subsample_size is not None and subsample_size < 1):
         raise UsageError(f"expected --num-aug of at least 0, --subsample-size of at least 1, found {num_aug} and {subsample_size}")

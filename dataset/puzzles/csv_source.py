@@ -31,7 +31,9 @@ class CsvPuzzles:
     def require(self, holds: npt.NDArray[np.bool_], what: str) -> None:
         """Raise `UsageError` for the first row for which bool [N] `holds` isn't true."""
         if not holds.all():
-            raise UsageError(f"{self.path}, line {self.lines[int(np.argmin(holds))]}: expected {what}; correct the row or remove it")
+            raise UsageError(
+                f"{self.path}, line {self.lines[int(np.argmin(holds))]}: expected {what}; correct the row or remove it"
+            )
 
     def take(self, rows: npt.NDArray[np.int64]) -> "CsvPuzzles":
         """These rows only."""
@@ -63,7 +65,9 @@ def read_csv(path: Path, min_rating: int | None = None) -> CsvPuzzles:
                         if int(rating) < min_rating:
                             continue
                     except ValueError:
-                        raise UsageError(f"{path}, line {reader.line_num}: expected a whole number as rating, found {rating!r}") from None
+                        raise UsageError(
+                            f"{path}, line {reader.line_num}: expected a whole number as rating, found {rating!r}"
+                        ) from None
                 length = length or len(question)
                 if len(question) != length or len(answer) != length:
                     raise UsageError(
@@ -77,8 +81,10 @@ def read_csv(path: Path, min_rating: int | None = None) -> CsvPuzzles:
         raise UsageError(f"{path} can't be read as CSV: {error}") from error
     if not lines:
         raise UsageError(f"{path} has no puzzle" + ("" if min_rating is None else f" with a rating of at least {min_rating}"))
-    as_array = (np.frombuffer(cells, np.uint8).reshape(len(lines), length) for cells in (questions, answers))
-    return CsvPuzzles(path, *as_array, np.array(lines))
+    shape = len(lines), length
+    return CsvPuzzles(
+        path, np.frombuffer(questions, np.uint8).reshape(shape), np.frombuffer(answers, np.uint8).reshape(shape), np.array(lines)
+    )
 
 
 def _with_bar(handle: IO[str], path: Path) -> Iterator[str]:

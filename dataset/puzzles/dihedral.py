@@ -15,7 +15,8 @@ Cell = TypeVar("Cell", bound=np.generic)
 def dihedral(grids: npt.NDArray[Cell], form: int) -> npt.NDArray[Cell]:
     """Turn or mirror grids [..., R, C], as a view where NumPy can.
 
-    form: 0 nothing; 1, 2, 3 quarter turns counter-clockwise; 4 left-right; 5 up-down; 6 transposed; 7 left-right after a quarter turn.
+    form: 0 nothing; 1, 2, 3 quarter turns counter-clockwise; 4 left-right; 5 up-down; 6 transposed; 7 left-right after a quarter
+    turn.
     """
     if not 0 <= form < FORMS:
         raise ValueError(f"no such symmetry: {form}")

@@ -1,4 +1,7 @@
-"""Random numbers keyed by what they are for, so that no order of work changes them. NumPy keeps the streams of raw bits over versions."""
+"""Random numbers keyed by what they are for, so that no order of work changes them.
+
+Made of raw bits, because NumPy keeps their streams over versions and not those of a Generator's methods.
+"""
 
 import hashlib
 
@@ -14,7 +17,8 @@ def raw_bits(seed: int, *purpose: object) -> np.random.Philox:
 
 def uniform(bits: np.random.Philox, *shape: int) -> npt.NDArray[np.float64]:
     """Numbers in [0, 1) of that shape."""
-    return (bits.random_raw(int(np.prod(shape))) >> np.uint64(11)).reshape(shape) * 2.0**-53
+    # The upper 53 bits: as many as the number has.
+    return (bits.random_raw(int(np.prod(shape))) >> np.uint64(11)).reshape(shape).astype(np.float64) / 2**53
 
 
 def permutations(bits: np.random.Philox, count: int, size: int) -> npt.NDArray[np.int64]:

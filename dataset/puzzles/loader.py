@@ -1,7 +1,7 @@
 """Batches of puzzles: the original's order and choice of augmented forms in training, every row once in testing.
 
-Everything drawn is keyed by (seed, number of the iteration and data path), so a position is three integers. Ranks draw the same batch
-and take their part of it. This file must not know models, slots, or what a token means.
+Everything drawn is keyed by (seed, number of the iteration and data path), so a position is three integers. Ranks draw the same
+batch and take their part of it. This file must not know models, slots, or what a token means.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ _HASHED_ROWS = 1024
 class PuzzleBatch:
     """This rank's B rows of a batch.
 
-    inputs int32 [B, T]; labels int64 [B, T], -100 where not supervised; puzzle_identifiers int32 [B]; rows int64 [B], where they stand in
-    their set. Rows of padding: the padding token, -100, the blank identifier, -1. set_name: which set of which data path.
+    inputs int32 [B, T]; labels int64 [B, T], -100 where not supervised; puzzle_identifiers int32 [B]; rows int64 [B], where they
+    stand in their set. Rows of padding: the padding token, -100, the blank identifier, -1. set_name: which set of which data path.
     global_rows: rows without padding, over all ranks.
     """
 
@@ -40,8 +40,8 @@ class PuzzleBatch:
 class PuzzleData:
     """One split of one or several data paths, taken one after the other.
 
-    metadata: of all together; `num_puzzle_identifiers`, `total_groups` and `total_puzzles` are sums, `mean_puzzle_examples` the mean
-    weighted by puzzles, as in the original. sets: by name; from the second path on the name ends with the path's number.
+    metadata: of all together; `num_puzzle_identifiers`, `total_groups` and `total_puzzles` are sums, `mean_puzzle_examples` the
+    mean weighted by puzzles, as in the original. sets: by name; from the second path on the name ends with the path's number.
     data_hash: hex SHA-256 over metadata, indices, identifiers, and up to 1,024 evenly spaced rows of each set.
     """
 
@@ -113,15 +113,16 @@ def _check_identifiers(data_paths: Sequence[str | Path]) -> None:
             known, where = names.setdefault(number, (name, path))
             if known != name:
                 raise UsageError(
-                    f"data_paths: identifier {number} is {known!r} in {str(where)!r} and {name!r} in {str(path)!r}: build the second "
-                    f"with --puzzle-identifiers-start {len(read_identifiers(where))}"
+                    f"data_paths: identifier {number} is {known!r} in {str(where)!r} and {name!r} in {str(path)!r}: build the "
+                    f"second with --puzzle-identifiers-start {len(read_identifiers(where))}"
                 )
 
 
 def _rank_size(global_batch_size: int, rank: int, ranks: int) -> int:
     if global_batch_size % ranks or not 0 <= rank < ranks:
         raise UsageError(
-            f"global_batch_size {global_batch_size} must be a multiple of the {ranks} processes, each with a rank below that (found {rank})"
+            f"global_batch_size {global_batch_size} must be a multiple of the {ranks} processes, whose ranks are below that "
+            f"(found rank {rank})"
         )
     return global_batch_size // ranks
 
@@ -129,9 +130,9 @@ def _rank_size(global_batch_size: int, rank: int, ranks: int) -> int:
 class TrainBatches:
     """Training batches of one rank. An iteration passes `epochs_per_iteration` times over the groups of each data path in turn.
 
-    In every pass each group gives one of its puzzles, drawn evenly, and of that as many examples as still fit into the batch. A last
-    batch that isn't full is dropped. Order of groups and choice of puzzles are the original's, draw for draw: NumPy's Philox seeded
-    with seed + n, n the number of (iteration, data path) pairs begun.
+    In every pass each group gives one of its puzzles, drawn evenly, and of that as many examples as still fit into the batch. A
+    last batch that isn't full is dropped. Order of groups and choice of puzzles are the original's, draw for draw: NumPy's Philox
+    seeded with seed + n, n the number of (iteration, data path) pairs begun.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class TrainBatches:
         self._drawn: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None = None
 
     def iteration(self) -> Iterator[PuzzleBatch]:
-        """The batches from where the stream stands to the end of the iteration, after which it stands at the next one's beginning."""
+        """The batches from where the stream stands to the end of the iteration; then it stands where the next one begins."""
         while self._path < len(self._names):
             if self._drawn is None:
                 self._begun += 1
@@ -179,8 +180,8 @@ class TrainBatches:
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UsageError(
-                    f"the checkpoint's place in the data is for {name} {state.get(name)!r}, this run has {value!r}: go on with the same "
-                    "data and settings, or start anew"
+                    f"the checkpoint's place in the data is for {name} {state.get(name)!r}, this run has {value!r}: go on with "
+                    "the same data and settings, or start anew"
                 )
         self._begun, self._path, self._group = (int(state[name]) for name in ("begun", "path", "group"))
         self._drawn = None

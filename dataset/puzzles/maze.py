@@ -1,7 +1,7 @@
 """Mazes: characters, tokens, and shortest paths of many mazes at once. Knows no files.
 
-A maze is a square of `#` wall, blank, `S` start and `G` goal; in an answer `o` marks a shortest path between them. Tokens are 1 to 5 in the order
-of CHARACTERS, 0 is padding.
+A maze is a square of `#` wall, blank, `S` start and `G` goal; in an answer `o` marks a shortest path between them. Tokens are 1 to
+5 in the order of CHARACTERS, 0 is padding.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def distances(is_open: npt.NDArray[np.bool_], origin: npt.NDArray[np.bool_]) -> 
 
 
 def shortest_paths(questions: Mazes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
-    """Steps from start to goal, -1 if no way leads there, and the number of shortest ways (2 for more), of mazes [N, R, C]: each [N]."""
+    """Of mazes [N, R, C]: steps from start to goal [N], -1 if no way leads there, and the shortest ways [N], 2 for two and more."""
     steps, ways = distances(questions != WALL, questions == START)
     goal = questions == GOAL
     return steps[goal], ways[goal]

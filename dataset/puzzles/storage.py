@@ -6,6 +6,7 @@
     <dir>/<split>/<set>__group_indices.npy   int32 [groups + 1], where a group's puzzles begin
     <dir>/<split>/<set>__puzzle_identifiers.npy  int32 [puzzles], rows of the puzzle embedding
     <dir>/identifiers.json                   list: the name of each identifier; of ARC `<id>|||t<form>|||<ten digits>`
+    <dir>/test_puzzles.json                  of ARC: the test puzzles as they were read, outputs included
 
 A group is a puzzle with its augmented forms. This file must not know batches, or what a token means.
 """
@@ -33,6 +34,7 @@ SET_NAME = "all"
 PAD_ID = 0
 BLANK_IDENTIFIER_ID = 0
 BLANK_IDENTIFIER = "<blank>"
+TEST_PUZZLES_FILE = "test_puzzles.json"
 
 _METADATA_FILE = "dataset.json"
 _IDENTIFIERS_FILE = "identifiers.json"
@@ -105,8 +107,8 @@ def read_metadata(data_path: str | Path, split: Split) -> PuzzleMetadata:
         return PuzzleMetadata.model_validate(values)
     except FileNotFoundError as error:
         raise UsageError(
-            f"expected a puzzle data set with a split '{split}' in {str(data_path)!r}, found no {path}; check data_paths, or build one: "
-            "docs/puzzle_data.md"
+            f"expected a puzzle data set with a split '{split}' in {str(data_path)!r}, found no {path}; check data_paths, or "
+            "build one: docs/puzzle_data.md"
         ) from error
     except (OSError, ValueError, ValidationError) as error:
         raise UsageError(f"{path} doesn't describe a puzzle data set: {error}; build it again") from error
@@ -148,7 +150,8 @@ def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> npt.NDArray[Any]
 def _open_set(folder: Path, name: str, metadata: PuzzleMetadata) -> PuzzleSet:
     inputs, labels = (_load(folder / f"{name}__{field}.npy", "r") for field in ("inputs", "labels"))
     identifiers, puzzles, groups = (
-        _load(folder / f"{name}__{field}.npy").astype(np.int64) for field in ("puzzle_identifiers", "puzzle_indices", "group_indices")
+        _load(folder / f"{name}__{field}.npy").astype(np.int64)
+        for field in ("puzzle_identifiers", "puzzle_indices", "group_indices")
     )
     fits = {
         f"inputs and labels have {metadata.seq_len} positions": inputs.shape == labels.shape == (len(inputs), metadata.seq_len),

@@ -59,8 +59,8 @@ def agree(questions: Grids, answers: Grids) -> npt.NDArray[np.bool_]:
 def draw_symmetries(bits: np.random.Philox, count: int, shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
     """Even draws of what keeps a solution one: cells int64 [count, cells], digits uint8 [count, side + 1].
 
-    `digits[i][grid[cells[i]]]` is the new grid. Digits are renamed, bands and the rows in them permuted, stacks and their columns too, and
-    where boxes are square half of the grids is transposed.
+    `digits[i][grid[cells[i]]]` is the new grid. Digits are renamed, bands and the rows in them permuted, stacks and their columns
+    too, and where boxes are square half of the grids is transposed.
     """
     digits = np.zeros((count, shape.side + 1), np.uint8)
     digits[:, 1:] = 1 + permutations(bits, count, shape.side)

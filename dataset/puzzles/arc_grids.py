@@ -1,7 +1,7 @@
 """ARC's grids: symmetries that keep a task a task, the 900-token canvas, and how both are undone.
 
-A grid is uint8 [R, C] of colours 0..9, at most 30 x 30. On the canvas 0 is padding, 1 the end marker, colours are 2..11. This file must
-not know files.
+A grid is uint8 [R, C] of colours 0..9, at most 30 x 30. On the canvas 0 is padding, 1 the end marker, colours are 2..11. This file
+must not know files.
 """
 
 import hashlib
@@ -97,7 +97,8 @@ def canonical_pair(pair: Pair) -> bytes:
         renamed = np.zeros(COLOURS, np.uint8)
         renamed[colours[np.argsort(firsts)]] = np.arange(1, len(colours) + 1)
         forms.append(bytes(side for grid in turned for side in grid.shape) + renamed[cells].tobytes())
-    return min(forms)
+    smallest: bytes = min(forms)
+    return smallest
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +114,7 @@ class _FlatPairs:
     def of(cls, pairs: Sequence[Pair]) -> "_FlatPairs":
         grids = [grid for pair in pairs for grid in pair]
         ends = np.cumsum([grid.size for grid in grids])
-        places = [
-            np.arange(end - grid.size, end).reshape(grid.shape) for grid, end in zip(grids, ends.tolist(), strict=True)
-        ]
+        places = [np.arange(end - grid.size, end).reshape(grid.shape) for grid, end in zip(grids, ends.tolist(), strict=True)]
         turned = [[dihedral(place, form) for place in places] for form in range(FORMS)]
         return cls(
             np.concatenate([grid.ravel() for grid in grids]),
@@ -216,7 +215,7 @@ def _put(
 
 
 def crop(canvases: npt.NDArray[np.integer[Any]]) -> Iterator[Grid]:
-    """The grid on each canvas [B, 900]: the largest rectangle of colours from the top left, the least high of several; perhaps none."""
+    """The grid on each canvas [B, 900]: the largest rectangle of colours from the top left, of several the least high; or none."""
     tokens = canvases.reshape(-1, MAX_SIDE, MAX_SIDE)
     is_colour = (tokens >= FIRST_COLOUR) & (tokens < VOCAB_SIZE)
     # Width of the colours at the left of a row, and of the rectangle that ends with it.

@@ -1,0 +1,157 @@
+"""ARC by voting: predictions of all augmented forms of a puzzle, undone and counted. Knows no model, no training.
+
+One process or several: votes are gathered where `torch.distributed` runs, or by a function that is passed in.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config.errors import UsageError
+from dataset.puzzles.arc_grids import SEQ_LEN, Grid, crop, grid_hash, parse_grid, parse_name
+from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_json
+
+PASS_KS = (1, 2, 5, 10, 100, 1000)
+ATTEMPTS = 2
+SUBMISSION_FILE = "submission.json"
+# What a submission says where no grid was predicted.
+_NO_PREDICTION = [[0]]
+
+
+@dataclass
+class Votes:
+    """What was predicted: (puzzle, hash of the input) to hash of the predicted grid to votes and sum of halting probabilities."""
+
+    counts: dict[tuple[str, bytes], dict[bytes, tuple[int, float]]] = field(default_factory=dict)
+    grids: dict[bytes, Grid] = field(default_factory=dict)
+
+    def add(self, question: tuple[str, bytes], grid: Grid, probability: float) -> None:
+        """One vote for a grid."""
+        key = grid_hash(grid)
+        self.grids.setdefault(key, grid)
+        candidates = self.counts.setdefault(question, {})
+        count, total = candidates.get(key, (0, 0.0))
+        candidates[key] = count + 1, total + probability
+
+    def merge(self, other: "Votes") -> None:
+        """Add another process's votes."""
+        for key, grid in other.grids.items():
+            self.grids.setdefault(key, grid)
+        for question, theirs in other.counts.items():
+            candidates = self.counts.setdefault(question, {})
+            for key, (votes, probability) in theirs.items():
+                count, total = candidates.get(key, (0, 0.0))
+                candidates[key] = count + votes, total + probability
+
+    def ranked(self, question: tuple[str, bytes]) -> list[bytes]:
+        """Hashes of the predicted grids, most votes first, among equals the higher mean halting probability."""
+        candidates = self.counts.get(question, {})
+
+        # The hash last, so that the order doesn't depend on who predicted first.
+        def weight(key: bytes) -> tuple[int, float, bytes]:
+            count, total = candidates[key]
+            return count, total / count, key
+
+        return sorted(candidates, key=weight, reverse=True)
+
+
+Gather: TypeAlias = Callable[[Votes], list[Votes] | None]
+
+
+def gather_to_first(votes: Votes, group: Any = None) -> list[Votes] | None:
+    """All ranks' votes on rank 0, None on the others; this process's alone where `torch.distributed` doesn't run.
+
+    group: process group that can carry Python objects; of the backends, gloo does it without a GPU.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [votes]
+    is_first = distributed.get_rank() == 0
+    gathered: list[Votes] | None = [votes] * distributed.get_world_size() if is_first else None
+    distributed.gather_object(votes, gathered, dst=0, group=group)
+    return gathered
+
+
+class ARC:
+    """pass@K of the test puzzles of one data set. `begin` an evaluation, `add` its batches, ask for the `result`.
+
+    accumulate: votes of earlier evaluations count on, as in the original; otherwise `begin` forgets them.
+    """
+
+    # What a batch and its predictions must have.
+    required_outputs = ("inputs", "puzzle_identifiers", "q_halt_logits", "preds")
+
+    def __init__(
+        self, data_path: str | Path, *, pass_ks: Sequence[int] = PASS_KS, attempts: int = ATTEMPTS, accumulate: bool = True
+    ) -> None:
+        """data_path: folder of dataset/build_arc_dataset.py. attempts: of a submission. Raises `UsageError`."""
+        self._pass_ks = tuple(pass_ks)
+        self._attempts = attempts
+        self._accumulate = accumulate
+        self._names = read_identifiers(data_path)
+        self._puzzles: dict[str, dict[str, Any]] = read_json(Path(data_path) / TEST_PUZZLES_FILE)
+        if not self._puzzles:
+            raise UsageError(f"{data_path} has no test puzzles: build it with a --test-set-name that is among its --subsets")
+        self._votes = Votes()
+
+    def begin(self) -> None:
+        """An evaluation begins."""
+        if not self._accumulate:
+            self._votes = Votes()
+
+    def add(self, inputs: Tensor, puzzle_identifiers: Tensor, preds: Tensor, q_halt_logits: Tensor) -> None:
+        """Predictions of B rows: inputs and preds [B, 900] tokens, puzzle_identifiers [B], q_halt_logits [B].
+
+        Rows of padding, and of puzzles that aren't test puzzles, are passed over. Raises `UsageError` for an identifier without a
+        name.
+        """
+        probabilities = torch.sigmoid(q_halt_logits.double()).tolist()
+        canvases = (tokens.cpu().numpy().reshape(-1, SEQ_LEN) for tokens in (inputs, preds))
+        rows = zip(puzzle_identifiers.tolist(), *map(crop, canvases), probabilities, strict=True)
+        for identifier, question, predicted, probability in rows:
+            if not 0 <= identifier < len(self._names):
+                raise UsageError(
+                    f"puzzle identifier {identifier} isn't one of the data set's {len(self._names)}: evaluate on the data that "
+                    "the model is for"
+                )
+            puzzle, augmentation = parse_name(self._names[identifier])
+            if puzzle in self._puzzles:
+                key = puzzle, grid_hash(augmentation.invert(question))
+                self._votes.add(key, np.ascontiguousarray(augmentation.invert(predicted)), probability)
+
+    def result(self, output_dir: str | Path | None = None, gather: Gather = gather_to_first) -> dict[str, float] | None:
+        """Metrics `ARC/pass@K`, and submission.json in `output_dir` if there is one; None on all ranks but the first.
+
+        pass@K: the mean over puzzles of the share of their test pairs whose output is among the K grids with most votes. A
+        submission's second attempt repeats the first where only one grid was predicted. gather: every rank's votes on the first.
+        """
+        gathered = gather(self._votes)
+        if gathered is None:
+            return None
+        votes = Votes()
+        for of_rank in gathered:
+            votes.merge(of_rank)
+        solved = np.zeros(len(self._pass_ks))
+        submission: dict[str, list[dict[str, list[list[int]]]]] = {}
+        for name, puzzle in self._puzzles.items():
+            submission[name] = []
+            for pair in puzzle["test"]:
+                ranked = votes.ranked((name, grid_hash(parse_grid(pair["input"]))))
+                wanted = grid_hash(parse_grid(pair["output"]))
+                solved += np.array([wanted in ranked[:k] for k in self._pass_ks]) / len(puzzle["test"])
+                grids = [votes.grids[key].tolist() or _NO_PREDICTION for key in ranked[: self._attempts]] or [_NO_PREDICTION]
+                grids += [grids[0]] * (self._attempts - len(grids))
+                submission[name].append({f"attempt_{number}": grid for number, grid in enumerate(grids, 1)})
+        if output_dir is not None:
+            path = Path(output_dir) / SUBMISSION_FILE
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text(json.dumps(submission), encoding="utf-8")
+            os.replace(partial, path)
+        return {f"ARC/pass@{k}": float(share) / len(self._puzzles) for k, share in zip(self._pass_ks, solved, strict=True)}

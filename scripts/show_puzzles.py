@@ -1,0 +1,161 @@
+"""Draw puzzles of a data set, and what a model made of them at each ACT step, as one PNG.
+
+    python scripts/show_puzzles.py --data-path data/sudoku6 --split test --rows 0 1 2 --output puzzles.png \\
+        [--outputs CHECKPOINT/outputs_test.safetensors]
+
+Saved outputs hold `rows` [n], numbers of examples, and `preds` [n, positions], or `preds_by_step` [n, ACT steps, positions], or
+both. A wrong cell has a red frame. It needs `pip install -r requirements-data.txt`.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-data.txt`")
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from config.errors import UsageError, one_clear_message
+from dataset.puzzles import arc_grids, maze, sudoku
+from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleData
+from dataset.puzzles.storage import PuzzleMetadata
+
+_PANEL_INCHES = 2.4
+# More would be too large a picture to look at.
+_MOST_ROWS = 50
+_PADDING = "#f4f4f4"
+# The end marker, then ARC's own colours.
+_ARC_COLOURS = [
+    _PADDING, "#c8b6d9", "#000000", "#0074d9", "#ff4136", "#2ecc40",
+    "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25",
+]  # fmt: skip
+_MAZE_COLOURS = [_PADDING, "#333333", "#ffffff", "#2ecc40", "#b10dc9", "#7fb8ff"]
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a kind of puzzle is drawn: a colour for each token, and whether tokens are written as digits."""
+
+    side: int
+    colours: Sequence[str]
+    shows_digits: bool
+
+
+def look_of(metadata: PuzzleMetadata) -> Look:
+    """What kind of puzzle this is. Raises `UsageError` for none that is known here."""
+    side = math.isqrt(metadata.seq_len)
+    if (metadata.seq_len, metadata.vocab_size) == (arc_grids.SEQ_LEN, arc_grids.VOCAB_SIZE):
+        return Look(side, _ARC_COLOURS, False)
+    if metadata.vocab_size == maze.VOCAB_SIZE and side**2 == metadata.seq_len:
+        return Look(side, _MAZE_COLOURS, False)
+    if (metadata.seq_len, metadata.vocab_size) in [(shape.cells, shape.vocab_size) for shape in (sudoku.NINE, sudoku.SIX)]:
+        return Look(side, ["#ffffff"] * metadata.vocab_size, True)
+    raise UsageError(
+        f"expected ARC, a maze or Sudoku, found rows of {metadata.seq_len} positions with {metadata.vocab_size} tokens: can't draw "
+        "them"
+    )
+
+
+def read_predictions(path: Path, row: int) -> list[tuple[str, Tokens]]:
+    """Titles and tokens of what was predicted for a row, ACT steps first. Raises `UsageError`."""
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} can't be read as saved outputs: {error}") from error
+    if "rows" not in saved or not saved.keys() & {"preds", "preds_by_step"}:
+        raise UsageError(f"{path}: expected tensors rows and preds or preds_by_step, found {', '.join(sorted(saved))}")
+    places = np.flatnonzero(saved["rows"] == row)
+    if not len(places):
+        raise UsageError(f"{path} has no outputs of row {row}: choose other --rows")
+    steps = saved["preds_by_step"][places[0]] if "preds_by_step" in saved else []
+    panels = [(f"ACT step {number}", tokens.astype(np.int64)) for number, tokens in enumerate(steps, 1)]
+    return panels + ([("prediction", saved["preds"][places[0]].astype(np.int64))] if "preds" in saved else [])
+
+
+def draw(data: PuzzleData, rows: Sequence[int], outputs: Path | None, path: Path) -> None:
+    """One line of panels for each row: input, answer, predictions. Raises `UsageError`."""
+    look = look_of(data.metadata)
+    [set_name, *_] = data.sets
+    size = len(data.sets[set_name])
+    if not 0 < len(rows) <= _MOST_ROWS or not all(0 <= row < size for row in rows):
+        raise UsageError(f"--rows: expected at most {_MOST_ROWS} numbers from 0 to {size - 1}, found {' '.join(map(str, rows))}")
+    batch = data.batch(set_name, np.array(rows), len(rows), len(rows))
+    lines = []
+    for index, row in enumerate(rows):
+        supervised = batch.labels[index] != IGNORE_LABEL_ID
+        answer = np.where(supervised, batch.labels[index], data.metadata.pad_id)
+        panels = [(f"row {row}", batch.inputs[index].astype(np.int64)), ("answer", answer)]
+        predicted = read_predictions(outputs, row) if outputs else []
+        for title, tokens in predicted:
+            if tokens.shape != answer.shape or not 0 <= tokens.min() <= tokens.max() < data.metadata.vocab_size:
+                raise UsageError(f"{outputs}: its predictions don't fit this data set: were they made on it?")
+            wrong = int(np.count_nonzero((tokens != answer) & supervised))
+            panels.append((f"{title}: {f'{wrong} wrong' if wrong else 'right'}", tokens))
+        lines.append((panels, answer, supervised))
+    columns = max(len(panels) for panels, _, _ in lines)
+    figure = Figure(figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * 1.15 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    for line, (panels, answer, supervised) in zip(axes, lines, strict=True):
+        seen = ((panels[0][1] != data.metadata.pad_id) | supervised).reshape(look.side, look.side)
+        for axis in line:
+            axis.axis("off")
+        for number, (axis, (title, tokens)) in enumerate(zip(line, panels, strict=False)):
+            wrong_cells = (tokens != answer) & supervised if number > 1 else np.zeros_like(supervised)
+            _draw_grid(axis, tokens.reshape(look.side, -1), wrong_cells.reshape(look.side, -1), seen, look)
+            axis.set_title(title, fontsize=8)
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise UsageError(f"the picture can't be written to {str(path)!r}: {error}; name another --output") from error
+
+
+def _draw_grid(axis: Any, tokens: Tokens, wrong: npt.NDArray[np.bool_], seen: npt.NDArray[np.bool_], look: Look) -> None:
+    axis.pcolormesh(
+        tokens, cmap=ListedColormap(look.colours), vmin=0, vmax=len(look.colours) - 1, edgecolors="#999999", linewidth=0.3
+    )
+    for row, column in np.argwhere(wrong).tolist():
+        axis.add_patch(Rectangle((column + 0.05, row + 0.05), 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.2))
+    if look.shows_digits:
+        for (row, column), token in np.ndenumerate(tokens):
+            if token > 1:
+                axis.text(column + 0.5, row + 0.5, str(token - 1), ha="center", va="center", fontsize=8)
+        [shape] = [shape for shape in (sudoku.NINE, sudoku.SIX) if shape.side == look.side]
+        axis.hlines(range(0, look.side + 1, shape.box_height), 0, look.side, color="black", linewidth=1)
+        axis.vlines(range(0, look.side + 1, shape.box_width), 0, look.side, color="black", linewidth=1)
+    # A canvas is mostly padding: only the part with a puzzle on it is shown.
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    axis.set(xlim=(columns[0], columns[-1] + 1), ylim=(rows[-1] + 1, rows[0]), aspect="equal")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; exit status 2 and one message when the input can't be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", required=True, help="folder of a puzzle data set")
+    parser.add_argument("--split", choices=("train", "test"), default="test")
+    parser.add_argument("--rows", type=int, nargs="+", default=[0, 1, 2], help="numbers of examples")
+    parser.add_argument("--outputs", type=Path, help="saved outputs (safetensors) with predictions for these rows")
+    parser.add_argument("--output", type=Path, default=Path("puzzles.png"), help="picture to write")
+    options = parser.parse_args(arguments)
+    with one_clear_message():
+        draw(PuzzleData([options.data_path], options.split), options.rows, options.outputs, options.output)
+        print(options.output)
+
+
+if __name__ == "__main__":
+    main()
