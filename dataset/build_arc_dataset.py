@@ -4,7 +4,8 @@
         --subsets training evaluation concept --test-set-name evaluation
 
 Reads <prefix>_<subset>_challenges.json and <prefix>_<subset>_solutions.json. A test subset's demonstration pairs are for training,
-its test pairs for testing; all pairs of other subsets are for training. It knows the files, `dataset/puzzles/arc_grids.py` the grids.
+its test pairs for testing; all pairs of other subsets are for training. It knows the files, `dataset/puzzles/arc_grids.py` the
+grids.
 """
 
 import argparse
@@ -30,11 +31,11 @@ from tqdm import tqdm
 
 from config.errors import UsageError, one_clear_message
 from dataset.puzzles.arc_grids import (
-    IDENTITY,
     NAME_SEPARATOR,
     SEQ_LEN,
     VOCAB_SIZE,
     Augmentation,
+    Codes,
     Pair,
     canonical_pair,
     draw_augmentations,
@@ -138,8 +139,8 @@ def without_test_pairs(puzzles: Sequence[Puzzle]) -> tuple[list[Puzzle], int]:
     return [puzzle for puzzle in kept if puzzle.train or puzzle.test], removed
 
 
-def _forms_of(puzzle: Puzzle, count: int, seed: int) -> tuple[Augmentation, ...]:
-    return (IDENTITY, *draw_augmentations(puzzle.train + puzzle.test, count, seed, puzzle.name))
+def _forms_of(puzzle: Puzzle, count: int, seed: int) -> Codes:
+    return draw_augmentations(puzzle.train + puzzle.test, count, seed, puzzle.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class _Slab:
 
     puzzle: Puzzle
     split: Split
-    forms: tuple[Augmentation, ...]
+    forms: Codes
     first_row: int
 
 
@@ -178,10 +179,9 @@ def build(
             f"expected --num-aug of at least 0, --puzzle-identifiers-start and --processes of at least 1, found {num_aug}, "
             f"{identifiers_start} and {processes}"
         )
-    if not set(test_sets) & set(subsets) or len(set(subsets)) < len(subsets):
+    if test_sets[0] not in subsets or len(set(subsets)) < len(subsets):
         raise UsageError(
-            f"expected different --subsets, one of them the test set, found {list(subsets)}, test sets {', '.join(test_sets)}: "
-            "name it with --test-set-name"
+            f"expected different --subsets with {test_sets[0]!r} (--test-set-name) among them, found {' '.join(subsets)}"
         )
     puzzles, removed = without_test_pairs(read_puzzles(prefix, subsets, test_sets))
     with new_dataset(output_dir) as folder, _mapping(processes) as in_order:
@@ -212,7 +212,7 @@ def build(
             pass
         names = [BLANK_IDENTIFIER] * identifiers_start
         for puzzle, (_, *augmentations) in zip(puzzles, forms, strict=True):
-            names += [puzzle.name, *(augmentation.name(puzzle.name) for augmentation in augmentations)]
+            names += [puzzle.name, *(Augmentation.of(code).name(puzzle.name) for code in augmentations)]
         write_identifiers(folder, names)
         tests = {puzzle.name: puzzle.source for puzzle in puzzles if puzzle.source is not None}
         (folder / TEST_PUZZLES_FILE).write_text(json.dumps(tests), encoding="utf-8")

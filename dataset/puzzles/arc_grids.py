@@ -27,6 +27,8 @@ NAME_SEPARATOR = "|||"
 _DRAWS_PER_AUGMENTATION = 5
 
 Grid = npt.NDArray[np.uint8]
+# Augmentations as numbers: uint8 [A, 11], the form and then what each colour becomes.
+Codes = npt.NDArray[np.uint8]
 
 
 class Pair(NamedTuple):
@@ -57,8 +59,14 @@ def grid_hash(grid: Grid) -> bytes:
 class Augmentation:
     """A permutation of the colours, 0 fixed, and then a symmetry of the square."""
 
-    form: int = 0
-    colours: tuple[int, ...] = tuple(range(COLOURS))
+    form: int
+    colours: tuple[int, ...]
+
+    @classmethod
+    def of(cls, code: Codes) -> "Augmentation":
+        """The one that a row of `Codes` stands for."""
+        form, *colours = code.tolist()
+        return cls(form, tuple(colours))
 
     def apply(self, grid: Grid) -> Grid:
         """The augmented grid."""
@@ -73,7 +81,7 @@ class Augmentation:
         return f"{puzzle}{NAME_SEPARATOR}t{self.form}{NAME_SEPARATOR}{''.join(map(str, self.colours))}"
 
 
-IDENTITY = Augmentation()
+IDENTITY = Augmentation(0, tuple(range(COLOURS)))
 
 
 def parse_name(name: str) -> tuple[str, Augmentation]:
@@ -123,13 +131,13 @@ class _FlatPairs:
             ends,
         )
 
-    def augmented(self, form: int, colours: npt.NDArray[np.int64]) -> Grid:
+    def augmented(self, form: int, colours: npt.NDArray[np.uint8]) -> Grid:
         """All cells under one form and each row of `colours` [A, 10]: uint8 [A, cells]."""
-        return colours.astype(np.uint8)[:, self.cells[self.sources[form]]]
+        return colours[:, self.cells[self.sources[form]]]
 
 
-def draw_augmentations(pairs: Sequence[Pair], count: int, seed: int, name: str) -> tuple[Augmentation, ...]:
-    """At most `count` augmentations under which a puzzle's pairs, as a set, differ from the original and from each other.
+def draw_augmentations(pairs: Sequence[Pair], count: int, seed: int, name: str) -> Codes:
+    """The identity and at most `count` augmentations under which a puzzle's pairs, as a set, all differ.
 
     Fewer if five draws for each of them don't suffice, as for a puzzle of one colour.
     """
@@ -137,24 +145,24 @@ def draw_augmentations(pairs: Sequence[Pair], count: int, seed: int, name: str) 
     pair_ends = flat.ends[1::2].tolist()
     bits = raw_bits(seed, "augmentations", name)
     seen = {_as_set(flat.cells, flat.shapes[0], pair_ends)}
-    found: list[Augmentation] = []
+    found = [np.array([IDENTITY.form, *IDENTITY.colours], np.uint8)]
     left = _DRAWS_PER_AUGMENTATION * count
-    while len(found) < count and left:
+    while len(found) <= count and left:
         draws = min(left, count)
         left -= draws
-        forms = (bits.random_raw(draws) % np.uint64(FORMS)).astype(np.int64)
-        colours = np.zeros((draws, COLOURS), np.int64)
-        colours[:, 1:] = 1 + permutations(bits, draws, COLOURS - 1)
+        codes = np.zeros((draws, 1 + COLOURS), np.uint8)
+        codes[:, 0] = bits.random_raw(draws) % np.uint64(FORMS)
+        codes[:, 2:] = 1 + permutations(bits, draws, COLOURS - 1)
         made: list[Any] = [None] * draws
         for form in range(FORMS):
-            chosen = np.flatnonzero(forms == form)
-            for draw, cells in zip(chosen.tolist(), flat.augmented(form, colours[chosen]), strict=True):
+            chosen = np.flatnonzero(codes[:, 0] == form)
+            for draw, cells in zip(chosen.tolist(), flat.augmented(form, codes[chosen, 1:]), strict=True):
                 made[draw] = _as_set(cells, flat.shapes[form], pair_ends)
-        for form, mapping, puzzle in zip(forms.tolist(), colours.tolist(), made, strict=True):
-            if puzzle not in seen and len(found) < count:
+        for code, puzzle in zip(codes, made, strict=True):
+            if puzzle not in seen and len(found) <= count:
                 seen.add(puzzle)
-                found.append(Augmentation(form, tuple(mapping)))
-    return tuple(found)
+                found.append(code)
+    return np.stack(found)
 
 
 def _as_set(cells: Grid, shapes: list[tuple[int, int]], pair_ends: list[int]) -> bytes:
@@ -166,7 +174,7 @@ def _as_set(cells: Grid, shapes: list[tuple[int, int]], pair_ends: list[int]) ->
 
 
 def lay_out(
-    pairs: Sequence[Pair], augmentations: Sequence[Augmentation], shift: np.random.Philox | None
+    pairs: Sequence[Pair], codes: Codes, shift: np.random.Philox | None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Every pair under every augmentation on its canvas: inputs and labels, uint8 [A, pairs, 900].
 
@@ -174,19 +182,17 @@ def lay_out(
     except for one pair of each augmented puzzle, drawn evenly, which stays in the corner.
     """
     flat = _FlatPairs.of(pairs)
-    canvases = np.zeros((2, len(augmentations), len(pairs), MAX_SIDE, MAX_SIDE), np.uint8)
-    forms = np.array([augmentation.form for augmentation in augmentations])
-    colours = np.array([augmentation.colours for augmentation in augmentations])
-    draws = np.zeros((len(augmentations), len(pairs), 2), np.uint64)
+    canvases = np.zeros((2, len(codes), len(pairs), MAX_SIDE, MAX_SIDE), np.uint8)
+    draws = np.zeros((len(codes), len(pairs), 2), np.uint64)
     if shift is not None:
         draws = shift.random_raw(draws.size).reshape(draws.shape)
-        unmoved = (shift.random_raw(len(augmentations)) % np.uint64(len(pairs))).astype(np.int64)
-        draws[np.arange(len(augmentations)), unmoved] = 0
+        unmoved = (shift.random_raw(len(codes)) % np.uint64(len(pairs))).astype(np.int64)
+        draws[np.arange(len(codes)), unmoved] = 0
     for form in range(FORMS):
-        chosen = np.flatnonzero(forms == form)
+        chosen = np.flatnonzero(codes[:, 0] == form)
         if not len(chosen):
             continue
-        cells = flat.augmented(form, colours[chosen]) + np.uint8(FIRST_COLOUR)
+        cells = flat.augmented(form, codes[chosen, 1:]) + np.uint8(FIRST_COLOUR)
         for pair in range(len(pairs)):
             shapes = flat.shapes[form][2 * pair : 2 * pair + 2]
             room = MAX_SIDE - np.max(shapes, axis=0) + 1
@@ -195,7 +201,7 @@ def lay_out(
                 end = int(flat.ends[2 * pair + side])
                 grids = cells[:, end - rows * columns : end].reshape(len(chosen), rows, columns)
                 _put(canvases[side], chosen, pair, corners, grids)
-    inputs, labels = canvases.reshape(2, len(augmentations), len(pairs), SEQ_LEN)
+    inputs, labels = canvases.reshape(2, len(codes), len(pairs), SEQ_LEN)
     return inputs, labels
 
 
