@@ -1,4 +1,4 @@
-"""ARC's grids: augmentations are undone exactly and all differ, canvases have their end markers, and the crop is what was laid out."""
+"""ARC: augmentations are undone exactly and all differ, canvases have their end markers, and a crop is what was laid out."""
 
 from typing import Any
 
@@ -55,7 +55,9 @@ def test_names_are_the_originals() -> None:
     assert parse_name("a") == ("a", IDENTITY)
 
 
-@pytest.mark.parametrize("name", ["a|||t8|||0123456789", "a|||t1|||012345678", "a|||t1|||0123456788", "a|||1|||0123456789", "a|||t1"])
+@pytest.mark.parametrize(
+    "name", ["a|||t8|||0123456789", "a|||t1|||012345678", "a|||t1|||0123456788", "a|||1|||0123456789", "a|||t1"]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError):
         parse_name(name)
@@ -73,7 +75,7 @@ def naive_canvas(grid: Grid, row: int, column: int) -> Grid:
 @settings(deadline=None)
 @given(st.lists(pairs, min_size=1, max_size=3), st.lists(augmentations, min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
 def test_canvases(some: list[Pair], augmented: list[Augmentation], shifted: bool, seed: int) -> None:
-    """Everything stands where its input's first cell does, with the right end markers; one pair of each form stands in the corner."""
+    """All stands where the input's first cell does, with the right end markers; one pair of each form stands in the corner."""
     laid = lay_out(some, codes_of(*augmented), raw_bits(seed) if shifted else None)
     for form, augmentation in enumerate(augmented):
         corners = []

@@ -46,7 +46,7 @@ def write_subset(folder: Path, subset: str, tasks: dict[str, Task], *, with_solu
 
 @pytest.fixture(scope="module")
 def subsets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """training (a, b, c) and evaluation (x, y). b has a test pair of x, turned and in other colours, c one of y as its only pairs."""
+    """training (a, b, c), evaluation (x, y). b has a test pair of x, turned and in other colours; c's only pairs are one of y."""
     folder = tmp_path_factory.mktemp("arc")
     training, evaluation = random_tasks("abc", 0), random_tasks("xy", 1)
     of_x, of_y = (evaluation[name]["test"][0] for name in "xy")
@@ -92,7 +92,9 @@ def original_pairs(folder: Path, split: str) -> dict[str, list[list[str]]]:
     for puzzle, identifier in enumerate(puzzles.puzzle_identifiers.tolist()):
         rows = slice(*puzzles.puzzle_indices[puzzle : puzzle + 2].tolist())
         name, augmentation = parse_name(names[identifier])
-        sides = [[augmentation.invert(grid).tolist() for grid in crop(at_its_corner(a[rows]))] for a in (puzzles.inputs, puzzles.labels)]
+        sides = [
+            [augmentation.invert(grid).tolist() for grid in crop(at_its_corner(a[rows]))] for a in (puzzles.inputs, puzzles.labels)
+        ]
         found.setdefault(name, []).append([json.dumps(pair) for pair in zip(*sides, strict=True)])
     return found
 
@@ -183,7 +185,9 @@ def test_a_test_set_may_be_without_solutions_and_a_training_set_not(tmp_path: Pa
     write_subset(tmp_path, "test", random_tasks("x", 1), with_solutions=False)
     build(str(tmp_path / "arc"), tmp_path / "data", ["test"], ["test"], num_aug=0, processes=1)
     assert "a single black cell" in capsys.readouterr().out
-    assert {pair["output"] == [[0]] for pair in json.loads((tmp_path / "data/test_puzzles.json").read_text())["x"]["test"]} == {True}
+    assert {pair["output"] == [[0]] for pair in json.loads((tmp_path / "data/test_puzzles.json").read_text())["x"]["test"]} == {
+        True
+    }
     with pytest.raises(UsageError, match="puzzle 'a': .*solutions are missing"):
         build(str(tmp_path / "arc"), tmp_path / "other", ["training", "test"], ["test"], num_aug=0, processes=1)
 
@@ -210,7 +214,7 @@ def test_other_wrong_input_is_told(subsets: Path, tmp_path: Path, capsys: pytest
     prefix, output = str(subsets / "arc"), tmp_path / "data"
     with pytest.raises(UsageError, match="evaluation2_challenges"):
         build(prefix, output, ["evaluation2"], ["evaluation2"])
-    with pytest.raises(UsageError, match="'test' \\(--test-set-name\\) among them"):
+    with pytest.raises(UsageError, match=r"'test' \(--test-set-name\) among them"):
         build(prefix, output, ["training"], ["test", "training"])
     with pytest.raises(UsageError, match="different --subsets"):
         build(prefix, output, ["training", "training"], ["training"])

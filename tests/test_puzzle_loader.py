@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.errors import UsageError
-from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches, evaluation_batch_count, evaluation_batches
+from dataset.puzzles.loader import (
+    IGNORE_LABEL_ID,
+    PuzzleBatch,
+    PuzzleData,
+    TrainBatches,
+    evaluation_batch_count,
+    evaluation_batches,
+)
 from dataset.puzzles.storage import create_split, new_dataset, write_identifiers
 
 # Examples of each puzzle of each group.
@@ -22,7 +29,12 @@ SIZES = ((1, 1), (3,), (2, 2, 2), (5,), (1,), (4, 4))
 
 
 def write(
-    path: Path, sizes: tuple[tuple[int, ...], ...] = SIZES, *, split: str = "train", names: list[str] | None = None, seq_len: int = 2
+    path: Path,
+    sizes: tuple[tuple[int, ...], ...] = SIZES,
+    *,
+    split: str = "train",
+    names: list[str] | None = None,
+    seq_len: int = 2,
 ) -> Path:
     """A data set whose inputs are (1, row number) and whose labels are (0, row number)."""
     puzzles = [examples for group in sizes for examples in group]
@@ -110,7 +122,7 @@ def test_ranks_share_a_batch_without_overlap(tmp_path: Path, ranks: int) -> None
     data = PuzzleData([write(tmp_path / "data")], "train")
     whole = [batch.rows.tolist() for batch in stream(data).iteration()]
     parts = [list(stream(data, rank=rank, ranks=ranks).iteration()) for rank in range(ranks)]
-    assert [sum((batch.rows.tolist() for batch in batches), []) for batches in zip(*parts, strict=True)] == whole
+    assert [np.concatenate([batch.rows for batch in batches]).tolist() for batches in zip(*parts, strict=True)] == whole
 
 
 def test_several_paths_come_one_after_the_other(tmp_path: Path) -> None:
@@ -152,7 +164,7 @@ def test_a_restored_stream_goes_on_where_the_state_was_taken(
     parts = [endless(batches) for batches in restored]
     for name, rows in expected:
         local = [next(part) for part in parts]
-        assert (name, rows) == (local[0].set_name, sum((batch.rows.tolist() for batch in local), []))
+        assert (name, rows) == (local[0].set_name, np.concatenate([batch.rows for batch in local]).tolist())
 
 
 def test_a_stream_restored_at_an_iterations_end_ends_it_first(tmp_path: Path) -> None:
@@ -210,7 +222,7 @@ def test_wrong_input_is_told(tmp_path: Path) -> None:
         PuzzleData([], "train")
     with pytest.raises(UsageError, match="split 'test'"):
         PuzzleData([path], "test")
-    with pytest.raises(UsageError, match="found seq_len 2 .* and 3"):
+    with pytest.raises(UsageError, match=r"found seq_len 2 .* and 3"):
         PuzzleData([path, write(tmp_path / "b", seq_len=3)], "train")
     with pytest.raises(UsageError, match="--puzzle-identifiers-start 11"):
         PuzzleData([path, write(tmp_path / "c", names=["<blank>", *"abcdefghijk"])], "train")
