@@ -188,7 +188,7 @@ def test_a_test_set_may_be_without_solutions_and_a_training_set_not(tmp_path: Pa
     assert {pair["output"] == [[0]] for pair in json.loads((tmp_path / "data/test_puzzles.json").read_text())["x"]["test"]} == {
         True
     }
-    with pytest.raises(UsageError, match="puzzle 'a': .*solutions are missing"):
+    with pytest.raises(UsageError, match=r"puzzle 'a': .*solutions are missing"):
         build(str(tmp_path / "arc"), tmp_path / "other", ["training", "test"], ["test"], num_aug=0, processes=1)
 
 
