@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -50,12 +51,12 @@ def words_of(command: str) -> list[str]:
     return words[1:] if words[:1] == ["python"] else words
 
 
-def help_of(words: list[str]) -> str:
-    """What the Python program that `words` start with says to --help."""
+def help_of(words: list[str], kind: Sequence[str] = ()) -> str:
+    """What the Python program that `words` start with says to --help, or its command `kind`."""
     shown = io.StringIO()
     program = words[1] if words[0] == "-m" else words[0]
     run = runpy.run_module if words[0] == "-m" else runpy.run_path
-    with mock.patch("sys.argv", [program, "--help"]), contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
+    with mock.patch("sys.argv", [program, *kind, "--help"]), contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
         run(program if words[0] == "-m" else str(REPOSITORY / program), run_name="__main__")
     assert not stop.value.code
     return shown.getvalue()
@@ -100,6 +101,27 @@ def test_every_preset_that_is_named_exists() -> None:
 def test_every_flag_of_a_door_is_documented(door: str) -> None:
     documented = flags_in((REPOSITORY / "docs/instruct_training.md").read_text())
     assert flags_in(help_of([door])) - {"-h", "--help"} <= documented
+
+
+BUILDERS = tuple(f"dataset/build_{name}.py" for name in ("arc_dataset", "sudoku_dataset", "maze_dataset", "small_puzzles"))
+
+
+def test_the_commands_for_puzzles_exist_and_every_flag_is_documented() -> None:
+    pages = [(REPOSITORY / f"docs/{name}.md").read_text() for name in ("puzzle_data", "TINYRECURSIVEMODELS_README")]
+    blocks = [page.replace("\\\n", " ") for page in pages]
+    commands = {line.strip() for block in blocks for line in re.findall(r"^    (?:python|pip) .*", block, re.MULTILINE)}
+    assert len(commands) >= 8
+    for command in commands:
+        words = words_of(command)
+        if words[0] == "pip":
+            assert (REPOSITORY / words[-1]).is_file()
+            continue
+        kind = words[2:3] if "dataset.build_small_puzzles" in words else []
+        assert {word for word in words[1:] if word.startswith("--")} <= flags_in(help_of(words, kind))
+    for builder in BUILDERS:
+        kinds = (["sudoku"], ["maze"]) if "small" in builder else ([],)
+        flags = set().union(*(flags_in(help_of([builder], kind)) for kind in kinds))
+        assert flags - {"-h", "--help", "--no-aug"} <= flags_in(pages[0])
 
 
 @pytest.mark.parametrize("page", ["README.md", "AGENTS.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))])
