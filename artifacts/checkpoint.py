@@ -14,6 +14,7 @@ Nothing of it is ever unpickled. Weights alone come from foreign files, too (`re
 tensors. This file doesn't know what the trainer's state means.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,7 +118,7 @@ class Checkpoint:
 
     def weights(self, *, ema: bool) -> dict[str, Tensor]:
         """Weights by the names of `RecursiveModel`, the moving average if `ema` is wanted and there is one."""
-        return {_strip_prefix(name): tensor for name, tensor in _load_tensors(self._weights_file(ema)).items()}
+        return _named_weights(self._weights_file(ema))
 
     def weights_sha256(self, *, ema: bool) -> str:
         """Hex SHA-256 of the file that `weights` reads. Raises UsageError if it can't be read."""
@@ -174,6 +175,85 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
         step=about["step"],
         data_hash=about["data_hash"],
     )
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """All that training goes on from, read from a checkpoint folder."""
+
+    folder: Path
+    about: dict[str, Any]
+    """checkpoint.json"""
+    settings: dict[str, Any]
+    """config.yaml, as it stands"""
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    trainer: TrainerState
+
+
+def read_saved_run(folder: Path) -> SavedRun:
+    """Read all of a checkpoint folder, so that damage shows before anything is built on it. Raises UsageError if there is any."""
+    about = _read_json(folder / "checkpoint.json")
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UsageError(f"{folder} has checkpoint format {about.get('format_version')}, this program reads {FORMAT_VERSION}")
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
+    averaged = folder / "ema.safetensors"
+    if settings.get("ema") and not averaged.exists():
+        raise UsageError(f"the checkpoint {folder} is damaged: it has no {averaged.name}")
+    values = _read_json(folder / "trainer/state.json")
+    return SavedRun(
+        folder=folder,
+        about=about,
+        settings=settings,
+        weights=_named_weights(folder / "model.safetensors"),
+        average=_named_weights(averaged) if averaged.exists() else None,
+        trainer=TrainerState(_load_tensors(folder / "trainer/tensors.safetensors"), values),
+    )
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The folders step_<N> of a run, by ascending N."""
+    return sorted((path for path in run.glob("step_*") if path.name[5:].isdecimal()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder step_<N>."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
+    """Remove a run's checkpoints but the newest, and those with the lowest `loss_name` on held-out data.
+
+    Raises UsageError if they can't be removed.
+    """
+    folders = checkpoints_of(run)
+    losses: dict[Path, float] = {}
+    for folder in folders:
+        with contextlib.suppress(UsageError, KeyError, TypeError):
+            losses[folder] = float(_read_json(folder / "train_metrics.json")["test"][loss_name])
+    kept = {*folders[-keep_last:], *sorted(losses, key=lambda folder: losses[folder])[:keep_best]}
+    for folder in folders:
+        if folder in kept:
+            continue
+        removed = folder.parent / f".{folder.name}.removed"
+        try:
+            # So that a kill in the middle leaves no folder that looks whole.
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            raise UsageError(f"the checkpoint {folder} can't be removed: {error}; see checkpoint.keep_last") from error
+
+
+def clear_remains(run: Path) -> None:
+    """Remove what kills have left of checkpoints that were being written or removed."""
+    for kind in ("partial", "removed"):
+        for folder in run.glob(f".step_*.{kind}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -244,6 +324,10 @@ def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise UsageError(f"the weights {path} are no state dict: expected names with tensors, and nothing else")
     return content
+
+
+def _named_weights(path: Path) -> dict[str, Tensor]:
+    return {_strip_prefix(name): tensor for name, tensor in _load_tensors(path).items()}
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

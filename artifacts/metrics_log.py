@@ -3,34 +3,59 @@
 What depends on the clock goes to timing.jsonl, so metrics.jsonl is the same for the same run.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from config.errors import UsageError
 
 
 class MetricsLog:
-    """Appends lines to both files of `folder`; `length` is what a checkpoint must remember of metrics.jsonl, in bytes."""
+    """Appends lines to both files of `folder`; `length` and `timing_length` are what a checkpoint must remember of them, in bytes.
 
-    def __init__(self, folder: Path, keep: int = 0) -> None:
-        """Open for appending, metrics.jsonl cut back to its first `keep` bytes: what a resumed run knows to be its own."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (folder / "metrics.jsonl").open("ab")
-        self._metrics.truncate(keep)
-        self._timing = (folder / "timing.jsonl").open("ab" if keep else "wb")
-        self.length = keep
+    Raises UsageError where they can't be written.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0, keep_timing: int = 0) -> None:
+        """Open for appending, both files cut back to their first bytes: what a resumed run knows to be its own.
+
+        Where a file is shorter than that, its length says so.
+        """
+        self._folder = folder
+        with self._told():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = (folder / "metrics.jsonl").open("ab")
+            self._timing = (folder / "timing.jsonl").open("ab")
+            self.length, self.timing_length = min(keep, self._metrics.tell()), min(keep_timing, self._timing.tell())
+            self._metrics.truncate(self.length)
+            self._timing.truncate(self.timing_length)
 
     def write(self, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """One line of metrics, and one of timing if given."""
-        line = (json.dumps(metrics) + "\n").encode()
-        self._metrics.write(line)
-        self._metrics.flush()
-        self.length += len(line)
+        self.length += self._append(self._metrics, metrics)
         if timing is not None:
-            self._timing.write((json.dumps(timing) + "\n").encode())
-            self._timing.flush()
+            self.timing_length += self._append(self._timing, timing)
+
+    def _append(self, file: BinaryIO, values: Mapping[str, Any]) -> int:
+        line = (json.dumps(values) + "\n").encode()
+        with self._told():
+            file.write(line)
+            file.flush()
+        return len(line)
 
     def close(self) -> None:
         """Close both files."""
         self._metrics.close()
         self._timing.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(
+                f"the logs in {self._folder} can't be written: {error}; free space, make the folder writable or choose another "
+                "checkpoint_dir"
+            ) from error

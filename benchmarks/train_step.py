@@ -65,16 +65,27 @@ def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig
     )
 
 
+class _Rows:
+    """Synthetic rows, as the trainer takes examples."""
+
+    def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
+        self._row: Callable[[int], Example] = lambda i: synthetic_example(config.seed, i, config.dataset.seq_len, vocabulary)
+        self._next = 0
+
+    def __next__(self) -> tuple[int, int, Example]:
+        self.skip(1)
+        return 0, self._next - 1, self._row(self._next - 1)
+
+    def skip(self, count: int) -> None:
+        self._next += count
+
+
 class Ours:
     """The real training loop."""
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
-        def stream() -> Iterator[tuple[int, int, Example]]:
-            for index in range(_ROWS):
-                yield 0, index, synthetic_example(config.seed, index, config.dataset.seq_len, vocabulary)
-
         self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
-        self.trainer = Trainer(config, self.model, TextTask(config, self.model, stream(), _ROWS))
+        self.trainer = Trainer(config, self.model, TextTask(config, self.model, _Rows(config, vocabulary), _ROWS))
         self._steps = self.trainer.steps()
         self._seconds: dict[str, float] = {}
 

@@ -15,12 +15,21 @@ class UsageError(Exception):
     """Wrong input. The message says what was expected, what was found, and what to do."""
 
 
+class StoppedBySignal(Exception):
+    """A run has saved all it needs to go on and ends because a signal asked it to."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
 @contextlib.contextmanager
 def one_clear_message() -> Iterator[None]:
     """Print a `UsageError` as `error: ...` on stderr and exit with status 2, without a traceback.
 
-    Ctrl-C, and a stdout that nobody reads any more (`... | head -1`), end the program without a word, with the status that the
-    signals SIGINT and SIGPIPE have in a shell.
+    A run that a signal has stopped ends with 128 and the signal's number: 143 for SIGTERM, 130 for SIGINT. Ctrl-C elsewhere, and a
+    stdout that nobody reads any more (`... | head -1`), end the program without a word, with the status that the signals SIGINT and
+    SIGPIPE have in a shell.
     """
     try:
         yield
@@ -28,6 +37,8 @@ def one_clear_message() -> Iterator[None]:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedBySignal as stop:
+        sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:

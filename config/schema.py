@@ -224,6 +224,19 @@ class GenerationConfig(_Section):
     """Most memory for keys and values, in GB (10^9 bytes); answers wait for room."""
 
 
+class CheckpointConfig(_Section):
+    """When a run is saved beside its evaluations, and which of its checkpoints are kept."""
+
+    every_minutes: float | None = Field(gt=0)
+    """Save after so many minutes since the last checkpoint: the most work that a crash costs; null: not by the clock."""
+    every_steps: PositiveInt | None
+    """Save after every so many optimizer steps; null: not by steps."""
+    keep_last: PositiveInt | None
+    """Of the run's checkpoints keep so many of the newest; null: all."""
+    keep_best: int = Field(ge=0)
+    """With keep_last, also keep so many of those with the lowest held-out loss."""
+
+
 class TrainingConfig(_Section):
     """What every training run has, whatever it trains on."""
 
@@ -234,6 +247,11 @@ class TrainingConfig(_Section):
     """Name of the run; null: generated."""
     checkpoint_dir: str
     """Where runs are kept: <checkpoint_dir>/<project_name>/<run_name>/step_<N>."""
+    checkpoint: CheckpointConfig
+    resume: str | None
+    """auto: go on from the newest whole checkpoint of run_name, if there is one. A folder, step_<N> or a run's: from there."""
+    load_checkpoint: str | None
+    """Begin with the weights of this checkpoint (their moving average, if it has one) instead of drawn ones, at step 0."""
     seed: int = Field(ge=0)
     """Seed of weights, order and drawn depths."""
     device: Literal["auto", "cpu", "cuda"]
@@ -245,7 +263,11 @@ class TrainingConfig(_Section):
     epochs: PositiveInt
     """Passes over the training split."""
     global_batch_size: PositiveInt
-    """Slots: rows worked on at the same time."""
+    """Slots: rows worked on at the same time, by all ranks together."""
+    micro_batch_size: PositiveInt | None
+    """Most rows that one rank computes at the same time, to save memory; gradients add up to the same. null: all of its slots."""
+    dist_timeout_minutes: float = Field(gt=0)
+    """Several ranks: a rank that waits so long for another gives up."""
     eval_interval: PositiveInt
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_interval: PositiveInt
@@ -260,6 +282,10 @@ class TrainingConfig(_Section):
     """Say what the run would take (parameters, memory, steps, FLOPs, time) without training, and write nothing."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
+    grad_clip: float | None = Field(gt=0)
+    """Scale the gradient of a step down to this norm if it is larger; null: never."""
+    skip_limit: PositiveInt
+    """A step whose loss or gradient isn't finite moves no weight; after so many of them in a row the run stops."""
     lr_min_ratio: float = Field(ge=0, le=1)
     """Share of lr left at the end of the cosine."""
     lr_warmup_steps: int = Field(ge=0)
@@ -298,7 +324,7 @@ class PretrainInstructConfig(TrainingConfig):
     sample_answers: int = Field(ge=0)
     """Answers generated and shown at each evaluation."""
     dataloader_workers: int = Field(ge=0)
-    """Background threads that read rows ahead of the training loop; 0 reads in the loop."""
+    """Background threads that read rows ahead of the training loop; 0 reads in the loop, as several ranks always do."""
     pad_multiple: PositiveInt
     """Row lengths are padded to a multiple of this for attention (few distinct shapes help compiled code)."""
 

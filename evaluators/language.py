@@ -6,8 +6,8 @@ supervised tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -83,6 +83,18 @@ class LanguageResult:
     by_depth: list[LanguageSums] = field(default_factory=list)
     step_sum: int = 0
 
+    def totals(self) -> list[float]:
+        """Every sum in it, in a fixed order: those of several parts of a split, added up, are the sums of the whole."""
+        return [float(value) for sums in self.by_depth for value in astuple(sums)] + [float(self.step_sum)]
+
+    @classmethod
+    def from_totals(cls, totals: Sequence[float]) -> "LanguageResult":
+        """The result whose `totals` these are."""
+        width = len(fields(LanguageSums))
+        rows = [totals[start : start + width] for start in range(0, len(totals) - 1, width)]
+        by_depth = [LanguageSums(row[0], row[1], *map(int, row[2:])) for row in rows]
+        return cls(by_depth, int(totals[-1]))
+
     def worse_steps(self) -> list[int]:
         """ACT steps (from 2) whose loss per token is more than `DEPTH_GATE_NATS` above the step before: depth that doesn't pay."""
         losses = [sums.metrics()["loss_per_token"] for sums in self.by_depth]
@@ -115,6 +127,7 @@ def evaluate_language(
     halt_threshold: float | None = None,
     max_batches: int | None = None,
     limit: int | None = None,
+    part: tuple[int, int] = (0, 1),
     pad_multiple: int = 8,
     on_output: Callable[[DepthOutput], None] | None = None,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
@@ -122,7 +135,8 @@ def evaluate_language(
     """Measure `model` on the first `limit` rows of `dataset`, at most `max_batches` batches of them, teacher-forced.
 
     Without `halt_threshold` every depth 1..act_steps is measured; with it, an assistant's token stops for good when its halting
-    probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth.
+    probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth. `part` (i, n)
+    measures every n-th batch only, from the i-th on: a rank's share, whose `totals` add up to those of the whole.
     """
     most = len(dataset) if max_batches is None else max_batches * batch_size
     count = min(len(dataset), most, len(dataset) if limit is None else limit)
@@ -130,7 +144,7 @@ def evaluate_language(
     # Rows of like length share a batch, so little is padding.
     order = np.argsort([len(dataset[i].ids) for i in range(count)], kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    for rows in progress(batches):
+    for rows in progress(batches[part[0] :: part[1]]):
         examples = [dataset[int(row)] for row in rows]
         batch = collate(examples, pad_id=0, length_multiple=pad_multiple)
         turn_bytes = sum(example.turn_bytes for example in examples)

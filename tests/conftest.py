@@ -47,6 +47,33 @@ TINY_RECURSIONS = {
     "arch=transformers_baseline": ("arch.H_layers=2", "arch.H_cycles=1", "arch.L_cycles=0"),
 }
 
+# Neither the intervals of saving and logging nor the epochs fall together, and rows are at work over every checkpoint.
+SHORT_RUN = (
+    "arch.forward_dtype=float32",
+    "arch.H_cycles=1",
+    "arch.L_cycles=1",
+    "arch.L_layers=1",
+    "arch.halt_max_steps=3",
+    "arch.halt.depth_floor=0.3",
+    "dataset=jsonl",
+    "dataset.files=[rows.jsonl]",
+    "dataset.seq_len=64",
+    "dataset.test_ratio=0.2",
+    "dataset.processes=1",
+    "dataset.default_system_prompt=null",
+    "sample_answers=0",
+    "eval_examples=5",
+    "epochs=3",
+    "lr=1e-3",
+    "ema=true",
+    "log_interval=3",
+    "checkpoint.every_steps=4",
+    "checkpoint.every_minutes=null",
+    "checkpoint.keep_last=null",
+    "plot=false",
+    "run_name=run",
+)
+
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> PretrainInstructConfig:
@@ -133,5 +160,25 @@ def text_dataset(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Callable[[Sequenc
             cache_dir=tmp_path / "cache",
         )
         return TextDataset(loaded)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def short_run_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": f"{2 * i + 1}, Red{' and blue' * (i % 4)}."} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer.model_bytes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_config(tiny_config: Callable[..., PretrainInstructConfig], short_run_data: Path) -> Callable[..., PretrainInstructConfig]:
+    """`run_config(folder, "key=value", ...)`: a short run kept in `folder`."""
+
+    def build(folder: Path, *overrides: str) -> PretrainInstructConfig:
+        places = (f"dataset.data_dir={short_run_data}", f"dataset.tokenizer_path={short_run_data / 'tokenizer.model'}")
+        return tiny_config(*SHORT_RUN, *places, f"checkpoint_dir={folder}", *overrides)
 
     return build

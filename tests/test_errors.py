@@ -1,12 +1,13 @@
 """How a door shows wrong input: one message, status 2, no traceback."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from config.errors import UsageError, one_clear_message
+from config.errors import StoppedBySignal, UsageError, one_clear_message
 
 
 def test_a_usage_error_becomes_one_message_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +22,13 @@ def test_ctrl_c_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, one_clear_message():
         raise KeyboardInterrupt
     assert ended.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_a_signal_stopped_ends_with_the_status_of_that_signal(number: int, status: int) -> None:
+    with pytest.raises(SystemExit) as ended, one_clear_message():
+        raise StoppedBySignal(number)
+    assert ended.value.code == status
 
 
 def test_other_exceptions_keep_their_traceback() -> None:

@@ -120,6 +120,21 @@ def test_limit_takes_the_first_rows_and_max_batches_the_first_batches(tiny_model
     assert few["counts"]["conversations"] == len(set(seen)) == 4
 
 
+def test_the_parts_of_a_split_add_up_to_the_whole(tiny_model: ModelFactory, examples: list[Example]) -> None:
+    def measure(index: int, parts: int) -> LanguageResult:
+        return evaluate_language(tiny_model(), examples, eos_id=EOS, batch_size=2, act_steps=3, part=(index, parts))
+
+    whole = measure(0, 1)
+    assert LanguageResult.from_totals(whole.totals()).report() == whole.report()
+    # Five batches of at most two: parts of two, two and one.
+    parts = [measure(index, 3) for index in range(3)]
+    assert [part.by_depth[0].conversations for part in parts] == [4, 3, 2]
+    together = LanguageResult.from_totals([sum(values) for values in zip(*(part.totals() for part in parts), strict=True)])
+    assert together.report()["counts"] == whole.report()["counts"]
+    for found, expected in zip(together.by_depth, whole.by_depth, strict=True):
+        assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-12)
+
+
 def test_outputs_name_what_was_read_where(tiny_model: ModelFactory, examples: list[Example]) -> None:
     model, outputs = tiny_model(), []
     result = evaluate_language(model, examples, eos_id=EOS, batch_size=4, act_steps=2, on_output=outputs.append)

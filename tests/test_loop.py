@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from artifacts.checkpoint import load_weights, open_checkpoint, save_checkpoint
+from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Template
@@ -135,6 +136,104 @@ def test_rows_enter_after_an_update_only(tiny_config: ConfigFactory, random_exam
         assert (trainer.task.slots.act_step[trainer.task.slots.active] == 2).all()
         finished += result.finished_depths
     assert len(finished) == 24 and set(finished) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("mode", ["sampled", "settled"])
+def test_rows_in_parts_are_the_rows_at_once(tiny_config: ConfigFactory, random_examples: ExampleFactory, mode: str) -> None:
+    outcomes = []
+    for at_once in ("null", "3", "1"):
+        config = tiny_config(
+            "global_batch_size=8",
+            f"micro_batch_size={at_once}",
+            "act_steps_per_update=2",
+            f"arch.halt.mode={mode}",
+            "arch.halt.settled_share=0.5",
+            "arch.halt.depth_floor=0.3",
+            "arch.halt_max_steps=3",
+            "grad_clip=0.1",
+            "lr=1e-3",
+        )
+        trainer = make_trainer(config, random_examples(30))
+        results = run(trainer)
+        outcomes.append(
+            (weights(trainer), [(r.weight, sorted(r.finished_depths)) for r in results], [r.grad_norm for r in results])
+        )
+    for other in outcomes[1:]:
+        assert_same(outcomes[0][0], other[0], 1e-9)
+        assert outcomes[0][1] == other[1] and outcomes[0][2] == pytest.approx(other[2], rel=1e-6)
+
+
+def test_a_large_gradient_is_scaled_down_to_its_limit(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    def gradients(*overrides: str) -> tuple[dict[str, torch.Tensor], float]:
+        trainer = make_trainer(tiny_config(*FROZEN, *overrides), random_examples(4))
+        (result,) = run(trainer, 1)
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}, result.grad_norm
+
+    free, norm = gradients()
+    assert norm == pytest.approx(float(torch.cat([g.flatten() for g in free.values()]).norm()))
+    for limit in (norm / 4, norm * 4):
+        clipped, before = gradients(f"grad_clip={limit}")
+        assert before == norm
+        assert_same(clipped, {name: g * min(1.0, limit / norm) for name, g in free.items()}, 1e-12)
+
+
+def test_a_row_that_is_not_finite_is_skipped_and_spoils_no_other(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = random_examples(24, vocab_size=VOCABULARY - 1)
+    poisoned = examples[5]
+    poisoned.ids[1] = VOCABULARY - 1  # an id that no other row has
+    trainer = make_trainer(tiny_config("ema=true", "arch.halt.mode=fixed", "arch.halt_max_steps=3", "lr=1e-3"), examples)
+    real = trainer.model.embed
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        return torch.where((ids == VOCABULARY - 1).unsqueeze(-1), torch.nan, real(ids))
+
+    monkeypatch.setattr(trainer.model, "embed", embed)
+    before, finished = weights(trainer), 0
+    for result in trainer.steps():
+        now = weights(trainer)
+        slots = trainer.task.slots
+        assert result.skipped == (slots.example_id == 5).any(), "the rows that share the slots with it must wait three steps"
+        assert result.skipped == all(torch.equal(value, before[name]) for name, value in now.items())
+        assert all(bool(state.isfinite().all()) for state in trainer.task.carry.states)
+        before, finished = now, finished + len(result.finished_depths)
+    assert finished == 24 and all(bool(value.isfinite().all()) for value in before.values())
+    assert trainer.ema is not None and all(bool(value.isfinite().all()) for value in trainer.ema.average.values())
+
+
+def test_weights_that_are_not_finite_stop_the_run_at_the_limit(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    trainer = make_trainer(tiny_config("skip_limit=3"), random_examples(40))
+    run(trainer, 2)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = torch.inf
+    before = weights(trainer)
+    with pytest.raises(UsageError, match=r"no finite gradient in 3 steps in a row, up to step 5: lower lr, set grad_clip"):
+        for result in trainer.steps():
+            assert result.skipped
+    assert_same(weights(trainer), before)
+    assert trainer.skipped_in_a_row == 3 and trainer.step_number == 5
+
+
+def test_collapsed_halting_is_told(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.2", "arch.halt_max_steps=6", *FROZEN
+    )
+    told = []
+    # What is settled: everything, nothing, or what the weights happen to say.
+    for share in (1.0, 0.0, None):
+        trainer = make_trainer(config, random_examples(60), halt_scale=3.0)
+        if share is not None:
+            decide = trainer.task.slots.halted
+            monkeypatch.setattr(trainer.task.slots, "halted", lambda s, d=decide, v=share: d(np.full_like(s, v)))
+        run(trainer)
+        told.append(trainer.task.warnings())
+        assert trainer.task.warnings() == []
+    assert "every row settles at the first ACT step it may leave at; raise arch.halt.settled_share=0.6" in told[0][0]
+    assert "no row settles before ACT step 6; lower arch.halt.settled_share=0.6" in told[1][0]
+    assert told[2] == []
 
 
 def test_the_halting_loss_stops_at_its_head_unless_told_otherwise(
@@ -308,10 +407,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     # Another seed: whatever isn't restored would show.
     resumed = make_trainer(config, examples, vocab_size=size, start=state.values["admitted"], halt_scale=3.0)
     load_weights(resumed.model, checkpoint.weights(ema=False), tmp_path)
+    resumed.load_state(state, checkpoint.weights(ema=True))
     assert resumed.ema is not None
-    average = checkpoint.weights(ema=True)
-    resumed.ema.average = {name: average[name] for name in resumed.ema.average}
-    resumed.load_state(state)
     rest = run(resumed)
     assert [r.step for r in rest] == [r.step for r in whole[7:]] and len(rest) > 7
     for one, other in zip(rest, whole[7:], strict=True):

@@ -20,14 +20,15 @@ def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_only_what_its_checkpoint_knew(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.write({"step": 1})
-    kept = log.length
+    log.write({"step": 1}, {"step": 1})
+    kept, kept_timing = log.length, log.timing_length
     log.write({"step": 2, "text": "é"}, {"step": 2})
     log.close()
-    resumed = MetricsLog(tmp_path, keep=kept)
+    resumed = MetricsLog(tmp_path, keep=kept, keep_timing=kept_timing)
     assert resumed.length == kept
     resumed.write({"step": 2, "again": True}, {"step": 2})
     resumed.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 1}\n{"step": 2, "again": true}\n'
     assert resumed.length == (tmp_path / "metrics.jsonl").stat().st_size
     assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 2
 

@@ -3,25 +3,26 @@
 What runs share is in training/run.py. Knows no Hydra.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import save_checkpoint
+from artifacts.checkpoint import load_weights, open_checkpoint, read_weights, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_instruct_data
 from dataset.text.conversation import Template
 from dataset.text.loader import ExampleStream, TextDataset
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
-from evaluators.language import evaluate_language
+from evaluators.language import LanguageResult, evaluate_language
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype, set_matmul_precision, should_compile
-from training.run import Run, Snapshot, new_run_name, run_folder
+from training.distributed import joined_ranks
+from training.resume import find_start
+from training.run import Run, Snapshot
 from training.text import TextTask
 
 # Answers shown during training are for the eye; longer ones only cost time.
@@ -29,36 +30,62 @@ _SHOWN_ANSWER_TOKENS = 48
 
 
 def run_instruct(config: PretrainInstructConfig) -> Path:
-    """Train from scratch and return the folder of the last checkpoint.
+    """Train, from scratch or from where `config.resume` finds the run, and return the folder of the last checkpoint.
 
-    Raises UsageError for anything wrong with the input, before training starts.
+    Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training on several processes is not supported yet: start pretrain_instruct.py without torchrun")
-    device = pick_device(config.device)
-    arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
-    config = config.model_copy(update={"run_name": config.run_name or new_run_name(arch.name)})
-    folder = run_folder(config)
-    tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
-    train, test = open_instruct_data(config.dataset, tokenizer, Template())
-    if config.global_batch_size > len(train):
-        raise UsageError(
-            f"global_batch_size {config.global_batch_size} is larger than the {len(train)} training rows: lower it, or use more "
-            "data (dataset.subset_size, dataset.test_ratio)"
-        )
-    model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed).to(device)
-    set_matmul_precision(config.tf32, device)
-    if should_compile(config.compile, device):
-        model.compile_levels()
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"run {folder}: {parameters:,} parameters, {device.type}, {arch.forward_dtype}")
-    test_rows = len(test) if test is not None else 0
-    print(f"data {config.dataset.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
-    if test is None:
-        print("dataset.test_ratio is 0: training without evaluation")
-    with ExampleStream(train, config.seed, config.epochs, config.dataloader_workers) as stream:
-        task = TextTask(config, model, stream, len(train))
-        return Run(config, _InstructJob(config, model, task, tokenizer, train.data_hash, test), folder).train()
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+
+        def say(text: str) -> None:
+            if ranks.is_first:
+                print(text, flush=True)
+
+        if ranks.size > config.global_batch_size:
+            raise UsageError(
+                f"{ranks.size} ranks share global_batch_size {config.global_batch_size} slots: start fewer, or raise it"
+            )
+        device = pick_device(config.device)
+        arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
+        start = find_start(config, ranks, say)
+        config = config.model_copy(update={"run_name": start.folder.name})
+        tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
+        train, test = open_instruct_data(config.dataset, tokenizer, Template())
+        if config.global_batch_size > len(train):
+            raise UsageError(
+                f"global_batch_size {config.global_batch_size} is larger than the {len(train)} training rows: lower it, or use "
+                "more data (dataset.subset_size, dataset.test_ratio)"
+            )
+        settings = config.model_copy(update={"arch": arch}).model_dump()
+        start.check(settings, {"data_hash": train.data_hash, "tokenizer_sha256": tokenizer.sha256}, say)
+        model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
+        if config.load_checkpoint is not None and start.saved is None:
+            _begin_with(model, Path(config.load_checkpoint), tokenizer)
+            say(f"beginning with the weights of {config.load_checkpoint}")
+        model.to(device)
+        set_matmul_precision(config.tf32, device)
+        if should_compile(config.compile, device):
+            model.compile_levels()
+        parameters = sum(p.numel() for p in model.parameters())
+        processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
+        say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {arch.forward_dtype}{processes}")
+        test_rows = len(test) if test is not None else 0
+        say(f"data {config.dataset.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
+        if test is None:
+            say("dataset.test_ratio is 0: training without evaluation")
+        # Threads that read ahead can't know which examples other ranks take.
+        workers = config.dataloader_workers if ranks.size == 1 else 0
+        with ExampleStream(train, config.seed, config.epochs, workers, start=start.position) as stream:
+            task = TextTask(config, model, stream, len(train), ranks)
+            saved = Run(config, _InstructJob(config, model, task, tokenizer, train.data_hash, test), start, ranks).train()
+        say(f"checkpoint {saved}")
+        return saved
+
+
+def _begin_with(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
+    """Fill `model` with the weights of `source`. Raises UsageError if they don't fit, or were trained with another tokenizer."""
+    if (source / "checkpoint.json").is_file() and open_checkpoint(source).tokenizer.sha256 != tokenizer.sha256:
+        raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / 'tokenizer.model'})")
+    load_weights(model, read_weights(source), source)
 
 
 @dataclass
@@ -73,11 +100,12 @@ class _InstructJob:
     test_split: TextDataset | None
 
     def evaluate(self, step: int) -> dict[str, Any] | None:
-        """Teacher-forced measures of the test split, and a few answers to look at."""
+        """Teacher-forced measures of the test split, of which each rank takes a share, and a few answers to look at."""
         config = self.config
         if self.test_split is None:
             return None
-        report = evaluate_language(
+        ranks = self.task.ranks
+        result = evaluate_language(
             self.model,
             self.test_split,
             eos_id=self.tokenizer.eos_id,
@@ -85,8 +113,12 @@ class _InstructJob:
             act_steps=config.depth,
             halt_threshold=config.generation.halt_threshold,
             limit=config.eval_examples,
+            part=(ranks.rank, ranks.size),
             pad_multiple=config.pad_multiple,
-        ).report()
+        )
+        report = LanguageResult.from_totals(ranks.sum_numbers(result.totals())).report()
+        if not ranks.is_first:
+            return report
         numbers = {name: value for name, value in report.items() if isinstance(value, float)}
         tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         if report["worse_act_steps"]:

@@ -84,7 +84,7 @@ class _All:
 
 class _JSONLines:
     def __init__(self, folder: Path, kept: Mapping[str, Any]) -> None:
-        self._log = MetricsLog(folder, kept.get("metrics_log_bytes", 0))
+        self._log = MetricsLog(folder, kept.get("metrics_log_bytes", 0), kept.get("timing_log_bytes", 0))
 
     def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         self._log.write(metrics, timing)
@@ -93,7 +93,7 @@ class _JSONLines:
         self._log.write(metrics)
 
     def state(self) -> dict[str, Any]:
-        return {"metrics_log_bytes": self._log.length}
+        return {"metrics_log_bytes": self._log.length, "timing_log_bytes": self._log.timing_length}
 
     def close(self) -> None:
         self._log.close()

@@ -4,16 +4,19 @@ A task (conversations: training/text.py) holds the rows in work and says what on
 gradients, weights and their average is here.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from artifacts.checkpoint import TrainerState
+from config.errors import UsageError
 from config.schema import TrainingConfig
 from models.ema import EMA
+from training.distributed import Ranks
 from training.optimizer import AdamATan2
 
 
@@ -27,8 +30,6 @@ class Part:
     """What the loss sums over: the step's gradient is divided by the weights of all its parts together."""
     sums: dict[str, Tensor | int]
     """What is logged, summed over the part, with at least the counts "tokens" and "supervised"; tensors are left on the device."""
-    finished_depths: list[int]
-    """ACT steps taken by each row that halted in this part."""
 
 
 class Task(Protocol):
@@ -55,8 +56,16 @@ class Task(Protocol):
         """Which entry of `report` is the loss to watch."""
 
     @property
+    def sum_names(self) -> Sequence[str]:
+        """The names of a part's sums."""
+
+    @property
     def epochs_done(self) -> int:
         """Whole passes over the training split that have been trained."""
+
+    @property
+    def finished_depths(self) -> list[int]:
+        """ACT steps taken by each of this rank's rows that halted in the last optimizer step."""
 
     def admit(self) -> None:
         """Fill free slots, if there is anything left to fill them with."""
@@ -65,13 +74,19 @@ class Task(Protocol):
         """The next step's share of the peak learning rate."""
 
     def parts(self) -> Iterator[Part]:
-        """The parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
+        """This rank's parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
+
+    def mend(self) -> None:
+        """After a step that was skipped: let no row carry on what isn't finite."""
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What is logged of some steps, from their parts' sums."""
 
+    def warnings(self) -> list[str]:
+        """What, since the last call, a person should know about the rows of this rank."""
+
     def state(self) -> TrainerState:
-        """Rows, their states, and the position in the data, between two steps."""
+        """Rows of all ranks, their states, and the position in the data, between two steps."""
 
     def load_state(self, state: TrainerState) -> None:
         """Go on from `state`."""
@@ -79,34 +94,49 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, for logging. Tensors are left on the device."""
+    """One optimizer step, for logging: sums and depths of this rank, the rest of all. Tensors are left on the device."""
 
     step: int
     lr: float
     weight: int
     """What the step's gradient was divided by."""
-    sums: dict[str, Tensor | int] = field(default_factory=dict)
-    finished_depths: list[int] = field(default_factory=list)
+    grad_norm: float
+    """Of the gradient as it would be without clipping; not finite if the step was skipped."""
+    skipped: bool
+    """The loss or the gradient wasn't finite: no weight has moved."""
+    sums: dict[str, Tensor | int]
+    finished_depths: list[int]
 
 
 class Trainer:
-    """A model with its optimizer and moving average, trained on a task."""
+    """A model with its optimizer and moving average, trained on a task, by one rank or several that hold the same weights."""
 
-    def __init__(self, config: TrainingConfig, model: nn.Module, task: Task) -> None:
+    def __init__(self, config: TrainingConfig, model: nn.Module, task: Task, ranks: Ranks | None = None) -> None:
         self.config = config
         self.model = model
         self.task = task
+        self.ranks = ranks or Ranks()
         self.step_number = 0
+        self.skipped_in_a_row = 0
         self.optimizer = AdamATan2(
             model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self.ema = EMA(model, config.ema_rate) if config.ema else None
 
     def steps(self) -> Iterator[StepResult]:
-        """Train until the task has no row left in work."""
+        """Train until the task has no row left in work.
+
+        Raises UsageError when `skip_limit` steps in a row had to be skipped.
+        """
         self.task.admit()
         while self.task.busy:
             yield self._step()
+            if self.skipped_in_a_row >= self.config.skip_limit:
+                raise UsageError(
+                    f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.step_number}: lower lr, set "
+                    "grad_clip, raise lr_warmup_steps, or use arch.forward_dtype=float32; no weight has moved since, and earlier "
+                    "checkpoints of the run are kept"
+                )
             self.task.admit()
 
     def _step(self) -> StepResult:
@@ -114,20 +144,48 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        weight, sums, finished_depths = 0, dict[str, Tensor | int](), list[int]()
+        losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
         for part in self.task.parts():
             part.loss.backward()
+            losses.append(part.loss.detach())
             weight += part.weight
             for name, value in part.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
-            finished_depths += part.finished_depths
-        # Divided once, at the end: with several ACT steps to a step, what they sum over isn't known before the last of them.
-        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], float(max(1, weight)))
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
+        weight, grad_norm = self._reduce_gradients(losses, weight)
+        skipped = not math.isfinite(grad_norm)
+        if skipped:
+            self.skipped_in_a_row += 1
+            self.task.mend()
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.model)
         self.step_number += 1
-        return StepResult(self.step_number, lr, weight, sums, finished_depths)
+        return StepResult(self.step_number, lr, weight, grad_norm, skipped, sums, self.task.finished_depths)
+
+    def _reduce_gradients(self, losses: list[Tensor], weight: int) -> tuple[int, float]:
+        """Sum gradients over ranks, divide them by the weight of all parts, clip them; that weight, and the norm before clipping.
+
+        The norm is not finite if a loss isn't. Reading it is the one time in a step that the host waits for the device: whether
+        weights may move depends on it.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # A rank that has run out of rows has no gradients, but must add zeros where the others have some.
+        weight, *with_gradient = map(int, self.ranks.sum_numbers([weight, *(p.grad is not None for p in parameters)]))
+        reached = [p for p, ranks in zip(parameters, with_gradient, strict=True) if ranks]
+        for p in reached:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in reached if p.grad is not None]
+        loss = torch.stack(losses).sum().to(grads[0].dtype) if losses else grads[0].new_zeros(())
+        self.ranks.sum_([*grads, loss])
+        # Divided once, at the end: with several ACT steps to a step, what they sum over isn't known before the last of them.
+        torch._foreach_div_(grads, float(max(1, weight)))
+        norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = float(norm + 0 * loss)
+        if self.config.grad_clip is not None and grad_norm > self.config.grad_clip:
+            torch._foreach_mul_(grads, self.config.grad_clip / grad_norm)
+        return weight, grad_norm
 
     def state(self) -> TrainerState:
         """Everything that training goes on from, between two steps, but for the weights and their average."""
@@ -136,10 +194,13 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        return TrainerState(tensors, {"step": self.step_number, **task.values})
+        return TrainerState(tensors, {"step": self.step_number, "skipped_in_a_row": self.skipped_in_a_row, **task.values})
 
-    def load_state(self, state: TrainerState) -> None:
-        """Go on from `state`; the weights must be loaded, and the task's data stand where the state was taken."""
+    def load_state(self, state: TrainerState, average: Mapping[str, Tensor] | None = None) -> None:
+        """Go on from `state` and the weights' moving `average`, if the run keeps one.
+
+        The weights must be loaded, and the task's data stand where the state was taken.
+        """
         tensors = state.tensors
         for name, parameter in self.model.named_parameters():
             if f"optimizer.step.{name}" not in tensors:
@@ -149,5 +210,11 @@ class Trainer:
                 "m": tensors[f"optimizer.m.{name}"].to(parameter.device, copy=True),
                 "v": tensors[f"optimizer.v.{name}"].to(parameter.device, copy=True),
             }
+        if self.ema is not None:
+            if average is None:
+                raise ValueError("this run keeps a moving average, and there is none to go on from")
+            for name, kept in self.ema.average.items():
+                kept.copy_(average[name])
         self.step_number = state.values["step"]
+        self.skipped_in_a_row = state.values["skipped_in_a_row"]
         self.task.load_state(state)

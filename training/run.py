@@ -1,29 +1,40 @@
-"""What every training run does around its loop: logs, evaluations, checkpoints, the progress bar.
+"""What every training run does around its loop: logs, evaluations, checkpoints, signals, the progress bar.
 
-The only file of this room that touches disk and the screen. Knows no Hydra, and not what is trained: that is a `Job`
-(conversations: training/instruct.py).
+With resume.py and loggers.py the only files of this room that touch disk and the screen. Knows no Hydra, and not what is trained:
+that is a `Job` (conversations: training/instruct.py).
 """
 
 import contextlib
-import datetime
-import math
+import os
+import signal
+import statistics
+import threading
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from artifacts.checkpoint import TrainerState
+from artifacts.checkpoint import TrainerState, load_weights, prune_checkpoints
 from artifacts.plots import draw_runs
-from config.errors import UsageError
+from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
+from models.act import RecursiveModel
 from models.device import peak_memory
+from training.distributed import Ranks
 from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
+from training.resume import Start
+
+# A loss this much above the median of the last lines is said to be a spike: a factor, and nats beside it for losses near 0.
+_SPIKE_FACTOR, _SPIKE_NATS = 1.5, 0.2
+_SPIKE_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Job(Protocol):
     """What differs between kinds of training: the data and how a model is measured and kept."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> RecursiveModel:
         """What is trained."""
 
     @property
@@ -49,106 +60,185 @@ class Job(Protocol):
         """What it is trained on."""
 
     def evaluate(self, step: int) -> dict[str, Any] | None:
-        """Measure the model as it stands after `step` on held-out data, and show what there is to see; None: there is none."""
+        """Measure the model as it stands after `step` on held-out data, and show what there is to see; None: there is none.
+
+        All ranks call it and get the same; the first one shows. `task.loss_name` is among the measures.
+        """
 
     def save(self, folder: Path, snapshot: Snapshot) -> None:
         """Write the checkpoint `folder`, whole or not at all."""
 
 
-def run_folder(config: TrainingConfig) -> Path:
-    """Where the run is kept. Raises UsageError if a run is there already."""
-    assert config.run_name is not None
-    folder = Path(config.checkpoint_dir) / config.project_name / config.run_name
-    if list(folder.glob("step_*")):
-        raise UsageError(f"{folder} has checkpoints already and is not overwritten: choose another run_name, or delete it")
-    return folder
-
-
-def new_run_name(arch: str) -> str:
-    """A name of recursion and time."""
-    return f"{arch}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-
-
 class _Window:
     """Sums since the last log line; tensors are read only when a line is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...], depths: int) -> None:
         self.lr = 0.0
-        self.sums: dict[str, Tensor | float] = {}
-        self.depths: Counter[int] = Counter()
+        self.steps = 0
+        self.skipped = 0
+        self.grad_norm = 0.0
+        self._sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
+        self._halted_at = np.zeros(depths + 1)
 
     def add(self, result: StepResult) -> None:
         self.lr = result.lr
-        self.depths.update(result.finished_depths)
+        self._halted_at += np.bincount(np.array(result.finished_depths, np.int64), minlength=len(self._halted_at))
+        if result.skipped:
+            self.skipped += 1
+            return
+        self.steps += 1
+        self.grad_norm += result.grad_norm
         for name, value in result.sums.items():
-            self.sums[name] = self.sums.get(name, 0) + (value.double() if isinstance(value, Tensor) else value)
+            self._sums[name] += value.double() if isinstance(value, Tensor) else value
 
-    def totals(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.sums.items()}
+    def totals(self, ranks: Ranks) -> tuple[dict[str, float], dict[int, int]]:
+        """Sums by name, and how many rows halted at each depth, over all ranks."""
+        numbers = ranks.sum_numbers([*map(float, self._sums.values()), *self._halted_at])
+        halted_at = {depth: int(count) for depth, count in enumerate(numbers[len(self._sums) :]) if count}
+        return dict(zip(self._sums, numbers, strict=False)), halted_at
+
+    def state(self, ranks: Ranks) -> dict[str, Any]:
+        """What goes on in another window, as JSON values."""
+        sums, halted_at = self.totals(ranks)
+        own = {"lr": self.lr, "steps": self.steps, "skipped": self.skipped, "grad_norm": self.grad_norm}
+        return {**own, "sums": sums, "halted_at": [[depth, count] for depth, count in halted_at.items()]}
+
+    def load_state(self, state: Mapping[str, Any], ranks: Ranks) -> None:
+        self.lr, self.steps, self.skipped = state["lr"], state["steps"], state["skipped"]
+        self.grad_norm = state["grad_norm"]
+        if ranks.is_first:
+            self._sums.update(state["sums"])
+            for depth, count in state["halted_at"]:
+                self._halted_at[depth] = count
 
 
 class Run:
-    """One training run in `folder`."""
+    """One training run, begun at `start`."""
 
-    def __init__(self, config: TrainingConfig, job: Job, folder: Path) -> None:
+    def __init__(self, config: TrainingConfig, job: Job, start: Start, ranks: Ranks) -> None:
         self.config = config
         self.job = job
-        self.folder = folder
-        self.trainer = Trainer(config, job.model, job.task)
-        self._device = next(job.model.parameters()).device
-        self._logger = open_logger(config, folder)
+        self.folder = start.folder
+        self.ranks = ranks
+        self.trainer = Trainer(config, job.model, job.task, ranks)
+        self._window = self._new_window()
+        self._evaluated_epochs = 0
+        self._seconds_before = 0.0
+        self._losses: deque[float] = deque(maxlen=_SPIKE_LINES)
+        self._saved = None if start.saved is None else start.saved.folder
+        values: dict[str, Any] = {}
+        if start.saved is not None:
+            values = start.saved.trainer.values
+            load_weights(job.model, start.saved.weights, start.saved.folder)
+            self.trainer.load_state(start.saved.trainer, start.saved.average)
+            self._window.load_state(values["window"], ranks)
+            self._evaluated_epochs = values["evaluated_epochs"]
+            self._seconds_before = values["seconds"]
+        self._logger = open_logger(config, self.folder, values) if ranks.is_first else None
+        if self._logger is not None and self._logger.state()["metrics_log_bytes"] < values.get("metrics_log_bytes", 0):
+            print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
 
     def train(self) -> Path:
-        """Train to the end; returns the folder of the last checkpoint."""
+        """Train to the end; returns the folder of the last checkpoint.
+
+        Raises StoppedBySignal once SIGTERM or SIGINT has come and what the run needs to go on is saved.
+        """
         config, task = self.config, self.job.task
-        saved: Path | None = None
-        window, started, logged = _Window(), time.perf_counter(), time.perf_counter()
-        evaluated_epochs = 0
-        with tqdm(total=task.total, unit=task.unit, dynamic_ncols=True, mininterval=1) as bar:
+        self._started = self._logged = self._saved_at = time.perf_counter()
+        with (
+            _first_signal() as stop,
+            tqdm(
+                total=task.total,
+                initial=task.done,
+                unit=task.unit,
+                dynamic_ncols=True,
+                mininterval=1,
+                disable=not self.ranks.is_first,
+            ) as bar,
+        ):
             for result in self.trainer.steps():
                 bar.update(task.done - bar.n)
-                window.add(result)
+                self._window.add(result)
                 finished_all = task.done == task.total
                 if result.step % config.log_interval == 0 or finished_all:
-                    totals = window.totals()
-                    metrics = self._metrics(window, totals)
-                    if not math.isfinite(metrics[task.loss_name]):
-                        raise UsageError(
-                            f"the loss is not finite at step {result.step}: lower lr, raise lr_warmup_steps, or use "
-                            "arch.forward_dtype=float32; earlier checkpoints of the run are kept"
-                        )
-                    now = time.perf_counter()
-                    timing = {
-                        "step": result.step,
-                        "seconds": now - started,
-                        "tokens_per_second": totals["tokens"] / (now - logged),
-                        "supervised_tokens_per_second": totals["supervised"] / (now - logged),
-                        **peak_memory(self._device),
-                    }
-                    self._logger.training(metrics, timing)
-                    bar.set_postfix(loss=f"{metrics[task.loss_name]:.3f}", act_steps=_short(metrics["mean_act_steps"]))
-                    window, logged = _Window(), now
+                    bar.set_postfix(self._write_line())
+                metrics = None
                 epochs = task.epochs_done
-                if finished_all or epochs // config.eval_interval > evaluated_epochs // config.eval_interval:
-                    evaluated_epochs = epochs
-                    saved = self._evaluate_and_save()
-        self._logger.close()
-        assert saved is not None
-        print(f"checkpoint {saved}")
-        return saved
+                if finished_all or epochs // config.eval_interval > self._evaluated_epochs // config.eval_interval:
+                    self._evaluated_epochs = epochs
+                    metrics = self._evaluate()
+                # Ranks act as one: on any rank's signal, and by the clock of the first.
+                asked = self.ranks.gather_number(2 * stop.signal_number + self._is_save_due(result.step))
+                stopped_by = max(number // 2 for number in asked)
+                if metrics is not None or asked[0] % 2 or stopped_by:
+                    self._save(metrics or {"step": result.step, "examples": task.done})
+                if stopped_by and not finished_all:
+                    tqdm.write(
+                        f"{signal.Signals(stopped_by).name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on"
+                    )
+                    if self._logger is not None:
+                        self._logger.close()
+                    raise StoppedBySignal(stopped_by)
+        if self._logger is not None:
+            self._logger.close()
+        assert self._saved is not None
+        return self._saved
 
-    def _metrics(self, window: _Window, totals: dict[str, float]) -> dict[str, Any]:
-        depths = window.depths
-        return {
+    def _new_window(self) -> _Window:
+        return _Window(tuple(self.job.task.sum_names), self.config.arch.halt_max_steps)
+
+    def _is_save_due(self, step: int) -> bool:
+        when = self.config.checkpoint
+        by_clock = when.every_minutes is not None and time.perf_counter() - self._saved_at >= 60 * when.every_minutes
+        return by_clock or (when.every_steps is not None and step % when.every_steps == 0)
+
+    def _write_line(self) -> dict[str, str]:
+        """A line for the steps since the last one; returns what the bar shows of it."""
+        window, task = self._window, self.job.task
+        totals, halted_at = window.totals(self.ranks)
+        rows = sum(halted_at.values())
+        metrics: dict[str, Any] = {
             "step": self.trainer.step_number,
-            "examples": self.job.task.done,
+            "examples": task.done,
             "lr": window.lr,
-            **self.job.task.report(totals),
-            "mean_act_steps": sum(depths.elements()) / depths.total() if depths else None,
-            "halted_at": {str(depth): count for depth, count in sorted(depths.items())},
+            **(task.report(totals) if window.steps else {}),
+            "mean_act_steps": sum(depth * count for depth, count in halted_at.items()) / rows if rows else None,
+            "halted_at": {str(depth): count for depth, count in halted_at.items()},
+            "grad_norm": window.grad_norm / window.steps if window.steps else None,
+            "skipped_steps": window.skipped,
         }
+        now = time.perf_counter()
+        timing = {
+            "step": self.trainer.step_number,
+            "seconds": self._seconds_before + now - self._started,
+            "tokens_per_second": totals["tokens"] / (now - self._logged),
+            "supervised_tokens_per_second": totals["supervised"] / (now - self._logged),
+            **peak_memory(self.job.model.device),
+        }
+        if self._logger is not None:
+            self._logger.training(metrics, timing)
+            self._warn(metrics)
+        self._window, self._logged = self._new_window(), now
+        numbers = {"loss": metrics.get(task.loss_name), "act_steps": metrics["mean_act_steps"]}
+        return {name: "-" if value is None else f"{value:.3f}" for name, value in numbers.items()}
 
-    def _evaluate_and_save(self) -> Path:
+    def _warn(self, metrics: Mapping[str, Any]) -> None:
+        at = f"step {metrics['step']}: "
+        if metrics["skipped_steps"]:
+            tqdm.write(f"{at}{metrics['skipped_steps']} steps skipped, whose loss or gradient wasn't finite")
+        loss = metrics.get(self.job.task.loss_name)
+        if loss is not None:
+            usual = statistics.median(self._losses) if len(self._losses) == _SPIKE_LINES else loss
+            if loss > _SPIKE_FACTOR * usual + _SPIKE_NATS:
+                tqdm.write(
+                    f"{at}the loss has jumped to {loss:.3f} from about {usual:.3f}; if it stays there, lower lr or set grad_clip"
+                )
+            self._losses.append(loss)
+        for warning in self.job.task.warnings():
+            tqdm.write(at + warning)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Measure the weights, or their average if there is one; returns what is kept of it."""
         trainer = self.trainer
         metrics: dict[str, Any] = {"step": trainer.step_number, "examples": self.job.task.done}
         averaged = trainer.ema.swapped_in(trainer.model) if trainer.ema is not None else contextlib.nullcontext()
@@ -156,15 +246,11 @@ class Run:
             report = self.job.evaluate(trainer.step_number)
         if report is not None:
             metrics["test"] = report
-            self._logger.evaluation(metrics)
-        state = trainer.state()
-        state.values.update(self._logger.state())
-        folder = self.folder / f"step_{trainer.step_number}"
-        average = trainer.ema.average if trainer.ema is not None else None
-        if self.config.plot:
+            if self._logger is not None:
+                self._logger.evaluation(metrics)
+        if self._logger is not None and self.config.plot:
             self._draw()
-        self.job.save(folder, Snapshot(trainer.step_number, trainer.model.state_dict(), average, metrics, state))
-        return folder
+        return metrics
 
     def _draw(self) -> None:
         """The picture of the run so far, for want of which no run ends."""
@@ -173,6 +259,49 @@ class Run:
         except UsageError as error:
             tqdm.write(str(error))
 
+    def _save(self, metrics: Mapping[str, Any]) -> None:
+        trainer = self.trainer
+        state = trainer.state()
+        state.values["window"] = self._window.state(self.ranks)
+        folder = self.folder / f"step_{trainer.step_number}"
+        if self._logger is not None:
+            state.values.update(self._logger.state())
+            state.values["seconds"] = self._seconds_before + time.perf_counter() - self._started
+            state.values["forward_dtype"] = self.job.model.config.forward_dtype
+            state.values["evaluated_epochs"] = self._evaluated_epochs
+            average = trainer.ema.average if trainer.ema is not None else None
+            self.job.save(folder, Snapshot(trainer.step_number, trainer.model.state_dict(), average, metrics, state))
+            keep = self.config.checkpoint
+            if keep.keep_last is not None:
+                prune_checkpoints(self.folder, keep.keep_last, keep.keep_best, self.job.task.loss_name)
+        self._saved, self._saved_at = folder, time.perf_counter()
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+
+class _Stop:
+    """The first signal that asked for an end; 0: none has."""
+
+    signal_number = 0
+
+
+@contextlib.contextmanager
+def _first_signal() -> Iterator[_Stop]:
+    """Within the block SIGTERM and SIGINT are noted instead of obeyed; a second Ctrl-C is obeyed at once.
+
+    Not the second where torchrun passes on what the terminal has sent already.
+    """
+    stop = _Stop()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal_number = stop.signal_number or number
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,8 +4,8 @@ Every example that enters is trained until it halts; a freed slot takes the next
 counter-based on (seed, epoch, example), so the assignment doesn't depend on workers, ranks or restarts.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -35,59 +35,89 @@ class Entry:
     """An example that enters a slot."""
 
     slot: int
+    """Counted within this rank's part."""
     epoch: int
     example_id: int
     example: Example
 
 
-class Slots:
-    """One array of B slots. `refill`, train a step, `advance` with the rows that halted, and again while `busy`.
+class Examples(Protocol):
+    """Where examples come from: `dataset.text.loader.ExampleStream`, in the run's fixed order."""
 
-    epoch, example_id, act_step (steps done so far) and depth (drawn at entry) are int64[B]; active is bool[B].
+    def __next__(self) -> tuple[int, int, Example]:
+        """Epoch, id and content of the next example."""
+
+    def skip(self, count: int) -> None:
+        """Pass over the next `count` examples."""
+
+
+class Slots:
+    """This rank's slots, a contiguous part of the B of all ranks. `refill`, train a step, `advance`, and again while `busy`.
+
+    epoch, example_id, act_step (steps done so far) and depth (drawn at entry) are int64[rows]; active is bool[rows].
     """
 
     def __init__(
-        self, size: int, stream: Iterator[tuple[int, int, Example]], halt: HaltConfig, max_steps: int, seed: int, total: int
+        self,
+        size: int,
+        stream: Examples,
+        halt: HaltConfig,
+        max_steps: int,
+        seed: int,
+        total: int,
+        part: range | None = None,
     ) -> None:
-        """`total`: examples of the whole run, of which `halt.deepen_at` is a share."""
+        """`size`: B. `total`: examples of the run, of which `halt.deepen_at` is a share. `part`: the slots here; None: all."""
         self.size = size
+        self.part = range(size) if part is None else part
         self.max_steps = max_steps
         self.admitted = 0
-        self.finished = 0
-        self.epoch = np.zeros(size, np.int64)
-        self.example_id = np.full(size, -1, np.int64)
-        self.act_step = np.zeros(size, np.int64)
-        self.depth = np.zeros(size, np.int64)
-        self.active = np.zeros(size, bool)
+        rows = len(self.part)
+        self.epoch = np.zeros(rows, np.int64)
+        self.example_id = np.full(rows, -1, np.int64)
+        self.act_step = np.zeros(rows, np.int64)
+        self.depth = np.zeros(rows, np.int64)
+        self.active = np.zeros(rows, bool)
+        # Parts are contiguous, so of the other ranks' halted masks only the number of free slots matters, below and above the part.
+        self.free_below, self.free_above = self.part.start, size - self.part.stop
         self._halt = halt
         self._stream = stream
         self._seed = seed
+        self._total = total
         self._deepen_from = halt.deepen_at * total
         self._probabilities = [depth_distribution(max_steps, halt.depth_floor, deep) for deep in (False, True)]
 
     def refill(self) -> list[Entry]:
-        """Give the next examples to the free slots, in ascending order; fewer or none at the end of the run."""
-        entries = []
-        for slot in np.flatnonzero(~self.active).tolist():
-            following = next(self._stream, None)
-            if following is None:
-                break
-            epoch, example_id, example = following
-            self.epoch[slot], self.example_id[slot], self.act_step[slot] = epoch, example_id, 0
-            if self._halt.mode == "fixed":
-                self.depth[slot] = self.max_steps
-            else:
-                probabilities = self._probabilities[self.admitted >= self._deepen_from]
-                self.depth[slot] = drawn_depth(self._seed, epoch, example_id, probabilities)
-            self.active[slot] = True
-            self.admitted += 1
-            entries.append(Entry(slot, epoch, example_id, example))
+        """Give the next examples to the free slots of all ranks, in ascending order; fewer or none at the end of the run."""
+        self.free_below -= self._pass_over(self.free_below)
+        entries = [self._enter(slot) for slot in np.flatnonzero(~self.active)[: self._total - self.admitted].tolist()]
+        self.free_above -= self._pass_over(self.free_above)
         return entries
 
-    def halted(self, settled_share: np.ndarray) -> np.ndarray:
-        """Which active rows leave after the step just trained (bool[B]).
+    def _pass_over(self, free: int) -> int:
+        """Leave the next examples to other ranks' free slots; returns how many there were."""
+        count = min(free, self._total - self.admitted)
+        if count:
+            self._stream.skip(count)
+            self.admitted += count
+        return count
 
-        settled_share: float[B], share of a row's supervised tokens that is settled; read in mode "settled" only.
+    def _enter(self, slot: int) -> Entry:
+        epoch, example_id, example = next(self._stream)
+        self.epoch[slot], self.example_id[slot], self.act_step[slot] = epoch, example_id, 0
+        if self._halt.mode == "fixed":
+            self.depth[slot] = self.max_steps
+        else:
+            probabilities = self._probabilities[self.admitted >= self._deepen_from]
+            self.depth[slot] = drawn_depth(self._seed, epoch, example_id, probabilities)
+        self.active[slot] = True
+        self.admitted += 1
+        return Entry(slot, epoch, example_id, example)
+
+    def halted(self, settled_share: np.ndarray) -> np.ndarray:
+        """Which active rows leave after the step just trained (bool[rows]).
+
+        settled_share: float[rows], share of a row's supervised tokens that is settled; read in mode "settled" only.
         """
         steps = self.act_step + 1
         leaves: np.ndarray = steps >= self.max_steps
@@ -102,9 +132,18 @@ class Slots:
         """Count the step for every active row and free the rows that halted."""
         self.act_step[self.active] += 1
         self.active &= ~halted
-        self.finished += int(halted.sum())
+
+    @property
+    def free(self) -> int:
+        """Free slots of this rank."""
+        return int(np.count_nonzero(~self.active))
+
+    @property
+    def finished(self) -> int:
+        """Examples of all ranks that have halted, once `free_below` and `free_above` are up to date."""
+        return self.admitted - (self.size - self.free_below - self.free - self.free_above)
 
     @property
     def busy(self) -> bool:
-        """Whether any row is still being trained."""
+        """Whether any row of this rank is still being trained."""
         return bool(self.active.any())

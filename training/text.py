@@ -3,6 +3,7 @@
 Shape suffixes as in models/layers.py; R counts the rows in work, M their tokens (padding is never computed), N the supervised ones.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from artifacts.checkpoint import TrainerState
 from config.schema import PretrainInstructConfig
-from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
+from dataset.text.loader import IGNORE_LABEL_ID, collate
 from models.act import RecursiveModel
 from models.layers import TOKEN_MULTIPLE, TokenRows, tokens_in_rows
 from models.losses import token_loss
 from models.recursive_reasoning.base import States
+from training.distributed import Ranks
 from training.loop import Part
 from training.schedule import learning_rate
-from training.slots import Slots
+from training.slots import Examples, Slots
 
 _SLOT_ARRAYS = ("epoch", "example_id", "act_step", "depth", "active")
 
@@ -56,28 +58,34 @@ class TextTask:
 
     unit = "ex"
     loss_name = "loss_per_token"
+    sum_names = ("supervised", "tokens", "nll", "halt_bce", "correct")
 
     def __init__(
         self,
         config: PretrainInstructConfig,
         model: RecursiveModel,
-        stream: Iterator[tuple[int, int, Example]],
+        stream: Examples,
         examples_per_epoch: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.model = model
+        self.ranks = ranks or Ranks()
         self.total = examples_per_epoch * config.epochs
         self._examples_per_epoch = examples_per_epoch
         arch = config.arch
-        self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed, self.total)
+        part = self.ranks.part(config.global_batch_size)
+        self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed, self.total, part)
         multiple = config.pad_multiple
         self._positions = -(-(config.dataset.seq_len + TOKEN_MULTIPLE) // multiple) * multiple
-        self.carry = Carry.empty(model, config.global_batch_size, self._positions)
+        self.carry = Carry.empty(model, len(part), self._positions)
+        self.finished_depths: list[int] = []
+        self._leaving: Counter[str] = Counter()
 
     @property
     def busy(self) -> bool:
-        """Whether any row is in work."""
-        return self.slots.busy
+        """Whether any row of any rank is in work."""
+        return self.slots.finished < self.slots.admitted
 
     @property
     def done(self) -> int:
@@ -111,37 +119,51 @@ class TextTask:
             "supervised_tokens": tokens,
         }
 
+    def warnings(self) -> list[str]:
+        """Whether, since the last call, this rank's rows have all settled as soon as they may leave, or none has."""
+        halt, waited, early, late = self.config.arch.halt, self._leaving.total(), self._leaving["early"], self._leaving["late"]
+        if waited < len(self.slots.active) or max(early, late) < waited:
+            return []
+        self._leaving.clear()
+        knobs = f"arch.halt.settled_share={halt.settled_share} or arch.halt.settled_probability={halt.settled_probability}"
+        if late:
+            return [f"halting has collapsed: no row settles before ACT step {self.slots.max_steps}; lower {knobs}"]
+        return [f"halting has collapsed: every row settles at the first ACT step it may leave at; raise {knobs}"]
+
     def state(self) -> TrainerState:
-        """Slots, carry and the number of examples admitted."""
+        """Slots and carry of all ranks, and the number of examples admitted: the same for any number of ranks."""
+        tensors = {name: self.ranks.gather(part, self.slots.size) for name, part in self._parts_of_state().items()}
+        return TrainerState(tensors, {"admitted": self.slots.admitted})
+
+    def load_state(self, state: TrainerState) -> None:
+        """Go on from `state`, whatever number of ranks left it; the stream must already stand at example number `admitted`."""
         slots, carry = self.slots, self.carry
-        tensors = {
+        here = slice(slots.part.start, slots.part.stop)
+        for name, target in self._parts_of_state().items():
+            saved = state.tensors[name][here]
+            if target.dim() == 1:
+                target.copy_(saved)
+                continue
+            # Rows may be padded to another width than they were; beyond both widths there is nothing but padding.
+            width = min(saved.shape[1], target.shape[1])
+            target[:, :width] = saved[:, :width].to(target.device)
+        carry.supervised_BT[:] = (carry.labels_BT != IGNORE_LABEL_ID).cpu().numpy()
+        free = ~state.tensors["slots.active"].numpy()
+        slots.free_below, slots.free_above = int(free[: here.start].sum()), int(free[here.stop :].sum())
+        slots.admitted = state.values["admitted"]
+
+    def _parts_of_state(self) -> dict[str, Tensor]:
+        """What is kept of this rank's rows, [rows, ...], to be read or written in place."""
+        slots, carry = self.slots, self.carry
+        return {
             "carry.inputs": carry.inputs_BT,
             "carry.labels": carry.labels_BT,
             "carry.segments": carry.segments_BT,
             "carry.previous_argmax": carry.previous_argmax_BT,
             **{f"carry.state.{i}": state for i, state in enumerate(carry.states)},
-            **{f"slots.{name}": torch.from_numpy(getattr(slots, name)) for name in _SLOT_ARRAYS},
             "carry.lengths": torch.from_numpy(carry.lengths),
+            **{f"slots.{name}": torch.from_numpy(getattr(slots, name)) for name in _SLOT_ARRAYS},
         }
-        return TrainerState(tensors, {"admitted": slots.admitted, "finished": slots.finished})
-
-    def load_state(self, state: TrainerState) -> None:
-        """Go on from `state`; the stream must already stand at example number `admitted`."""
-        tensors = state.tensors
-        carry, slots = self.carry, self.slots
-        for name, target in (
-            ("inputs", carry.inputs_BT),
-            ("labels", carry.labels_BT),
-            ("segments", carry.segments_BT),
-            ("previous_argmax", carry.previous_argmax_BT),
-            *((f"state.{i}", state_BTD) for i, state_BTD in enumerate(carry.states)),
-        ):
-            target.copy_(tensors[f"carry.{name}"])
-        carry.lengths[:] = tensors["carry.lengths"].numpy()
-        carry.supervised_BT[:] = (tensors["carry.labels"] != IGNORE_LABEL_ID).numpy()
-        for name in _SLOT_ARRAYS:
-            getattr(slots, name)[:] = tensors[f"slots.{name}"].numpy()
-        slots.admitted, slots.finished = state.values["admitted"], state.values["finished"]
 
     def admit(self) -> None:
         """Give the next examples, with fresh states, to the free slots."""
@@ -172,23 +194,48 @@ class TextTask:
         carry.supervised_BT[host_slots] = False
         carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
 
-    def parts(self) -> Iterator[Part]:
-        """At most `act_steps_per_update` ACT steps of the rows in the slots, until all have halted."""
-        for _ in range(self.config.act_steps_per_update):
-            if not self.slots.busy:
-                return
-            yield self._act_step()
+    def mend(self) -> None:
+        """Give initial states again to rows whose states aren't finite, or they would spoil every step until they leave."""
+        broken_B = ~torch.stack([state.isfinite().flatten(1).all(dim=1) for state in self.carry.states]).all(dim=0)
+        for state, initial in zip(self.carry.states, self.model.initial_states(1, self._positions), strict=True):
+            state[broken_B] = initial
 
-    def _act_step(self) -> Part:
-        """One ACT step of every row in the slots."""
-        model, carry, slots = self.model, self.carry, self.slots
+    def parts(self) -> Iterator[Part]:
+        """At most `act_steps_per_update` ACT steps of the rows in the slots, `micro_batch_size` at a time, while any is left."""
+        slots = self.slots
+        self.finished_depths = []
+        at_once = self.config.micro_batch_size or len(slots.active)
+        for _ in range(self.config.act_steps_per_update):
+            if not slots.busy:
+                break
+            settled_share = np.zeros(len(slots.active))
+            for first in range(0, len(slots.active), at_once):
+                working = first + np.flatnonzero(slots.active[first : first + at_once])
+                if len(working):
+                    yield self._act_step(working, settled_share)
+            halted = slots.halted(settled_share)
+            slots.advance(halted)
+            self.finished_depths += slots.act_step[halted].tolist()
+            if self.config.arch.halt.mode == "settled":
+                # Rows whose drawn depth is the limit leave there whatever the rule says.
+                steps = slots.act_step[halted & (slots.depth < slots.max_steps)]
+                drawn = slots.depth[halted & (slots.depth < slots.max_steps)]
+                self._leaving["early"] += int((steps == drawn).sum())
+                self._leaving["late"] += int((steps == slots.max_steps).sum())
+                self._leaving["between"] += int(((steps > drawn) & (steps < slots.max_steps)).sum())
+        free = self.ranks.gather_number(slots.free)
+        slots.free_below, slots.free_above = sum(free[: self.ranks.rank]), sum(free[self.ranks.rank + 1 :])
+
+    def _act_step(self, working: np.ndarray, settled_share: np.ndarray) -> Part:
+        """One ACT step of the rows in the slots `working`; writes their shares of settled tokens."""
+        model, carry = self.model, self.carry
         arch = self.config.arch
-        working = np.flatnonzero(slots.active)
         index_M, width = tokens_in_rows(carry.lengths[working], self.config.pad_multiple)
         token_rows = TokenRows(torch.from_numpy(index_M).to(model.device), len(working), width)
         # While every slot works, views do; only the end of the run, when slots drain, copies rows.
-        full = len(working) == slots.size
-        index_R = slice(None) if full else torch.from_numpy(working).to(model.device)
+        first, last = int(working[0]), int(working[-1])
+        full = len(working) == last + 1 - first
+        index_R = slice(first, last + 1) if full else torch.from_numpy(working).to(model.device)
         labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
         is_supervised_M = carry.supervised_BT[working, :width].ravel()[index_M]
         supervised_N = torch.from_numpy(np.flatnonzero(is_supervised_M)).to(model.device)
@@ -204,7 +251,6 @@ class TextTask:
         halt_logits_N = model.halt_logits(output_MD if arch.halt.backprop else output_MD.detach())[supervised_N, 0]
         loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, torch.ones_like(halt_logits_N), arch.loss)
         with torch.no_grad():
-            settled_share = np.zeros(slots.size)
             if arch.halt.mode == "settled":
                 previous_M = token_rows.gather(carry.previous_argmax_BT[index_R, :width])
                 settled_N = loss.argmax_N == previous_M[supervised_N]
@@ -218,8 +264,6 @@ class TextTask:
                 carry.previous_argmax_BT[index_R, :width] = token_rows.lay_out(previous_M)
             for kept, new in zip(carry.states, states, strict=True):
                 kept[index_R, :width] = token_rows.lay_out(new.detach())
-        halted = slots.halted(settled_share)
-        slots.advance(halted)
         return Part(
             loss=loss.total,
             weight=len(labels_N),
@@ -230,5 +274,4 @@ class TextTask:
                 "halt_bce": loss.halt_bce_N.sum(),
                 "correct": (loss.argmax_N == labels_N).sum(),
             },
-            finished_depths=slots.act_step[halted].tolist(),
         )

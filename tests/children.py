@@ -1,0 +1,115 @@
+"""Training runs in processes of their own, to be killed, stopped, or run as ranks. Not a test.
+
+They are forked from a server that has the imports done already, so each starts in milliseconds.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+import training.run
+from config.errors import one_clear_message
+from config.schema import PretrainInstructConfig
+from training.instruct import run_instruct
+
+PHASES = ("starting", "training", "evaluating", "saving", "finished")
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.children"])
+
+
+class Child:
+    """One process that trains. `phase` says what it does; what it prints goes to `out`."""
+
+    def __init__(self, config: PretrainInstructConfig, out: Path, **environment: str) -> None:
+        self.out = out
+        self._phase = _CONTEXT.Value("i", 0, lock=False)
+        self._process = _CONTEXT.Process(target=_train, args=(config, str(out), environment, self._phase))
+        self._process.start()
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self._phase.value]
+
+    @property
+    def text(self) -> str:
+        return self.out.read_text()
+
+    def wait_for(self, phase: str) -> bool:
+        """Wait until it is in a phase; whether it got there before it ended."""
+        while self.phase != phase and self._process.is_alive():
+            time.sleep(0.0002)
+        return self.phase == phase
+
+    def send(self, number: int) -> None:
+        pid = self._process.pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def end(self, timeout: float = 60) -> int:
+        """Wait for its end; its exit status, negative for a signal that killed it."""
+        self._process.join(timeout)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+            raise AssertionError(f"still running after {timeout} s, in phase {self.phase}:\n{self.text}")
+        code = self._process.exitcode
+        assert code is not None
+        return code
+
+    def kill(self) -> str:
+        """Kill it as a power failure would; the phase in which it died ("finished" if it was through)."""
+        self.send(signal.SIGKILL)
+        self.end()
+        return self.phase
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def start_ranks(config: PretrainInstructConfig, size: int, folder: Path) -> list[Child]:
+    """The processes that torchrun would start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [Child(config, folder / f"rank{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(size)]
+
+
+def _train(config: PretrainInstructConfig, out: str, environment: dict[str, str], phase: Any) -> None:
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+    def shown(name: str) -> None:
+        method: Callable[..., Any] = getattr(training.run.Run, name)
+
+        def wrapped(*arguments: Any) -> Any:
+            phase.value = PHASES.index({"train": "training", "_evaluate": "evaluating", "_save": "saving"}[name])
+            result = method(*arguments)
+            phase.value = PHASES.index("finished" if name == "train" else "training")
+            return result
+
+        setattr(training.run.Run, name, wrapped)
+
+    for name in ("train", "_evaluate", "_save"):
+        shown(name)
+    with one_clear_message():
+        run_instruct(config)

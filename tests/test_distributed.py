@@ -1,0 +1,122 @@
+"""Several ranks give what one process gives: slots, weights, measures, checkpoints (contract 9). None of them hangs."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from artifacts.checkpoint import checkpoints_of, step_of
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig
+from tests.children import start_ranks
+from training.distributed import Ranks, joined_ranks
+from training.instruct import run_instruct
+
+RunConfig = Callable[..., PretrainInstructConfig]
+# Five slots for two ranks; in float64, where no rounding decides an update.
+EXACT = ("arch.forward_dtype=float64", "global_batch_size=5", "act_steps_per_update=2", "grad_clip=0.5", "epochs=2")
+
+
+@pytest.fixture(scope="module")
+def alone(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    return run_instruct(run_config(tmp_path_factory.mktemp("alone"), *EXACT)).parent
+
+
+@pytest.fixture(scope="module")
+def together(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by two ranks."""
+    folder = tmp_path_factory.mktemp("together")
+    children = start_ranks(run_config(folder, *EXACT), 2, folder)
+    assert [child.end(240) for child in children] == [0, 0], "\n".join(child.text for child in children)
+    assert "2 ranks" in children[0].text and children[1].text == "", "the first rank speaks, the others don't"
+    return folder / "SlimOrca-ACT/run"
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """The same steps and slots, and weights, optimizer and measures within the rounding of sums in another order."""
+    assert [step_of(folder) for folder in checkpoints_of(run)] == [step_of(folder) for folder in checkpoints_of(other)]
+    for folder, like in zip(checkpoints_of(run), checkpoints_of(other), strict=True):
+        for name in ("model", "ema", "trainer/tensors"):
+            found, expected = load_file(folder / f"{name}.safetensors"), load_file(like / f"{name}.safetensors")
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                # What stands behind a row's end depends on the rows beside it, and is never read.
+                if not key.startswith("carry.state"):
+                    torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+    lines, expected_lines = ([json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, other))
+    assert len(lines) == len(expected_lines)
+    for line, expected_line in zip(lines, expected_lines, strict=True):
+        assert flat(line) == pytest.approx(flat(expected_line), rel=1e-6)
+
+
+def flat(value: object, name: str = "") -> dict[str, object]:
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, content in pairs for key, leaf in flat(content, f"{name}.{part}").items()}
+    return {name: value}
+
+
+def test_two_ranks_are_one(together: Path, alone: Path) -> None:
+    assert len(checkpoints_of(alone)) > 4
+    assert_equal(together, alone)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(together: Path, alone: Path, run_config: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "SlimOrca-ACT/run"
+    shutil.copytree(together, run)
+    for folder in checkpoints_of(run)[2:]:
+        shutil.rmtree(folder)
+    run_instruct(run_config(tmp_path, *EXACT, "resume=auto"))
+    assert_equal(run, alone)
+
+
+def test_a_rank_that_dies_ends_the_others(run_config: RunConfig, tmp_path: Path) -> None:
+    first, second = start_ranks(run_config(tmp_path, *EXACT, "epochs=1000"), 2, tmp_path)
+    with first, second:
+        assert second.wait_for("training"), second.text
+        second.send(signal.SIGKILL)
+        died = time.monotonic()
+        assert first.end(60) == 2
+        assert time.monotonic() - died < 60
+        assert "rank 0 has lost another rank" in first.text and "resume=auto" in first.text and "Traceback" not in first.text
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(run_config: RunConfig, tmp_path: Path) -> None:
+    children = start_ranks(run_config(tmp_path, *EXACT, "epochs=1000", "checkpoint.every_steps=null"), 2, tmp_path)
+    with children[0], children[1]:
+        assert children[1].wait_for("training"), children[1].text
+        children[1].send(signal.SIGTERM)
+        assert [child.end(120) for child in children] == [143, 143]
+    assert len(checkpoints_of(tmp_path / "SlimOrca-ACT/run")) >= 1
+
+
+def test_one_process_gives_back_what_it_is_given() -> None:
+    ranks, rows = Ranks(), torch.arange(6).view(3, 2)
+    ranks.sum_([rows])
+    assert torch.equal(ranks.gather(rows, 3), torch.arange(6).view(3, 2))
+    assert ranks.gather_number(7) == [7] and ranks.agree({"a": [1]}) == {"a": [1]} and ranks.sum_numbers([0.5, 2]) == [0.5, 2.0]
+    with joined_ranks("cpu", 1.0) as alone:
+        assert alone == ranks and alone.is_first
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_parts_are_contiguous_and_nearly_equal(size: int) -> None:
+    parts = [Ranks(rank, size).part(7) for rank in range(size)]
+    assert [slot for part in parts for slot in part] == list(range(7))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_ranks_without_a_launcher_or_without_slots_are_told(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but the ranks can't meet: .*start them with torchrun"):
+        run_instruct(run_config(tmp_path))

@@ -1,0 +1,353 @@
+"""A run goes on from where it was, exactly, whatever ended it; and where it can't, it says so instead of beginning again."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from artifacts.checkpoint import checkpoints_of, step_of
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig
+from dataset.text.tokenizer import Tokenizer
+from tests.children import Child
+from training.distributed import Ranks
+from training.instruct import run_instruct
+from training.resume import find_start
+
+RunConfig = Callable[..., PretrainInstructConfig]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that nothing has happened to, with all of its checkpoints."""
+    return run_instruct(run_config(tmp_path_factory.mktemp("undisturbed"))).parent
+
+
+@pytest.fixture
+def killed(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of that run as a kill would have left it: three checkpoints, the log further on, a folder half written."""
+    run = tmp_path / "SlimOrca-ACT/run"
+    shutil.copytree(undisturbed, run)
+    for folder in checkpoints_of(run)[3:]:
+        shutil.rmtree(folder)
+    (run / ".step_16.partial/trainer").mkdir(parents=True)
+    return run
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """What must be equal at the end of a run."""
+    last = checkpoints_of(run)[-1]
+    return {
+        "step": step_of(last),
+        "metrics": (run / "metrics.jsonl").read_bytes(),
+        "train_metrics": (last / "train_metrics.json").read_bytes(),
+        **{name: load_file(last / f"{name}.safetensors") for name in ("model", "ema", "trainer/tensors")},
+    }
+
+
+def assert_the_same_run(run: Path, other: Path) -> None:
+    """Bit for bit: weights, average, optimizer, slots and metrics.jsonl."""
+    found, expected = contents(run), contents(other)
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert found[name].keys() == value.keys()
+            for key, tensor in value.items():
+                # What stands behind a row's end was computed with it, and is never read.
+                if not key.startswith("carry.state"):
+                    assert torch.equal(found[name][key], tensor), f"{name}: {key}"
+        else:
+            assert found[name] == value, name
+    steps = [json.loads(line)["step"] for line in (run / "timing.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "timing.jsonl is cut back, too"
+
+
+def test_the_run_is_one_in_which_a_resume_could_go_wrong(undisturbed: Path) -> None:
+    folders = checkpoints_of(undisturbed)
+    assert len(folders) > 8
+    slots = [load_file(folder / "trainer/tensors.safetensors") for folder in folders[:-1]]
+    assert any(bool((s["slots.active"] & (s["slots.act_step"] > 0)).any()) for s in slots), "rows at work over a checkpoint"
+    states = [json.loads((folder / "trainer/state.json").read_text()) for folder in folders]
+    assert any(state["window"]["steps"] for state in states), "a line half summed up"
+    tests = [line for line in (undisturbed / "metrics.jsonl").read_text().splitlines() if '"test"' in line]
+    assert len(tests) == 3
+
+
+def test_a_run_goes_on_bit_for_bit(
+    killed: Path, undisturbed: Path, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = checkpoints_of(killed)
+    run_instruct(run_config(killed.parents[1], "resume=auto"))
+    assert f"going on from {before[-1]}" in capsys.readouterr().out
+    assert_the_same_run(killed, undisturbed)
+    assert not list(killed.glob(".step_*"))
+    # Through already: nothing is trained, nothing is lost.
+    assert run_instruct(run_config(killed.parents[1], "resume=auto")) == checkpoints_of(killed)[-1]
+    assert_the_same_run(killed, undisturbed)
+
+
+def test_a_folder_can_be_named(killed: Path, undisturbed: Path, run_config: RunConfig, tmp_path: Path) -> None:
+    [*_, middle, last] = checkpoints_of(killed)
+    with pytest.raises(UsageError, match=r"newer checkpoints \(step_\d+\) and doesn't overwrite them"):
+        run_instruct(run_config(tmp_path, f"resume={middle}"))
+    with pytest.raises(UsageError, match="run_name is 'other'"):
+        run_instruct(run_config(tmp_path, f"resume={last}", "run_name=other"))
+    with pytest.raises(UsageError, match="no checkpoint there"):
+        run_instruct(run_config(tmp_path, f"resume={tmp_path / 'nowhere'}"))
+    # The name says where, not the settings; dots of another width behind the rows change nothing.
+    run_instruct(run_config(tmp_path / "unused", f"resume={last}", "run_name=null", "dataloader_workers=3", "pad_multiple=16"))
+    assert_same_numbers(killed, undisturbed)
+    assert not (tmp_path / "unused").exists()
+
+
+def assert_same_numbers(run: Path, other: Path, tolerance: float = 1e-4) -> None:
+    weights, expected = (load_file(checkpoints_of(folder)[-1] / "model.safetensors") for folder in (run, other))
+    assert step_of(checkpoints_of(run)[-1]) == step_of(checkpoints_of(other)[-1])
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=tolerance)
+
+
+def test_without_resume_a_run_is_never_overwritten_nor_without_a_name_gone_on_with(
+    killed: Path, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match=r"not overwritten: go on with resume=auto"):
+        run_instruct(run_config(tmp_path))
+    with pytest.raises(UsageError, match="set run_name"):
+        run_instruct(run_config(tmp_path, "resume=auto", "run_name=null"))
+    run_instruct(run_config(tmp_path / "fresh", "resume=auto", "epochs=1"))
+    assert "has no checkpoint yet: beginning at step 0" in capsys.readouterr().out
+
+
+class Code:
+    """Unpickled, it runs."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.proof,))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[bytes, Path], bytes | None]]] = {
+    "truncated weights": ("model.safetensors", lambda content, proof: content[:-9]),
+    "truncated optimizer": ("trainer/tensors.safetensors", lambda content, proof: content[: len(content) // 2]),
+    "pickled code": ("trainer/tensors.safetensors", lambda content, proof: pickle.dumps(Code(proof))),
+    "pickled weights": ("model.safetensors", lambda content, proof: pickle.dumps(Code(proof))),
+    "empty file": ("trainer/state.json", lambda content, proof: b""),
+    "missing average": ("ema.safetensors", lambda content, proof: None),
+    "foreign format": ("checkpoint.json", lambda content, proof: b'{"format_version": 0}'),
+    "no settings": ("config.yaml", lambda content, proof: b"- 1"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(killed: Path, run_config: RunConfig, kind: str) -> None:
+    file, damage = DAMAGE[kind]
+    [*_, older, newest] = checkpoints_of(killed)
+    proof = killed / "proof"
+    content = damage((newest / file).read_bytes(), proof)
+    (newest / file).unlink()
+    if content is not None:
+        (newest / file).write_bytes(content)
+    lines: list[str] = []
+    start = find_start(run_config(killed.parents[1], "resume=auto"), Ranks(), lines.append)
+    assert start.saved is not None and start.saved.folder == older
+    said = "\n".join(lines)
+    assert str(newest) in said and "looking for an older checkpoint" in said and f"going on from {older}" in said
+    assert f"{newest} is moved to {newest}.damaged" in said and Path(f"{newest}.damaged").is_dir()
+    assert not proof.exists()
+
+
+def test_a_run_goes_on_exactly_from_an_older_checkpoint(killed: Path, undisturbed: Path, run_config: RunConfig) -> None:
+    (checkpoints_of(killed)[-1] / "model.safetensors").write_bytes(b"")
+    run_instruct(run_config(killed.parents[1], "resume=auto"))
+    assert_the_same_run(killed, undisturbed)
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(killed: Path, run_config: RunConfig) -> None:
+    for folder in checkpoints_of(killed):
+        (folder / "trainer/tensors.safetensors").write_bytes(b"")
+    before = sorted(killed.rglob("*"))
+    with pytest.raises(UsageError, match=r"no checkpoint in .* is whole .*not begun again unasked"):
+        run_instruct(run_config(killed.parents[1], "resume=auto"))
+    with pytest.raises(UsageError, match="is whole"):
+        run_instruct(run_config(killed.parents[1], f"resume={checkpoints_of(killed)[-1]}"))
+    assert [path for path in sorted(killed.rglob("*")) if ".partial" not in str(path)] == [
+        path for path in before if ".partial" not in str(path)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("global_batch_size=5", "global_batch_size was 4, now 5"),
+        ("arch.hidden_size=32", "arch.hidden_size was 16, now 32"),
+        ("seed=1", "seed was 0, now 1"),
+        ("ema=false", "ema was True, now False"),
+        ("dataset.test_ratio=0.4", "its data_hash is"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(killed: Path, run_config: RunConfig, override: str, message: str) -> None:
+    before = (killed / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="can't be gone on with") as error:
+        run_instruct(run_config(killed.parents[1], "resume=auto", override))
+    assert message in str(error.value) and "begin another run" in str(error.value)
+    assert (killed / "metrics.jsonl").read_bytes() == before
+
+
+def test_settings_that_change_what_comes_of_a_run_are_said(
+    killed: Path, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_instruct(run_config(killed.parents[1], "resume=auto", "lr=2e-3", "log_interval=7", "generation.seed=3"))
+    assert "not exactly as the run that was begun: lr was 0.001, now 0.002\n" in capsys.readouterr().out
+
+
+def test_only_the_newest_and_the_best_are_kept(run_config: RunConfig, tmp_path: Path) -> None:
+    keep = ("checkpoint.keep_last=2", "checkpoint.keep_best=1", "epochs=4")
+    last = run_instruct(run_config(tmp_path, *keep))
+    log = [json.loads(line) for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["test"]["loss_per_token"] for line in log if "test" in line}
+    best = min(losses, key=lambda step: losses[step])
+    kept = [step_of(folder) for folder in checkpoints_of(last.parent)]
+    assert kept[-1] == step_of(last) and best in kept and len(kept) == (2 if best in kept[-2:] else 3)
+    assert not list(last.parent.glob(".step_*"))
+
+
+def test_the_clock_saves_too(run_config: RunConfig, tmp_path: Path) -> None:
+    last = run_instruct(run_config(tmp_path, "checkpoint.every_steps=null", "checkpoint.every_minutes=1e-9", "epochs=1"))
+    assert [step_of(folder) for folder in checkpoints_of(last.parent)] == list(range(1, step_of(last) + 1))
+
+
+def test_weights_alone_begin_another_run(
+    undisturbed: Path, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: Tokenizer
+) -> None:
+    source = checkpoints_of(undisturbed)[-1]
+    still = ("lr=1e-30", "weight_decay=0", "epochs=1", "seed=5")
+    last = run_instruct(run_config(tmp_path, f"load_checkpoint={source}", *still))
+    assert f"beginning with the weights of {source}" in capsys.readouterr().out
+    weights, average = load_file(last / "model.safetensors"), load_file(source / "ema.safetensors")
+    assert all(torch.equal(value, average[name]) for name, value in weights.items()), "the average, not the last weights"
+    admitted = [json.loads((folder / "trainer/state.json").read_text())["admitted"] for folder in (last, source)]
+    assert 3 * admitted[0] == admitted[1], "a schedule of its own"
+    with pytest.raises(UsageError, match="expected shape"):
+        run_instruct(run_config(tmp_path / "wider", f"load_checkpoint={source}", "arch.hidden_size=32"))
+    with pytest.raises(UsageError, match="can't be read"):
+        run_instruct(run_config(tmp_path / "nowhere", f"load_checkpoint={tmp_path / 'gone'}"))
+    other = tmp_path / "other.model"
+    # An unknown protobuf field at the end: the same pieces, another file.
+    other.write_bytes(tiny_tokenizer.model_bytes + b"\xa2\x06\x01x")
+    with pytest.raises(UsageError, match="another tokenizer"):
+        run_instruct(run_config(tmp_path / "t", f"load_checkpoint={source}", f"dataset.tokenizer_path={other}"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_can_go_on(run_config: RunConfig, undisturbed: Path, tmp_path: Path, number: int) -> None:
+    config = run_config(tmp_path, "resume=auto", "checkpoint.every_steps=null")
+    run = tmp_path / "SlimOrca-ACT/run"
+    with Child(config, tmp_path / "out") as child:
+        assert child.wait_for("training")
+        child.send(number)
+        assert child.end() == 128 + number
+        assert f"{signal.Signals(number).name}: saved {checkpoints_of(run)[-1]}" in child.text and "Traceback" not in child.text
+    assert step_of(checkpoints_of(run)[-1]) < step_of(checkpoints_of(undisturbed)[-1])
+    run_instruct(config)
+    assert_the_same_run(run, undisturbed)
+
+
+def kill_and_go_on(config: PretrainInstructConfig, out: Path, moments: Iterator[Callable[[Child], object]]) -> list[str]:
+    """Kill a run at each of the moments until it is through; the phases in which it died."""
+    phases = []
+    for moment in moments:
+        with Child(config, out) as child:
+            moment(child)
+            phase = child.kill()
+        if phase == "finished":
+            return phases
+        phases.append(phase)
+    return phases
+
+
+def while_saving(seconds: float) -> Callable[[Child], object]:
+    return lambda child: child.wait_for("saving") and time.sleep(seconds)
+
+
+def while_training(seconds: float) -> Callable[[Child], object]:
+    return lambda child: child.wait_for("training") and time.sleep(seconds)
+
+
+def test_five_kills_change_nothing(run_config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path, "resume=auto")
+    moments = [while_saving(0.0), while_training(0.05), while_saving(0.002), while_training(0.1), while_saving(0.004)]
+    phases = kill_and_go_on(config, tmp_path / "out", iter(moments))
+    assert len(phases) == 5 and phases.count("saving") >= 1, phases
+    run_instruct(config)
+    assert_the_same_run(tmp_path / "SlimOrca-ACT/run", undisturbed)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_change_nothing(run_config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
+    """Each run is killed until it is through and compared; then another begins, until fifty kills have been survived."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    phases: list[str] = []
+
+    def moments() -> Iterator[Callable[[Child], object]]:
+        while len(phases) + given < 50:
+            yield while_saving(rng.uniform(0, 0.02)) if rng.random() < 0.5 else while_training(rng.uniform(0, 0.4))
+
+    number = 0
+    while len(phases) < 50:
+        number += 1
+        config = run_config(tmp_path / str(number), "resume=auto")
+        run, given = tmp_path / str(number) / "SlimOrca-ACT/run", 0
+
+        def counted() -> Iterator[Callable[[Child], object]]:
+            nonlocal given
+            for moment in moments():
+                yield moment
+                given += 1
+
+        phases += kill_and_go_on(config, tmp_path / "out", counted())
+        run_instruct(config)
+        assert_the_same_run(run, undisturbed)
+    print(f"seed {seed}, {number} runs, killed while {Counter(phases)}")
+    assert phases.count("saving") >= 10
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small tmpfs takes root")
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
+    run_config: RunConfig, undisturbed: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in checkpoints_of(undisturbed)[0].rglob("*") if path.is_file())
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={3 * size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("tmpfs can't be mounted here")
+    try:
+        config = run_config(disk, "resume=auto")
+        with pytest.raises(UsageError, match=r"can't be written: .*free space or choose another checkpoint_dir"):
+            run_instruct(config)
+        run = disk / "SlimOrca-ACT/run"
+        assert checkpoints_of(run) and not list(run.glob(".step_*"))
+        subprocess.run(["mount", "-o", f"remount,size={40 * size}", disk], check=True)
+        run_instruct(config)
+        assert_the_same_run(run, undisturbed)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told(run_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "SlimOrca-ACT").write_text("a file where the run's folder should be")
+    with pytest.raises(UsageError, match=r"the logs in .* can't be written"):
+        run_instruct(run_config(tmp_path))

@@ -1,0 +1,150 @@
+"""Processes that train together, started by torchrun: who this one is, what they sum, gather and agree on.
+
+One process alone is the same code: every method then gives back what it was given. Knows no model and no rows.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config.errors import UsageError
+
+# Tensors are summed over ranks in flat buffers of at most so many elements: few large transfers, and little memory beside them.
+_BUCKET_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `rank` of `size`. All ranks must call the methods in the same order.
+
+    Where another rank has ended, the methods raise UsageError.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes and shows what all of them do."""
+        return self.rank == 0
+
+    def part(self, count: int, rank: int | None = None) -> range:
+        """The contiguous part of `count` things that belongs to this rank (or to `rank`); sizes differ by one at most."""
+        rank = self.rank if rank is None else rank
+        return range(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype and device by their sums over all ranks, the same bits on each.
+
+        Plain sums of flat buffers after the backward pass, not DDP: an optimizer step has several backward passes, on a rank that
+        is out of rows none at all, and with models this small there is little to overlap.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with _lost_ranks_are_told(self.rank):
+                dist.all_reduce(flat)
+            for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                target.copy_(summed.view_as(target))
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all ranks of each of some numbers, in float64."""
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        self.sum_([totals])
+        return totals.tolist()
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        """All `count` rows of a tensor of which this rank has its `part`, at least one row, on the host."""
+        part = part.cpu()
+        if self.size == 1:
+            return part
+        most = max(len(self.part(count, rank)) for rank in range(self.size))
+        # As bytes: not every dtype can be sent, and gloo wants parts of one size.
+        sent = torch.zeros(most, part[0].numel() * part.element_size(), dtype=torch.uint8)
+        sent[: len(part)] = part.contiguous().view(len(part), -1).view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        with _lost_ranks_are_told(self.rank):
+            dist.all_gather(parts, sent)
+        rows = torch.cat([rows[: len(self.part(count, rank))] for rank, rows in enumerate(parts)])
+        return rows.view(part.dtype).view(count, *part.shape[1:])
+
+    def gather_number(self, number: int) -> list[int]:
+        """The number of every rank, in order."""
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        self.sum_([numbers])
+        return numbers.tolist()
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value`, anything that JSON can hold, on all ranks."""
+        if self.size == 1:
+            return value
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(content)])
+        with _lost_ranks_are_told(self.rank):
+            dist.broadcast(length, 0)
+            if not self.is_first:
+                content = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(content, 0)
+        return json.loads(bytes(content.tolist()))
+
+
+@contextlib.contextmanager
+def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
+    """Within the block this process belongs to those that torchrun started (environment WORLD_SIZE, RANK, LOCAL_RANK, ...).
+
+    Tensors on the host go through gloo, on CUDA through NCCL; each local rank has a GPU of its own. A rank that waits for longer
+    than `timeout_minutes` gives up. Raises UsageError if the environment is incomplete or there are too few GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_cuda:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"WORLD_SIZE is {size}, but the ranks can't meet: {reason}; start them with torchrun") from error
+    # Not left in order after an error: the others may be waiting, and the end of this process tells them.
+    yield Ranks(dist.get_rank(), size)
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _lost_ranks_are_told(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); start all of them again with "
+            "resume=auto"
+        ) from error
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if bucket and elements + tensor.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket

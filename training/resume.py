@@ -1,0 +1,176 @@
+"""Where a run begins: anew, or with the newest whole checkpoint that it left. Builds nothing and knows not what is trained.
+
+A run is only gone on with where that is safe: damage is told and an older checkpoint taken, another run's is refused, and nothing
+starts from zero that was begun before, unless it is asked to.
+"""
+
+import datetime
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.checkpoint import SavedRun, checkpoints_of, clear_remains, read_saved_run, step_of
+from config.errors import UsageError
+from config.schema import TrainingConfig
+from training.distributed import Ranks
+
+# Settings, by the beginnings of their names, with which a checkpoint means nothing if they have changed ...
+_FIXED = ("arch.", "seed", "global_batch_size", "ema", "dataset.seq_len", "dataset.seed")
+# ... those with which it goes on as a run that would have come of neither the old nor the new ones ...
+_NOT_FIXED = ("arch.forward_dtype", "arch.halt.", "ema_rate")
+# ... and those that a run's weights don't depend on.
+_FREE = (
+    "project_name",
+    "run_name",
+    "checkpoint",
+    "resume",
+    "load_checkpoint",
+    "arch.activation_checkpointing",
+    "wandb",
+    "tensorboard",
+    "plot",
+    "eval_",
+    "log_interval",
+    "sample_answers",
+    "generation.",
+    "dist_timeout_minutes",
+    "skip_limit",
+    "dataloader_workers",
+    "pad_multiple",
+    # What they name is compared by its content.
+    "dataset.data_dir",
+    "dataset.tokenizer_path",
+    "dataset.processes",
+    "dataset.files",
+    "dataset.hub_",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run is kept, and what it goes on from, if anything."""
+
+    folder: Path
+    saved: SavedRun | None = None
+
+    @property
+    def position(self) -> int:
+        """Examples that were admitted before."""
+        return 0 if self.saved is None else int(self.saved.trainer.values["admitted"])
+
+    def check(self, settings: Mapping[str, Any], content: Mapping[str, str], say: Callable[[str], None]) -> None:
+        """Compare what was saved with the run that is to go on from it.
+
+        settings: the run's, as plain dicts, with forward_dtype decided; those that differ are refused or said. content: hashes
+        under their names in checkpoint.json, which must be equal. Raises UsageError where the run can't go on.
+        """
+        if self.saved is None:
+            return
+        for name, value in content.items():
+            if self.saved.about.get(name) != value:
+                raise UsageError(
+                    f"{self.saved.folder} can't be gone on with: its {name} is {str(self.saved.about.get(name))[:16]}..., now it "
+                    f"is {value[:16]}...; use the same data and tokenizer, or begin another run (run_name, load_checkpoint)"
+                )
+        old, new = dict(_flat(self.saved.settings)), dict(_flat(settings))
+        # What "auto" was decided to be.
+        old["arch.forward_dtype"] = self.saved.trainer.values["forward_dtype"]
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(_FREE)]
+        differences = {key: f"{key} was {old.get(key)}, now {new.get(key)}" for key in changed}
+        refused = [text for key, text in differences.items() if key.startswith(_FIXED) and not key.startswith(_NOT_FIXED)]
+        if refused:
+            raise UsageError(
+                f"{self.saved.folder} can't be gone on with under other settings: {'; '.join(refused)}; use the old ones, or begin "
+                "another run (run_name, load_checkpoint)"
+            )
+        if differences:
+            say(f"under other settings, so not exactly as the run that was begun: {'; '.join(differences.values())}")
+
+
+def find_start(config: TrainingConfig, ranks: Ranks, say: Callable[[str], None]) -> Start:
+    """The run's folder, and its newest whole checkpoint if `config.resume` asks for it; rank 0 decides for all.
+
+    Damaged checkpoints that are newer are moved aside, out of the way of those to come. Raises UsageError if the run can't begin.
+    """
+    found = _find(config, say) if ranks.is_first else None
+    place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
+    if found is not None:
+        return found
+    folder, checkpoint = place
+    return Start(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
+
+
+def _find(config: TrainingConfig, say: Callable[[str], None]) -> Start:
+    runs = Path(config.checkpoint_dir) / config.project_name
+    if config.resume is None:
+        folder = runs / (config.run_name or f"{config.arch.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        if checkpoints_of(folder):
+            raise UsageError(
+                f"{folder} has checkpoints already and is not overwritten: go on with resume=auto, choose another run_name, or "
+                "delete it"
+            )
+        return Start(folder)
+    if config.resume == "auto":
+        if config.run_name is None:
+            raise UsageError("resume=auto goes on with the run of a name: set run_name, or name a folder (resume=PATH)")
+        folder = runs / config.run_name
+        candidates = checkpoints_of(folder)
+        if not candidates:
+            say(f"{folder} has no checkpoint yet: beginning at step 0")
+            return Start(folder)
+    else:
+        folder, candidates = _named(config, Path(config.resume))
+    clear_remains(folder)
+    damaged: list[Path] = []
+    for checkpoint in reversed(candidates):
+        try:
+            saved = read_saved_run(checkpoint)
+        except UsageError as error:
+            say(f"{error}; looking for an older checkpoint")
+            damaged.append(checkpoint)
+            continue
+        for path in damaged:
+            say(f"{path} is moved to {_move_aside(path)}")
+        say(f"going on from {checkpoint}")
+        return Start(folder, saved)
+    raise UsageError(
+        f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)}), and a run that was begun is not "
+        "begun again unasked: put a whole one there, or delete the folder to begin at step 0"
+    )
+
+
+def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
+    """The run's folder and the checkpoints to try, for resume=PATH."""
+    is_checkpoint = path.name.startswith("step_") and path.name[5:].isdecimal()
+    folder = path.parent if is_checkpoint else path
+    candidates = [c for c in checkpoints_of(folder) if not is_checkpoint or c == path]
+    if not candidates:
+        raise UsageError(f"resume={path}: no checkpoint there; expected a folder step_<N>, or the folder of a run that has some")
+    newer = [c.name for c in checkpoints_of(folder) if step_of(c) > step_of(candidates[-1])]
+    if newer:
+        raise UsageError(
+            f"resume={path}: the run has newer checkpoints ({', '.join(newer)}) and doesn't overwrite them; go on from the newest, "
+            "or move them away"
+        )
+    if config.run_name not in (None, folder.name):
+        raise UsageError(f"resume={path} is of run {folder.name!r}, and run_name is {config.run_name!r}: leave run_name out")
+    return folder, candidates
+
+
+def _move_aside(checkpoint: Path) -> Path:
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    return checkpoint.rename(aside)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            # As YAML gives it back.
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
