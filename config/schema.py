@@ -279,7 +279,7 @@ class TrainingConfig(_Section):
     plot: bool
     """Draw the run into its folder, run.png, at each evaluation."""
     dry_run: bool
-    """Say what the run would take (parameters, memory, steps, FLOPs, time) without training, and write nothing."""
+    """Say what the run would take (parameters, memory, steps, FLOPs, time) and write nothing but the token cache of its data."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     grad_clip: float | None = Field(gt=0)

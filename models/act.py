@@ -68,7 +68,7 @@ class RecursiveModel(nn.Module):
         self.dtype = DTYPES[config.forward_dtype]
         self.recursion = build_recursion(config)
         self.level_calls = self.recursion.calls
-        self._first_grad_call = len(self.level_calls) - (config.grad_calls or self.recursion.default_grad_calls)
+        self.grad_calls = config.grad_calls or self.recursion.default_grad_calls
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed_tokens = Embedding(vocab_size, config.hidden_size)
@@ -163,7 +163,7 @@ class RecursiveModel(nn.Module):
             assert isinstance(stack, BlockStack)
             call_lanes = None if lanes is None else lanes.of_call(lanes_used, len(stack.layers))
             lanes_used += len(stack.layers)
-            carries_gradient = torch.is_grad_enabled() and calls_done >= self._first_grad_call
+            carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - self.grad_calls
             calls_done += 1
             if not carries_gradient:
                 h_BTD = h_BTD.detach()

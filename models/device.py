@@ -70,6 +70,13 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
+def memory_in_all(device: torch.device) -> int:
+    """Bytes of memory of `device`, in use or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory: by default it returns every large tensor to the system, and each new one pays for fresh pages.
 

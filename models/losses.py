@@ -46,6 +46,10 @@ def argmax(logits_NV: Tensor) -> Tensor:
     return logits_NV.argmax(dim=-1)
 
 
+def _chunk_tokens(vocab_size: int) -> int:
+    return max(1, _LOGITS_PER_CHUNK // vocab_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
 @functools.lru_cache(maxsize=1)
 def _workspace(rows: int, vocab_size: int, dtype: torch.dtype, exact: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Room for a chunk's logits in both number formats and its log p.
@@ -53,6 +57,16 @@ def _workspace(rows: int, vocab_size: int, dtype: torch.dtype, exact: torch.dtyp
     Kept, because a fresh tensor of this size costs its pages: with other sizes at every step, more time than the softmax itself.
     """
     return tuple(torch.empty(rows, vocab_size, dtype=kind, device=device) for kind in (dtype, exact, exact))
+
+
+def workspace_bytes(weight_VD: Tensor, dtype: torch.dtype) -> int:
+    """Bytes that `linear_cross_entropy` holds at the same time, beside outputs of `dtype` and the gradient that it returns."""
+    vocab_size = len(weight_VD)
+    exact = torch.promote_types(dtype, torch.float32)
+    logits = _chunk_tokens(vocab_size) * vocab_size * (dtype.itemsize + 2 * exact.itemsize)
+    # A cast of the weight, and a chunk's share of its gradient in both formats.
+    casts = weight_VD.numel() * (2 * dtype.itemsize if dtype != weight_VD.dtype else 0)
+    return logits + casts + weight_VD.nbytes
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -69,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         argmax_N = torch.empty_like(labels_N)
         grad_ND = torch.empty_like(output_ND) if needs_output else None
         grad_VD: Tensor | None = None
-        chunk = max(1, _LOGITS_PER_CHUNK // len(weight_VD) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        chunk = _chunk_tokens(len(weight_VD))
         raw_CV, exact_CV, logp_CV = _workspace(chunk, len(weight_VD), output_ND.dtype, exact, output_ND.device)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)

@@ -297,6 +297,15 @@ def test_a_checkpoint_is_whole_and_the_log_has_a_line_for_its_end(checkpoint: Pa
     assert (checkpoint.parent / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("nothing_trained")
+def test_a_dry_run_says_what_the_run_would_take(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", pairs(30))
+    outcome = train(f"dataset.data_dir={folder}", "dry_run=true")
+    assert outcome.status == 0, outcome.err
+    for said in ("parameters  ", "memory  ", "optimizer steps  ", "FLOPs a token  ", "expected time  "):
+        assert said in outcome.out
+
+
 def test_a_run_does_not_end_for_want_of_its_picture(
     train: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype, set_matmul_precision, should_compile
 from training.distributed import joined_ranks
+from training.estimate import dry_run
 from training.resume import find_start
 from training.run import Run, Snapshot
 from training.text import TextTask
@@ -29,8 +30,10 @@ from training.text import TextTask
 _SHOWN_ANSWER_TOKENS = 48
 
 
-def run_instruct(config: PretrainInstructConfig) -> Path:
+def run_instruct(config: PretrainInstructConfig) -> Path | None:
     """Train, from scratch or from where `config.resume` finds the run, and return the folder of the last checkpoint.
+
+    A dry run (`config.dry_run`) trains nothing and returns None.
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
@@ -76,6 +79,9 @@ def run_instruct(config: PretrainInstructConfig) -> Path:
         workers = config.dataloader_workers if ranks.size == 1 else 0
         with ExampleStream(train, config.seed, config.epochs, workers, start=start.position) as stream:
             task = TextTask(config, model, stream, len(train), ranks)
+            if config.dry_run:
+                dry_run(config, model, task, train, say)
+                return None
             saved = Run(config, _InstructJob(config, model, task, tokenizer, train.data_hash, test), start, ranks).train()
         say(f"checkpoint {saved}")
         return saved

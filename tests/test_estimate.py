@@ -1,0 +1,127 @@
+"""What a dry run says, against what a run does: parameters, bytes and FLOPs counted on tiny models, steps by training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config.schema import PretrainInstructConfig
+from dataset.text.loader import Example, ExampleStream
+from models.act import RecursiveModel
+from models.losses import token_loss
+from training.estimate import act_step_flops, count_parameters, count_steps, dry_run, estimate_memory, saved_bytes
+from training.loop import Trainer
+from training.text import TextTask
+
+ConfigFactory = Callable[..., PretrainInstructConfig]
+ExampleFactory = Callable[..., list[Example]]
+VOCABULARY, ROWS, POSITIONS = 48, 2, 64
+
+
+def make_task(config: PretrainInstructConfig, examples: Any) -> tuple[RecursiveModel, TextTask]:
+    model = RecursiveModel(config.arch, VOCABULARY)
+    return model, TextTask(config, model, ExampleStream(examples, config.seed, config.epochs, 0), len(examples))
+
+
+@pytest.mark.parametrize("backprop", ["true", "false"])
+@pytest.mark.parametrize("again", ["true", "false"])
+@pytest.mark.parametrize("grad_calls", ["null", "2"])
+def test_flops_are_those_that_torch_counts(tiny_config: ConfigFactory, backprop: str, again: str, grad_calls: str) -> None:
+    arch = tiny_config(
+        f"arch.halt.backprop={backprop}", f"arch.activation_checkpointing={again}", f"arch.grad_calls={grad_calls}"
+    ).arch
+    model = RecursiveModel(arch, VOCABULARY)
+    ids = torch.zeros(ROWS, POSITIONS, dtype=torch.int64)
+    # Only the plain kernel's products are counted on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _, output = model.act_step(
+            model.initial_states(ROWS, POSITIONS), model.embed(ids), model.rotary(torch.arange(POSITIONS)), model.mask(ids)
+        )
+        halting = model.halt_logits(output if arch.halt.backprop else output.detach())[..., 0].flatten()
+        flat = output.flatten(0, 1)
+        token_loss(flat, model.lm_head.weight, halting, ids.flatten(), torch.ones_like(halting), arch.loss).total.backward()
+    tokens = ROWS * POSITIONS
+    flops = act_step_flops(model, POSITIONS)
+    assert tokens * (flops.per_token + flops.per_supervised_token) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_parameters_are_the_original_layers_weights(tiny_config: ConfigFactory, tied: str) -> None:
+    model = RecursiveModel(tiny_config(f"arch.tie_embeddings={tied}").arch, VOCABULARY)
+    block = 3 * 16 * 16 + 16 * 16 + 2 * 256 * 16 + 256 * 16
+    vocabulary = VOCABULARY * 16 * (1 if tied == "true" else 2)
+    assert count_parameters(model) == 2 * block + vocabulary + 2 * 16 + 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("arch.attention=prefix", "micro_batch_size=3"), ("arch.activation_checkpointing=true", "ema=true")],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_that_of_full_slots(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, settings: tuple[str, ...], dtype: str
+) -> None:
+    config = tiny_config(f"arch.forward_dtype={dtype}", "global_batch_size=5", *settings)
+    model, task = make_task(config, random_examples(8))
+    memory = estimate_memory(config, model, task)
+    parameters = 4 * count_parameters(model)
+    assert (memory.gradients, memory.optimizer) == (parameters, 2 * parameters)
+    assert memory.average == (parameters if config.ema else 0) and memory.weights > parameters
+    assert memory.activations == pytest.approx(saved_bytes(model, config.micro_batch_size or 5, config.dataset.seq_len), rel=0.01)
+    assert memory.carry >= sum(state.nbytes for state in task.carry.states) + task.carry.inputs_BT.nbytes
+    assert memory.total == sum(vars(memory).values())
+
+
+def test_activations_computed_again_are_an_eighth_or_less(tiny_config: ConfigFactory) -> None:
+    kept, again = (
+        saved_bytes(RecursiveModel(tiny_config(f"arch.activation_checkpointing={value}").arch, VOCABULARY), 2, 32)
+        for value in ("false", "true")
+    )
+    assert 0 < again < kept / 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("arch.halt.mode=fixed",),
+        ("arch.halt.depth_floor=0.25", "arch.halt.deepen_at=0.4", "epochs=2"),
+        ("arch.halt.depth_floor=0.25", "act_steps_per_update=3"),
+    ],
+)
+def test_steps_are_those_of_the_run(tiny_config: ConfigFactory, random_examples: ExampleFactory, settings: tuple[str, ...]) -> None:
+    config, examples = tiny_config(*settings), random_examples(21)
+    model, task = make_task(config, examples)
+    results = list(Trainer(config, model, task).steps())
+    counted = count_steps(config, config.arch.halt, len(examples))
+    assert counted.optimizer_steps == len(results)
+    assert counted.act_steps == sum(sum(result.finished_depths) for result in results)
+
+
+def test_a_settled_run_lies_between_its_bounds(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    config, examples = tiny_config("arch.halt.mode=settled", "arch.halt.depth_floor=0.25"), random_examples(21)
+    model, task = make_task(config, examples)
+    taken = len(list(Trainer(config, model, task).steps()))
+    halt = config.arch.halt
+    least, most = (count_steps(config, halt.model_copy(update={"mode": m}), 21).optimizer_steps for m in ("settled", "fixed"))
+    assert least <= taken <= most and least < most
+
+
+def test_a_dry_run_says_it_all_and_what_it_measured(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, examples = tiny_config("arch.halt.mode=fixed"), random_examples(40)
+    said: list[str] = []
+    dry_run(config, *make_task(config, examples), examples, said.append)
+    text = "\n".join(said)
+    lengths = np.array([len(example.ids) - 1 for example in examples])
+    assert "optimizer steps   40, 4.00 ACT steps a row" in text
+    assert f"tokens a row      {lengths.mean():.1f}" in text
+    assert "measured on 3 steps after a first one" in text and "peak_rss_bytes" in text
+    monkeypatch.setattr("training.estimate.memory_in_all", lambda device: 10**5)
+    said.clear()
+    dry_run(config, *make_task(config, examples), examples, said.append)
+    assert "not measured: the memory would not suffice" in "\n".join(said)
