@@ -1,10 +1,11 @@
 """One training step of this program, as a user starts it, against the naive way: same weights, same rows, one run.
 
-    python benchmarks/train_step.py [--batch 2 --seq-len 512 --repeats 5 --same-allocator]
+    python benchmarks/train_step.py [--batch 2 --seq-len 512 --repeats 5 --same-allocator --without all --loss-memory]
 
 Ours: the Trainer's step in its default dtype, with the allocator setting of pretrain_instruct.py. Naive (benchmarks/naive.py):
 fp32, dense float64 loss over all positions, the allocator as it comes. Each side has a process of its own, and they take turns, so
-that both meet the same machine. `--same-allocator` adds the naive way under our allocator setting. Last line: JSON.
+that both meet the same machine. `--same-allocator` adds the naive way under our allocator setting, `--without` ours with one change
+taken away, and `--loss-memory` the peak memory of both losses at batch 48 (benchmarks/loss_memory.py). Last line: JSON.
 """
 
 import argparse
@@ -22,14 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+import benchmarks.loss_memory
 import training.text
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
-from benchmarks.naive import NaiveTRM, train_step
+from benchmarks.naive import NaiveTRM, stablemax_cross_entropy, train_step
 from config.schema import PretrainInstructConfig
 from dataset.text.loader import Example, collate
 from models.act import RecursiveModel
 from models.device import keep_freed_memory
+from models.layers import Linear
+from models.losses import TokenLoss
 from training.loop import Trainer
 from training.optimizer import AdamATan2
 from training.text import TextTask
@@ -38,6 +44,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # So many rows that the schedule never gets near its end.
 _ROWS = 1_000_000
 _LABELS = {"ours": "ours", "naive": "naive", "naive_kept": "naive, our allocator"}
+# What can be taken away from ours, one at a time, and what is there instead.
+CHANGES = {
+    "bfloat16": "activations in float32",
+    "supervised_only": "every position meets the vocabulary head",
+    "chunked_loss": "dense float64 loss of the supervised positions",
+    "held_casts": "weights cast at every call",
+    "kept_memory": "the allocator as it comes",
+}
+_OVERRIDES = {"bfloat16": "arch.forward_dtype=float32", "supervised_only": "dataset.supervise=all"}
 
 
 class Side(Protocol):
@@ -49,7 +64,7 @@ class Side(Protocol):
 
 def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig:
     """The config of a side. Rows stay for all ACT steps and the learning rate is flat, so that both sides do the same work."""
-    dtype = arguments.dtype if side == "ours" else arguments.naive_dtype
+    dtype = arguments.naive_dtype if side.startswith("naive") else arguments.dtype
     return benchmark_config(
         [
             f"arch.forward_dtype={dtype}",
@@ -61,8 +76,39 @@ def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig
             "lr_warmup_steps=0",
             f"seed={arguments.seed}",
             *arguments.overrides,
+            *([_OVERRIDES[side]] if side in _OVERRIDES else []),
         ]
     )
+
+
+@contextlib.contextmanager
+def taken_away(change: str) -> Iterator[None]:
+    """Within the block ours works without this change, if it is one that code makes, not settings or the allocator."""
+    owner, name, instead = {
+        "held_casts": (Linear, "cast_weight", lambda linear, dtype: None),
+        "chunked_loss": (training.text, "token_loss", dense_loss),
+    }.get(change, (None, "", None))
+    if owner is None:
+        yield
+        return
+    original = getattr(owner, name)
+    setattr(owner, name, instead)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def dense_loss(
+    output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+) -> TokenLoss:
+    """models.losses.token_loss the naive way: all logits at once, stablemax in float64."""
+    logits_NV = output_ND @ head_VD.to(output_ND.dtype).T
+    nll_N = stablemax_cross_entropy(logits_NV, labels_N)
+    argmax_N = logits_NV.argmax(-1)
+    right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
+    bce_N = F.binary_cross_entropy_with_logits(halt_logits_N, right_N, reduction="none")
+    return TokenLoss((nll_N * weights_N).sum() + 0.5 * (bce_N * weights_N).sum(), nll_N.detach(), argmax_N, bce_N.detach())
 
 
 class _Rows:
@@ -152,18 +198,18 @@ class Naive:
 
 def work(arguments: argparse.Namespace) -> None:
     """The process of one side: a step for every line on stdin, its figures as a line on stdout."""
-    if arguments.worker != "naive":
+    if arguments.worker not in ("naive", "kept_memory"):
         keep_freed_memory()
     use_threads(arguments.threads)
-    name = "ours" if arguments.worker == "ours" else "naive"
-    config = settings(arguments, name)
-    side: Side = (Ours if name == "ours" else Naive)(config, arguments.vocabulary)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        figures = side.step()
-        figures["seconds"] = time.perf_counter() - started
-        figures["peak_memory_bytes"] = peak_memory_bytes()
-        print(json.dumps(figures), flush=True)
+    config = settings(arguments, arguments.worker)
+    with taken_away(arguments.worker):
+        side: Side = (Naive if arguments.worker.startswith("naive") else Ours)(config, arguments.vocabulary)
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            figures = side.step()
+            figures["seconds"] = time.perf_counter() - started
+            figures["peak_memory_bytes"] = peak_memory_bytes()
+            print(json.dumps(figures), flush=True)
 
 
 class Worker:
@@ -194,7 +240,8 @@ class Worker:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let the sides take turns and put their medians together."""
-    names = ["ours", "naive"] + (["naive_kept"] if arguments.same_allocator else [])
+    changes = list(CHANGES) if "all" in arguments.without else arguments.without
+    names = ["ours", "naive", *(["naive_kept"] if arguments.same_allocator else []), *changes]
     workers = {name: Worker(name) for name in names}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(arguments.warmup + arguments.repeats):
@@ -202,7 +249,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             result = worker.step()
             figures[name].append(result)
             kind = "warm-up" if turn < arguments.warmup else "timed"
-            print(f"{kind:8} {_LABELS[name]:22} {result['seconds']:8.3f} s   loss {result['loss_per_token']:.4f}", flush=True)
+            label = _LABELS.get(name, f"ours without {name}")
+            print(f"{kind:8} {label:28} {result['seconds']:8.3f} s   loss {result['loss_per_token']:.4f}", flush=True)
     for worker in workers.values():
         worker.close()
 
@@ -238,6 +286,17 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.same_allocator:
         report["seconds_naive_same_allocator"] = seconds["naive_kept"]
         report["ratio_same_allocator"] = seconds["naive_kept"] / seconds["ours"]
+    for change in changes:
+        without = {"seconds": seconds[change], "peak_memory_bytes": int(figures[change][-1]["peak_memory_bytes"])}
+        report.setdefault("without", {})[change] = {**without, "slower": seconds[change] / seconds["ours"]}
+        print(
+            f"without {change:16} {seconds[change]:8.3f} s, {seconds[change] / seconds['ours']:.2f} times ours: {CHANGES[change]}"
+        )
+    if arguments.loss_memory:
+        hidden_size = config.arch.hidden_size
+        report |= benchmarks.loss_memory.measure(
+            arguments.loss_batch, arguments.seq_len, arguments.vocabulary, hidden_size, config.arch.forward_dtype
+        )
     return report
 
 
@@ -251,7 +310,10 @@ def main() -> None:
     flags.add_argument("--act-steps", type=int, default=4, help="ACT steps, hence training steps, that a row stays")
     flags.add_argument("--warmup", type=int, default=2, help="steps of each side before its timed ones")
     flags.add_argument("--same-allocator", action="store_true", help="also time the naive way with our allocator setting")
-    flags.add_argument("--worker", choices=list(_LABELS), help=argparse.SUPPRESS)
+    flags.add_argument("--without", nargs="+", choices=["all", *CHANGES], default=[], help="also time ours without these changes")
+    flags.add_argument("--loss-memory", action="store_true", help="also measure the peak memory of both sides' losses")
+    flags.add_argument("--loss-batch", type=int, default=48, help="rows of that measurement")
+    flags.add_argument("--worker", choices=[*_LABELS, *CHANGES], help=argparse.SUPPRESS)
     arguments = flags.parse_args()
     if arguments.worker is not None:
         work(arguments)

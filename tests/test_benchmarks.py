@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import synthetic_example
 from benchmarks.decoding import Setting
 from benchmarks.naive import stablemax_cross_entropy
-from benchmarks.train_step import Naive, Ours, settings
+from benchmarks.train_step import CHANGES, Naive, Ours, settings, taken_away
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_ARCH = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2"]
@@ -34,7 +34,8 @@ def train_arguments(**changes: Any) -> argparse.Namespace:
 
 
 def test_train_step_prints_its_figures() -> None:
-    report = run("benchmarks/train_step.py", "--batch", "2", "--seq-len", "16", "--warmup", "1", "--same-allocator", *TINY)
+    sizes = ("--batch", "2", "--seq-len", "16", "--warmup", "1", "--loss-batch", "3")
+    report = run("benchmarks/train_step.py", *sizes, "--same-allocator", "--without", "kept_memory", "--loss-memory", *TINY)
     assert report["ratio"] == pytest.approx(report["seconds_naive"] / report["seconds_ours"])
     assert report["ratio_same_allocator"] == pytest.approx(report["seconds_naive_same_allocator"] / report["seconds_ours"])
     assert (report["dtype_naive"], report["threads"], report["batch"], report["seq_len"]) == ("float32", 1, 2, 16)
@@ -45,6 +46,11 @@ def test_train_step_prints_its_figures() -> None:
     assert set(report["seconds_ours_by_part"]) == {"forward", "loss", "backward", "optimizer", "other"}
     assert report["positions_per_second"] == pytest.approx(32 / report["seconds_ours"])
     assert min(report["peak_memory_bytes_ours"], report["peak_memory_bytes_naive"]) > 2**20
+    without = report["without"]["kept_memory"]
+    assert without["slower"] == pytest.approx(without["seconds"] / report["seconds_ours"])
+    assert (report["loss_batch"], report["loss_supervised"]) == (3, 3 * 8)
+    few, twice = (report["loss_peak_bytes_naive_measured"][rows] for rows in ("1", "2"))
+    assert report["loss_peak_bytes_naive_extrapolated"] == few + 2 * (twice - few)
 
 
 def test_decoding_prints_its_figures() -> None:
@@ -85,6 +91,20 @@ def test_both_sides_train_the_same_weights() -> None:
     for name, parameter in ours.model.named_parameters():
         torch.testing.assert_close(parameter, others[name], rtol=0, atol=1e-9)
         assert not torch.equal(parameter, initial[name])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_without_a_change_the_same_is_computed(change: str) -> None:
+    arguments = train_arguments(dtype="float64" if change == "chunked_loss" else "bfloat16")
+    ours = Ours(settings(arguments, "ours"), vocabulary=70)
+    expected = [ours.step()["loss_per_token"] for _ in range(3)]
+    config = settings(arguments, change)
+    with taken_away(change):
+        without = Ours(config, vocabulary=70)
+        found = [without.step() for _ in range(3)]
+    assert [step["loss_per_token"] for step in found] == pytest.approx(expected, rel=1e-9 if arguments.dtype == "float64" else 0.05)
+    assert config.arch.forward_dtype == ("float32" if change == "bfloat16" else arguments.dtype)
+    assert config.dataset.supervise == ("all" if change == "supervised_only" else "assistant")
 
 
 @pytest.mark.parametrize("act_steps", [1, 4])
