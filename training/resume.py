@@ -30,6 +30,7 @@ _FREE = (
     "wandb",
     "tensorboard",
     "plot",
+    "dry_run",
     "eval_",
     "log_interval",
     "sample_answers",
