@@ -19,9 +19,9 @@ from artifacts.outputs import OUTPUT_FILL, SavedOutputs
 from config.compose import add_model_arguments, override_config, settings_for_use
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
-from dataset.instruct import open_instruct_split
+from dataset.instruct import open_run_split
 from evaluators.generated import evaluate_generated, write_generated
-from evaluators.language import DepthOutput, evaluate_language
+from evaluators.language import DepthOutput, evaluate_sources
 from generation.loading import load_responder
 from models.device import keep_freed_memory
 
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--split", choices=("train", "test"), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
-    add("--max-batches", type=int, help="stop after this many batches")
+    add("--max-batches", type=int, help="stop after this many batches of each source")
     add("--output-dir", type=Path, help="where metrics.json and saved tensors go; default: the checkpoint's folder")
     add(
         "--save-outputs",
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--generate", action="store_true", help="also generate an answer to each row, into answers_<split>.jsonl")
     add("--max-generated", type=int, metavar="N", help="with --generate: the first N rows only")
     add("--data-dir", help="folder of the data; default: that of the run")
-    add("--subset-size", type=int, help="rows of the split; default: that of the run")
+    add("--subset-size", type=int, help="rows of the split, of each source; default: that of the run")
     add("--seq-len", type=int, help="longest row; default: that of the run")
     add("--project-name", help="also log the metrics to this W&B project (offline unless WANDB_MODE says otherwise)")
     add("--run-name", help="name of that W&B run; default: that of the training run")
@@ -55,14 +55,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
     """The checkpoint's settings with this door's flags on top."""
+    used = settings_for_use(trained, arguments)
+    if used.stages and arguments.data_dir is not None:
+        raise UsageError(
+            f"--data-dir: the run has the sources {', '.join(used.sources)}, each with its folder: "
+            "move one with --overrides sources.NAME.data_dir=FOLDER"
+        )
     flags = {
         "dataset.data_dir": arguments.data_dir,
-        "dataset.subset_size": arguments.subset_size,
+        **{
+            f"{section}.subset_size": arguments.subset_size
+            for section in ("dataset", *(f"sources.{name}" for name in used.sources))
+        },
         "dataset.seq_len": arguments.seq_len,
         "global_batch_size": arguments.batch_size,
     }
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return override_config(settings_for_use(trained, arguments), given)
+    return override_config(used, given)
 
 
 def output_folder(folder: Path) -> Path:
@@ -94,7 +103,7 @@ def main() -> None:
         raise UsageError("--max-generated goes with --generate: give both")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
-    split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, arguments.split)
+    split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load_responder(checkpoint, config)
     folder = output_folder(arguments.output_dir or arguments.checkpoint)
     saved = SavedOutputs(arguments.save_outputs)
@@ -102,7 +111,7 @@ def main() -> None:
     def keep(output: DepthOutput) -> None:
         saved.add(torch.from_numpy(output.rows), output.tensors())
 
-    result = evaluate_language(
+    result = evaluate_sources(
         responder.model,
         split,
         eos_id=checkpoint.tokenizer.eos_id,
@@ -116,7 +125,7 @@ def main() -> None:
     )
     metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "split": arguments.split, **result.report()}
     rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
-    if config.dataset.source == "sample":
+    if "sample" in split.parts and not config.stages:
         metrics["answers"] = evaluate_generated(responder, split, rows=rows)
     if arguments.generate:
         path = folder / f"answers_{arguments.split}.jsonl"

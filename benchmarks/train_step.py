@@ -31,6 +31,7 @@ import training.text
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
 from benchmarks.naive import NaiveTRM, stablemax_cross_entropy, train_step
 from config.schema import PretrainInstructConfig
+from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, collate
 from models.act import RecursiveModel
 from models.device import keep_freed_memory
@@ -118,9 +119,9 @@ class _Rows:
         self._row: Callable[[int], Example] = lambda i: synthetic_example(config.seed, i, config.dataset.seq_len, vocabulary)
         self._next = 0
 
-    def __next__(self) -> tuple[int, int, Example]:
+    def __next__(self) -> tuple[Draw, Example]:
         self.skip(1)
-        return 0, self._next - 1, self._row(self._next - 1)
+        return Draw(0, 0, self._next - 1), self._row(self._next - 1)
 
     def skip(self, count: int) -> None:
         self._next += count
@@ -131,7 +132,8 @@ class Ours:
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
         self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
-        self.trainer = Trainer(config, self.model, TextTask(config, self.model, _Rows(config, vocabulary), _ROWS))
+        curriculum = Curriculum.of_epochs(_ROWS, config.seed, 1)
+        self.trainer = Trainer(config, self.model, TextTask(config, self.model, _Rows(config, vocabulary), curriculum))
         self._steps = self.trainer.steps()
         self._seconds: dict[str, float] = {}
 

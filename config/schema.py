@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from config.errors import UsageError
 
@@ -146,8 +146,8 @@ class ArchConfig(_Section):
         return self
 
 
-class DatasetConfig(_Section):
-    """Which conversations, how they become tokens, and how they are split."""
+class SourceConfig(_Section):
+    """Where conversations come from."""
 
     source: Literal["slimorca", "openorca", "jsonl", "sample"]
     """slimorca, openorca, jsonl: split by hash. sample: train.jsonl and test.jsonl of dataset/build_sample_dataset.py."""
@@ -163,12 +163,23 @@ class DatasetConfig(_Section):
     """Branch, tag or commit of it."""
     hub_sha256: dict[str, str]
     """Expected SHA-256 of its files by name; a file that isn't named is checked against the hub's own."""
+    subset_size: PositiveInt | None
+    """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
+
+    @model_validator(mode="after")
+    def _files_of_this_source(self) -> Self:
+        if self.source in ("slimorca", "sample") and (self.files or self.shards):
+            raise ValueError(f"source {self.source} knows its files: files and shards are for openorca and jsonl")
+        return self
+
+
+class DatasetConfig(SourceConfig):
+    """Which conversations, how they become tokens, and how they are split."""
+
     tokenizer_path: str
     """SentencePiece model file."""
     seq_len: int = Field(ge=2)
     """Most input positions of a row."""
-    subset_size: PositiveInt | None
-    """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
     test_ratio: float = Field(ge=0, lt=1)
     """Share of the rows held out; 0 trains without evaluation."""
     seed: int = Field(ge=0)
@@ -184,10 +195,23 @@ class DatasetConfig(_Section):
     processes: PositiveInt | None
     """Processes that tokenize; the cache is the same for any number. null: one for each CPU, at most 16."""
 
+
+class StageConfig(_Section):
+    """A part of a run: which sources, mixed how, for how long."""
+
+    mix: dict[str, PositiveFloat | None] = Field(min_length=1)
+    """Names of `sources`, each with its share of the examples, relative to the others'; null for all: by their numbers of rows."""
+    epochs: PositiveInt | None = None
+    """So many times all rows of every source; one that its share runs through faster comes again meanwhile."""
+    examples: PositiveInt | None = None
+    """Or so many examples in all."""
+
     @model_validator(mode="after")
-    def _files_of_this_source(self) -> Self:
-        if self.source in ("slimorca", "sample") and (self.files or self.shards):
-            raise ValueError(f"source {self.source} knows its files: dataset.files and dataset.shards are for openorca and jsonl")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.examples is None):
+            raise ValueError("a stage has either epochs or examples: give one of them")
+        if len({weight is None for weight in self.mix.values()}) > 1:
+            raise ValueError("a mix has a share for each of its sources, or null for each: by their numbers of rows")
         return self
 
 
@@ -289,7 +313,7 @@ class TrainingConfig(_Section):
     lr_min_ratio: float = Field(ge=0, le=1)
     """Share of lr left at the end of the cosine."""
     lr_warmup_steps: int = Field(ge=0)
-    """Warm-up, counted in admitted examples: this times global_batch_size, at most a tenth of the run."""
+    """Warm-up, counted in admitted examples: this times global_batch_size, at most a tenth of what the schedule goes over."""
     weight_decay: float = Field(ge=0)
     """Decoupled weight decay."""
     beta1: float = Field(ge=0, lt=1)
@@ -316,11 +340,17 @@ class PretrainInstructConfig(TrainingConfig):
     """One instruction-tuning run."""
 
     dataset: DatasetConfig
+    sources: dict[str, SourceConfig]
+    """With `stages`: their sources, by the names that mixes use. Split, template, lengths and all else are `dataset`'s."""
+    stages: tuple[StageConfig, ...]
+    """What is trained on, one after the other, each with epochs of its own (one, if it counts examples); none: all of `dataset`."""
+    lr_schedule: Literal["run", "stage"]
+    """Warm-up and cosine once over the whole run, or anew over each of its stages."""
     generation: GenerationConfig
     act_steps_per_update: PositiveInt
     """Most ACT steps in one optimizer step, their losses summed. Rows leave after any of them, new ones enter after the last."""
     eval_examples: PositiveInt | None
-    """Test rows used in evaluations; null: all."""
+    """Test rows of each source used in evaluations; null: all."""
     sample_answers: int = Field(ge=0)
     """Answers generated and shown at each evaluation."""
     dataloader_workers: int = Field(ge=0)
@@ -354,6 +384,22 @@ class PretrainInstructConfig(TrainingConfig):
             raise ValueError(
                 f"generation.act_steps {self.generation.act_steps} is more than arch.halt_max_steps {self.arch.halt_max_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_and_their_sources(self) -> Self:
+        used = {name for stage in self.stages for name in stage.mix}
+        if used != set(self.sources):
+            raise ValueError(
+                f"stages mix the sources {sorted(used)}, and sources has {sorted(self.sources)}: both must have the same names"
+            )
+        if any(source.source == "sample" for source in self.sources.values()):
+            raise ValueError(
+                "a source of stages can't be sample: its builder made its split, so what it holds out another source could train "
+                "on; build it into a file of a jsonl source"
+            )
+        if self.stages and self.epochs != 1:
+            raise ValueError(f"epochs {self.epochs} is for a run without stages: give each stage its own")
         return self
 
 

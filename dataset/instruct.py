@@ -1,13 +1,15 @@
 """The conversations a config asks for, as data sets. Knows no command line and no model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from config.errors import UsageError
-from config.schema import DatasetConfig
+from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
 from dataset.source_files import Hub, find_files
 from dataset.text.conversation import Conversation, Template
-from dataset.text.loader import TextDataset
+from dataset.text.curriculum import Curriculum
+from dataset.text.loader import TextCorpus, TextDataset
 from dataset.text.token_cache import HashSplit, Split, load_split
 from dataset.text.tokenizer import Tokenizer
 
@@ -37,6 +39,46 @@ def open_instruct_split(
     if split == "test" and config.test_ratio == 0:
         raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
     return _open(config, tokenizer, template, split, cache_dir, alone=True)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a training run reads: every source's training rows, its test rows if any are held out, and the order."""
+
+    train: TextCorpus
+    test: TextCorpus | None
+    curriculum: Curriculum
+
+
+def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template) -> RunData:
+    """The data of a whole run: `dataset` for `epochs`, or with `stages` what they ask of `sources`.
+
+    All sources are split by one hash, seed and default system prompt: a conversation that one holds out is held out of each.
+    Raises `UsageError` as `open_instruct_data` does, and for a stage without examples.
+    """
+    opened = {name: open_instruct_data(source, tokenizer, template) for name, source in source_configs(config).items()}
+    train = TextCorpus({name: split for name, (split, _) in opened.items()})
+    held_out = {name: split for name, (_, split) in opened.items() if split is not None}
+    if config.stages:
+        sizes = {name: len(split) for name, split in train.parts.items()}
+        curriculum = Curriculum.of_stages(config.stages, sizes, config.seed)
+    else:
+        curriculum = Curriculum.of_epochs(len(train), config.seed, config.epochs)
+    return RunData(train, TextCorpus(held_out) if held_out else None, curriculum)
+
+
+def open_run_split(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template, split: Split) -> TextCorpus:
+    """One split of every source of a run, for measuring; see `open_instruct_split`."""
+    return TextCorpus(
+        {name: open_instruct_split(source, tokenizer, template, split) for name, source in source_configs(config).items()}
+    )
+
+
+def source_configs(config: PretrainInstructConfig) -> dict[str, DatasetConfig]:
+    """Each source of a run by its name; without stages there is one, called by its kind."""
+    if not config.stages:
+        return {config.dataset.source: config.dataset}
+    return {name: config.dataset.model_copy(update=dict(source)) for name, source in config.sources.items()}
 
 
 def _open(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from config.errors import UsageError
-from dataset.text.loader import IGNORE_LABEL_ID, TextDataset, collate
+from dataset.text.loader import IGNORE_LABEL_ID, Examples, collate
 from models.act import RecursiveModel
 from models.losses import linear_cross_entropy
 
@@ -82,7 +82,7 @@ class DepthCalibration:
 @torch.no_grad()
 def record_halting(
     model: RecursiveModel,
-    dataset: TextDataset,
+    dataset: Examples,
     *,
     batch_size: int,
     act_steps: int,

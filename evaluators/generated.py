@@ -7,13 +7,13 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.instruct import last_exchange
-from dataset.text.loader import TextDataset
+from dataset.text.loader import TextCorpus, TextDataset
 from evaluators.answers import is_exact, score_answers
 from generation.answers import Answer, Responder
 from generation.batch import Asked, answers_in_order, positions_needed
 
 
-def evaluate_generated(responder: Responder, split: TextDataset, *, rows: int) -> dict[str, Any]:
+def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: int) -> dict[str, Any]:
     """Answer the last turn of the first `rows` rows and score the answers against the references, by the rows' `task`.
 
     Returns `score_answers`' result at the responder's depth, and beside it `by_act_step` (accuracy of all at 1, 2, ... ACT steps;
@@ -42,7 +42,7 @@ def evaluate_generated(responder: Responder, split: TextDataset, *, rows: int) -
     }
 
 
-def write_generated(responder: Responder, split: TextDataset, path: Path, *, rows: int) -> dict[str, Any]:
+def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: int) -> dict[str, Any]:
     """Answer the last turn of the first `rows` rows into `path`, one JSON object a line, in the order of the split.
 
     Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split; an `error` stands where the

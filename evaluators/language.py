@@ -7,13 +7,15 @@ supervised tokens.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.text.loader import IGNORE_LABEL_ID, TextDataset, collate
+from dataset.text.loader import IGNORE_LABEL_ID, Examples, TextCorpus, collate
 from models.act import RecursiveModel
 from models.cache import HeldLanes
 from models.losses import linear_cross_entropy
@@ -33,6 +35,11 @@ class LanguageSums:
     correct: int = 0
     conversations: int = 0
     exact: int = 0
+
+    def add(self, other: "LanguageSums") -> None:
+        """Count `other`'s tokens and conversations here too."""
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
         """The ratios under their fixed names; NaN where nothing was counted."""
@@ -82,6 +89,8 @@ class LanguageResult:
 
     by_depth: list[LanguageSums] = field(default_factory=list)
     step_sum: int = 0
+    by_source: dict[str, "LanguageResult"] = field(default_factory=dict)
+    """Where several sources were measured: each by itself."""
 
     def totals(self) -> list[float]:
         """Every sum in it, in a fixed order: those of several parts of a split, added up, are the sums of the whole."""
@@ -113,13 +122,47 @@ class LanguageResult:
                 "supervised_tokens": final.tokens,
                 "text_bytes": final.text_bytes,
             },
+            **({"by_source": {name: part.report() for name, part in self.by_source.items()}} if self.by_source else {}),
         }
+
+
+def evaluate_sources(
+    model: RecursiveModel,
+    corpus: TextCorpus,
+    *,
+    on_output: Callable[[DepthOutput], None] | None = None,
+    over_ranks: Callable[[list[float]], list[float]] = lambda totals: totals,
+    **options: Any,
+) -> LanguageResult:
+    """`evaluate_language` on each source of `corpus`, with its limits, and the sums over all. Rows have the corpus's numbers.
+
+    over_ranks: sums `LanguageResult.totals` over ranks that measure a `part` each.
+    """
+    by_source: dict[str, LanguageResult] = {}
+    begin = 0
+    for name, part in corpus.parts.items():
+        numbered = None if on_output is None else partial(_renumbered, on_output, begin)
+        of_part = evaluate_language(model, part, on_output=numbered, **options)
+        by_source[name] = LanguageResult.from_totals(over_ranks(of_part.totals()))
+        begin += len(part)
+    if len(by_source) == 1:
+        return by_source[name]
+    total = LanguageResult([LanguageSums() for _ in by_source[name].by_depth], by_source=by_source)
+    for result in by_source.values():
+        total.step_sum += result.step_sum
+        for sums, of_source in zip(total.by_depth, result.by_depth, strict=True):
+            sums.add(of_source)
+    return total
+
+
+def _renumbered(on_output: Callable[[DepthOutput], None], begin: int, output: DepthOutput) -> None:
+    on_output(replace(output, rows=output.rows + begin))
 
 
 @torch.no_grad()
 def evaluate_language(
     model: RecursiveModel,
-    dataset: TextDataset,
+    dataset: Examples,
     *,
     eos_id: int,
     batch_size: int,

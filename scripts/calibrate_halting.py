@@ -21,7 +21,7 @@ from artifacts.checkpoint import open_checkpoint
 from artifacts.halting import HaltingCalibration, write_halting_calibration
 from config.compose import override_config
 from config.errors import UsageError, one_clear_message
-from dataset.instruct import open_instruct_split
+from dataset.instruct import open_run_split
 from evaluators.calibration import DepthCalibration, calibrate_halting, record_halting
 from generation.loading import load_model
 from models.device import keep_freed_memory
@@ -56,7 +56,7 @@ def main() -> None:
         raise UsageError(f"--max-rows {arguments.max_rows}: expected at least 2, one to fit on and one to measure on")
     checkpoint = open_checkpoint(arguments.checkpoint)
     config = override_config(checkpoint.config, arguments.overrides)
-    split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, arguments.split)
+    split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
     records = record_halting(
         load_model(checkpoint, config),
         split,

@@ -2,7 +2,8 @@
 
     python scripts/prepare_data.py dataset=slimorca dataset.subset_size=null [--output FOLDER] [--near-rows 5000]
 
-Settings are those of a training run, so a run with the same ones starts at once. The card goes to the data's folder by default.
+Settings are those of a training run, so a run with the same ones starts at once. The card goes to the data's folder by default. A
+run with stages has a card for each source, in FOLDER/<its name> if a folder is named.
 It needs `pip install -r requirements-data.txt`.
 """
 
@@ -20,15 +21,23 @@ except ModuleNotFoundError as missing:
 
 from config.compose import compose_config
 from config.errors import UsageError, one_clear_message
-from dataset.instruct import open_instruct_data
+from config.schema import DatasetConfig
+from dataset.instruct import open_instruct_data, source_configs
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 
 
-def prepare(overrides: list[str], output: Path | None, near_rows: int) -> Path:
-    """Build the cache and write the card. Returns the card's path. Raises UsageError."""
-    config = compose_config("cfg_pretrain_instruct", overrides).dataset
-    tokenizer = Tokenizer(resolve_tokenizer_path(config.tokenizer_path))
+def prepare(overrides: list[str], output: Path | None, near_rows: int) -> list[Path]:
+    """Build the cache of each source and write its card. Returns the cards' paths. Raises UsageError."""
+    config = compose_config("cfg_pretrain_instruct", overrides)
+    tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
+    return [
+        _prepare(source, tokenizer, output / name if output is not None and config.stages else output, near_rows)
+        for name, source in source_configs(config).items()
+    ]
+
+
+def _prepare(config: DatasetConfig, tokenizer: Tokenizer, output: Path | None, near_rows: int) -> Path:
     started = time.perf_counter()
     train, test = open_instruct_data(config, tokenizer, Template())
     print(f"{len(train):,} training rows, {len(test) if test else 0:,} test rows in {time.perf_counter() - started:.1f} s")
@@ -61,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_clear_message():
         if options.near_rows < 0:
             raise UsageError(f"--near-rows: expected 0 or more, found {options.near_rows}")
-        print(prepare(options.overrides, options.output, options.near_rows))
+        print(*prepare(options.overrides, options.output, options.near_rows), sep="\n")
 
 
 if __name__ == "__main__":

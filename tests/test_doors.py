@@ -669,3 +669,32 @@ def test_generation_tells_wrong_input(
     assert_told(outcome, *fragments)
     assert outcome.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_are_trained_and_their_sources_measured_apart(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    rows = [{"system_prompt": "", "question": f"What is {i}?", "response": f"{i}."} for i in range(60)]
+    slim = jsonl(tmp_path / "slim/SlimOrca.jsonl", [{"prompt": row["question"], "answer": row["response"]} for row in rows[:40]])
+    for name, part in (("1M-GPT4-Augmented", rows[20:40]), ("3_5M-GPT3_5-Augmented", rows[40:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    settings = ("experiment=slimorca_then_openorca", f"sources.slimorca.data_dir={slim}", f"sources.openorca.data_dir={tmp_path}")
+    outcome = train(*settings, "run_name=staged")
+    assert outcome.status == 0, outcome.err
+    run = tmp_path / "checkpoints/SlimOrca-ACT/staged"
+    evaluated = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "test" in line]
+    assert len(evaluated) == 2, "after each stage"
+    *_, last = sorted(run.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    run_well("inference_instruct.py", "--checkpoint", str(last), folder=tmp_path)
+    metrics = json.loads((last / "metrics.json").read_text())
+    by_source = metrics["by_source"]
+    assert set(by_source) == {"slimorca", "openorca"} and "answers" not in metrics
+    assert metrics["counts"]["conversations"] == sum(part["counts"]["conversations"] for part in by_source.values())
+    assert by_source["openorca"]["loss_per_token"] == pytest.approx(
+        evaluated[-1]["test"]["by_source"]["openorca"]["loss_per_token"]
+    )
+    few = ("--checkpoint", str(last), "--subset-size", "1")
+    run_well("inference_instruct.py", *few, folder=tmp_path)
+    assert json.loads((last / "metrics.json").read_text())["counts"]["conversations"] == 2
+    told = run_door("inference_instruct.py", *few, "--data-dir", str(slim), folder=tmp_path)
+    assert_told(told, "--data-dir: the run has the sources slimorca, openorca", "sources.NAME.data_dir=FOLDER")

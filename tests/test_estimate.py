@@ -10,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.schema import PretrainInstructConfig
+from dataset.instruct import RunData
+from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
 from models.losses import token_loss
@@ -23,8 +25,12 @@ VOCABULARY, ROWS, POSITIONS = 48, 2, 64
 
 
 def make_task(config: PretrainInstructConfig, examples: Any) -> tuple[RecursiveModel, TextTask]:
-    model = RecursiveModel(config.arch, VOCABULARY)
-    return model, TextTask(config, model, ExampleStream(examples, config.seed, config.epochs, 0), len(examples))
+    model, curriculum = RecursiveModel(config.arch, VOCABULARY), passes(config, len(examples))
+    return model, TextTask(config, model, ExampleStream(examples, curriculum, 0), curriculum)
+
+
+def passes(config: PretrainInstructConfig, rows: int) -> Curriculum:
+    return Curriculum.of_epochs(rows, config.seed, config.epochs)
 
 
 @pytest.mark.parametrize("backprop", ["true", "false"])
@@ -96,7 +102,7 @@ def test_steps_are_those_of_the_run(tiny_config: ConfigFactory, random_examples:
     config, examples = tiny_config(*settings), random_examples(21)
     model, task = make_task(config, examples)
     results = list(Trainer(config, model, task).steps())
-    counted = count_steps(config, config.arch.halt, len(examples))
+    counted = count_steps(config, config.arch.halt, passes(config, 21))
     assert counted.optimizer_steps == len(results)
     assert counted.act_steps == sum(sum(result.finished_depths) for result in results)
 
@@ -106,7 +112,10 @@ def test_a_settled_run_lies_between_its_bounds(tiny_config: ConfigFactory, rando
     model, task = make_task(config, examples)
     taken = len(list(Trainer(config, model, task).steps()))
     halt = config.arch.halt
-    least, most = (count_steps(config, halt.model_copy(update={"mode": m}), 21).optimizer_steps for m in ("settled", "fixed"))
+    least, most = (
+        count_steps(config, halt.model_copy(update={"mode": mode}), passes(config, 21)).optimizer_steps
+        for mode in ("settled", "fixed")
+    )
     assert least <= taken <= most and least < most
 
 
@@ -114,8 +123,9 @@ def test_a_dry_run_says_it_all_and_what_it_measured(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, examples = tiny_config("arch.halt.mode=fixed"), random_examples(40)
+    data = RunData(examples, None, passes(config, len(examples)))  # type: ignore[arg-type]
     said: list[str] = []
-    dry_run(config, *make_task(config, examples), examples, said.append)
+    dry_run(config, *make_task(config, examples), data, said.append)
     text = "\n".join(said)
     lengths = np.array([len(example.ids) - 1 for example in examples])
     assert "optimizer steps   40, 4.00 ACT steps a row" in text
@@ -123,5 +133,5 @@ def test_a_dry_run_says_it_all_and_what_it_measured(
     assert "measured on 3 steps after a first one" in text and "peak_rss_bytes" in text
     monkeypatch.setattr("training.estimate.memory_in_all", lambda device: 10**5)
     said.clear()
-    dry_run(config, *make_task(config, examples), examples, said.append)
+    dry_run(config, *make_task(config, examples), data, said.append)
     assert "not measured: the memory would not suffice" in "\n".join(said)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from config.compose import compose_config
+from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
 from tests.conftest import TINY
@@ -43,7 +44,8 @@ def losses(*overrides: str) -> dict[str, list[float]]:
     config = compose_config("cfg_pretrain_instruct", [*TINY, "lr=3e-3", "lr_warmup_steps=2", *overrides])
     model = RecursiveModel(config.arch, VOCABULARY, seed=config.seed)
     rows: Any = [row(index) for index in range(ROWS)]
-    trainer = Trainer(config, model, TextTask(config, model, ExampleStream(rows, config.seed, config.epochs, 0), ROWS))
+    curriculum = Curriculum.of_epochs(ROWS, config.seed, config.epochs)
+    trainer = Trainer(config, model, TextTask(config, model, ExampleStream(rows, curriculum, 0), curriculum))
     results = [result for result, _ in zip(trainer.steps(), range(STEPS), strict=False)]
     return {name: [float(result.sums[name]) / result.weight for result in results] for name in ("nll", "halt_bce")}
 

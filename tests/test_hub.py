@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from config.compose import compose_config
 from config.errors import UsageError
-from dataset.instruct import open_instruct_data
+from dataset.instruct import open_instruct_data, open_run_data
 from dataset.text.conversation import Template
 from dataset.text.hub import download
 from dataset.text.loader import TextDataset
@@ -225,6 +225,27 @@ def test_openorca_that_is_refused_is_told(stand_in: StandIn, tmp_path: Path, sta
     stand_in.status = status
     with pytest.raises(UsageError, match=rf"1M-GPT4.*{advice}.*put the file at"):
         open_openorca(tmp_path)
+
+
+def test_openorca_with_another_checksum_is_refused(stand_in: StandIn, tmp_path: Path) -> None:
+    stand_in.stated_sha256 = "0" * 64
+    with pytest.raises(UsageError, match=rf"1M-GPT4.*expected sha256 {'0' * 64}, found {SHA256}"):
+        open_openorca(tmp_path)
+    assert list(tmp_path.glob("*.parquet*")) == []
+
+
+def test_a_curriculum_fetches_each_source_from_its_own_repository(stand_in: StandIn, tmp_path: Path) -> None:
+    """Both presets' sources, one after the other: the first is there, the second is refused."""
+    stand_in.content = b"".join(b'{"prompt": "Q%d?", "answer": "A"}\n' % n for n in range(40))
+    folders = [f"sources.{name}.data_dir={tmp_path / name}" for name in ("slimorca", "openorca")]
+    config = compose_config("cfg_pretrain_instruct", ["experiment=slimorca_then_openorca", *folders])
+    tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
+    with pytest.raises(UsageError, match=r"1M-GPT4-Augmented\.parquet: expected a complete parquet file"):
+        open_run_data(config, tokenizer, Template())
+    slimorca, openorca = config.sources["slimorca"], config.sources["openorca"]
+    assert stand_in.requests[0][0].startswith(f"/datasets/Open-Orca/SlimOrca/resolve/{slimorca.hub_revision}/oo-labeled")
+    assert stand_in.requests[1][0] == f"/datasets/Open-Orca/OpenOrca/resolve/{openorca.hub_revision}/1M-GPT4-Augmented.parquet"
+    assert (tmp_path / "slimorca/SlimOrca.jsonl").read_bytes() == stand_in.content
 
 
 def test_openorca_offline_is_told(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,11 @@ import pytest
 
 from config.compose import compose_config
 from config.errors import UsageError
-from dataset.instruct import open_instruct_data, open_instruct_split
+from config.schema import PretrainInstructConfig
+from dataset.instruct import open_instruct_data, open_instruct_split, open_run_data, open_run_split
 from dataset.text.conversation import Template, Turn
-from dataset.text.loader import TextDataset
+from dataset.text.curriculum import Curriculum, Stage
+from dataset.text.loader import TextCorpus, TextDataset
 from dataset.text.tokenizer import Tokenizer
 
 MODEL = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
@@ -158,3 +160,70 @@ def test_without_a_hub_nothing_is_fetched(tmp_path: Path) -> None:
     for source in ("slimorca", "openorca"):
         with pytest.raises(UsageError, match=r"expected .* found none; check dataset\.data_dir"):
             opened(f"dataset={source}", f"dataset.data_dir={tmp_path}", "dataset.hub_repo=null")
+
+
+def staged(first: Path, second: Path, *overrides: str) -> PretrainInstructConfig:
+    """The curriculum preset on stand-ins of both corpora, its files found locally."""
+    folders = (f"sources.slimorca.data_dir={first}", f"sources.openorca.data_dir={second}")
+    return compose_config(
+        "cfg_pretrain_instruct",
+        ["experiment=slimorca_then_openorca", f"dataset.tokenizer_path={MODEL}", "dataset.test_ratio=0.3", *folders, *overrides],
+    )
+
+
+def stand_ins(folder: Path) -> tuple[Path, Path]:
+    """SlimOrca with rows 0 to 39 and OpenOrca with rows 20 to 79 of the same conversations."""
+    table = orca_table(range(80))
+    slim = [{"system": row["system_prompt"], "prompt": row["question"], "answer": row["response"]} for row in table.to_pylist()]
+    write(folder / "slim/SlimOrca.jsonl", slim[:40])
+    (folder / "open").mkdir()
+    pyarrow.parquet.write_table(table.slice(20, 40), folder / "open/1M-GPT4-Augmented.parquet")
+    pyarrow.parquet.write_table(table.slice(60, 20), folder / "open/3_5M-GPT3_5-Augmented.parquet")
+    return folder / "slim", folder / "open"
+
+
+def asked(corpus: TextCorpus | TextDataset | None) -> set[tuple[str, ...]]:
+    assert corpus is not None
+    return {tuple(turn.text for turn in corpus.conversation(i)) for i in range(len(corpus))}
+
+
+def test_stages_read_their_sources_and_hold_out_the_same_conversations(tmp_path: Path) -> None:
+    config = staged(*stand_ins(tmp_path))
+    data = open_run_data(config, TOKENIZER, Template())
+    assert data.test is not None and list(data.train.parts) == list(data.test.parts) == ["slimorca", "openorca"]
+    first, second = data.train.parts.values()
+    assert data.curriculum == Curriculum(0, (len(first), len(second)), (Stage(1, (len(first), 0)), Stage(1, (0, len(second)))))
+    assert len(first) + len(data.test.parts["slimorca"]) == 40 and len(second) + len(data.test.parts["openorca"]) == 60
+    both = asked(first) & asked(second), asked(data.test.parts["slimorca"]) & asked(data.test.parts["openorca"])
+    assert all(both), "the sources must share rows of both splits for this test to mean anything"
+    assert not asked(data.train) & asked(data.test), "what one source holds out, another would train on"
+    again = open_run_split(config, TOKENIZER, Template(), "test")
+    assert again.data_hash == data.test.data_hash != data.train.data_hash
+
+
+def test_the_data_hash_covers_every_source(tmp_path: Path) -> None:
+    folders = stand_ins(tmp_path)
+    before = open_run_data(staged(*folders), TOKENIZER, Template()).train.data_hash
+    part = open_run_data(staged(*folders, "sources.openorca.subset_size=20"), TOKENIZER, Template()).train.data_hash
+    pyarrow.parquet.write_table(orca_table(range(90, 95)), folders[1] / "3_5M-GPT3_5-Augmented.parquet")
+    assert len({before, part, open_run_data(staged(*folders), TOKENIZER, Template()).train.data_hash}) == 3
+
+
+def test_a_stage_takes_sampled_shards_and_mixes_them(tmp_path: Path) -> None:
+    folders = stand_ins(tmp_path)
+    config = staged(*folders, "experiment=slimorca_then_openorca_sample", "stages.1.examples=50", "dataset.seed=1")
+    data = open_run_data(config, TOKENIZER, Template())
+    assert data.test is not None
+    of_shard = len(data.train.parts["openorca"]) + len(data.test.parts["openorca"])
+    assert of_shard in (20, 40), "one of two files"
+    assert data.curriculum.stages[1] == Stage(1, (10, 40))
+
+
+def test_without_stages_a_run_has_its_one_source(tmp_path: Path) -> None:
+    write(tmp_path / "SlimOrca.jsonl", [chat(number) for number in range(40)])
+    overrides = [f"dataset.data_dir={tmp_path}", f"dataset.tokenizer_path={MODEL}", "dataset.test_ratio=0", "epochs=3"]
+    config = compose_config("cfg_pretrain_instruct", overrides)
+    data = open_run_data(config, TOKENIZER, Template())
+    train, _ = open_instruct_data(config.dataset, TOKENIZER, Template())
+    assert data.test is None and data.train.data_hash == train.data_hash
+    assert data.curriculum == Curriculum.of_epochs(40, 0, 3)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import evaluators.language
-from dataset.text.loader import Example, TextDataset
+from dataset.text.loader import Example, TextCorpus, TextDataset
 from dataset.text.tokenizer import Tokenizer
-from evaluators.language import DepthOutput, LanguageResult, LanguageSums, evaluate_language
+from evaluators.language import DepthOutput, LanguageResult, LanguageSums, evaluate_language, evaluate_sources
 from models.act import RecursiveModel
 from models.losses import log_probs
 
@@ -101,6 +101,35 @@ def test_bytes_of_text_are_those_of_the_answers(
     sums = result.by_depth[0]
     assert sums.nll - sums.text_nll == pytest.approx(eos_nats, rel=1e-9) and eos_nats > 0
     assert sums.metrics()["bits_per_byte"] == pytest.approx(sums.text_nll / math.log(2) / expected)
+
+
+def test_sources_are_measured_together_and_each_by_itself(
+    tiny_tokenizer: Tokenizer, tiny_model: ModelFactory, text_dataset: Callable[..., TextDataset]
+) -> None:
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    parts = {
+        name: text_dataset([{"prompt": f"{name} {i}", "answer": "blue " * (i + 1)} for i in range(rows)])
+        for name, rows in (("Red", 5), ("What", 3))
+    }
+    options: dict[str, Any] = {"eos_id": tiny_tokenizer.eos_id, "batch_size": 2, "act_steps": 2}
+    seen: list[int] = []
+    report: Any = evaluate_sources(model, TextCorpus(parts), on_output=lambda o: seen.extend(o.rows.tolist()), **options).report()
+    assert sorted(seen) == list(range(8)), "rows have their numbers in the whole corpus"
+    alone: Any = {name: evaluate_language(model, part, **options).report() for name, part in parts.items()}
+    assert report["by_source"] == alone
+    tokens = {name: part["counts"]["supervised_tokens"] for name, part in alone.items()}
+    assert report["loss_per_token"] == pytest.approx(
+        sum(alone[name]["loss_per_token"] * tokens[name] for name in parts) / sum(tokens.values()), rel=1e-12
+    )
+    assert len(report["by_act_step"]) == 2 and report["mean_act_steps"] == 2.0
+    assert {name: report["counts"][name] for name in ("conversations", "supervised_tokens")} == {
+        "conversations": 8,
+        "supervised_tokens": sum(tokens.values()),
+    }
+    limited: Any = evaluate_sources(model, TextCorpus(parts), limit=2, **options).report()
+    assert limited["counts"]["conversations"] == 4
+    single: Any = evaluate_sources(model, TextCorpus({"Red": parts["Red"]}), **options).report()
+    assert single == alone["Red"]
 
 
 def test_limit_takes_the_first_rows_and_max_batches_the_first_batches(tiny_model: ModelFactory, examples: list[Example]) -> None:

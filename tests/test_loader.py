@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from config.errors import UsageError
 from dataset.text.conversation import Template, Turn, encode_conversation
-from dataset.text.loader import Example, ExampleStream, TextDataset, collate, epoch_permutation
+from dataset.text.curriculum import Curriculum, permutation
+from dataset.text.loader import Example, ExampleStream, TextCorpus, TextDataset, collate
 from dataset.text.token_cache import HashSplit, load_split
 from dataset.text.tokenizer import Tokenizer
 
@@ -97,37 +98,42 @@ def test_counts_are_of_the_split(source: Path) -> None:
 @given(st.integers(0, 200), st.integers(-5, 2**70), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
 def test_an_epoch_is_a_permutation_of_its_own(n: int, seed: int, epoch: int) -> None:
-    order = epoch_permutation(n, seed, epoch)
+    order = permutation(n, seed, epoch)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(n))
-    assert np.array_equal(order, epoch_permutation(n, seed, epoch))
+    assert np.array_equal(order, permutation(n, seed, epoch))
 
 
 def test_epochs_and_seeds_differ_and_the_order_is_fixed_for_good() -> None:
-    orders = [tuple(epoch_permutation(20, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [tuple(permutation(20, seed, epoch)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
-    assert epoch_permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+def passes(dataset: Any, seed: int, epochs: int, workers: int, start: int = 0) -> ExampleStream:
+    return ExampleStream(dataset, Curriculum.of_epochs(len(dataset), seed, epochs), workers, start)
 
 
 def drawn(stream: ExampleStream) -> list[tuple[int, int, bytes]]:
     with stream:
-        return [(epoch, example_id, example.ids.tobytes()) for epoch, example_id, example in stream]
+        return [(draw.epoch, draw.example_id, example.ids.tobytes()) for draw, example in stream]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_order_is_that_of_the_permutations_for_any_worker_count_and_restart(source: Path, workers: int) -> None:
     dataset = open_dataset(source)
     size = len(dataset)
-    expected = [(epoch, int(i), dataset[int(i)].ids.tobytes()) for epoch in range(3) for i in epoch_permutation(size, 5, epoch)]
-    assert drawn(ExampleStream(dataset, 5, 3, workers)) == expected
+    expected = [(epoch, int(i), dataset[int(i)].ids.tobytes()) for epoch in range(3) for i in permutation(size, 5, epoch)]
+    assert drawn(passes(dataset, 5, 3, workers)) == expected
     for start in (0, 1, size - 1, size, 2 * size + 3, 3 * size):
-        assert drawn(ExampleStream(dataset, 5, 3, workers, start)) == expected[start:]
-    first = ExampleStream(dataset, 5, 3, workers)
-    taken = [next(first)[1] for _ in range(size + 4)]
+        assert drawn(passes(dataset, 5, 3, workers, start)) == expected[start:]
+    first = passes(dataset, 5, 3, workers)
+    taken = [next(first)[0] for _ in range(size + 4)]
     assert first.position == size + 4 and len(first) == len(expected) - first.position
     first.close()
-    rest = ExampleStream(dataset, 5, 3, workers, first.position)
-    assert taken + [example_id for _, example_id, _ in rest] == [example_id for _, example_id, _ in expected]
+    rest = passes(dataset, 5, 3, workers, first.position)
+    ids = [draw.example_id for draw in (*taken, *(draw for draw, _ in rest))]
+    assert ids == [example_id for _, example_id, _ in expected]
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.lists(st.integers(1, 12), min_size=1), st.data())
@@ -135,7 +141,7 @@ def test_the_order_is_that_of_the_permutations_for_any_worker_count_and_restart(
 def test_ranks_that_share_the_slots_read_every_example_once(n: int, epochs: int, steps: list[int], data: st.DataObject) -> None:
     """Each step admits so many examples; each rank takes those of its own slots and passes over the others'."""
     drawn: list[list[int]] = [[], []]
-    streams = [ExampleStream(Counted(size=n), 3, epochs, 0) for _ in drawn]  # type: ignore[arg-type]
+    streams = [passes(Counted(size=n), 3, epochs, 0) for _ in drawn]
     order: list[int] = []
     while len(streams[0]):
         free = min(steps[len(order) % len(steps)], len(streams[0]))
@@ -147,18 +153,18 @@ def test_ranks_that_share_the_slots_read_every_example_once(n: int, epochs: int,
             stream.skip(after)
         order += drawn[0][len(drawn[0]) - of_first :] + drawn[1][len(drawn[1]) - (free - of_first) :]
         assert streams[0].position == streams[1].position == len(order)
-    assert order == [int(i) for epoch in range(epochs) for i in epoch_permutation(n, 3, epoch)]
+    assert order == [int(i) for epoch in range(epochs) for i in permutation(n, 3, epoch)]
     assert sum(stream._dataset.reads for stream in streams) == n * epochs  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="pass over"):
         streams[0].skip(1)
 
 
 def test_a_stream_that_reads_ahead_passes_over_examples_too() -> None:
-    with ExampleStream(Counted(), 0, 1, 2) as stream:  # type: ignore[arg-type]
+    with passes(Counted(), 0, 1, 2) as stream:
         ids = [next(stream)[1]]
         stream.skip(100)
         ids.append(next(stream)[1])
-    assert ids == [int(epoch_permutation(1000, 0, 0)[at]) for at in (0, 101)]
+    assert ids == [int(permutation(1000, 0, 0)[at]) for at in (0, 101)]
 
 
 class Counted:
@@ -185,11 +191,11 @@ def reader_threads() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_reach_the_reader_at_their_place_and_leave_no_threads(workers: int) -> None:
-    order = epoch_permutation(1000, 0, 0)
-    stream = ExampleStream(Counted(failing=int(order[40])), 0, 1, workers)  # type: ignore[arg-type]
+    order = permutation(1000, 0, 0)
+    stream = passes(Counted(failing=int(order[40])), 0, 1, workers)
     with pytest.raises(OSError, match="disk"):
-        for count, (_, example_id, _) in enumerate(stream):
-            assert example_id == order[count]
+        for count, (draw, _) in enumerate(stream):
+            assert draw.example_id == order[count]
     assert stream.position == 40
     assert reader_threads() == []
     assert next(stream, None) is None
@@ -197,19 +203,37 @@ def test_errors_reach_the_reader_at_their_place_and_leave_no_threads(workers: in
 
 def test_reading_ahead_is_bounded_and_ends_with_the_stream() -> None:
     data = Counted()
-    with pytest.raises(RuntimeError, match="training failed"), ExampleStream(data, 0, 100, 2) as stream:  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="training failed"), passes(data, 0, 100, 2) as stream:
         next(stream)
         raise RuntimeError("training failed")
     assert data.reads <= 32
     assert reader_threads() == []
 
 
+def test_splits_of_several_sources_are_read_under_one_numbering(source: Path) -> None:
+    parts = {"first": open_dataset(source), "second": open_dataset(source, split="test")}
+    corpus = TextCorpus(parts)
+    both = [(split, index) for split in parts.values() for index in range(len(split))]
+    assert len(corpus) == len(both) == 50
+    for index, (split, own) in enumerate(both):
+        assert np.array_equal(corpus[index].ids, split[own].ids)
+        assert corpus.row(index) == split.row(own) and corpus.conversation(index) == split.conversation(own)
+    for index in (-1, 50):
+        with pytest.raises(IndexError):
+            corpus[index]
+    assert TextCorpus({"only": parts["first"]}).data_hash == parts["first"].data_hash
+    other_way = TextCorpus(dict(reversed(parts.items())))
+    assert len({corpus.data_hash, other_way.data_hash, *(split.data_hash for split in parts.values())}) == 4
+
+
 def test_a_stream_that_can_not_be_is_told(source: Path) -> None:
     dataset = open_dataset(source)
     with pytest.raises(UsageError, match="can't start at"):
-        ExampleStream(dataset, 0, 1, 0, start=len(dataset) + 1)
+        passes(dataset, 0, 1, 0, start=len(dataset) + 1)
     with pytest.raises(UsageError, match="dataloader_workers"):
-        ExampleStream(dataset, 0, 1, -1)
+        passes(dataset, 0, 1, -1)
+    with pytest.raises(ValueError, match="doesn't fit"):
+        ExampleStream(dataset, Curriculum.of_epochs(3, 0, 1), 0)
 
 
 def example(ids: list[int], supervised: list[int]) -> Example:

@@ -14,6 +14,7 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Template
+from dataset.text.curriculum import Curriculum, Stage
 from dataset.text.loader import Example, ExampleStream, TextDataset
 from dataset.text.tokenizer import Tokenizer
 from evaluators.language import evaluate_language
@@ -37,8 +38,9 @@ def make_trainer(
     model = RecursiveModel(config.arch, vocab_size, seed=config.seed)
     with torch.no_grad():
         model.q_head.weight.copy_(halt_scale * torch.randn(2, config.arch.hidden_size, generator=torch.Generator().manual_seed(1)))
-    stream = ExampleStream(examples, config.seed, config.epochs, config.dataloader_workers, start=start)
-    return Trainer(config, model, TextTask(config, model, stream, len(examples)))
+    curriculum = Curriculum.of_epochs(len(examples), config.seed, config.epochs)
+    stream = ExampleStream(examples, curriculum, config.dataloader_workers, start=start)
+    return Trainer(config, model, TextTask(config, model, stream, curriculum))
 
 
 def run(trainer: Trainer, steps: int | None = None) -> list[StepResult]:
@@ -295,7 +297,7 @@ def test_no_example_is_lost_with_long_and_short_halts(
 
     def refill() -> Any:
         entries = real()
-        drawn.update((e.epoch, e.example_id) for e in entries)
+        drawn.update((e.draw.epoch, e.draw.example_id) for e in entries)
         return entries
 
     def forced(settled_share: np.ndarray) -> np.ndarray:
@@ -314,6 +316,71 @@ def test_no_example_is_lost_with_long_and_short_halts(
     assert trained == Counter({key: (1, 3, 6)[key[1] % 3] for key in everything})
     assert depths == {1: 2 * 86, 3: 2 * 85, 6: 2 * 85}
     assert trainer.task.slots.finished == trainer.task.total == 512
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_example_is_trained_once_an_epoch_across_a_restart(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, workers: int
+) -> None:
+    config = tiny_config("epochs=2", f"dataloader_workers={workers}", "arch.halt.depth_floor=0.25")
+    examples, halted = random_examples(30), Counter()
+
+    def counted(trainer: Trainer, steps: int | None) -> None:
+        slots, real = trainer.task.slots, trainer.task.slots.advance
+
+        def advance(leaves: np.ndarray) -> None:
+            halted.update(zip(slots.epoch[leaves].tolist(), slots.example_id[leaves].tolist(), strict=True))
+            real(leaves)
+
+        slots.advance = advance
+        run(trainer, steps)
+
+    killed = make_trainer(config, examples)
+    counted(killed, 11)
+    state = killed.state()
+    assert 30 > sum(halted.values()) > 5 and killed.task.slots.busy
+    resumed = make_trainer(config, examples, start=killed.task.slots.admitted)
+    resumed.load_state(state)
+    counted(resumed, None)
+    assert halted == Counter((epoch, example) for epoch in range(2) for example in range(30))
+
+
+def staged(config: PretrainInstructConfig, examples: list[Example], curriculum: Curriculum, start: int = 0) -> Trainer:
+    model = RecursiveModel(config.arch, VOCABULARY, seed=config.seed)
+    stream = ExampleStream(examples, curriculum, config.dataloader_workers, start=start)
+    return Trainer(config, model, TextTask(config, model, stream, curriculum))
+
+
+def test_a_schedule_can_begin_anew_with_each_stage(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    curriculum = Curriculum(0, (8, 12), (Stage(1, (8, 0)), Stage(2, (0, 12))))
+    settings = ("lr=0.5", "lr_min_ratio=0.2", "arch.halt.mode=fixed", "arch.halt_max_steps=1")
+    rates = {
+        schedule: [r.lr for r in run(staged(tiny_config(*settings, f"lr_schedule={schedule}"), random_examples(20), curriculum))]
+        for schedule in ("run", "stage")
+    }
+    assert rates["run"] == sorted(rates["run"], reverse=True) and len(rates["run"]) == 8
+    first, second = rates["stage"][:2], rates["stage"][2:]
+    assert first[-1] == second[-1] == pytest.approx(0.1) and first == sorted(first, reverse=True)
+    assert second == sorted(second, reverse=True) and second[0] > 0.4
+
+
+def test_a_curriculum_killed_in_its_second_stage_goes_on_bit_for_bit(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory
+) -> None:
+    curriculum = Curriculum(0, (12, 9), (Stage(1, (12, 0)), Stage(1, (6, 18))))
+    config, examples = tiny_config("lr=1e-3", "lr_schedule=stage"), random_examples(21)
+    whole = staged(config, examples, curriculum)
+    run(whole)
+    killed = staged(config, examples, curriculum)
+    while killed.task.slots.finished < 16:
+        run(killed, 1)
+    assert set(killed.task.slots.stage.tolist()) == {1}
+    resumed = staged(config, examples, curriculum, start=killed.task.slots.admitted)
+    resumed.model.load_state_dict(killed.model.state_dict())
+    resumed.load_state(killed.state())
+    run(resumed)
+    assert_same(weights(resumed), weights(whole))
+    assert resumed.task.epochs_done == 2
 
 
 def test_slots_hold_their_own_row_whatever_was_there_before(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:

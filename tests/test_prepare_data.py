@@ -51,6 +51,21 @@ def test_the_command_builds_the_cache_and_writes_page_and_picture(
     open_instruct_data(compose_config("cfg_pretrain_instruct", overrides(tmp_path)).dataset, TOKENIZER, Template())
 
 
+def test_a_run_with_stages_has_a_card_for_each_source(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        write(folder, [{"prompt": f"What is {folder.name} {n}?", "answer": "x"} for n in range(20)])
+    sources = [f"+source@sources.{folder.name}=jsonl" for folder in folders]
+    sources += [f"sources.{folder.name}.data_dir={folder}" for folder in folders]
+    stages = "stages=[{mix: {a: null, b: null}, epochs: 1}]"
+    cards = prepare_data.prepare([*overrides(tmp_path), *sources, stages], None, 0)
+    assert cards == [folder / "data_card.md" for folder in folders]
+    cards = prepare_data.prepare([*overrides(tmp_path), *sources, stages], tmp_path / "cards", 0)
+    assert cards == [tmp_path / "cards" / folder.name / "data_card.md" for folder in folders]
+    assert all("| read | 20 |" in card.read_text() for card in cards)
+
+
 def test_every_row_read_is_on_the_card(tmp_path: Path) -> None:
     long_prompt, long_answer = {"prompt": "word " * 99, "answer": "x"}, {"prompt": "Go on?", "answer": "word " * 99}
     rows = [*({"prompt": f"Q{n}", "answer": f"A{n}"} for n in range(50)), "", "{broken", {"prompt": "Q"}, long_prompt, long_answer]

@@ -11,6 +11,7 @@ from torch import Tensor
 from config.compose import compose_config
 from config.errors import UsageError
 from config.schema import ArchConfig, PretrainInstructConfig
+from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
 from models.layers import Mask
@@ -303,7 +304,8 @@ def test_every_recursion_learns_as_a_language_model(
     config = tiny_config(f"arch={name}", "epochs=40", "lr=2e-3", "lr_min_ratio=1", "arch.halt_max_steps=2")
     examples = random_examples(4)
     model = RecursiveModel(config.arch, 13)
-    trainer = Trainer(config, model, TextTask(config, model, ExampleStream(examples, 0, config.epochs, 0), len(examples)))
+    curriculum = Curriculum.of_epochs(len(examples), 0, config.epochs)
+    trainer = Trainer(config, model, TextTask(config, model, ExampleStream(examples, curriculum, 0), curriculum))
     losses = [float(result.sums["nll"]) / result.weight for result in trainer.steps()]
     assert losses[0] == pytest.approx(math.log(13), abs=1.0) and losses[-1] < 0.7 * losses[0]
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig, parse_config
+from config.schema import PretrainInstructConfig, SourceConfig, parse_config
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 
@@ -71,6 +71,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
         ("lr", float("nan")),
         ("lr", float("inf")),
         ("dataloader_workers", -1),
+        ("lr_schedule", "epoch"),
         ("generation.halt_threshold", 1.0),
         ("device", "tpu"),
     ],
@@ -145,6 +146,47 @@ def test_combinations_that_cannot_be_right_are_refused_with_a_reason(
 def test_limits_themselves_are_allowed(values: dict[str, Any], key: str, value: Any) -> None:
     put(values, key, value)
     parse_config(values)
+
+
+def with_stages(values: dict[str, Any], *stages: dict[str, Any], **sources: str) -> dict[str, Any]:
+    section = {name: values["dataset"][name] for name in SourceConfig.model_fields}
+    return {**values, "stages": stages, "sources": {name: {**section, "source": source} for name, source in sources.items()}}
+
+
+def test_stages_have_a_length_and_shares(values: dict[str, Any]) -> None:
+    stages: list[dict[str, Any]] = [
+        {"mix": {"a": 1}, "epochs": 2},
+        {"mix": {"a": None, "b": None}, "examples": 30},
+        {"mix": {"b": 0.5, "a": 3}, "epochs": 1},
+    ]
+    config = parse_config(with_stages(values, *stages, a="slimorca", b="openorca"))
+    assert [stage.model_dump(exclude_none=True)["mix"] for stage in config.stages[::2]] == [{"a": 1.0}, {"b": 0.5, "a": 3.0}]
+    assert parse_config(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        ({"mix": {"a": 1, "b": 1}}, "either epochs or examples"),
+        ({"mix": {"a": 1, "b": 1}, "epochs": 1, "examples": 3}, "either epochs or examples"),
+        ({"mix": {"a": 1, "b": None}, "epochs": 1}, "a share for each of its sources, or null for each"),
+        ({"mix": {"a": 1, "b": 0}, "epochs": 1}, "greater than 0"),
+        ({"mix": {}, "epochs": 1}, "at least 1"),
+        ({"mix": {"a": 1}, "epochs": 1}, "both must have the same names"),
+        ({"mix": {"a": 1, "b": 1, "c": 1}, "epochs": 1}, "both must have the same names"),
+    ],
+)
+def test_stages_that_can_not_be_are_refused(values: dict[str, Any], stage: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        parse_config(with_stages(values, stage, a="slimorca", b="slimorca"))
+
+
+def test_stages_leave_no_epochs_and_no_other_split(values: dict[str, Any]) -> None:
+    stage = {"mix": {"a": 1}, "epochs": 1}
+    with pytest.raises(UsageError, match="give each stage its own"):
+        parse_config(with_stages({**values, "epochs": 2}, stage, a="slimorca"))
+    with pytest.raises(UsageError, match="its builder made its split"):
+        parse_config(with_stages(values, stage, a="sample"))
 
 
 def test_a_config_cannot_be_changed_behind_its_check(tiny_config: ConfigFactory) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.schema import HaltConfig
+from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example, ExampleStream
 from training.slots import Slots, depth_distribution, drawn_depth
 
@@ -22,26 +23,30 @@ def halting(mode: str, floor: float = 0.1, share: float = 0.95) -> HaltConfig:
     )
 
 
+def passes(examples: int, seed: int, epochs: int) -> ExampleStream:
+    return ExampleStream([ROW] * examples, Curriculum.of_epochs(examples, seed, epochs), 0)
+
+
 def run(
     slots: Slots, settled: Callable[[Slots], np.ndarray]
 ) -> Iterator[tuple[list[tuple[int, int, int]], list[tuple[int, int, int, int]]]]:
     """Each step's entries (slot, epoch, example) and departures (slot, epoch, example, steps taken)."""
-    entered = [(e.slot, e.epoch, e.example_id) for e in slots.refill()]
+    entered = [(e.slot, e.draw.epoch, e.draw.example_id) for e in slots.refill()]
     while slots.busy:
         halted = slots.halted(settled(slots))
         slots.advance(halted)
         left = [(int(s), int(slots.epoch[s]), int(slots.example_id[s]), int(slots.act_step[s])) for s in np.flatnonzero(halted)]
         yield entered, left
-        entered = [(e.slot, e.epoch, e.example_id) for e in slots.refill()]
+        entered = [(e.slot, e.draw.epoch, e.draw.example_id) for e in slots.refill()]
     assert not entered
 
 
 @pytest.mark.parametrize("mode", ["fixed", "sampled", "settled"])
 def test_every_drawn_example_halts_exactly_once_an_epoch(mode: str) -> None:
     examples, epochs, size, deepest = 256, 2, 8, 5
-    stream = ExampleStream([ROW] * examples, 0, epochs, 0)
+    stream = passes(examples, 0, epochs)
     slots = Slots(size, stream, halting(mode), deepest, seed=0, total=epochs * examples)
-    order = [(epoch, example) for epoch, example, _ in ExampleStream([ROW] * examples, 0, epochs, 0)]
+    order = [(draw.epoch, draw.example_id) for draw, _ in passes(examples, 0, epochs)]
     drawn, halted, depths, per_step, depth_at_entry = [], [], Counter(), [], {}
     # Forced short and long halts: even examples settle at once, odd ones never.
     for entered, left in run(slots, lambda s: (s.example_id % 2 == 0).astype(float)):
@@ -75,8 +80,8 @@ def test_free_slots_take_the_next_examples_in_ascending_order(
     size: int, examples: int, epochs: int, deepest: int, mode: str, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    order = [(epoch, example) for epoch, example, _ in ExampleStream([ROW] * examples, seed, epochs, 0)]
-    slots = Slots(size, ExampleStream([ROW] * examples, seed, epochs, 0), halting(mode), deepest, seed, total=epochs * examples)
+    order = [(draw.epoch, draw.example_id) for draw, _ in passes(examples, seed, epochs)]
+    slots = Slots(size, passes(examples, seed, epochs), halting(mode), deepest, seed, total=epochs * examples)
     free, position, finished = list(range(size)), 0, 0
     for entered, left in run(slots, lambda s: rng.choice([0.0, 0.94, 0.95, 1.0], s.size)):
         expected = [(slot, *drawn) for slot, drawn in zip(free, order[position:], strict=False)]
@@ -108,12 +113,13 @@ def test_what_the_floor_leaves_over_goes_to_the_first_depth() -> None:
 
 def test_drawn_depths_follow_the_distribution_and_depend_on_their_key_alone() -> None:
     probabilities = depth_distribution(4, 0.15)
-    drawn = [drawn_depth(3, epoch, example, probabilities) for epoch in range(2) for example in range(2000)]
+    drawn = [drawn_depth(3, Draw(0, epoch, example), probabilities) for epoch in range(2) for example in range(2000)]
     shares = np.bincount(drawn, minlength=5)[1:] / len(drawn)
     assert shares == pytest.approx(probabilities, abs=0.03)
-    assert [drawn_depth(3, 1, example, probabilities) for example in reversed(range(2000))] == drawn[:1999:-1]
+    assert [drawn_depth(3, Draw(0, 1, example), probabilities) for example in reversed(range(2000))] == drawn[:1999:-1]
     first, second = drawn[:2000], drawn[2000:]
-    assert first != second and first != [drawn_depth(4, 0, example, probabilities) for example in range(2000)]
+    assert first != [drawn_depth(3, Draw(1, 0, example), probabilities) for example in range(2000)]
+    assert first != second and first != [drawn_depth(4, Draw(0, 0, example), probabilities) for example in range(2000)]
     # Another epoch draws independently: both halves agree about as often as chance has it.
     assert np.mean(np.equal(first, second)) == pytest.approx(float((probabilities**2).sum()), abs=0.05)
 
@@ -121,7 +127,7 @@ def test_drawn_depths_follow_the_distribution_and_depend_on_their_key_alone() ->
 def test_the_same_examples_get_the_same_depths_whatever_the_number_of_slots() -> None:
     depths = []
     for size in (1, 7):
-        slots = Slots(size, ExampleStream([ROW] * 30, 0, 1, 0), halting("sampled", 0.25), 4, seed=9, total=30)
+        slots = Slots(size, passes(30, 0, 1), halting("sampled", 0.25), 4, seed=9, total=30)
         departures = [departure for _, left in run(slots, lambda s: np.zeros(s.size)) for departure in left]
         depths.append({(epoch, example): steps for _, epoch, example, steps in departures})
     assert depths[0] == depths[1] and len(set(depths[0].values())) == 4
@@ -129,7 +135,7 @@ def test_the_same_examples_get_the_same_depths_whatever_the_number_of_slots() ->
 
 def test_settled_rows_leave_at_the_share_from_their_drawn_depth_on() -> None:
     # floor 1 / N on every depth: all depths are drawn.
-    slots = Slots(64, ExampleStream([ROW] * 64, 0, 1, 0), halting("settled", 0.25, share=0.9), 4, seed=0, total=64)
+    slots = Slots(64, passes(64, 0, 1), halting("settled", 0.25, share=0.9), 4, seed=0, total=64)
     slots.refill()
     for step in range(1, 5):
         below, at = slots.halted(np.full(64, 0.89)), slots.halted(np.full(64, 0.9))
@@ -139,7 +145,7 @@ def test_settled_rows_leave_at_the_share_from_their_drawn_depth_on() -> None:
 
 
 def test_free_slots_neither_halt_nor_count() -> None:
-    slots = Slots(4, ExampleStream([ROW] * 2, 0, 1, 0), halting("fixed"), 1, seed=0, total=2)
+    slots = Slots(4, passes(2, 0, 1), halting("fixed"), 1, seed=0, total=2)
     assert len(slots.refill()) == 2
     halted = slots.halted(np.ones(4))
     assert halted.tolist() == [True, True, False, False]
@@ -154,7 +160,7 @@ def test_no_label_and_no_loss_can_reach_the_decision() -> None:
 def test_late_in_the_run_the_rest_of_the_draw_goes_to_the_last_depth() -> None:
     assert depth_distribution(4, 0.1, deep=True) == pytest.approx([0.1, 0.1, 0.1, 0.7])
     halt = halting("sampled").model_copy(update={"deepen_at": 0.5})
-    slots = Slots(8, ExampleStream([ROW] * 400, 0, 1, 0), halt, 4, seed=0, total=400)
+    slots = Slots(8, passes(400, 0, 1), halt, 4, seed=0, total=400)
     depths = []
     for entered, _ in run(slots, lambda s: np.zeros(s.size)):
         depths += [int(slots.depth[slot]) for slot, _, _ in entered]

@@ -6,7 +6,7 @@ a few steps of the run itself, or not given. Shape suffixes as in models/layers.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from config.schema import HaltConfig, PretrainInstructConfig
-from dataset.text.loader import Example, TextDataset, epoch_permutation
+from dataset.instruct import RunData
+from dataset.text.curriculum import Curriculum, Draw
+from dataset.text.loader import Example
 from models.act import RecursiveModel
 from models.device import memory_in_all, peak_memory
 from models.layers import Attention, BlockStack, Linear
@@ -131,13 +133,12 @@ class Steps(NamedTuple):
     """ACT steps of all rows together."""
 
 
-def count_steps(config: PretrainInstructConfig, halt: HaltConfig, examples: int) -> Steps:
-    """The steps of a run over `examples` training rows, by letting them through the slots without a model.
+def count_steps(config: PretrainInstructConfig, halt: HaltConfig, curriculum: Curriculum) -> Steps:
+    """The steps of a whole run, by letting its examples through the slots without a model.
 
     Exact where rows halt by a drawn or a fixed depth. For mode "settled" the fewest there can be: each leaves at its least depth.
     """
-    total = examples * config.epochs
-    slots = Slots(config.global_batch_size, _Ids(config, examples), halt, config.arch.halt_max_steps, config.seed, total)
+    slots = Slots(config.global_batch_size, _Draws(curriculum), halt, config.arch.halt_max_steps, config.seed, curriculum.total)
     all_settled = np.ones(config.global_batch_size)
     optimizer_steps = act_steps = 0
     slots.refill()
@@ -150,27 +151,24 @@ def count_steps(config: PretrainInstructConfig, halt: HaltConfig, examples: int)
     return Steps(optimizer_steps, act_steps)
 
 
-class _Ids:
+class _Draws:
     """The order of a run without its rows."""
 
-    def __init__(self, config: PretrainInstructConfig, examples: int) -> None:
-        self._ids = ((e, int(i)) for e in range(config.epochs) for i in epoch_permutation(examples, config.seed, e))
+    def __init__(self, curriculum: Curriculum) -> None:
+        self._draws = curriculum.draws()
         empty = np.zeros(0, np.int32)
         self._nothing = Example(empty, empty.astype(bool), empty, 0)
 
-    def __iter__(self) -> Iterator[tuple[int, int, Example]]:
-        return self
-
-    def __next__(self) -> tuple[int, int, Example]:
-        return *next(self._ids), self._nothing
+    def __next__(self) -> tuple[Draw, Example]:
+        return next(self._draws), self._nothing
 
     def skip(self, count: int) -> None:
-        """Pass over the next `count` ids."""
-        next(itertools.islice(self._ids, count - 1, None), None)
+        """Pass over the next `count` examples."""
+        next(itertools.islice(self._draws, count - 1, None), None)
 
 
 def dry_run(
-    config: PretrainInstructConfig, model: RecursiveModel, task: TextTask, data: TextDataset, say: Callable[[str], None]
+    config: PretrainInstructConfig, model: RecursiveModel, task: TextTask, data: RunData, say: Callable[[str], None]
 ) -> None:
     """Say what the run would take. `model` and `task` are of no further use: their first steps are taken to measure time."""
     say("dry run: nothing is kept of it")
@@ -186,14 +184,13 @@ def dry_run(
     say("  programs and libraries come on top")
 
     halt = config.arch.halt
-    steps = count_steps(config, halt, len(data))
+    steps = count_steps(config, halt, data.curriculum)
     if halt.mode == "settled":
-        most = count_steps(config, halt.model_copy(update={"mode": "fixed"}), len(data))
+        most = count_steps(config, halt.model_copy(update={"mode": "fixed"}), data.curriculum)
         say(f"optimizer steps   {steps.optimizer_steps:,} to {most.optimizer_steps:,}, as rows settle; below, the fewest")
     else:
-        say(f"optimizer steps   {steps.optimizer_steps:,}, {steps.act_steps / (len(data) * config.epochs):.2f} ACT steps a row")
-    rows = range(min(_LENGTH_ROWS, len(data)))
-    examples = [data[int(i)] for i in epoch_permutation(len(data), config.seed, 0)[rows.start : rows.stop]]
+        say(f"optimizer steps   {steps.optimizer_steps:,}, {steps.act_steps / data.curriculum.total:.2f} ACT steps a row")
+    examples = [data.train[draw.example_id] for draw in itertools.islice(data.curriculum.draws(), _LENGTH_ROWS)]
     lengths = np.array([len(example.ids) - 1 for example in examples])
     everything = config.dataset.supervise == "all"
     supervised = np.array([len(e.ids) - 1 if everything else int(e.supervised[1:].sum()) for e in examples])

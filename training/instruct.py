@@ -12,11 +12,11 @@ from tqdm import tqdm
 from artifacts.checkpoint import load_weights, open_checkpoint, read_weights, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import last_exchange, open_instruct_data
+from dataset.instruct import last_exchange, open_run_data, source_configs
 from dataset.text.conversation import Template
-from dataset.text.loader import ExampleStream, TextDataset
+from dataset.text.loader import ExampleStream, TextCorpus
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
-from evaluators.language import LanguageResult, evaluate_language
+from evaluators.language import evaluate_sources
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype, set_matmul_precision, should_compile
@@ -52,14 +52,16 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
         start = find_start(config, ranks, say)
         config = config.model_copy(update={"run_name": start.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
-        train, test = open_instruct_data(config.dataset, tokenizer, Template())
-        if config.global_batch_size > len(train):
+        data = open_run_data(config, tokenizer, Template())
+        # Slots flow over the ends of short stages: the longest decides whether there is enough.
+        longest = max(stage.per_round for stage in data.curriculum.stages)
+        if config.global_batch_size > longest:
             raise UsageError(
-                f"global_batch_size {config.global_batch_size} is larger than the {len(train)} training rows: lower it, or use "
-                "more data (dataset.subset_size, dataset.test_ratio)"
+                f"global_batch_size {config.global_batch_size} is larger than the {longest} training rows of an epoch: lower it, "
+                "or use more data (dataset.subset_size, dataset.test_ratio)"
             )
         settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": train.data_hash, "tokenizer_sha256": tokenizer.sha256}, say)
+        start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
         if config.load_checkpoint is not None and start.saved is None:
             _begin_with(model, Path(config.load_checkpoint), tokenizer)
@@ -71,18 +73,19 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
         parameters = sum(p.numel() for p in model.parameters())
         processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
         say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {arch.forward_dtype}{processes}")
-        test_rows = len(test) if test is not None else 0
-        say(f"data {config.dataset.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
-        if test is None:
+        for name, source in source_configs(config).items():
+            train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0
+            say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
+        if data.test is None:
             say("dataset.test_ratio is 0: training without evaluation")
         # Threads that read ahead can't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
-        with ExampleStream(train, config.seed, config.epochs, workers, start=start.position) as stream:
-            task = TextTask(config, model, stream, len(train), ranks)
+        with ExampleStream(data.train, data.curriculum, workers, start=start.position) as stream:
+            task = TextTask(config, model, stream, data.curriculum, ranks)
             if config.dry_run:
-                dry_run(config, model, task, train, say)
+                dry_run(config, model, task, data, say)
                 return None
-            saved = Run(config, _InstructJob(config, model, task, tokenizer, train.data_hash, test), start, ranks).train()
+            saved = Run(config, _InstructJob(config, model, task, tokenizer, data.train.data_hash, data.test), start, ranks).train()
         say(f"checkpoint {saved}")
         return saved
 
@@ -103,7 +106,7 @@ class _InstructJob:
     task: TextTask
     tokenizer: Tokenizer
     data_hash: str
-    test_split: TextDataset | None
+    test_split: TextCorpus | None
 
     def evaluate(self, step: int) -> dict[str, Any] | None:
         """Teacher-forced measures of the test split, of which each rank takes a share, and a few answers to look at."""
@@ -111,7 +114,7 @@ class _InstructJob:
         if self.test_split is None:
             return None
         ranks = self.task.ranks
-        result = evaluate_language(
+        report = evaluate_sources(
             self.model,
             self.test_split,
             eos_id=self.tokenizer.eos_id,
@@ -120,9 +123,9 @@ class _InstructJob:
             halt_threshold=config.generation.halt_threshold,
             limit=config.eval_examples,
             part=(ranks.rank, ranks.size),
+            over_ranks=ranks.sum_numbers,
             pad_multiple=config.pad_multiple,
-        )
-        report = LanguageResult.from_totals(ranks.sum_numbers(result.totals())).report()
+        ).report()
         if not ranks.is_first:
             return report
         numbers = {name: value for name, value in report.items() if isinstance(value, float)}
@@ -147,7 +150,7 @@ class _InstructJob:
             trainer=snapshot.trainer,
         )
 
-    def _show_answers(self, split: TextDataset) -> None:
+    def _show_answers(self, split: TextCorpus) -> None:
         config = self.config
         responder = make_responder(self.model, self.tokenizer, Template(), config)
         responder = responder.with_options(max_output_tokens=min(config.answer_limit, _SHOWN_ANSWER_TOKENS))

@@ -1,7 +1,7 @@
 """Slots: which example each row of the batch works on, at which ACT step, and when it leaves. Numbers only, no tensors of a model.
 
 Every example that enters is trained until it halts; a freed slot takes the next example of the run's fixed order. All draws are
-counter-based on (seed, epoch, example), so the assignment doesn't depend on workers, ranks or restarts.
+counter-based on (seed, stage, epoch, example), so the assignment doesn't depend on workers, ranks or restarts.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from config.schema import HaltConfig
+from dataset.text.curriculum import Draw
 from dataset.text.loader import Example
 
-# Separates this module's draws from others that are keyed by the same (seed, epoch, example).
+# Separates this module's draws from others that are keyed by the same (seed, stage, epoch, example).
 _DEPTH_DRAW = 1
 
 
@@ -23,9 +24,11 @@ def depth_distribution(max_steps: int, floor: float, deep: bool = False) -> np.n
     return probabilities
 
 
-def drawn_depth(seed: int, epoch: int, example: int, probabilities: np.ndarray) -> int:
+def drawn_depth(seed: int, draw: Draw, probabilities: np.ndarray) -> int:
     """The depth (from 1) drawn for one pass of one example."""
-    uniform = np.random.Generator(np.random.Philox(key=seed, counter=[0, _DEPTH_DRAW, example, epoch])).random()
+    uniform = np.random.Generator(
+        np.random.Philox(key=seed, counter=[draw.stage, _DEPTH_DRAW, draw.example_id, draw.epoch])
+    ).random()
     passed = int(np.searchsorted(np.cumsum(probabilities), uniform, side="right"))
     return min(passed, len(probabilities) - 1) + 1
 
@@ -36,16 +39,15 @@ class Entry:
 
     slot: int
     """Counted within this rank's part."""
-    epoch: int
-    example_id: int
+    draw: Draw
     example: Example
 
 
 class Examples(Protocol):
     """Where examples come from: `dataset.text.loader.ExampleStream`, in the run's fixed order."""
 
-    def __next__(self) -> tuple[int, int, Example]:
-        """Epoch, id and content of the next example."""
+    def __next__(self) -> tuple[Draw, Example]:
+        """The next example and where in the order it stands."""
 
     def skip(self, count: int) -> None:
         """Pass over the next `count` examples."""
@@ -54,7 +56,8 @@ class Examples(Protocol):
 class Slots:
     """This rank's slots, a contiguous part of the B of all ranks. `refill`, train a step, `advance`, and again while `busy`.
 
-    epoch, example_id, act_step (steps done so far) and depth (drawn at entry) are int64[rows]; active is bool[rows].
+    stage, epoch, example_id (of the draw), act_step (steps done so far) and depth (drawn at entry) are int64[rows]; active is
+    bool[rows].
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Slots:
         self.max_steps = max_steps
         self.admitted = 0
         rows = len(self.part)
+        self.stage = np.zeros(rows, np.int64)
         self.epoch = np.zeros(rows, np.int64)
         self.example_id = np.full(rows, -1, np.int64)
         self.act_step = np.zeros(rows, np.int64)
@@ -103,16 +107,17 @@ class Slots:
         return count
 
     def _enter(self, slot: int) -> Entry:
-        epoch, example_id, example = next(self._stream)
-        self.epoch[slot], self.example_id[slot], self.act_step[slot] = epoch, example_id, 0
+        draw, example = next(self._stream)
+        self.stage[slot], self.epoch[slot], self.example_id[slot] = draw
+        self.act_step[slot] = 0
         if self._halt.mode == "fixed":
             self.depth[slot] = self.max_steps
         else:
             probabilities = self._probabilities[self.admitted >= self._deepen_from]
-            self.depth[slot] = drawn_depth(self._seed, epoch, example_id, probabilities)
+            self.depth[slot] = drawn_depth(self._seed, draw, probabilities)
         self.active[slot] = True
         self.admitted += 1
-        return Entry(slot, epoch, example_id, example)
+        return Entry(slot, draw, example)
 
     def halted(self, settled_share: np.ndarray) -> np.ndarray:
         """Which active rows leave after the step just trained (bool[rows]).

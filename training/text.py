@@ -13,6 +13,7 @@ from torch import Tensor
 
 from artifacts.checkpoint import TrainerState
 from config.schema import PretrainInstructConfig
+from dataset.text.curriculum import Curriculum
 from dataset.text.loader import IGNORE_LABEL_ID, collate
 from models.act import RecursiveModel
 from models.layers import TOKEN_MULTIPLE, TokenRows, tokens_in_rows
@@ -23,7 +24,7 @@ from training.loop import Part
 from training.schedule import learning_rate
 from training.slots import Examples, Slots
 
-_SLOT_ARRAYS = ("epoch", "example_id", "act_step", "depth", "active")
+_SLOT_ARRAYS = ("stage", "epoch", "example_id", "act_step", "depth", "active")
 
 
 @dataclass
@@ -65,14 +66,14 @@ class TextTask:
         config: PretrainInstructConfig,
         model: RecursiveModel,
         stream: Examples,
-        examples_per_epoch: int,
+        curriculum: Curriculum,
         ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.model = model
         self.ranks = ranks or Ranks()
-        self.total = examples_per_epoch * config.epochs
-        self._examples_per_epoch = examples_per_epoch
+        self.total = curriculum.total
+        self._curriculum = curriculum
         arch = config.arch
         part = self.ranks.part(config.global_batch_size)
         self.slots = Slots(config.global_batch_size, stream, arch.halt, arch.halt_max_steps, config.seed, self.total, part)
@@ -95,14 +96,17 @@ class TextTask:
     @property
     def epochs_done(self) -> int:
         """Examples that have halted, in epochs; slots flow over epoch ends, so the last few may be of the next one."""
-        return self.slots.finished // self._examples_per_epoch
+        return self._curriculum.rounds_before(self.slots.finished)
 
     def lr_factor(self) -> float:
         """Share of the peak learning rate at the examples admitted so far."""
-        config = self.config
+        config, admitted, total = self.config, self.slots.admitted, self.total
+        if config.lr_schedule == "stage":
+            stage = self._curriculum.stage_of(admitted - 1)
+            admitted, total = admitted - self._curriculum.begin_of(stage), self._curriculum.stages[stage].total
         return learning_rate(
-            self.slots.admitted,
-            self.total,
+            admitted,
+            total,
             base=1.0,
             min_ratio=config.lr_min_ratio,
             warmup_steps=config.lr_warmup_steps,

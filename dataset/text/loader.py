@@ -1,21 +1,24 @@
-"""Examples of one split, the order they are drawn in, and how some of them become a padded batch.
+"""Examples of one split or several, read in the order of a curriculum, and how some of them become a padded batch.
 
 This file must not know files' row forms, slots or models; it hands out what the token cache holds.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
+from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.files import open_data_file
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
 from dataset.text.sources import parse_row, to_conversation
@@ -33,6 +36,14 @@ class Example:
     supervised: npt.NDArray[np.bool_]
     segment: npt.NDArray[np.int32]
     turn_bytes: int
+
+
+class Examples(Protocol):
+    """Examples by their numbers from 0: a `TextDataset`, a `TextCorpus`, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 class TextDataset:
@@ -96,46 +107,67 @@ class TextDataset:
         return with_default_system(to_conversation(self.row(index)), self.loaded.default_system_prompt)
 
 
-def epoch_permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of one epoch: int64 [n], the same wherever it is computed, keyed by (seed, epoch)."""
-    bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))
-    # Raw bits, because NumPy keeps their stream over versions and not that of Generator.permutation.
-    return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+class TextCorpus:
+    """Splits of several sources under one numbering, those of the first source first. Reads like a `TextDataset`.
+
+    parts: the splits by the sources' names. data_hash: of them all, in order; of a single one, its own.
+    """
+
+    def __init__(self, parts: Mapping[str, TextDataset]) -> None:
+        self.parts = dict(parts)
+        self._splits = list(self.parts.values())
+        self._ends = list(accumulate(map(len, self._splits)))
+        hashes = [split.data_hash for split in self._splits]
+        self.data_hash: str = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        split, index = self._at(index)
+        return split[index]
+
+    def _at(self, index: int) -> tuple[TextDataset, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        return self._splits[number], index - (self._ends[number - 1] if number else 0)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """See `TextDataset.row`."""
+        split, index = self._at(index)
+        return split.row(index)
+
+    def conversation(self, index: int) -> Conversation:
+        """See `TextDataset.conversation`."""
+        split, index = self._at(index)
+        return split.conversation(index)
 
 
 class ExampleStream:
-    """Iterates (epoch, example id, Example) over `epochs` permutations, one after the other.
+    """Iterates (draw, Example) in the order of a curriculum.
 
     workers: background threads that read ahead; 0 reads inline. The order is the same either way.
     start: examples to leave out, so a stream goes on where another one's `position` stood.
     position: examples handed out so far, `start` included. Use as a context manager, or `close` it.
     """
 
-    def __init__(self, dataset: TextDataset, seed: int, epochs: int, workers: int, start: int = 0) -> None:
+    def __init__(self, dataset: Examples, curriculum: Curriculum, workers: int, start: int = 0) -> None:
         if workers < 0:
             raise UsageError(f"dataloader_workers: expected 0 or more, found {workers}")
-        self.total = len(dataset) * epochs
+        self.total = curriculum.total
         if not 0 <= start <= self.total:
             raise UsageError(
-                f"a stream of {self.total} examples ({len(dataset)} x {epochs} epochs) can't start at {start}; "
-                "has the data or the number of epochs changed?"
+                f"a stream of {self.total} examples can't start at {start}; have the data, the epochs or the stages changed?"
             )
+        if len(dataset) != sum(curriculum.sizes):
+            raise ValueError(f"a curriculum over {sum(curriculum.sizes)} rows doesn't fit {len(dataset)} examples")
         self.position = start
         self._dataset = dataset
-        self._seed = seed
-        self._order = self._draw(start)
+        self._order = curriculum.draws(start)
         self._pool = ThreadPoolExecutor(workers, "example-reader") if workers else None
         self._read_ahead = workers * _READ_AHEAD_PER_WORKER
-        self._pending: deque[tuple[int, int, Future[Example]]] = deque()
-
-    def _draw(self, start: int) -> Iterator[tuple[int, int]]:
-        size = len(self._dataset)
-        if size == 0:
-            return
-        for epoch in range(start // size, self.total // size):
-            skipped = max(0, start - epoch * size)
-            for example_id in epoch_permutation(size, self._seed, epoch)[skipped:]:
-                yield epoch, int(example_id)
+        self._pending: deque[tuple[Draw, Future[Example]]] = deque()
 
     def __len__(self) -> int:
         """Examples still to come."""
@@ -144,7 +176,7 @@ class ExampleStream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> tuple[int, int, Example]:
+    def __next__(self) -> tuple[Draw, Example]:
         try:
             item = self._next_inline() if self._pool is None else self._next_read_ahead(self._pool)
         except BaseException:  # the end of the stream too: its threads have nothing left to do
@@ -153,20 +185,20 @@ class ExampleStream:
         self.position += 1
         return item
 
-    def _next_inline(self) -> tuple[int, int, Example]:
-        epoch, example_id = next(self._order)
-        return epoch, example_id, self._dataset[example_id]
+    def _next_inline(self) -> tuple[Draw, Example]:
+        draw = next(self._order)
+        return draw, self._dataset[draw.example_id]
 
-    def _next_read_ahead(self, pool: ThreadPoolExecutor) -> tuple[int, int, Example]:
+    def _next_read_ahead(self, pool: ThreadPoolExecutor) -> tuple[Draw, Example]:
         while len(self._pending) < self._read_ahead:
-            drawn = next(self._order, None)
-            if drawn is None:
+            draw = next(self._order, None)
+            if draw is None:
                 break
-            self._pending.append((*drawn, pool.submit(self._dataset.__getitem__, drawn[1])))
+            self._pending.append((draw, pool.submit(self._dataset.__getitem__, draw.example_id)))
         if not self._pending:
             raise StopIteration
-        epoch, example_id, future = self._pending.popleft()
-        return epoch, example_id, future.result()
+        draw, future = self._pending.popleft()
+        return draw, future.result()
 
     def skip(self, count: int) -> None:
         """Pass over the next `count` examples without reading them, as a rank does with those that other ranks take.
@@ -178,7 +210,7 @@ class ExampleStream:
             raise ValueError(f"can't pass over {count} of {len(self)} examples")
         for _ in range(count):
             if self._pending:
-                self._pending.popleft()[2].cancel()
+                self._pending.popleft()[1].cancel()
             else:
                 next(self._order)
         self.position += count

@@ -1,0 +1,166 @@
+"""The order of a run's examples: stages one after the other, each a mix of sources. Numbers only; must not know files or tokens.
+
+The n-th example is a function of n, the seed, the stages and the sources' sizes, so a run that goes on needs n alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from config.errors import UsageError
+from config.schema import StageConfig
+
+# Which of the draws that share (seed, round, stage): the order of a source's rows, or which source comes when.
+_ORDER_OF_ROWS, _ORDER_OF_SOURCES = 0, 1
+_DRAWS_AT_ONCE = 4096
+
+
+class Draw(NamedTuple):
+    """One example of the order. No two draws of a run are equal."""
+
+    stage: int
+    epoch: int
+    """Which pass over its source, counted within the stage."""
+    example_id: int
+    """Row in all sources, one behind the other."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`rounds` times quotas[s] examples of each source s, in an order of their own each time."""
+
+    rounds: int
+    quotas: tuple[int, ...]
+
+    @property
+    def per_round(self) -> int:
+        """Examples of a round."""
+        return sum(self.quotas)
+
+    @property
+    def total(self) -> int:
+        """Examples of the stage."""
+        return self.rounds * self.per_round
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a run is trained on, in order. sizes: rows of each source.
+
+    In a stage, a source's rows come in one permutation after the other, keyed by (seed, stage, source, pass): none comes twice
+    before all have come once. Where several sources meet, a further permutation says which of them is next.
+    """
+
+    seed: int
+    sizes: tuple[int, ...]
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of_epochs(cls, rows: int, seed: int, epochs: int) -> "Curriculum":
+        """Passes over one source."""
+        return cls(seed, (rows,), (Stage(epochs, (rows,)),))
+
+    @classmethod
+    def of_stages(cls, stages: Sequence[StageConfig], sizes: Mapping[str, int], seed: int) -> "Curriculum":
+        """What `stages` ask of sources of these sizes, by name. Raises `UsageError` for a stage without an example."""
+        return cls(seed, tuple(sizes.values()), tuple(_stage(number, stage, sizes) for number, stage in enumerate(stages)))
+
+    @property
+    def total(self) -> int:
+        """Examples of the run."""
+        return sum(stage.total for stage in self.stages)
+
+    def stage_of(self, position: int) -> int:
+        """The stage of example number `position`, from 0; of the end of the run, the last."""
+        ends = accumulate(stage.total for stage in self.stages)
+        return next((number for number, end in enumerate(ends) if position < end), len(self.stages) - 1)
+
+    def begin_of(self, stage: int) -> int:
+        """Examples before a stage."""
+        return sum(earlier.total for earlier in self.stages[:stage])
+
+    def rounds_before(self, position: int) -> int:
+        """Rounds, of all stages, that lie wholly in the first `position` examples: the epochs that evaluation counts."""
+        rounds = 0
+        for stage in self.stages:
+            if position < stage.total:
+                return rounds + position // stage.per_round
+            rounds, position = rounds + stage.rounds, position - stage.total
+        return rounds
+
+    def draws(self, start: int = 0) -> Iterator[Draw]:
+        """The order from example number `start` on."""
+        begin = 0
+        for number, stage in enumerate(self.stages):
+            first = min(stage.rounds, max(0, start - begin) // stage.per_round) if stage.per_round else stage.rounds
+            for taken in range(first, stage.rounds):
+                epochs, ids = self._round(number, taken)
+                # A part at a time: Python's integers for all of millions of rows would take more room than the rows' order itself.
+                for at in range(max(0, start - begin - taken * stage.per_round), stage.per_round, _DRAWS_AT_ONCE):
+                    part = slice(at, at + _DRAWS_AT_ONCE)
+                    for epoch, example_id in zip(epochs[part].tolist(), ids[part].tolist(), strict=True):
+                        yield Draw(number, epoch, example_id)
+            begin += stage.total
+
+    def _round(self, number: int, taken: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Epoch and example id of each example of a stage's round."""
+        stage = self.stages[number]
+        drawn = [self._rows(number, source, taken * quota, quota) for source, quota in enumerate(stage.quotas)]
+        epochs, ids = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+        if np.count_nonzero(stage.quotas) < 2:
+            return epochs, ids
+        # Which source comes when is drawn; of each source, the next row comes.
+        order = np.repeat(np.arange(len(stage.quotas)), stage.quotas)
+        order = order[permutation(len(order), self.seed, taken, stage=number, kind=_ORDER_OF_SOURCES)]
+        place = np.empty(len(order), np.int64)
+        place[np.argsort(order, kind="stable")] = np.arange(len(order))
+        return epochs[place], ids[place]
+
+    def _rows(self, stage: int, source: int, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Epoch and example id of the `count` examples of one source that come after its first `first` in a stage."""
+        size = self.sizes[source]
+        numbers = np.arange(first, first + count)
+        epochs = numbers // max(1, size)
+        begin = sum(self.sizes[:source])
+        ids = [
+            begin + permutation(size, self.seed, epoch, stage=stage, source=source)[numbers[epochs == epoch] % size]
+            for epoch in np.unique(epochs).tolist()
+        ]
+        return epochs, np.concatenate(ids) if ids else numbers
+
+
+def permutation(
+    n: int, seed: int, epoch: int, *, stage: int = 0, source: int = 0, kind: int = _ORDER_OF_ROWS
+) -> npt.NDArray[np.int64]:
+    """An order of n things, int64 [n], the same wherever it is computed, keyed by all that it is given."""
+    bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64), counter=np.array([0, kind, source, stage], np.uint64))
+    # Raw bits, because NumPy keeps their stream over versions and not that of Generator.permutation.
+    return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+
+
+def _stage(number: int, stage: StageConfig, sizes: Mapping[str, int]) -> Stage:
+    # Shares as they are written: a binary 0.1 would ask for one row more than 0.1 does.
+    weights = {name: Fraction(sizes[name]) if weight is None else Fraction(str(weight)) for name, weight in stage.mix.items()}
+    shares = [weights.get(name, Fraction(0)) / sum(weights.values()) for name in sizes]
+    if stage.examples is not None:
+        rounds, wanted = 1, stage.examples
+    else:
+        # As many as it takes for the source that is gone through most slowly.
+        rounds = stage.epochs or 1
+        wanted = max(-(-size // share) for size, share in zip(sizes.values(), shares, strict=True) if share)
+    # Largest remainders: whole examples of each source, as near to the shares as can be.
+    quotas = [int(share * wanted) for share in shares]
+    rest = sorted(range(len(quotas)), key=lambda source: quotas[source] - shares[source] * wanted)
+    for source in rest[: wanted - sum(quotas)]:
+        quotas[source] += 1
+    missing = [name for name, quota in zip(sizes, quotas, strict=True) if name in stage.mix and quota == 0]
+    if missing:
+        raise UsageError(
+            f"stages[{number}]: {wanted} examples leave none for {', '.join(missing)}: raise its examples, or the weight in its mix"
+        )
+    return Stage(rounds, tuple(quotas))
