@@ -31,7 +31,7 @@ import training.text
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
 from benchmarks.naive import NaiveTRM, stablemax_cross_entropy, train_step
 from config.schema import PretrainInstructConfig
-from dataset.text.curriculum import Curriculum
+from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example, collate
 from models.act import RecursiveModel
 from models.device import keep_freed_memory

@@ -6,9 +6,9 @@ this one; a value that is wrong, or a key that does not exist, is a `UsageError`
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from config.errors import UsageError
 
@@ -248,6 +248,10 @@ class GenerationConfig(_Section):
     """Most memory for keys and values, in GB (10^9 bytes); answers wait for room."""
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads a bare off as false
+
+
 class CheckpointConfig(_Section):
     """When a run is saved beside its evaluations, and which of its checkpoints are kept."""
 
@@ -357,6 +361,8 @@ class PretrainInstructConfig(TrainingConfig):
     """Background threads that read rows ahead of the training loop; 0 reads in the loop, as several ranks always do."""
     pad_multiple: PositiveInt
     """Row lengths are padded to a multiple of this for attention (few distinct shapes help compiled code)."""
+    packing: Annotated[Literal["off", "bucketed", "packed"], BeforeValidator(_off)]
+    """Attention rows in training: one conversation each, as wide as the longest; in groups of like length; or several to a row."""
 
     @property
     def depth(self) -> int:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from config.errors import UsageError
+from dataset.text.packing import tokens_in_rows
 from generation.sampling import GREEDY, Sampler, Sampling
 from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
-from models.layers import Mask, Rotary, TokenRows, tokens_in_rows
+from models.layers import Mask, Rotary, TokenRows
 from models.losses import argmax
 from models.recursive_reasoning.base import States
 

@@ -19,7 +19,7 @@ from config.errors import UsageError
 from config.schema import ArchConfig
 from models.cache import Lanes, StepLanes
 from models.initialization import truncated_normal_
-from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, attention_mask, rotary_table
+from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, TokenRows, attention_mask, rotary_table
 from models.recursive_reasoning import build_recursion
 from models.recursive_reasoning.base import States
 from models.sparse_embedding import SparseEmbedding
@@ -66,6 +66,7 @@ class RecursiveModel(nn.Module):
         positions = None if seq_len is None else self.prefix_len + seq_len
         self.vocab_size = vocab_size
         self.dtype = DTYPES[config.forward_dtype]
+        self._is_compiled = False
         self.recursion = build_recursion(config)
         self.level_calls = self.recursion.calls
         self.grad_calls = config.grad_calls or self.recursion.default_grad_calls
@@ -145,6 +146,24 @@ class RecursiveModel(nn.Module):
     def mask(self, segments_BT: Tensor) -> Mask:
         """The attention mask of the configured kind for whole rows with these prompt segments (0: assistant text, padding)."""
         return attention_mask(self.config.attention, segments_BT, segments_BT.shape[1])
+
+    def mask_in_rows(self, groups: Sequence[TokenRows], segments_N: Tensor, documents_N: Tensor | None = None) -> Mask:
+        """The mask for tokens without padding that stand in `groups` of rows, those of the first group first.
+
+        segments_N: prompt segments, as for `mask`. documents_N: numbers from 0, where several documents share a row.
+        """
+        sizes = [len(group.index_N) for group in groups]
+        # Uncompiled, FlexAttention makes all scores; a CPU has no backward pass of it.
+        in_blocks = self._is_compiled and self.device.type == "cuda"
+        masks = []
+        for number, (group, segments) in enumerate(zip(groups, segments_N.split(sizes), strict=True)):
+            documents_BT = None
+            if documents_N is not None:
+                documents_BT = group.lay_out(documents_N.split(sizes)[number] + 1)  # 0: where no document stands
+            segments_BT = group.lay_out(segments)
+            mask = attention_mask(self.config.attention, segments_BT, group.positions, documents_BT, in_blocks)
+            masks.append(mask._replace(token_rows=group))
+        return masks[0] if len(masks) == 1 else Mask(groups=tuple(masks))
 
     def act_step(
         self, states: States, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, lanes: StepLanes | None = None
@@ -256,6 +275,7 @@ class RecursiveModel(nn.Module):
 
     def compile_levels(self) -> None:
         """torch.compile each level's stack in place (state-dict names stay)."""
+        self._is_compiled = True
         for name in self.recursion.levels:
             self.get_submodule(name).compile(dynamic=True)
 

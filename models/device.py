@@ -8,6 +8,7 @@ import shutil
 import sys
 from typing import Literal
 
+import numpy as np
 import torch
 
 from config.errors import UsageError
@@ -75,6 +76,12 @@ def memory_in_all(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host array as a tensor on `device`; to a GPU it goes from pinned memory, while the host goes on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def keep_freed_memory() -> None:

@@ -5,9 +5,8 @@ Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head, 
 are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the tokens of all rows; "..." stands for either.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,47 +60,65 @@ class TokenRows(NamedTuple):
         return x.flatten(0, 1).index_select(0, self.index_N)
 
 
-def tokens_in_rows(lengths_B: np.ndarray, multiple: int = 1, token_multiple: int = TOKEN_MULTIPLE) -> tuple[np.ndarray, int]:
-    """The `index_N` of right-padded rows of these lengths, ascending, and their positions, a multiple of `multiple`.
-
-    Some padding positions count as tokens, so that N is a multiple of `token_multiple`; for their sake rows may be up to that much
-    wider than the longest one.
-    """
-    real = int(lengths_B.sum())
-    rounded = -(-real // token_multiple) * token_multiple
-    positions = max(int(lengths_B.max()), -(-rounded // len(lengths_B)))
-    positions = -(-positions // multiple) * multiple
-    is_token = (np.arange(positions) < lengths_B[:, None]).ravel()
-    is_token[np.flatnonzero(~is_token)[: rounded - real]] = True
-    return np.flatnonzero(is_token), positions
-
-
 class Mask(NamedTuple):
     """What a position may see: `visible` (bool, [B, 1, T, S] or None for all) or, without a dense mask, the past only.
 
-    With `token_rows`, activations come without padding and are laid out in rows for the attention alone.
+    With `token_rows`, activations come without padding and are laid out in rows for the attention alone. With `groups`, they are so
+    in rows of several widths: each group's tokens follow those of the one before, and has its own mask.
     """
 
     visible: Tensor | None = None
     is_causal: bool = False
     token_rows: TokenRows | None = None
+    blocks: Any = None
+    """A FlexAttention BlockMask in place of `visible`."""
+    groups: tuple["Mask", ...] = ()
 
 
-def attention_mask(kind: str, segments_BT: Tensor | None, positions: int) -> Mask:
+def attention_mask(
+    kind: str, segments_BT: Tensor | None, positions: int, documents_BT: Tensor | None = None, in_blocks: bool = False
+) -> Mask:
     """The mask of `kind` over `positions` input positions of right-padded rows.
 
     full: no restriction. causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, that is
     `segments_BT` equal and not 0. Padding stands at the end, so no real position sees it; its segment is 0.
+    With `documents_BT`, besides, only what has the same document number is seen (padding too sees padding, because a softmax over
+    nothing would be NaN). in_blocks: such a mask for FlexAttention, which skips what lies between documents.
     """
-    if kind == "full":
-        return Mask()
-    if kind == "causal":
-        return Mask(is_causal=True)
-    if kind != "prefix" or segments_BT is None:
+    if kind not in ("full", "causal", "prefix") or (kind == "prefix" and segments_BT is None):
         raise ValueError(f"attention {kind!r}: expected full, causal, or prefix with segments")
-    past_TT = torch.ones(positions, positions, dtype=torch.bool, device=segments_BT.device).tril()
-    same_BTT = (segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)) & (segments_BT != 0).unsqueeze(2)
-    return Mask(visible=(past_TT | same_BTT).unsqueeze(1))
+    if documents_BT is None and kind != "prefix":
+        return Mask(is_causal=kind == "causal")
+    if documents_BT is not None and in_blocks:
+        return Mask(blocks=_document_blocks(kind, segments_BT, documents_BT))
+    visible_BTT: Tensor | None = None
+    if kind != "full":
+        device = (documents_BT if segments_BT is None else segments_BT).device  # type: ignore[union-attr]
+        visible_BTT = torch.ones(1, positions, positions, dtype=torch.bool, device=device).tril()
+    if kind == "prefix":
+        assert segments_BT is not None and visible_BTT is not None
+        visible_BTT = visible_BTT | ((segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)) & (segments_BT != 0).unsqueeze(2))
+    if documents_BT is not None:
+        same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
+        visible_BTT = same_BTT if visible_BTT is None else visible_BTT & same_BTT
+    assert visible_BTT is not None
+    return Mask(visible=visible_BTT.unsqueeze(1))
+
+
+def _document_blocks(kind: str, segments_BT: Tensor | None, documents_BT: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        is_same: Tensor = documents_BT[b, i] == documents_BT[b, j]
+        if kind == "causal":
+            return is_same & (j <= i)
+        if kind == "prefix":
+            assert segments_BT is not None
+            return is_same & ((j <= i) | ((segments_BT[b, i] == segments_BT[b, j]) & (segments_BT[b, i] != 0)))
+        return is_same
+
+    rows, positions = documents_BT.shape
+    return create_block_mask(sees, rows, None, positions, positions, device=str(documents_BT.device))
 
 
 class Lane(Protocol):
@@ -113,6 +130,11 @@ class Lane(Protocol):
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor:
     """Scaled dot-product attention [B, H, T, K]."""
+    if mask.blocks is not None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        blockwise: Tensor = flex_attention(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks)
+        return blockwise
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal)
 
 
@@ -174,15 +196,24 @@ class Attention(nn.Module):
         if qk.requires_grad and qk.dtype == torch.bfloat16 and qk.device.type == "cpu":
             # torch's CPU kernel is many times slower backwards in bfloat16 than in float32.
             qk, v = qk.float(), v.float()
+        if mask.groups:
+            sizes = [len(group.token_rows.index_N) for group in mask.groups if group.token_rows is not None]
+            parts = zip(qk.split(sizes), v.split(sizes), mask.groups, strict=True)
+            y = torch.cat([self._attend_in_rows(*part, lane) for part in parts])
+        else:
+            y = self._attend_in_rows(qk, v, mask, lane)
+        result: Tensor = self.o_proj(y.to(x.dtype))
+        return result
+
+    @staticmethod
+    def _attend_in_rows(qk: Tensor, v: Tensor, mask: Mask, lane: Lane | None) -> Tensor:
+        """qk [..., 2, H, K], v [..., H, K] -> [..., D]"""
         if mask.token_rows is not None:
             qk, v = mask.token_rows.lay_out(qk), mask.token_rows.lay_out(v)
         q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
         y_BHTK = (attend if lane is None else lane.attend)(q_BHTK, k_BHTK, v_BHTK, mask)
         y = y_BHTK.transpose(1, 2).flatten(2)
-        if mask.token_rows is not None:
-            y = mask.token_rows.gather(y)
-        result: Tensor = self.o_proj(y.to(x.dtype))
-        return result
+        return y if mask.token_rows is None else mask.token_rows.gather(y)
 
 
 class SwiGLU(nn.Module):

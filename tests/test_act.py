@@ -1,15 +1,21 @@
 """The ACT wrapper: what sees what, initial weights, number formats. Per-token halting: test_language.py and test_engine.py."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
+from dataset.text.loader import Example, collate
+from dataset.text.packing import Packing, lay_out
 from models.act import RecursiveModel
 from models.device import should_compile
+from models.layers import TokenRows
+from models.losses import log_probs
 
 ModelFactory = Callable[..., RecursiveModel]
 VOCABULARY = 13
@@ -224,3 +230,47 @@ def test_tied_heads_are_one_tensor(tiny_model: ModelFactory) -> None:
     assert tied.lm_head.weight is tied.embed_tokens.embedding_weight
     count = {model: sum(p.numel() for p in model.parameters()) for model in (tied, untied)}
     assert count[untied] - count[tied] == VOCABULARY * 16
+
+
+@torch.no_grad()
+def losses_in_rows(model: RecursiveModel, rows: Sequence[Example], packing: Packing, steps: int) -> list[torch.Tensor]:
+    """Nats of each document's labels after the last of `steps` ACT steps, all documents side by side."""
+    layout = lay_out(np.array([len(row.ids) - 1 for row in rows]), packing, multiple=4, token_multiple=8)
+    batch = collate(rows, pad_id=0, length_multiple=4)
+    room = ((0, 0), (0, layout.width - batch["inputs"].shape[1]))
+    inputs_N, labels_N, segments_N = (
+        torch.from_numpy(np.pad(batch[name], room).ravel()[layout.place_N]).long() for name in ("inputs", "labels", "segment")
+    )
+    groups = [TokenRows(torch.from_numpy(group.index_N), *group[1:]) for group in layout.groups]
+    documents_N = torch.from_numpy(layout.document_N)
+    mask = model.mask_in_rows(groups, segments_N, documents_N if packing == "packed" else None)
+    states, x, rotary = (
+        model.initial_states(len(inputs_N)),
+        model.embed(inputs_N),
+        model.rotary(torch.from_numpy(layout.position_N)),
+    )
+    for _ in range(steps):
+        states, output = model.act_step(states, x, rotary, mask)
+    nll_N = -log_probs(model.logits(output), model.config.loss).gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return [nll_N[(documents_N == document) & (labels_N >= 0)] for document in range(len(rows))]
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("packing", get_args(Packing))
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_a_documents_losses_do_not_depend_on_what_it_is_packed_with(
+    tiny_model: ModelFactory,
+    random_examples: Callable[..., list[Example]],
+    attention: str,
+    packing: Packing,
+    dtype: str,
+    tolerance: float,
+) -> None:
+    model = tiny_model(f"arch.attention={attention}", f"arch.forward_dtype={dtype}")
+    rows = random_examples(9, vocab_size=VOCABULARY, longest=24)
+    alone = [losses_in_rows(model, [row], "off", 2)[0] for row in rows]
+    for company in (rows, rows[::-1], rows[:3], [rows[0]] * 5):
+        for row, got in zip(company, losses_in_rows(model, company, packing, 2), strict=True):
+            expected = next(losses for other, losses in zip(rows, alone, strict=True) if other is row)
+            assert len(got) == row.supervised[1:].sum() > 0
+            torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)

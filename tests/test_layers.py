@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,11 @@ from models.layers import (
     Mask,
     SwiGLU,
     TokenRows,
+    attend,
     attention_mask,
     rms_norm,
     rotary_table,
     rotate,
-    tokens_in_rows,
 )
 
 
@@ -161,14 +160,43 @@ def test_embedding_looks_up_in_float32_and_casts() -> None:
     assert rows.shape == (1, 2, 64) and torch.equal(rows[0, 0], table.embedding_weight[4].bfloat16())
 
 
+def packed_mask(kind: str, documents: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    mask = attention_mask(kind, segments, documents.shape[1], documents)
+    assert mask.visible is not None and not mask.is_causal
+    return mask.visible[:, 0]
+
+
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    multiple=st.sampled_from([1, 8]),
-    token_multiple=st.sampled_from([1, 8, 64]),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=7), st.sampled_from(["full", "causal", "prefix"])
 )
-def test_tokens_in_rows_are_all_tokens_and_a_little_padding(lengths: list[int], multiple: int, token_multiple: int) -> None:
-    index, positions = tokens_in_rows(np.array(lengths), multiple, token_multiple)
-    assert positions % multiple == 0 and max(lengths) <= positions < max(lengths) + token_multiple + multiple
-    assert len(index) % token_multiple == 0 and len(index) < sum(lengths) + token_multiple
-    assert index.tolist() == sorted(set(index.tolist())) and index[-1] < len(lengths) * positions
-    assert {row * positions + t for row, length in enumerate(lengths) for t in range(length)} <= set(index.tolist())
+def test_no_document_sees_another(tokens: list[tuple[int, int]], kind: str) -> None:
+    documents, segments = (torch.tensor([column]) for column in zip(*tokens, strict=True))
+    alone = attention_mask(kind, segments, len(tokens))
+    for i, (document, segment) in enumerate(tokens):
+        for j, (other, other_segment) in enumerate(tokens):
+            allowed = {"full": True, "causal": j <= i, "prefix": j <= i or segment == other_segment != 0}[kind]
+            assert bool(packed_mask(kind, documents, segments)[0, i, j]) == (allowed and document == other)
+    one_document = packed_mask(kind, torch.ones_like(documents), segments)
+    if alone.visible is not None:
+        assert torch.equal(one_document, alone.visible[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_flex_attention_equals_the_dense_mask(kind: str, device: str) -> None:
+    """On a CPU without gradients, which FlexAttention has on CUDA only."""
+    B, T = 2, 150
+    documents = torch.tensor([[1] * 40 + [2] * 70 + [0] * 40, [1] * 149 + [2]], device=device)
+    segments = (torch.arange(T, device=device) // 13 % 3).expand(B, T)
+    q, k, v = (random(B, 2, T, 16, seed=seed).float().to(device).requires_grad_(device == "cuda") for seed in range(3))
+    blocks = attention_mask(kind, segments, T, documents, in_blocks=True)
+    assert blocks.visible is None and blocks.blocks is not None
+    dense = attention_mask(kind, segments, T, documents)
+    results = [attend(q, k, v, mask) for mask in (blocks, dense)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+    if device == "cuda":
+        gradients = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in results]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)

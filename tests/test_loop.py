@@ -318,11 +318,11 @@ def test_no_example_is_lost_with_long_and_short_halts(
     assert trainer.task.slots.finished == trainer.task.total == 512
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("workers", "packing"), [(0, "off"), (1, "bucketed"), (3, "packed")])
 def test_every_example_is_trained_once_an_epoch_across_a_restart(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, workers: int
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, workers: int, packing: str
 ) -> None:
-    config = tiny_config("epochs=2", f"dataloader_workers={workers}", "arch.halt.depth_floor=0.25")
+    config = tiny_config("epochs=2", f"dataloader_workers={workers}", f"packing={packing}", "arch.halt.depth_floor=0.25")
     examples, halted = random_examples(30), Counter()
 
     def counted(trainer: Trainer, steps: int | None) -> None:
@@ -368,7 +368,7 @@ def test_a_curriculum_killed_in_its_second_stage_goes_on_bit_for_bit(
     tiny_config: ConfigFactory, random_examples: ExampleFactory
 ) -> None:
     curriculum = Curriculum(0, (12, 9), (Stage(1, (12, 0)), Stage(1, (6, 18))))
-    config, examples = tiny_config("lr=1e-3", "lr_schedule=stage"), random_examples(21)
+    config, examples = tiny_config("lr=1e-3", "lr_schedule=stage", "packing=packed"), random_examples(21)
     whole = staged(config, examples, curriculum)
     run(whole)
     killed = staged(config, examples, curriculum)
@@ -408,13 +408,14 @@ def test_the_learning_rate_follows_admitted_examples(tiny_config: ConfigFactory,
 
 @pytest.mark.parametrize("mode", ["fixed", "sampled"])
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
-def test_workers_and_padding_change_no_weight(
+def test_workers_padding_and_packing_change_no_weight(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, mode: str, attention: str
 ) -> None:
     examples, reference = random_examples(60, longest=14), None
-    for pad, workers in ((8, 0), (1, 0), (5, 1), (32, 3)):
+    for pad, workers, packing in ((8, 0, "off"), (1, 0, "bucketed"), (5, 1, "packed"), (32, 3, "packed")):
         config = tiny_config(
             f"pad_multiple={pad}",
+            f"packing={packing}",
             f"dataloader_workers={workers}",
             f"arch.attention={attention}",
             f"arch.halt.mode={mode}",

@@ -71,6 +71,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
         ("lr", float("nan")),
         ("lr", float("inf")),
         ("dataloader_workers", -1),
+        ("packing", "tight"),
         ("lr_schedule", "epoch"),
         ("generation.halt_threshold", 1.0),
         ("device", "tpu"),
@@ -187,6 +188,10 @@ def test_stages_leave_no_epochs_and_no_other_split(values: dict[str, Any]) -> No
         parse_config(with_stages({**values, "epochs": 2}, stage, a="slimorca"))
     with pytest.raises(UsageError, match="its builder made its split"):
         parse_config(with_stages(values, stage, a="sample"))
+
+
+def test_packing_may_be_written_as_yaml_reads_it(values: dict[str, Any]) -> None:
+    assert parse_config({**values, "packing": False}).packing == parse_config({**values, "packing": "off"}).packing == "off"
 
 
 def test_a_config_cannot_be_changed_behind_its_check(tiny_config: ConfigFactory) -> None:

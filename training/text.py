@@ -15,8 +15,10 @@ from artifacts.checkpoint import TrainerState
 from config.schema import PretrainInstructConfig
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import IGNORE_LABEL_ID, collate
+from dataset.text.packing import lay_out
 from models.act import RecursiveModel
-from models.layers import TOKEN_MULTIPLE, TokenRows, tokens_in_rows
+from models.device import on_device
+from models.layers import TOKEN_MULTIPLE, TokenRows
 from models.losses import token_loss
 from models.recursive_reasoning.base import States
 from training.distributed import Ranks
@@ -59,7 +61,7 @@ class TextTask:
 
     unit = "ex"
     loss_name = "loss_per_token"
-    sum_names = ("supervised", "tokens", "nll", "halt_bce", "correct")
+    sum_names = ("supervised", "tokens", "attended", "nll", "halt_bce", "correct")
 
     def __init__(
         self,
@@ -114,13 +116,14 @@ class TextTask:
         )
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Nats and accuracy per supervised token."""
+        """Nats and accuracy per supervised token; of the positions that attention computed, the share that was padding."""
         tokens = max(1, int(sums["supervised"]))
         return {
             "loss_per_token": sums["nll"] / tokens,
             "halt_loss_per_token": sums["halt_bce"] / tokens,
             "token_accuracy": sums["correct"] / tokens,
             "supervised_tokens": tokens,
+            "attention_padding": 1 - sums["tokens"] / sums["attended"],
         }
 
     def warnings(self) -> list[str]:
@@ -189,7 +192,7 @@ class TextTask:
             (carry.segments_BT, "segment", 0),
         ):
             target[slots, width:] = fill
-            target[slots, :width] = torch.from_numpy(batch[name].astype(np.int64)).to(target.device)
+            target[slots, :width] = on_device(batch[name].astype(np.int64), target.device)
         carry.previous_argmax_BT[slots] = -1
         for state, initial in zip(carry.states, self.model.initial_states(len(entries), self._positions), strict=True):
             state[slots] = initial
@@ -234,22 +237,26 @@ class TextTask:
         """One ACT step of the rows in the slots `working`; writes their shares of settled tokens."""
         model, carry = self.model, self.carry
         arch = self.config.arch
-        index_M, width = tokens_in_rows(carry.lengths[working], self.config.pad_multiple)
-        token_rows = TokenRows(torch.from_numpy(index_M).to(model.device), len(working), width)
+        layout = lay_out(carry.lengths[working], self.config.packing, self.config.pad_multiple, TOKEN_MULTIPLE)
+        index_M, width = layout.place_N, layout.width
+        # The same tokens stand twice in rows: one conversation each in the carry, and as attention has them.
+        token_rows = TokenRows(on_device(index_M, model.device), len(working), width)
+        attention_rows = [TokenRows(on_device(group.index_N, model.device), *group[1:]) for group in layout.groups]
+        documents_M = on_device(layout.document_N, model.device) if self.config.packing == "packed" else None
         # While every slot works, views do; only the end of the run, when slots drain, copies rows.
         first, last = int(working[0]), int(working[-1])
         full = len(working) == last + 1 - first
-        index_R = slice(first, last + 1) if full else torch.from_numpy(working).to(model.device)
+        index_R = slice(first, last + 1) if full else on_device(working, model.device)
         labels_M = token_rows.gather(carry.labels_BT[index_R, :width])
         is_supervised_M = carry.supervised_BT[working, :width].ravel()[index_M]
-        supervised_N = torch.from_numpy(np.flatnonzero(is_supervised_M)).to(model.device)
+        supervised_N = on_device(np.flatnonzero(is_supervised_M), model.device)
         labels_N = labels_M[supervised_N]
 
         states, output_MD = model.act_step(
             tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
             model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
-            model.rotary(token_rows.index_N % width),
-            model.mask(carry.segments_BT[index_R, :width])._replace(token_rows=token_rows),
+            model.rotary(on_device(layout.position_N, model.device)),
+            model.mask_in_rows(attention_rows, token_rows.gather(carry.segments_BT[index_R, :width]), documents_M),
         )
         output_ND = output_MD[supervised_N]
         halt_logits_N = model.halt_logits(output_MD if arch.halt.backprop else output_MD.detach())[supervised_N, 0]
@@ -274,6 +281,7 @@ class TextTask:
             sums={
                 "supervised": len(labels_N),
                 "tokens": int(carry.lengths[working].sum()),
+                "attended": layout.attended,
                 "nll": loss.nll_N.sum(),
                 "halt_bce": loss.halt_bce_N.sum(),
                 "correct": (loss.argmax_N == labels_N).sum(),
