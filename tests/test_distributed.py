@@ -88,6 +88,15 @@ def test_a_rank_that_dies_ends_the_others(run_config: RunConfig, tmp_path: Path)
         assert "rank 0 has lost another rank" in first.text and "resume=auto" in first.text and "Traceback" not in first.text
 
 
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(run_config: RunConfig, tmp_path: Path) -> None:
+    first, second = start_ranks(run_config(tmp_path, *EXACT, "epochs=1000", "dist_timeout_minutes=0.2"), 2, tmp_path)
+    with first, second:
+        assert second.wait_for("training"), second.text
+        second.send(signal.SIGSTOP)
+        assert first.end(60) == 2
+        assert "rank 0 has lost another rank" in first.text
+
+
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(run_config: RunConfig, tmp_path: Path) -> None:
     children = start_ranks(run_config(tmp_path, *EXACT, "epochs=1000", "checkpoint.every_steps=null"), 2, tmp_path)
     with children[0], children[1]:

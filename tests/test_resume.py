@@ -1,5 +1,6 @@
 """A run goes on from where it was, exactly, whatever ended it; and where it can't, it says so instead of beginning again."""
 
+import itertools
 import json
 import os
 import pickle
@@ -278,8 +279,15 @@ def kill_and_go_on(config: PretrainInstructConfig, out: Path, moments: Iterator[
     return phases
 
 
-def while_saving(seconds: float) -> Callable[[Child], object]:
-    return lambda child: child.wait_for("saving") and time.sleep(seconds)
+def while_saving(seconds: float, let_pass: int = 0) -> Callable[[Child], object]:
+    def wait(child: Child) -> None:
+        for _ in range(let_pass):
+            child.wait_for("saving")
+            child.wait_for("training")
+        if child.wait_for("saving"):
+            time.sleep(seconds)
+
+    return wait
 
 
 def while_training(seconds: float) -> Callable[[Child], object]:
@@ -300,28 +308,22 @@ def test_fifty_kills_at_random_moments_change_nothing(run_config: RunConfig, und
     """Each run is killed until it is through and compared; then another begins, until fifty kills have been survived."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    phases: list[str] = []
 
     def moments() -> Iterator[Callable[[Child], object]]:
-        while len(phases) + given < 50:
-            yield while_saving(rng.uniform(0, 0.02)) if rng.random() < 0.5 else while_training(rng.uniform(0, 0.4))
+        while True:
+            yield (
+                while_saving(rng.uniform(0, 0.02), rng.randrange(4)) if rng.random() < 0.5 else while_training(rng.uniform(0, 0.5))
+            )
 
-    number = 0
+    phases: list[str] = []
+    runs = 0
     while len(phases) < 50:
-        number += 1
-        config = run_config(tmp_path / str(number), "resume=auto")
-        run, given = tmp_path / str(number) / "SlimOrca-ACT/run", 0
-
-        def counted() -> Iterator[Callable[[Child], object]]:
-            nonlocal given
-            for moment in moments():
-                yield moment
-                given += 1
-
-        phases += kill_and_go_on(config, tmp_path / "out", counted())
+        runs += 1
+        config = run_config(tmp_path / str(runs), "resume=auto")
+        phases += kill_and_go_on(config, tmp_path / "out", itertools.islice(moments(), 50 - len(phases)))
         run_instruct(config)
-        assert_the_same_run(run, undisturbed)
-    print(f"seed {seed}, {number} runs, killed while {Counter(phases)}")
+        assert_the_same_run(tmp_path / str(runs) / "SlimOrca-ACT/run", undisturbed)
+    print(f"seed {seed}, {runs} runs, killed while {Counter(phases)}")
     assert phases.count("saving") >= 10
 
 
