@@ -80,7 +80,10 @@ class Task(Protocol):
         """After a step that was skipped: let no row carry on what isn't finite."""
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What is logged of some steps, from their parts' sums."""
+        """What is logged of some steps, from their parts' sums: the same for any number of ranks and micro-batches."""
+
+    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What is logged of how they were computed, which is not."""
 
     def warnings(self) -> list[str]:
         """What, since the last call, a person should know about the rows of this rank."""

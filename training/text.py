@@ -116,15 +116,18 @@ class TextTask:
         )
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Nats and accuracy per supervised token; of the positions that attention computed, the share that was padding."""
+        """Nats and accuracy per supervised token."""
         tokens = max(1, int(sums["supervised"]))
         return {
             "loss_per_token": sums["nll"] / tokens,
             "halt_loss_per_token": sums["halt_bce"] / tokens,
             "token_accuracy": sums["correct"] / tokens,
             "supervised_tokens": tokens,
-            "attention_padding": 1 - sums["tokens"] / sums["attended"],
         }
+
+    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Of the positions that attention computed, the share that was padding."""
+        return {"attention_padding": 1 - sums["tokens"] / max(1, sums["attended"])}
 
     def warnings(self) -> list[str]:
         """Whether, since the last call, this rank's rows have all settled as soon as they may leave, or none has."""
