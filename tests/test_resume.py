@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.tokenizer import Tokenizer
 from tests.children import Child
+from tests.conftest import SHORT_RUN
 from training.distributed import Ranks
 from training.instruct import run_instruct
 from training.resume import find_start
@@ -301,6 +304,40 @@ def test_five_kills_change_nothing(run_config: RunConfig, undisturbed: Path, tmp
     assert len(phases) == 5 and phases.count("saving") >= 1, phases
     run_instruct(config)
     assert_the_same_run(tmp_path / "SlimOrca-ACT/run", undisturbed)
+
+
+def test_a_curriculum_killed_in_its_second_stage_goes_on_bit_for_bit(
+    tiny_config: Callable[..., PretrainInstructConfig], short_run_data: Path, tmp_path: Path
+) -> None:
+    """SlimOrca, then OpenOrca, on stand-ins of both."""
+    rows = [json.loads(line) for line in (short_run_data / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "slim").mkdir()
+    (tmp_path / "slim/SlimOrca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
+    asked = [f"What is {n} plus {n}?" for n in range(40)]
+    table = pa.table({"id": asked, "system_prompt": [""] * 40, "question": asked, "response": [f"{n + n}." for n in range(40)]})
+    (tmp_path / "open").mkdir()
+    pq.write_table(table.slice(0, 25), tmp_path / "open/1M-GPT4-Augmented.parquet")
+    pq.write_table(table.slice(25), tmp_path / "open/3_5M-GPT3_5-Augmented.parquet")
+
+    def config(folder: str) -> PretrainInstructConfig:
+        places = [f"sources.{name}.data_dir={tmp_path / name[:4]}" for name in ("slimorca", "openorca")]
+        places += [f"dataset.tokenizer_path={short_run_data / 'tokenizer.model'}", f"checkpoint_dir={tmp_path / folder}"]
+        return tiny_config(*SHORT_RUN, "experiment=slimorca_then_openorca", "epochs=1", *places, "resume=auto")
+
+    whole = run_instruct(config("whole")).parent
+    run = tmp_path / "killed/SlimOrca-ACT/run"
+
+    def stages_at_work() -> set[int]:
+        saved = [load_file(folder / "trainer/tensors.safetensors") for folder in checkpoints_of(run)[-1:]]
+        return {stage for s in saved for stage in s["slots.stage"][s["slots.active"]].tolist()}
+
+    with Child(config("killed"), tmp_path / "out") as child:
+        while 1 not in stages_at_work():
+            assert child.phase != "finished"
+            time.sleep(0.001)
+        assert child.kill() != "finished"
+    run_instruct(config("killed"))
+    assert_the_same_run(run, whole)
 
 
 @pytest.mark.slow
