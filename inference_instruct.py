@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from artifacts.checkpoint import open_checkpoint
-from artifacts.outputs import OUTPUT_FILL, SavedOutputs
+from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder
 from config.compose import add_model_arguments, override_config, settings_for_use
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
@@ -72,15 +72,6 @@ def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> 
     }
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return override_config(used, given)
-
-
-def output_folder(folder: Path) -> Path:
-    """`folder`, made if it is missing. Raises UsageError where that can't be, before hours of measuring."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output-dir {folder}: can't write there ({error.strerror}); name another folder") from error
-    return folder
 
 
 def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from config.compose import checked
 from config.errors import one_clear_message
+from config.schema import PretrainInstructConfig
 from models.device import keep_freed_memory
 from training.instruct import run_instruct
 
@@ -16,7 +17,7 @@ from training.instruct import run_instruct
 def main(settings: DictConfig) -> None:
     """Compose, check, train."""
     with one_clear_message():
-        run_instruct(checked(settings))
+        run_instruct(checked(settings, PretrainInstructConfig))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
     ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use
     config.yaml              the resolved configuration
-    tokenizer.model          the tokenizer itself
+    tokenizer.model          the tokenizer itself; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
     checkpoint.json          format, step, vocabulary, tokenizer hash, template, data hash
     train_metrics.json       metrics at this step
     trainer/                 state.json and tensors.safetensors: optimizer, slots, carry, cursor, length of the metrics log
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig, parse_config
+from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
@@ -41,6 +41,8 @@ WEIGHT_PREFIX = "model.inner."
 _COMPILED_PREFIX = "_orig_mod."
 _TIED_HEAD = "lm_head.weight"
 _PUZZLE_VECTORS = "puzzle_emb.weights"
+# A key of checkpoint.json that only one kind of model has, and where it is used.
+_DOOR_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,40 @@ def save_checkpoint(
     metrics: Mapping[str, Any],
     trainer: TrainerState,
 ) -> None:
-    """Write `folder` atomically: it appears complete, or not at all. Raises UsageError if it exists or can't be written."""
+    """`write_checkpoint` of a language model, with its tokenizer and template."""
+    write_checkpoint(
+        folder,
+        config=config,
+        weights=weights,
+        ema=ema,
+        files={"tokenizer.model": tokenizer.model_bytes},
+        about={
+            "step": step,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.sha256,
+            "template": template.to_dict(),
+            "data_hash": data_hash,
+        },
+        metrics=metrics,
+        trainer=trainer,
+    )
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    config: TrainingConfig,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    files: Mapping[str, bytes],
+    about: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    trainer: TrainerState,
+) -> None:
+    """Write `folder` atomically: it appears complete, or not at all. Raises UsageError if it exists or can't be written.
+
+    files: what else belongs to this kind of model, by name. about: of checkpoint.json, all but the format.
+    """
     if folder.exists():
         raise UsageError(f"{folder} exists already and is not overwritten; choose another run_name, or delete it")
     partial = folder.parent / f".{folder.name}.partial"
@@ -76,18 +111,9 @@ def save_checkpoint(
             buffers = {name: tensor for name, tensor in weights.items() if name not in ema}
             _save_weights(partial / "ema.safetensors", {**buffers, **ema}, config.arch.tie_embeddings)
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-        (partial / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        _write_json(
-            partial / "checkpoint.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "vocab_size": tokenizer.vocab_size,
-                "tokenizer_sha256": tokenizer.sha256,
-                "template": template.to_dict(),
-                "data_hash": data_hash,
-            },
-        )
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, **about})
         _write_json(partial / "train_metrics.json", metrics)
         save_file(
             {name: t.detach().contiguous() for name, t in trainer.tensors.items()},
@@ -143,23 +169,12 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
 
     The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same content.
     """
-    if not (folder / "checkpoint.json").is_file():
-        runs = sorted(str(p.parent) for p in folder.parent.glob("**/step_*/checkpoint.json")) if folder.parent.is_dir() else []
-        found = f"; found nearby: {', '.join(runs[:5])}" if runs else ""
-        raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json{found}")
-    about = _read_json(folder / "checkpoint.json")
-    if about.get("format_version") != FORMAT_VERSION:
-        raise UsageError(f"{folder} has checkpoint format {about.get('format_version')}, this program reads {FORMAT_VERSION}")
-    missing = {"step", "tokenizer_sha256", "template", "data_hash"} - about.keys()
-    if missing:
-        raise UsageError(f"the checkpoint {folder} is damaged: its checkpoint.json has no {', '.join(sorted(missing))}")
+    about = read_about(folder, {"step", "tokenizer_sha256", "template", "data_hash"})
+    settings = read_settings(folder)
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text())
         tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
     if hashlib.sha256(tokenizer_bytes).hexdigest() != about["tokenizer_sha256"]:
         raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
     if tokenizer_path is not None and (other := Tokenizer(tokenizer_path).sha256) != about["tokenizer_sha256"]:
@@ -169,12 +184,44 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
         )
     return Checkpoint(
         folder=folder,
-        config=parse_config(values),
+        config=parse_config(settings),
         tokenizer=Tokenizer.from_bytes(tokenizer_bytes),
         template=Template.from_dict(about["template"]),
         step=about["step"],
         data_hash=about["data_hash"],
     )
+
+
+def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
+    """checkpoint.json of a checkpoint folder, which with these keys. Raises UsageError if it is missing or another kind's."""
+    if not (folder / "checkpoint.json").is_file():
+        runs = sorted(str(p.parent) for p in folder.parent.glob("**/step_*/checkpoint.json")) if folder.parent.is_dir() else []
+        found = f"; found nearby: {', '.join(runs[:5])}" if runs else ""
+        raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json{found}")
+    about = _read_json(folder / "checkpoint.json")
+    _check_format(folder, about)
+    if missing := sorted(keys - about.keys()):
+        for key, door in _DOOR_OF_KIND.items():
+            if key in about and key not in keys:
+                raise UsageError(f"the checkpoint {folder} is of another kind of model: use {door}")
+        raise UsageError(f"the checkpoint {folder} is damaged: its checkpoint.json has no {', '.join(missing)}")
+    return about
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.yaml of a checkpoint folder as it stands. Raises UsageError if there is none."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
+    return settings
+
+
+def _check_format(folder: Path, about: Mapping[str, Any]) -> None:
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UsageError(f"{folder} has checkpoint format {about.get('format_version')}, this program reads {FORMAT_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -194,14 +241,8 @@ class SavedRun:
 def read_saved_run(folder: Path) -> SavedRun:
     """Read all of a checkpoint folder, so that damage shows before anything is built on it. Raises UsageError if there is any."""
     about = _read_json(folder / "checkpoint.json")
-    if about.get("format_version") != FORMAT_VERSION:
-        raise UsageError(f"{folder} has checkpoint format {about.get('format_version')}, this program reads {FORMAT_VERSION}")
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
+    _check_format(folder, about)
+    settings = read_settings(folder)
     averaged = folder / "ema.safetensors"
     if settings.get("ema") and not averaged.exists():
         raise UsageError(f"the checkpoint {folder} is damaged: it has no {averaged.name}")

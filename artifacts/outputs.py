@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-# What may be kept, and what fills positions beyond a row's end.
+from config.errors import UsageError
+
+# What may be kept of text, and what fills positions beyond a row's end. Rows of puzzles are all of one length.
 OUTPUT_FILL = {"inputs": 0, "labels": -100, "preds": -100, "nll": 0, "halt_logits": 0, "act_steps": 0}
 
 
 class SavedOutputs:
-    """Keeps the tensors named by `keys` (of OUTPUT_FILL), each [rows, positions], in the order of the split."""
+    """Keeps the tensors named by `keys`, each [rows, ...], in the order of the split; of OUTPUT_FILL, rows may end anywhere."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = tuple(keys)
@@ -20,20 +22,33 @@ class SavedOutputs:
         self._batches: list[dict[str, Tensor]] = []
 
     def add(self, rows: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """One batch: `rows` int64[B], where its rows stand in the split, and the tensors [B, T]."""
+        """One batch: `rows` int64[B], where its rows stand in the split, and the tensors [B, ...]."""
         self._rows.append(rows.cpu())
         self._batches.append({key: tensors[key].cpu() for key in self.keys})
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to write."""
+        return bool(self.keys and self._rows)
 
     def write(self, path: Path) -> None:
         """Write all batches, padded to the longest, with a tensor `rows` beside them."""
         rows = torch.cat(self._rows)
         order = torch.argsort(rows)
-        width = max(next(iter(batch.values())).shape[1] for batch in self._batches)
         saved = {"rows": rows[order].contiguous()}
         for key in self.keys:
-            padded = [
-                torch.nn.functional.pad(batch[key], (0, width - batch[key].shape[1]), value=OUTPUT_FILL[key])
-                for batch in self._batches
-            ]
-            saved[key] = torch.cat(padded)[order].contiguous()
+            parts = [batch[key] for batch in self._batches]
+            if key in OUTPUT_FILL:
+                width = max(part.shape[1] for part in parts)
+                parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=OUTPUT_FILL[key]) for part in parts]
+            saved[key] = torch.cat(parts)[order].contiguous()
         save_file(saved, path)
+
+
+def output_folder(folder: Path) -> Path:
+    """`folder`, made if it is missing. Raises UsageError where that can't be, before hours of measuring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder}: can't write there ({error.strerror}); name another folder") from error
+    return folder

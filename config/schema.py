@@ -6,11 +6,14 @@ this one; a value that is wrong, or a key that does not exist, is a `UsageError`
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from config.errors import UsageError
+
+# What a run on puzzles can keep of each row of an evaluation.
+PuzzleOutput = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
 
 
 class _Section(BaseModel):
@@ -317,7 +320,7 @@ class TrainingConfig(_Section):
     lr_min_ratio: float = Field(ge=0, le=1)
     """Share of lr left at the end of the cosine."""
     lr_warmup_steps: int = Field(ge=0)
-    """Warm-up, counted in admitted examples: this times global_batch_size, at most a tenth of what the schedule goes over."""
+    """Warm-up. Puzzles: optimizer steps. Text: this times global_batch_size examples, at most a tenth of its schedule."""
     weight_decay: float = Field(ge=0)
     """Decoupled weight decay."""
     beta1: float = Field(ge=0, lt=1)
@@ -328,6 +331,11 @@ class TrainingConfig(_Section):
     """Keep an exponential moving average of the weights, evaluate and generate with it."""
     ema_rate: float = Field(gt=0, lt=1)
     """Decay of that average per optimizer step."""
+
+    @property
+    def saves_evaluations(self) -> bool:
+        """Whether each evaluation leaves a checkpoint, and not the last one alone."""
+        return True
 
 
 # Of the knobs for puzzles, what text must leave them at; the others are refused with causal attention.
@@ -409,9 +417,79 @@ class PretrainInstructConfig(TrainingConfig):
         return self
 
 
-def no_such_key(path: Sequence[int | str]) -> str:
-    """What to tell about a key that doesn't exist, given as its parts, with the nearest one that does."""
-    section: type[BaseModel] = PretrainInstructConfig
+class SlotsConfig(_Section):
+    """How rows of the loader come to slots."""
+
+    refill: Literal["discard"]
+    """discard: each step takes one batch, of which rows for slots still at work are lost, as in the original; text loses none."""
+
+
+class EvaluatorConfig(_Section):
+    """A measure beyond the metrics of rows. Given in a list, so its defaults, the original's, stand here."""
+
+    name: Literal["arc@ARC"]
+    """arc@ARC: votes of a puzzle's augmented forms, pass@K and submission.json (evaluators/arc.py)."""
+    pass_Ks: tuple[PositiveInt, ...] = (1, 2, 5, 10, 100, 1000)
+    """K: a test is solved if its output is among the K grids with most votes."""
+    submission_K: PositiveInt = 2
+    """Grids of each test in submission.json."""
+    aggregated_voting: bool = True
+    """Votes of earlier evaluations of the run count on."""
+
+
+class PretrainPuzzleConfig(TrainingConfig):
+    """One run on puzzles, under the original's names."""
+
+    data_paths: tuple[str, ...] = Field(min_length=1)
+    """Folders of puzzle data sets, trained on one after the other."""
+    data_paths_test: tuple[str, ...]
+    """Folders whose test split is measured; none: those of data_paths."""
+    evaluators: tuple[EvaluatorConfig, ...]
+    """Measures beyond the metrics of rows."""
+    slots: SlotsConfig
+    puzzle_emb_lr: float = Field(ge=0)
+    """Peak learning rate of the puzzles' vectors."""
+    puzzle_emb_weight_decay: float = Field(ge=0)
+    """Decoupled weight decay of the puzzles' vectors."""
+    freeze_weights: bool
+    """Learn the puzzles' vectors and nothing else."""
+    checkpoint_every_eval: bool
+    """Keep a checkpoint at each evaluation; off: at the end, and where `checkpoint` says so."""
+    eval_save_outputs: tuple[PuzzleOutput, ...]
+    """Tensors of each evaluation that are kept in the run's folder."""
+
+    @property
+    def saves_evaluations(self) -> bool:
+        """Whether each evaluation leaves a checkpoint, and not the last one alone."""
+        return self.checkpoint_every_eval
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.arch.attention != "full":
+            raise ValueError(
+                f"arch.attention={self.arch.attention} hides a puzzle from the position whose state says when it is solved: "
+                "choose full"
+            )
+        if self.arch.halt.mode != "fixed":
+            raise ValueError(
+                f"arch.halt.mode={self.arch.halt.mode} is for text: puzzles halt by arch.act_enabled, leave it at fixed"
+            )
+        if self.freeze_weights and not self.arch.puzzle_emb_ndim:
+            raise ValueError("freeze_weights leaves nothing to learn without the puzzles' vectors: set arch.puzzle_emb_ndim")
+        if self.epochs % self.eval_interval:
+            raise ValueError(
+                f"epochs {self.epochs} must be a multiple of eval_interval {self.eval_interval}: the order of puzzles is drawn "
+                "for so many epochs at a time"
+            )
+        return self
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
+    """What to tell about a key that a config of `kind` doesn't have, given as its parts, with the nearest one that it has."""
+    section: type[BaseModel] = kind
     near: list[str] = []
     for key in map(str, path):
         if key not in section.model_fields:
@@ -425,18 +503,23 @@ def no_such_key(path: Sequence[int | str]) -> str:
 
 
 def parse_config(values: Mapping[str, Any]) -> PretrainInstructConfig:
-    """Check `values` (a resolved config as plain dicts) against the schema.
+    """`parse_as` for an instruction run."""
+    return parse_as(PretrainInstructConfig, values)
+
+
+def parse_as(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Check `values` (a resolved config as plain dicts) against the schema of `kind`.
 
     Raises UsageError with one line per problem: the key, what was found, what is allowed.
     """
     try:
-        return PretrainInstructConfig.model_validate(dict(values))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             key = ".".join(map(str, problem["loc"])) or "config"
             if problem["type"] == "extra_forbidden":
-                lines.append(no_such_key(problem["loc"]))
+                lines.append(no_such_key(problem["loc"], kind))
             elif problem["type"] == "missing":
                 lines.append(f"{key}: missing")
             else:

@@ -7,20 +7,27 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from config.compose import CONFIG_FOLDER, add_model_arguments, compose_config, override_config, settings_for_use
+from config.compose import CONFIG_FOLDER, add_model_arguments, compose_as, compose_config, override_config, settings_for_use
 from config.errors import UsageError
-from config.schema import ArchConfig, PretrainInstructConfig
+from config.schema import ArchConfig, PretrainInstructConfig, PretrainPuzzleConfig
+from tests.puzzle_data import PUZZLE_PRESETS
 
 MAIN = "cfg_pretrain_instruct"
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    """Names of the group's files, of experiments those that are for instruction runs."""
+    return sorted({path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")} - {*PUZZLE_PRESETS})
 
 
 @pytest.mark.parametrize("preset", [f"{group}={name}" for group in ("arch", "dataset", "experiment") for name in choices(group)])
 def test_every_preset_composes(preset: str) -> None:
     assert isinstance(compose_config(MAIN, [preset]), PretrainInstructConfig)
+
+
+@pytest.mark.parametrize("preset", [*(f"arch={name}" for name in choices("arch")), *(f"experiment={p}" for p in PUZZLE_PRESETS)])
+def test_every_preset_for_puzzles_composes(preset: str) -> None:
+    assert isinstance(compose_as(PretrainPuzzleConfig, "cfg_pretrain", [preset]), PretrainPuzzleConfig)
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

@@ -20,7 +20,9 @@ from unittest import mock
 
 import pytest
 
-from config.compose import compose_config
+from config.compose import compose_as, compose_config
+from config.schema import PretrainPuzzleConfig
+from tests.puzzle_data import PUZZLE_PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -82,7 +84,9 @@ def test_the_program_its_flags_and_its_settings_exist(command: str) -> None:
         assert (REPOSITORY / words[0]).is_file()
     if words[0].endswith(".sh"):
         assert os.access(REPOSITORY / words[0], os.X_OK)
-    if words[0].endswith(".sh") or words[0] == "pretrain_instruct.py":
+    if words[0] == "pretrain.py":
+        compose_as(PretrainPuzzleConfig, "cfg_pretrain", words[1:])
+    elif words[0].endswith(".sh") or words[0] == "pretrain_instruct.py":
         compose_config("cfg_pretrain_instruct", words[1:])
     else:
         used = {word for word in words[1:] if re.match(r"--?[A-Za-z]", word)} - {"-m"}
@@ -94,7 +98,10 @@ def test_every_preset_that_is_named_exists() -> None:
     named = {name for page in pages for name in re.findall(r"experiment=([a-z]\w*)", page.read_text())}
     assert named
     for name in named:
-        compose_config("cfg_pretrain_instruct", [f"experiment={name}"])
+        if name in PUZZLE_PRESETS:
+            compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"experiment={name}"])
+        else:
+            compose_config("cfg_pretrain_instruct", [f"experiment={name}"])
 
 
 @pytest.mark.parametrize("door", DOORS[1:])
@@ -116,12 +123,16 @@ def test_the_commands_for_puzzles_exist_and_every_flag_is_documented() -> None:
         if words[0] == "pip":
             assert (REPOSITORY / words[-1]).is_file()
             continue
+        if words[0] == "pretrain.py":
+            compose_as(PretrainPuzzleConfig, "cfg_pretrain", words[1:])
+            continue
         kind = words[2:3] if "dataset.build_small_puzzles" in words else []
         assert {word for word in words[1:] if word.startswith("--")} <= flags_in(help_of(words, kind))
     for builder in BUILDERS:
         kinds = (["sudoku"], ["maze"]) if "small" in builder else ([],)
         flags = set().union(*(flags_in(help_of([builder], kind)) for kind in kinds))
         assert flags - {"-h", "--help", "--no-aug"} <= flags_in(pages[0])
+    assert flags_in(help_of(["inference.py"])) - {"-h", "--help"} <= flags_in(pages[1])
 
 
 @pytest.mark.parametrize("page", ["README.md", "AGENTS.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.schedule import learning_rate
+from training.schedule import learning_rate, learning_rate_at_step
 
 RUNS = st.tuples(
     st.integers(1, 10**6),  # total examples
@@ -53,3 +53,12 @@ def test_warm_up_ends_at_the_peak_and_takes_at_most_a_tenth() -> None:
     assert rate(50, short_run) == pytest.approx(0.25) and rate(100, short_run) == 0.5
     assert rate(550, short_run) == pytest.approx(0.5 * 0.55)
     assert rate(0, (1000, 0.5, 0.1, 0, 32)) == 0.5
+
+
+def test_the_originals_schedule_goes_by_steps() -> None:
+    """Warm-up takes its steps however short the run; the cosine ends at the last step, or stays at the peak for a ratio of 1."""
+    factors = [learning_rate_at_step(step, 100, min_ratio=0.1, warmup_steps=20) for step in (1, 10, 20, 60, 100)]
+    assert factors == pytest.approx([0.05, 0.5, 1.0, 0.55, 0.1])
+    assert learning_rate_at_step(15, 10, min_ratio=1.0, warmup_steps=20) == 0.75
+    assert {learning_rate_at_step(step, 100, min_ratio=1.0, warmup_steps=20) for step in range(20, 101)} == {1.0}
+    assert learning_rate_at_step(1, 100, min_ratio=0.0, warmup_steps=0) == pytest.approx(1.0, abs=1e-3)

@@ -19,11 +19,11 @@ from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_sources
 from generation.loading import make_responder
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype, set_matmul_precision, should_compile
+from models.device import pick_device, resolve_dtype
 from training.distributed import joined_ranks
 from training.estimate import dry_run
 from training.resume import find_start
-from training.run import Run, Snapshot
+from training.run import Run, Snapshot, make_ready
 from training.text import TextTask
 
 # Answers shown during training are for the eye; longer ones only cost time.
@@ -66,13 +66,7 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
         if config.load_checkpoint is not None and start.saved is None:
             _begin_with(model, Path(config.load_checkpoint), tokenizer)
             say(f"beginning with the weights of {config.load_checkpoint}")
-        model.to(device)
-        set_matmul_precision(config.tf32, device)
-        if should_compile(config.compile, device):
-            model.compile_levels()
-        parameters = sum(p.numel() for p in model.parameters())
-        processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
-        say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {arch.forward_dtype}{processes}")
+        make_ready(model, config, device, start, ranks, say)
         for name, source in source_configs(config).items():
             train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0
             say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")

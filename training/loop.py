@@ -76,6 +76,9 @@ class Task(Protocol):
     def parts(self) -> Iterator[Part]:
         """This rank's parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
 
+    def moved(self, lr_factor: float) -> None:
+        """After a step that wasn't skipped, at this share of the peak learning rate: move what the optimizer doesn't know of."""
+
     def mend(self) -> None:
         """After a step that was skipped: let no row carry on what isn't finite."""
 
@@ -143,7 +146,8 @@ class Trainer:
             self.task.admit()
 
     def _step(self) -> StepResult:
-        lr = self.config.lr * self.task.lr_factor()
+        lr_factor = self.task.lr_factor()
+        lr = self.config.lr * lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,6 +166,7 @@ class Trainer:
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step()
+            self.task.moved(lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
         self.step_number += 1
@@ -180,10 +185,13 @@ class Trainer:
         for p in reached:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in reached if p.grad is not None]
-        loss = torch.stack(losses).sum().to(grads[0].dtype) if losses else grads[0].new_zeros(())
+        # No parameter is reached where only the puzzles' vectors learn.
+        zero = grads[0].new_zeros(()) if grads else torch.zeros((), device=losses[0].device)
+        loss = torch.stack(losses).sum().to(zero.dtype) if losses else zero
         self.ranks.sum_([*grads, loss])
         # Divided once, at the end: with several ACT steps to a step, what they sum over isn't known before the last of them.
-        torch._foreach_div_(grads, float(max(1, weight)))
+        if grads:
+            torch._foreach_div_(grads, float(max(1, weight)))
         norm = torch.nn.utils.get_total_norm(grads)
         grad_norm = float(norm + 0 * loss)
         if self.config.grad_clip is not None and grad_norm > self.config.grad_clip:

@@ -11,13 +11,14 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from artifacts.plots import draw_runs
 from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
 from models.act import RecursiveModel
-from models.device import peak_memory
+from models.device import peak_memory, set_matmul_precision, should_compile
 from training.distributed import Ranks
 from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
@@ -67,6 +68,19 @@ class Job(Protocol):
 
     def save(self, folder: Path, snapshot: Snapshot) -> None:
         """Write the checkpoint `folder`, whole or not at all."""
+
+
+def make_ready(
+    model: RecursiveModel, config: TrainingConfig, device: torch.device, start: Start, ranks: Ranks, say: Callable[[str], None]
+) -> None:
+    """Bring `model` to where and how it is trained, and say so."""
+    model.to(device)
+    set_matmul_precision(config.tf32, device)
+    if should_compile(config.compile, device):
+        model.compile_levels()
+    parameters = sum(p.numel() for p in model.parameters())
+    processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {model.config.forward_dtype}{processes}")
 
 
 class _Window:
@@ -170,7 +184,8 @@ class Run:
                 # Ranks act as one: on any rank's signal, and by the clock of the first.
                 asked = self.ranks.gather_number(2 * stop.signal_number + self._is_save_due(result.step))
                 stopped_by = max(number // 2 for number in asked)
-                if metrics is not None or asked[0] % 2 or stopped_by:
+                of_evaluation = metrics is not None and (config.saves_evaluations or finished_all)
+                if of_evaluation or asked[0] % 2 or stopped_by:
                     self._save(metrics or {"step": result.step, "examples": task.done})
                 if stopped_by and not finished_all:
                     tqdm.write(

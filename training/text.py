@@ -204,6 +204,9 @@ class TextTask:
         carry.supervised_BT[host_slots] = False
         carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
 
+    def moved(self, lr_factor: float) -> None:
+        """Nothing: all of a language model's weights are the optimizer's."""
+
     def mend(self) -> None:
         """Give initial states again to rows whose states aren't finite, or they would spoil every step until they leave."""
         broken_B = ~torch.stack([state.isfinite().flatten(1).all(dim=1) for state in self.carry.states]).all(dim=0)

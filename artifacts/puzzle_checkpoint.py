@@ -1,0 +1,97 @@
+"""What a checkpoint of a puzzle model has of its own: the description of its data in place of a tokenizer.
+
+    dataset.json             PuzzleMetadata of the training data: vocabulary, length of a row, number of puzzle identifiers
+    checkpoint.json          format, step, hash of the data, hash of the puzzle identifiers' names
+
+The rest of the folder is as artifacts/checkpoint.py says.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from artifacts.checkpoint import TrainerState, read_about, read_settings, write_checkpoint
+from config.errors import UsageError
+from config.schema import PretrainPuzzleConfig, parse_as
+from dataset.puzzles.loader import PuzzleData
+from dataset.puzzles.storage import PuzzleMetadata, read_identifiers
+
+_METADATA_FILE = "dataset.json"
+
+
+def identifiers_sha256(data_paths: Sequence[str]) -> str:
+    """Hex SHA-256 of the names of all puzzle identifiers: two data sets with the same hash number their puzzles alike."""
+    digest = hashlib.sha256()
+    for path in data_paths:
+        digest.update("\n".join([*read_identifiers(path), ""]).encode())
+    return digest.hexdigest()
+
+
+def save_puzzle_checkpoint(
+    folder: Path,
+    *,
+    config: PretrainPuzzleConfig,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    data: PuzzleData,
+    identifiers: str,
+    step: int,
+    metrics: Mapping[str, Any],
+    trainer: TrainerState,
+) -> None:
+    """`write_checkpoint` of a puzzle model. identifiers: `identifiers_sha256` of its data."""
+    write_checkpoint(
+        folder,
+        config=config,
+        weights=weights,
+        ema=ema,
+        files={_METADATA_FILE: data.metadata.model_dump_json(indent=2).encode()},
+        about={"step": step, "data_hash": data.data_hash, "identifiers_sha256": identifiers},
+        metrics=metrics,
+        trainer=trainer,
+    )
+
+
+@dataclass(frozen=True)
+class PuzzleCheckpoint:
+    """A checkpoint folder, opened: its config and what its data was; `read_weights(folder)` gives the weights."""
+
+    folder: Path
+    config: PretrainPuzzleConfig
+    metadata: PuzzleMetadata
+    step: int
+    identifiers_sha256: str
+
+    def check_data(self, data: PuzzleData, data_paths: Sequence[str]) -> None:
+        """Raises UsageError if the model isn't for this data: other tokens or length, or puzzles that have other numbers."""
+        fields = ["vocab_size", "seq_len"]
+        if self.config.arch.puzzle_emb_ndim:
+            fields.append("num_puzzle_identifiers")
+        for field in fields:
+            expected, found = getattr(self.metadata, field), getattr(data.metadata, field)
+            if found != expected:
+                raise UsageError(
+                    f"{self.folder} is for {field} {expected}, found {found} in {', '.join(data_paths)}: use the data set the "
+                    "model was trained on, or one built like it"
+                )
+        if self.config.arch.puzzle_emb_ndim and identifiers_sha256(data_paths) != self.identifiers_sha256:
+            raise UsageError(
+                f"{self.folder} knows puzzles under other numbers than identifiers.json of {', '.join(data_paths)}: use the data "
+                "set the model was trained on"
+            )
+
+
+def open_puzzle_checkpoint(folder: Path) -> PuzzleCheckpoint:
+    """Open a folder written by `save_puzzle_checkpoint`. Raises UsageError if it is missing, foreign or damaged."""
+    about = read_about(folder, {"step", "data_hash", "identifiers_sha256"})
+    config = parse_as(PretrainPuzzleConfig, read_settings(folder))
+    try:
+        metadata = PuzzleMetadata.model_validate_json((folder / _METADATA_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UsageError(f"the checkpoint {folder} is damaged: {_METADATA_FILE}: {error}") from error
+    return PuzzleCheckpoint(folder, config, metadata, about["step"], about["identifiers_sha256"])

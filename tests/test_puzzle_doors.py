@@ -1,0 +1,208 @@
+"""The doors of the puzzle work as a person meets them: the original's commands, whole runs, wrong input told in one message."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from config.compose import compose_as, without_needless_plus
+from config.schema import PretrainPuzzleConfig
+from tests.puzzle_data import TINY_PUZZLES, write_puzzles
+from tests.test_doors import assert_told, run_door, run_well
+
+# float32, the format that weights are kept in, or a checkpoint would round them.
+RUN = (*(text for text in TINY_PUZZLES if not text.startswith("arch.forward_dtype")), "arch.forward_dtype=float32")
+RUN_FOLDER = "checkpoints/TRM-puzzles"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/toy and a run `a` on it."""
+    folder = tmp_path_factory.mktemp("doors")
+    write_puzzles(folder / "data/toy")
+    run_well("pretrain.py", "data_paths=[data/toy]", *RUN, "+run_name=a", "ema=True", "eval_save_outputs=[preds]", folder=folder)
+    return folder
+
+
+def checkpoints(folder: Path, run: str) -> list[Path]:
+    return sorted((folder / RUN_FOLDER / run).glob("step_*"), key=lambda path: int(path.name[5:]))
+
+
+def measured(folder: Path, checkpoint: Path, *arguments: str) -> dict[str, Any]:
+    out = folder / "measured"
+    run_well("inference.py", "--checkpoint", str(checkpoint), "--output-dir", str(out), *arguments, folder=folder)
+    metrics: dict[str, Any] = json.loads((out / "metrics_test.json").read_text())
+    return metrics
+
+
+def test_the_originals_command_line_is_understood() -> None:
+    command = [
+        "arch=trm",
+        "data_paths=[data/arc1concept-aug-1000]",
+        "arch.L_layers=2",
+        "arch.H_cycles=3",
+        "arch.L_cycles=4",
+        "+run_name=pretrain_att_arc1concept_4",
+        "ema=True",
+    ]
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", command)
+    assert (config.run_name, config.arch.L_cycles, config.ema) == ("pretrain_att_arc1concept_4", 4, True)
+    assert (config.global_batch_size, config.epochs, config.eval_interval, config.lr, config.lr_min_ratio) == (
+        768, 100_000, 10_000, 1e-4, 1.0,
+    )  # fmt: skip
+    assert (config.lr_warmup_steps, config.weight_decay, config.beta1, config.beta2) == (2000, 0.1, 0.9, 0.95)
+    assert (config.puzzle_emb_lr, config.puzzle_emb_weight_decay, config.ema_rate) == (1e-2, 0.1, 0.999)
+    assert [evaluator.name for evaluator in config.evaluators] == ["arc@ARC"]
+    # Only a needless plus goes: of a key that isn't there, and of one forced, Hydra and the schema speak.
+    assert without_needless_plus(["+lrr=1", "++lr=2", "+lr=2", "~ema"], PretrainPuzzleConfig) == [
+        "+lrr=1",
+        "++lr=2",
+        "lr=2",
+        "~ema",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sudoku_mlp", {"L_cycles": 6, "mlp_t": True, "pos_encodings": "none"}),
+        ("sudoku_attention", {"L_cycles": 6, "mlp_t": False, "pos_encodings": "rope"}),
+        ("maze", {"L_cycles": 4, "mlp_t": False}),
+        ("arc1", {"L_cycles": 4}),
+        ("arc2", {"L_cycles": 4}),
+    ],
+)
+def test_the_papers_experiments_are_presets(name: str, settings: dict[str, Any]) -> None:
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"experiment={name}"])
+    expected = {"H_cycles": 3, "L_layers": 2, "halt_max_steps": 16, "hidden_size": 512, "halt_exploration_prob": 0.1, **settings}
+    assert {key: getattr(config.arch, key) for key in expected} == expected
+    is_arc = name.startswith("arc")
+    decay, epochs, vectors_lr = (0.1, 100_000, 1e-2) if is_arc else (1.0, 50_000, 1e-4)
+    assert (config.weight_decay, config.puzzle_emb_weight_decay, config.epochs, config.puzzle_emb_lr) == (
+        decay, decay, epochs, vectors_lr,
+    )  # fmt: skip
+    assert config.ema and config.global_batch_size == 768 and bool(config.evaluators) == is_arc
+
+
+def test_a_run_leaves_whole_checkpoints(trained: Path) -> None:
+    kept = checkpoints(trained, "a")
+    assert len(kept) == 2
+    for name in ("model.safetensors", "ema.safetensors", "config.yaml", "dataset.json", "checkpoint.json", "train_metrics.json"):
+        assert (kept[-1] / name).is_file(), name
+    assert not (kept[-1] / "tokenizer.model").exists()
+    metrics = json.loads((kept[-1] / "train_metrics.json").read_text())["test"]
+    assert {"accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss"} < metrics.keys()
+    assert len(metrics["exact_accuracy_by_act_step"]) == 3 and metrics["steps"] == 3
+    lines = [json.loads(line) for line in (kept[-1].parent / "metrics.jsonl").read_text().splitlines()]
+    assert [line["test"] for line in lines if "test" in line][-1] == metrics
+    saved = load_file(kept[-1].parent / f"outputs_test_{kept[-1].name}.safetensors")
+    assert saved.keys() == {"rows", "preds"} and len(saved["preds"]) == metrics["rows"]
+
+
+def test_inference_gives_the_figures_of_training(trained: Path) -> None:
+    for checkpoint in checkpoints(trained, "a"):
+        expected = json.loads((checkpoint / "train_metrics.json").read_text())["test"]
+        metrics = measured(trained, checkpoint)
+        assert {key: metrics[key] for key in expected} == expected
+
+
+def test_flags_of_inference(trained: Path) -> None:
+    checkpoint = checkpoints(trained, "a")[-1]
+    few = measured(trained, checkpoint, "--batch-size", "2", "--max-batches", "1", "--save-outputs", "preds", "preds_by_step")
+    assert few["rows"] == 2
+    assert load_file(trained / "measured/outputs_test.safetensors")["preds_by_step"].shape == (2, 3, 6)
+    halting = measured(trained, checkpoint, "--overrides", "arch.act_inference=true", "arch.halt_max_steps=4")
+    assert len(halting["exact_accuracy_by_act_step"]) == 4
+    run_well("inference.py", "--checkpoint", str(checkpoint), "--split", "train", "--data-dir", "data/toy", folder=trained)
+    assert json.loads((checkpoint / "metrics_train.json").read_text())["rows"] > few["rows"]
+
+
+def test_a_run_begins_with_the_originals_weights(trained: Path) -> None:
+    """A pickled state dict under the compiled model's names; other puzzles get the mean vector."""
+    weights = load_file(checkpoints(trained, "a")[-1] / "model.safetensors")
+    torch.save({f"_orig_mod.{name}": value for name, value in weights.items()}, trained / "step_100")
+    write_puzzles(trained / "data/more", train=20)
+    frozen = ("freeze_weights=true", "puzzle_emb_lr=0", "run_name=b", "epochs=2", "load_checkpoint=step_100")
+    outcome = run_well("pretrain.py", "data_paths=[data/more]", *RUN, *frozen, folder=trained)
+    assert "beginning with the weights of step_100" in outcome.out
+    found = load_file(checkpoints(trained, "b")[-1] / "model.safetensors")
+    vectors = weights.pop("model.inner.puzzle_emb.weights")
+    reset = found.pop("model.inner.puzzle_emb.weights")
+    assert len(reset) == 21 and torch.equal(reset, vectors.mean(dim=0, keepdim=True).expand(21, -1))
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_a_stopped_run_is_gone_on_with(trained: Path) -> None:
+    """Its newest checkpoint taken away, as if it had been killed: the same weights come out again."""
+    last = checkpoints(trained, "a")[-1]
+    aside = last.rename(trained / "aside")
+    run_well("pretrain.py", "data_paths=[data/toy]", *RUN, "run_name=a", "ema=True", "resume=auto", folder=trained)
+    for name in ("model.safetensors", "ema.safetensors"):
+        first, second = load_file(aside / name), load_file(last / name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_checkpoints_at_the_end_only(trained: Path) -> None:
+    run_well("pretrain.py", "data_paths=[data/toy]", *RUN, "run_name=c", "checkpoint_every_eval=false", folder=trained)
+    assert len(checkpoints(trained, "c")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data_paths=[data/none]"], "data/none"),
+        (["lrr=1"], "Could not override 'lrr'"),
+        (["+lrr=1"], "lrr: no such key, did you mean lr?"),
+        (["eval_interval=3"], "epochs 4 must be a multiple of eval_interval 3"),
+        (["global_batch_size=4000"], "global_batch_size 4000"),
+        (["arch.attention=causal"], "choose full"),
+        (["arch.halt.mode=sampled"], "leave it at fixed"),
+        (["slots.refill=consume"], "slots.refill"),
+        (["evaluators=[{name: arc@XYZ}]"], "evaluators.0.name"),
+        (["evaluators=[{name: arc@ARC}]"], "test_puzzles.json"),
+        (["freeze_weights=true", "arch.puzzle_emb_ndim=0", "arch.puzzle_emb_len=0"], "nothing to learn"),
+        (["load_checkpoint=nowhere.pt"], "nowhere.pt"),
+        (["data_paths_test=[data/longer]"], "expected seq_len 6"),
+        (["dry_run=true"], "pretrain_instruct.py"),
+        (["run_name=a"], "has checkpoints already"),
+    ],
+)
+def test_wrong_settings_are_told(trained: Path, overrides: list[str], told: str) -> None:
+    if "longer" in overrides[0] and not (trained / "data/longer").exists():
+        write_puzzles(trained / "data/longer", tokens=8)
+    outcome = run_door("pretrain.py", "data_paths=[data/toy]", *RUN, *overrides, folder=trained)
+    assert_told(outcome, told)
+    assert not list((trained / RUN_FOLDER).glob("trm-*"))
+
+
+def test_wrong_use_of_a_checkpoint_is_told(trained: Path) -> None:
+    checkpoint = str(checkpoints(trained, "a")[-1])
+    write_puzzles(trained / "data/others", train=14, seed=1)
+    for arguments, told in (
+        (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["--checkpoint", checkpoint, "--data-paths", "data/others"], "num_puzzle_identifiers 13, found 15"),
+        (["--checkpoint", checkpoint, "--max-batches", "0"], "--max-batches 0"),
+        (["--checkpoint", checkpoint, "--overrides", "lrr=1"], "lrr: no such key"),
+        (["--checkpoint", checkpoint, "--save-outputs", "nll"], "invalid choice"),
+    ):
+        assert_told(run_door("inference.py", *arguments, folder=trained), told)
+    outcome = run_door("generate_instruct.py", "--checkpoint", checkpoint, "--message", "hello", folder=trained)
+    assert_told(outcome, "another kind of model: use inference.py")
+
+
+def test_puzzles_numbered_otherwise_are_told(trained: Path, tmp_path: Path) -> None:
+    renamed = Path(write_puzzles(tmp_path / "renamed"))
+    names = json.loads((renamed / "identifiers.json").read_text())
+    (renamed / "identifiers.json").write_text(json.dumps([names[0], *names[:0:-1]]))
+    checkpoint = str(checkpoints(trained, "a")[-1])
+    outcome = run_door("inference.py", "--checkpoint", checkpoint, "--data-paths", str(renamed), folder=trained)
+    assert_told(outcome, "knows puzzles under other numbers")
+
+
+def test_the_saved_settings_are_the_runs(trained: Path) -> None:
+    settings = yaml.safe_load((checkpoints(trained, "a")[-1] / "config.yaml").read_text())
+    assert settings["slots"] == {"refill": "discard"} and settings["data_paths"] in (["data/toy"], ("data/toy",))

@@ -1,0 +1,123 @@
+"""Puzzles measured: all ACT steps or as the halting logit says, metrics as they are named, what is saved, what is voted on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from config.compose import compose_as
+from config.schema import PretrainPuzzleConfig
+from dataset.puzzles.loader import PuzzleData
+from evaluators.puzzles import PuzzleMeasurement, PuzzleOutput, PuzzleResult, evaluate_puzzles
+from models.act import RecursiveModel
+from models.losses import log_probs
+from tests.puzzle_data import TINY_PUZZLES, write_puzzles
+
+Open = Callable[..., tuple[PretrainPuzzleConfig, PuzzleData, RecursiveModel]]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Open:
+    """`opened("arch.act_inference=true")`: config, test split and a model whose rows halt at different steps."""
+    paths = [write_puzzles(tmp_path / "puzzles")]
+
+    def build(*overrides: str) -> tuple[PretrainPuzzleConfig, PuzzleData, RecursiveModel]:
+        config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"data_paths={paths}", *TINY_PUZZLES, *overrides])
+        data = PuzzleData(config.data_paths, "test")
+        model = RecursiveModel(config.arch, data.metadata.vocab_size, seq_len=data.metadata.seq_len, puzzles=13)
+        assert model.puzzle_emb is not None
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            model.q_head.weight.copy_(torch.randn(model.q_head.weight.shape, generator=generator))
+            model.q_head.bias.zero_()
+            model.puzzle_emb.weights.copy_(torch.randn(model.puzzle_emb.weights.shape, generator=generator))
+        return config, data, model
+
+    return build
+
+
+def outputs_of(model: RecursiveModel, data: PuzzleData, batch_size: int = 4) -> tuple[PuzzleResult, dict[str, torch.Tensor]]:
+    outputs: list[PuzzleOutput] = []
+    result = evaluate_puzzles(model, data, batch_size=batch_size, on_output=outputs.append)
+    return result, {key: torch.cat([output.tensors()[key] for output in outputs]) for key in outputs[0].tensors()}
+
+
+def test_metrics_are_those_of_the_saved_tensors(opened: Open) -> None:
+    _, data, model = opened()
+    result, saved = outputs_of(model, data)
+    report = result.report()
+    rows = len(data.sets["all"])
+    assert report["rows"] == rows == len(saved["preds"]) and report["steps"] == 3 and report["sets"]["all"]["rows"] == rows
+    supervised = saved["labels"] != -100
+    right = (saved["preds"] == saved["labels"]) & supervised
+    exact = right.sum(dim=1) == supervised.sum(dim=1)
+    assert report["accuracy"] == pytest.approx((right.sum(dim=1) / supervised.sum(dim=1)).mean().item())
+    assert report["exact_accuracy"] == pytest.approx(exact.double().mean().item())
+    assert report["q_halt_accuracy"] == pytest.approx(((saved["q_halt_logits"] >= 0) == exact).double().mean().item())
+    by_step = ((saved["preds_by_step"] == saved["labels"].unsqueeze(1)) | ~supervised.unsqueeze(1)).all(dim=2)
+    assert report["exact_accuracy_by_act_step"] == pytest.approx(by_step.double().mean(dim=0).tolist())
+    assert torch.equal(saved["preds_by_step"][:, -1], saved["preds"])
+
+
+def test_the_last_step_is_the_model_run_so_often(opened: Open) -> None:
+    _, data, model = opened()
+    result, saved = outputs_of(model, data, batch_size=3)
+    with torch.no_grad():
+        x = model.embed(saved["inputs"], saved["puzzle_identifiers"])
+        states = model.initial_states(*x.shape[:2])
+        mask, rotary = model.mask(torch.zeros(1, x.shape[1], dtype=torch.int64)), model.rotary(torch.arange(x.shape[1]))
+        for _ in range(3):
+            states, output = model.act_step(states, x, rotary, mask)
+        logits = model.logits(output[:, model.prefix_len :])
+    assert torch.equal(logits.argmax(-1), saved["preds"])
+    torch.testing.assert_close(model.halt_logits(output[:, 0])[:, 0].detach().float(), saved["q_halt_logits"])
+    supervised = saved["labels"] != -100
+    nll = -log_probs(logits, "stablemax").gather(2, saved["labels"].clamp(min=0).unsqueeze(2)).squeeze(2)
+    expected = ((nll * supervised).sum(dim=1) / supervised.sum(dim=1)).mean().item()
+    assert result.report()["lm_loss"] == pytest.approx(expected)
+
+
+def test_rows_that_halt_at_inference_are_read_where_they_halted(opened: Open) -> None:
+    _, data, model = opened()
+    _, every = outputs_of(model, data)
+    _, _, halting = opened("arch.act_inference=true")
+    result, saved = outputs_of(halting, data)
+    assert set(saved["steps"].tolist()) >= {1, 3}, "rows must halt at several steps, or nothing is tested"
+    for row, steps in enumerate(saved["steps"].tolist()):
+        assert torch.equal(saved["preds"][row], every["preds_by_step"][row, steps - 1])
+        assert (saved["q_halt_logits"][row] > 0) or steps == 3
+    assert result.report()["steps"] == pytest.approx(saved["steps"].double().mean().item()) and result.report()["steps"] < 3
+
+
+def test_ranks_add_up_to_the_whole(opened: Open) -> None:
+    _, data, model = opened()
+    whole = evaluate_puzzles(model, data, batch_size=4)
+    parts = [evaluate_puzzles(model, data, batch_size=4, rank=rank, ranks=2) for rank in range(2)]
+    added = whole.with_totals(np.sum([part.totals() for part in parts], axis=0))
+    np.testing.assert_allclose(added.by_set["all"], whole.by_set["all"], atol=1e-9)
+
+
+def test_a_few_batches_and_what_is_saved_of_them(opened: Open, tmp_path: Path) -> None:
+    config, data, model = opened()
+    measurement = PuzzleMeasurement(config, data, config.data_paths)
+    report = measurement.measure(model, tmp_path / "out", "test", save=["preds", "labels"], max_batches=1)
+    assert report["rows"] == 4
+    saved = load_file(tmp_path / "out/outputs_test.safetensors")
+    assert saved.keys() == {"rows", "preds", "labels"} and saved["rows"].tolist() == [0, 1, 2, 3]
+
+
+def test_evaluators_get_their_outputs(opened: Open, tmp_path: Path) -> None:
+    config, data, model = opened("evaluators=[{name: arc@ARC, pass_Ks: [1, 3]}]")
+    puzzle = {"train": [], "test": [{"input": [[1]], "output": [[2]]}]}
+    (Path(config.data_paths[0]) / "test_puzzles.json").write_text(json.dumps({"other": puzzle}))
+    # Rows here are no ARC canvases: what is handed over is looked at in place of votes.
+    measurement = PuzzleMeasurement(config, data, config.data_paths)
+    handed: list[set[str]] = []
+    measurement._evaluators[0][2].add = lambda **tensors: handed.append(set(tensors))  # type: ignore[assignment]
+    report = measurement.measure(model, tmp_path / "out", "test")
+    assert handed == [{"inputs", "puzzle_identifiers", "q_halt_logits", "preds"}] * (-(-len(data.sets["all"]) // 4))
+    assert report["ARC/pass@1"] == 0 and "ARC/pass@3" in report and (tmp_path / "out/submission.json").is_file()

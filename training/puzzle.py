@@ -1,0 +1,285 @@
+"""Puzzles as a task: slots, the latent states they carry, one ACT step. Knows no files but the loader's, and prints nothing.
+
+As in the original, every optimizer step is one ACT step of every slot and takes one batch of the loader, of which the rows for
+slots that are still at work are discarded. Shape suffixes as in models/layers.py; P counts a puzzle vector's positions.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from artifacts.checkpoint import TrainerState
+from config.errors import UsageError
+from config.schema import PretrainPuzzleConfig
+from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches
+from models.act import RecursiveModel
+from models.losses import row_loss
+from models.recursive_reasoning.base import States
+from models.row_halting import continue_target, halted
+from models.sparse_embedding import sign_sgd_
+from training.distributed import Ranks
+from training.loop import Part
+from training.schedule import learning_rate_at_step
+
+# Separates this module's draws from others that are keyed by the same seed.
+_EXPLORATION_DRAW = 2
+
+
+def exploration(seed: int, step: int, rows: int, probability: float, max_steps: int) -> np.ndarray:
+    """The depth before which each of `rows` slots may not halt at optimizer step `step`, int64: 0, or, drawn, of 2..max_steps."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, _EXPLORATION_DRAW, step, 0]))
+    explores, depth = generator.random((2, rows))
+    minimum = np.minimum(2 + (depth * (max_steps - 1)).astype(np.int64), max_steps)
+    return np.where(explores < probability, minimum, 0)
+
+
+@dataclass
+class Carry:
+    """What the rows in this rank's slots are, and how far they have come."""
+
+    inputs_BT: Tensor
+    labels_BT: Tensor
+    puzzle_ids_B: Tensor
+    steps_B: Tensor
+    """ACT steps since the row entered."""
+    halted_B: Tensor
+    """Slots whose row has left."""
+    states: States
+    """Each [B, P + T, D]."""
+
+    @classmethod
+    def empty(cls, model: RecursiveModel, rows: int, tokens: int) -> "Carry":
+        """`rows` free slots for rows of `tokens` tokens."""
+
+        def ids(fill: int, *shape: int) -> Tensor:
+            return torch.full(shape, fill, dtype=torch.int64, device=model.device)
+
+        states = tuple(state.clone() for state in model.initial_states(rows, model.prefix_len + tokens))
+        halted_B = torch.ones(rows, dtype=torch.bool, device=model.device)
+        return cls(ids(0, rows, tokens), ids(IGNORE_LABEL_ID, rows, tokens), ids(0, rows), ids(0, rows), halted_B, states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, to be read or written in place."""
+        states = {f"carry.state.{i}": state for i, state in enumerate(self.states)}
+        names = ("inputs_BT", "labels_BT", "puzzle_ids_B", "steps_B", "halted_B")
+        return {**{f"carry.{name.rpartition('_')[0]}": getattr(self, name) for name in names}, **states}
+
+
+class PuzzleTask:
+    """The puzzles of a run: slots, what they carry, and the place in the data."""
+
+    unit = "ex"
+    loss_name = "lm_loss"
+    # Over the rows of a step; "halted" and what follows over those that halted in it and have a label.
+    sum_names = (
+        "tokens",
+        "supervised",
+        "rows",
+        "lm_loss",
+        "q_halt_loss",
+        "q_continue_loss",
+        "halted",
+        "accuracy",
+        "exact_accuracy",
+        "q_halt_accuracy",
+        "steps",
+    )
+
+    def __init__(self, config: PretrainPuzzleConfig, model: RecursiveModel, data: PuzzleData, ranks: Ranks | None = None) -> None:
+        """Raises UsageError if the data doesn't fill a batch."""
+        self.config = config
+        self.model = model
+        self.ranks = ranks or Ranks()
+        self.total_steps = data.metadata.total_steps(config.epochs, config.global_batch_size)
+        self.steps_done = 0
+        self.finished_depths: list[int] = []
+        self._batches = TrainBatches(
+            data,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            epochs_per_iteration=config.eval_interval,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+        )
+        self._iterations_done = 0
+        self._iteration = self._batches.iteration()
+        self._place = self._place_in_data()
+        self._batch = self._next_batch()
+        if self._batch is None:
+            raise UsageError(
+                f"global_batch_size {config.global_batch_size} is more than the examples that eval_interval={config.eval_interval} "
+                "epochs pass: lower it, raise eval_interval and epochs, or use more data"
+            )
+        self._part = self.ranks.part(config.global_batch_size)
+        self.carry = Carry.empty(model, len(self._part), data.metadata.seq_len)
+        positions = model.prefix_len + data.metadata.seq_len
+        self._rotary = model.rotary(torch.arange(positions, device=model.device))
+        self._mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a batch for another step; the rows still at work when there is none are left as they are."""
+        return self._batch is not None
+
+    @property
+    def total(self) -> int:
+        """Examples of the run, as the original estimates them for its schedule."""
+        return self.total_steps * self.config.global_batch_size
+
+    @property
+    def done(self) -> int:
+        """Examples that the loader has handed out; `total` once it has no more."""
+        return self.steps_done * self.config.global_batch_size if self.busy else self.total
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole iterations of the loader, in epochs."""
+        return self._iterations_done * self.config.eval_interval
+
+    def lr_factor(self) -> float:
+        """Share of the peak learning rates at the next step."""
+        config = self.config
+        return learning_rate_at_step(
+            self.steps_done + 1, self.total_steps, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps
+        )
+
+    def admit(self) -> None:
+        """Give the next batch's rows, with fresh states, to the free slots of the same place; those for others are discarded."""
+        batch, carry = self._batch, self.carry
+        if batch is None:
+            return
+        free_B = carry.halted_B
+        for target, rows in (
+            (carry.inputs_BT, batch.inputs),
+            (carry.labels_BT, batch.labels),
+            (carry.puzzle_ids_B, batch.puzzle_identifiers),
+        ):
+            entering = torch.from_numpy(rows.astype(np.int64)).to(target.device)
+            target.copy_(torch.where(free_B.view(-1, *[1] * (target.dim() - 1)), entering, target))
+        for state, initial in zip(carry.states, self.model.initial_states(1, 1), strict=True):
+            state.copy_(torch.where(free_B.view(-1, 1, 1), initial, state))
+        carry.steps_B.masked_fill_(free_B, 0)
+        carry.halted_B = torch.zeros_like(free_B)
+
+    def parts(self) -> Iterator[Part]:
+        """One ACT step of every slot, `micro_batch_size` at a time."""
+        arch, carry, rows = self.config.arch, self.carry, len(self._part)
+        minimum = exploration(
+            self.config.seed, self.steps_done, self.config.global_batch_size, arch.halt_exploration_prob, arch.halt_max_steps
+        )
+        minimum_B = torch.from_numpy(minimum[self._part.start : self._part.stop]).to(self.model.device)
+        at_once = self.config.micro_batch_size or rows
+        for start in range(0, rows, at_once):
+            yield self._act_step(slice(start, start + at_once), minimum_B[start : start + at_once])
+        self.finished_depths = carry.steps_B[carry.halted_B].tolist()
+        self.steps_done += 1
+        self._place = self._place_in_data()
+        self._batch = self._next_batch()
+
+    def _place_in_data(self) -> dict[str, int | str]:
+        """Where the next batch comes from."""
+        return {"iterations": self._iterations_done, **self._batches.state()}
+
+    def _next_batch(self) -> PuzzleBatch | None:
+        """The loader's next batch, of the next iteration if need be; None at the end of the run."""
+        while self.steps_done < self.total_steps and self.epochs_done < self.config.epochs:
+            batch = next(self._iteration, None)
+            if batch is not None:
+                return batch
+            self._iterations_done += 1
+            self._iteration = self._batches.iteration()
+        return None
+
+    def _act_step(self, part: slice, minimum_B: Tensor) -> Part:
+        """One ACT step of the slots `part`."""
+        model, carry, arch = self.model, self.carry, self.config.arch
+        labels_BT = carry.labels_BT[part]
+        x_BTD = model.embed(carry.inputs_BT[part], carry.puzzle_ids_B[part])
+        states = tuple(state[part] for state in carry.states)
+        states, output_BTD = model.act_step(states, x_BTD, self._rotary, self._mask)
+        output_BD = output_BTD[:, 0]
+        halt_logits_B2 = model.halt_logits(output_BD if arch.halt.backprop else output_BD.detach())
+        steps_B = carry.steps_B[part] + 1
+        target_B = None
+        with torch.no_grad():
+            states = tuple(state.detach() for state in states)
+            if arch.trains_continue:
+                _, next_BTD = model.act_step(states, x_BTD, self._rotary, self._mask)
+                target_B = continue_target(model.halt_logits(next_BTD[:, 0]), steps_B >= arch.halt_max_steps)
+        loss = row_loss(output_BTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_B2, labels_BT, arch.loss, target_B)
+        with torch.no_grad():
+            halted_B = halted(arch, halt_logits_B2, steps_B, minimum_B)
+            for kept, new in zip(carry.states, states, strict=True):
+                kept[part] = new
+            carry.steps_B[part], carry.halted_B[part] = steps_B, halted_B
+            supervised_BT = labels_BT != IGNORE_LABEL_ID
+            counted_B = halted_B & supervised_BT.any(dim=1)
+            says_right_B = halt_logits_B2[:, 0] >= 0
+            of_halted = {
+                "halted": counted_B,
+                "accuracy": loss.accuracy_B,
+                "exact_accuracy": loss.is_right_B,
+                "q_halt_accuracy": says_right_B == loss.is_right_B,
+                "steps": steps_B,
+            }
+            sums: dict[str, Tensor | int] = {
+                "tokens": labels_BT.numel(),
+                "supervised": supervised_BT.sum(),
+                "rows": len(labels_BT),
+                "lm_loss": loss.nll_B.sum(),
+                "q_halt_loss": loss.halt_bce_B.sum(),
+                "q_continue_loss": loss.continue_bce_B.sum(),
+                **{name: (value_B * counted_B).sum() for name, value_B in of_halted.items()},
+            }
+        return Part(loss=loss.total, weight=len(labels_BT), sums=sums)
+
+    def moved(self, lr_factor: float) -> None:
+        """Let the puzzles' vectors follow the weights: their own optimizer, learning rate and decay, and the same schedule."""
+        if self.model.puzzle_emb is not None:
+            sign_sgd_(self.model.puzzle_emb, self.config.puzzle_emb_lr * lr_factor, self.config.puzzle_emb_weight_decay)
+
+    def mend(self) -> None:
+        """Forget the vectors' gradient, and give initial states again to rows whose states aren't finite."""
+        if self.model.puzzle_emb is not None:
+            self.model.puzzle_emb.take_gradient()
+        broken_B = ~torch.stack([state.isfinite().flatten(1).all(dim=1) for state in self.carry.states]).all(dim=0)
+        for state, initial in zip(self.carry.states, self.model.initial_states(1, 1), strict=True):
+            state[broken_B] = initial[0]
+
+    def report(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Means under the original's names: losses of all rows of the steps, the rest of the rows that halted and have a label."""
+        rows, of_halted = max(1.0, sums["rows"]), max(1.0, sums["halted"])
+        losses = {name: sums[name] / rows for name in ("lm_loss", "q_halt_loss", "q_continue_loss")}
+        measures = {name: sums[name] / of_halted for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")}
+        if not self.config.arch.trains_continue:
+            del losses["q_continue_loss"]
+        # Of no row nothing is known, and nothing is said.
+        return {**losses, **(measures if sums["halted"] else {}), "halted_rows": sums["halted"]}
+
+    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Nothing: every position of a row is computed."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """None: the original's rules have nothing to collapse that its metrics don't show."""
+        return []
+
+    def state(self) -> TrainerState:
+        """Carry of all ranks, and the place in the data: the same for any number of ranks."""
+        rows = self.config.global_batch_size
+        tensors = {name: self.ranks.gather(part, rows) for name, part in self.carry.tensors().items()}
+        return TrainerState(tensors, {"steps_done": self.steps_done, "place_in_data": self._place})
+
+    def load_state(self, state: TrainerState) -> None:
+        """Go on from `state`, whatever number of ranks left it. Raises UsageError if it belongs to other data."""
+        for name, target in self.carry.tensors().items():
+            target.copy_(state.tensors[name][self._part.start : self._part.stop])
+        self.steps_done = state.values["steps_done"]
+        self._place = state.values["place_in_data"]
+        self._iterations_done = int(self._place["iterations"])
+        self._batches.restore(self._place)
+        self._iteration = self._batches.iteration()
+        self._batch = self._next_batch()

@@ -1,0 +1,124 @@
+"""One run on puzzles from a checked config: its data, how the model is measured, what is kept.
+
+What runs share is in training/run.py. Knows no Hydra.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from artifacts.checkpoint import load_weights, read_weights
+from artifacts.puzzle_checkpoint import identifiers_sha256, save_puzzle_checkpoint
+from config.errors import UsageError
+from config.schema import PretrainPuzzleConfig
+from dataset.puzzles.loader import PuzzleData
+from evaluators.puzzles import PuzzleMeasurement
+from models.act import RecursiveModel
+from models.device import pick_device, resolve_dtype
+from training.distributed import Ranks, joined_ranks
+from training.puzzle import PuzzleTask
+from training.resume import find_start
+from training.run import Run, Snapshot, make_ready
+
+
+def run_puzzles(config: PretrainPuzzleConfig) -> Path:
+    """Train, from scratch or from where `config.resume` finds the run, and return the folder of the last checkpoint.
+
+    Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
+    """
+    if config.dry_run:
+        raise UsageError("dry_run estimates instruction runs only: start pretrain_instruct.py with it, or leave it out")
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+
+        def say(text: str) -> None:
+            if ranks.is_first:
+                print(text, flush=True)
+
+        device = pick_device(config.device)
+        arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
+        start = find_start(config, ranks, say)
+        config = config.model_copy(update={"run_name": start.folder.name})
+        test_paths = config.data_paths_test or config.data_paths
+        train, test = PuzzleData(config.data_paths, "train"), PuzzleData(test_paths, "test")
+        for field in ("vocab_size", "seq_len"):
+            found = getattr(train.metadata, field), getattr(test.metadata, field)
+            if found[0] != found[1]:
+                raise UsageError(
+                    f"data_paths_test: expected {field} {found[0]}, as in training, found {found[1]}: use like puzzles"
+                )
+        measurement = PuzzleMeasurement(config, test, test_paths)
+        settings = config.model_copy(update={"arch": arch}).model_dump()
+        start.check(settings, {"data_hash": train.data_hash}, say)
+        model = RecursiveModel(
+            arch,
+            train.metadata.vocab_size,
+            seed=config.seed,
+            seq_len=train.metadata.seq_len,
+            puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
+        )
+        if config.load_checkpoint is not None and start.saved is None:
+            source = Path(config.load_checkpoint)
+            load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
+            say(f"beginning with the weights of {source}")
+        if config.freeze_weights:
+            model.requires_grad_(False)
+        make_ready(model, config, device, start, ranks, say)
+        task = PuzzleTask(config, model, train, ranks)
+        rows = ", ".join(
+            f"{sum(map(len, data.sets.values())):,} {split} rows" for split, data in (("train", train), ("test", test))
+        )
+        say(f"data {', '.join(config.data_paths)}: {train.metadata.total_groups:,} puzzles, {rows}; {task.total_steps:,} steps")
+        job = _PuzzleJob(config, model, task, train, identifiers_sha256(config.data_paths), measurement, start.folder, ranks)
+        saved = Run(config, job, start, ranks).train()
+        say(f"checkpoint {saved}")
+        return saved
+
+
+@dataclass
+class _PuzzleJob:
+    """Training on puzzles, as training/run.py needs to know it."""
+
+    config: PretrainPuzzleConfig
+    model: RecursiveModel
+    task: PuzzleTask
+    data: PuzzleData
+    identifiers: str
+    measurement: PuzzleMeasurement
+    folder: Path
+    ranks: Ranks
+
+    def evaluate(self, step: int) -> dict[str, Any] | None:
+        """Measure every row of the test split, of which each rank takes a share."""
+        report: dict[str, Any] = self.ranks.agree(
+            self.measurement.measure(
+                self.model,
+                self.folder,
+                f"test_step_{step}",
+                save=self.config.eval_save_outputs,
+                rank=self.ranks.rank,
+                ranks=self.ranks.size,
+                sum_over_ranks=self.ranks.sum_numbers,
+            )
+        )
+        if self.ranks.is_first:
+            numbers = {name: value for name, value in report.items() if isinstance(value, float)}
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            curve = " ".join(f"{share:.3f}" for share in report["exact_accuracy_by_act_step"])
+            tqdm.write(f"  exact_accuracy by ACT step: {curve}")
+        return report
+
+    def save(self, folder: Path, snapshot: Snapshot) -> None:
+        """The checkpoint, with the description of its data."""
+        save_puzzle_checkpoint(
+            folder,
+            config=self.config,
+            weights=snapshot.weights,
+            ema=snapshot.ema,
+            data=self.data,
+            identifiers=self.identifiers,
+            step=snapshot.step,
+            metrics=snapshot.metrics,
+            trainer=snapshot.trainer,
+        )
