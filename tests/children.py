@@ -3,12 +3,13 @@
 They are forked from a server that has the imports done already, so each starts in milliseconds.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -101,14 +102,25 @@ def _train(config: PretrainInstructConfig, out: str, environment: dict[str, str]
         method: Callable[..., Any] = getattr(training.run.Run, name)
 
         def wrapped(*arguments: Any) -> Any:
-            phase.value = PHASES.index({"train": "training", "_evaluate": "evaluating", "_save": "saving"}[name])
+            if name != "train":
+                phase.value = PHASES.index({"_evaluate": "evaluating", "_save": "saving"}[name])
             result = method(*arguments)
             phase.value = PHASES.index("finished" if name == "train" else "training")
             return result
 
         setattr(training.run.Run, name, wrapped)
 
+    catching = training.run._first_signal
+
+    @contextlib.contextmanager
+    def caught() -> Iterator[Any]:
+        with catching() as stop:
+            # From here on a signal is a request; before, it is the end of any process.
+            phase.value = PHASES.index("training")
+            yield stop
+
     for name in ("train", "_evaluate", "_save"):
         shown(name)
+    training.run._first_signal = caught
     with one_clear_message():
         run_instruct(config)
