@@ -18,8 +18,9 @@ import torch
 
 import training.run
 from config.errors import one_clear_message
-from config.schema import PretrainInstructConfig
+from config.schema import PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
 from training.instruct import run_instruct
+from training.puzzle_run import run_puzzles
 
 PHASES = ("starting", "training", "evaluating", "saving", "finished")
 
@@ -30,7 +31,7 @@ _CONTEXT.set_forkserver_preload(["tests.children"])
 class Child:
     """One process that trains. `phase` says what it does; what it prints goes to `out`."""
 
-    def __init__(self, config: PretrainInstructConfig, out: Path, **environment: str) -> None:
+    def __init__(self, config: TrainingConfig, out: Path, **environment: str) -> None:
         self.out = out
         self._phase = _CONTEXT.Value("i", 0, lock=False)
         self._process = _CONTEXT.Process(target=_train, args=(config, str(out), environment, self._phase))
@@ -81,7 +82,7 @@ class Child:
             self._process.join()
 
 
-def start_ranks(config: PretrainInstructConfig, size: int, folder: Path) -> list[Child]:
+def start_ranks(config: TrainingConfig, size: int, folder: Path) -> list[Child]:
     """The processes that torchrun would start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,7 +91,7 @@ def start_ranks(config: PretrainInstructConfig, size: int, folder: Path) -> list
     return [Child(config, folder / f"rank{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(size)]
 
 
-def _train(config: PretrainInstructConfig, out: str, environment: dict[str, str], phase: Any) -> None:
+def _train(config: TrainingConfig, out: str, environment: dict[str, str], phase: Any) -> None:
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -123,4 +124,8 @@ def _train(config: PretrainInstructConfig, out: str, environment: dict[str, str]
         shown(name)
     training.run._first_signal = caught
     with one_clear_message():
-        run_instruct(config)
+        if isinstance(config, PretrainPuzzleConfig):
+            run_puzzles(config)
+        else:
+            assert isinstance(config, PretrainInstructConfig)
+            run_instruct(config)

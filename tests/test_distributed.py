@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from artifacts.checkpoint import checkpoints_of, step_of
+from config.compose import compose_as
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig
+from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from tests.children import start_ranks
+from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.distributed import Ranks, joined_ranks
 from training.instruct import run_instruct
+from training.puzzle_run import run_puzzles
 
 RunConfig = Callable[..., PretrainInstructConfig]
 # Five slots for two ranks; in float64, where no rounding decides an update.
@@ -66,6 +69,21 @@ def flat(value: object, name: str = "") -> dict[str, object]:
 def test_two_ranks_are_one(together: Path, alone: Path) -> None:
     assert len(checkpoints_of(alone)) > 4
     assert_equal(together, alone)
+
+
+def test_two_ranks_are_one_on_puzzles(tmp_path: Path) -> None:
+    path = write_puzzles(tmp_path / "puzzles")
+    one, two = (
+        compose_as(
+            PretrainPuzzleConfig, "cfg_pretrain", [f"data_paths=[{path}]", f"checkpoint_dir={tmp_path}", *TINY_PUZZLES, *own]
+        )
+        for own in (["run_name=one", "ema=true"], ["run_name=two", "ema=true"])
+    )
+    alone = run_puzzles(one).parent
+    children = start_ranks(two, 2, tmp_path)
+    assert [child.end(240) for child in children] == [0, 0], "\n".join(child.text for child in children)
+    assert len(checkpoints_of(alone)) == 2
+    assert_equal(alone.parent / "two", alone)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(together: Path, alone: Path, run_config: RunConfig, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _FREE = (
     "plot",
     "dry_run",
     "eval_",
+    "evaluators",
     "log_interval",
     "sample_answers",
     "generation.",
@@ -40,6 +41,7 @@ _FREE = (
     "dataloader_workers",
     "pad_multiple",
     # What they name is compared by its content.
+    "data_paths",
     "dataset.data_dir",
     "dataset.tokenizer_path",
     "dataset.processes",
