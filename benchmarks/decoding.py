@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py [--only alone batch flat --repeats 3]
 
-Ours: generation/engine.py. Naive (benchmarks/naive.py): a forward over all positions so far and all ACT steps for each token, then
-logits at the last position. The sides take turns in one process. Three comparisons:
+Ours: generation/engine.py, compiled (`--no-compile`: not). Naive (benchmarks/naive.py): a forward over all positions so far and all
+ACT steps for each token, then logits at the last position. The sides take turns in one process. Three comparisons:
 
 alone: one row, `--positions` so far, `--act-steps`: `ratio` in float32 on both sides, `ratio_best` ours in its best number format.
 batch: `--batch` rows, `--positions` so far, `--batch-act-steps`, bfloat16 on both sides: `ratio_batch16`, tokens a second.
@@ -32,7 +32,7 @@ from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synth
 from benchmarks.naive import NaiveTRM
 from generation.engine import Engine, Prompt, Request, Token, cache_bytes
 from models.act import RecursiveModel
-from models.device import keep_freed_memory
+from models.device import keep_freed_memory, should_compile
 from models.layers import Linear
 from models.losses import log_probs
 
@@ -54,6 +54,7 @@ class Setting:
         self.naive = NaiveTRM(self.model)
         self.dtype = self.model.config.forward_dtype
         self.batch, self.positions, self.act_steps = batch, positions, act_steps
+        self.compiled = arguments.compile
         rows = [synthetic_example(arguments.seed, row, positions, arguments.vocabulary) for row in range(batch)]
         # The first token completes `positions` positions, and the second is what the sides are compared on.
         length = positions - 1
@@ -89,7 +90,9 @@ class Decoding:
     """Ours under way: every row is given one token at a time."""
 
     def __init__(self, setting: Setting, act_steps: int, tokens: int, room: int) -> None:
-        self._engine = Engine(setting.model, eos_id=_NO_EOS, act_steps=act_steps, rows=setting.batch, positions=room)
+        self._engine = Engine(
+            setting.model, eos_id=_NO_EOS, act_steps=act_steps, rows=setting.batch, positions=room, compiled=setting.compiled
+        )
         self._ready: list[collections.deque[Token]] = [collections.deque() for _ in setting.prompts]
         for prompt in setting.prompts:
             self._engine.submit(Request(prompt, tokens, top=_COMPARED_IDS))
@@ -208,6 +211,7 @@ def main() -> None:
     flags = parser(__doc__)
     flags.set_defaults(repeats=3)
     flags.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="some of the comparisons")
+    flags.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="ours with compile=true")
     flags.add_argument("--positions", "--seq-len", type=int, default=512, help="positions so far")
     flags.add_argument("--act-steps", type=int, default=16, help="alone and flat: ACT steps a token")
     flags.add_argument("--batch", type=int, default=16, help="batch: rows; a token is then one a row")
@@ -218,9 +222,15 @@ def main() -> None:
     flags.add_argument("--far", type=int, default=4096)
     flags.add_argument("--flat-repeats", type=int, default=8)
     arguments = flags.parse_args()
+    arguments.compile = should_compile(arguments.compile, torch.device("cpu"))
     keep_freed_memory()
     threads = use_threads(arguments.threads)
-    report: dict[str, Any] = {"threads": threads, "repeats": arguments.repeats, "torch": torch.__version__}
+    report: dict[str, Any] = {
+        "threads": threads,
+        "compiled": arguments.compile,
+        "repeats": arguments.repeats,
+        "torch": torch.__version__,
+    }
     for name in arguments.only:
         found = COMPARISONS[name](arguments)
         print(f"{name}: {json.dumps(found)}", flush=True)

@@ -247,6 +247,8 @@ class GenerationConfig(_Section):
     """Tokens that an answer at fixed depth which forms alone drafts before it checks them together; 0: none."""
     draft_act_steps: PositiveInt
     """ACT steps behind a drafted token."""
+    compile: bool
+    """torch.compile what an answer's next token takes: faster after a warm-up. DISABLE_COMPILE=1 turns it off."""
     kv_budget_gb: float = Field(gt=0)
     """Most memory for keys and values, in GB (10^9 bytes); answers wait for room."""
 

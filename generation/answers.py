@@ -65,7 +65,8 @@ class Responder:
 
     `context` is the most input positions the model was trained on; a prompt must leave room for at least one new token in it.
     At most `rows` answers form at the same time, fewer where `kv_budget_gb` (GB of keys and values) says so. One that forms alone
-    drafts `draft_tokens` tokens with `draft_act_steps` ACT steps (generation/engine.py).
+    drafts `draft_tokens` tokens with `draft_act_steps` ACT steps (generation/engine.py). If `compiled`, the weights are copied into
+    compiled code and must not change any more.
     """
 
     model: RecursiveModel
@@ -77,6 +78,7 @@ class Responder:
     kv_budget_gb: float
     draft_tokens: int = 0
     draft_act_steps: int = 1
+    compiled: bool = False
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """Encode a history for its next answer. Raises UsageError with the counts if it is longer than the context."""
@@ -160,6 +162,7 @@ class Speaker:
             positions=positions,
             draft_tokens=responder.draft_tokens,
             draft_act_steps=responder.draft_act_steps,
+            compiled=responder.compiled,
         )
         self._streams: dict[int, TextStream] = {}
         self._answers: dict[int, Answer] = {}

@@ -126,11 +126,15 @@ class Engine:
         positions: int,
         draft_tokens: int = 0,
         draft_act_steps: int = 1,
+        compiled: bool = False,
     ) -> None:
         """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
 
         draft_tokens: how many tokens a single row at fixed depth drafts, at `draft_act_steps` ACT steps, before it checks them at
         full depth; 0: none. What is said stays the same.
+
+        compiled: torch.compile what the next tokens take, once for a single row and once for several. Compiled code holds the
+        weights in a form of its own.
         """
         self.model = model
         self.eos_id = eos_id
@@ -147,6 +151,7 @@ class Engine:
             head_dim=model.head_dim,
             dtype=model.dtype,
             device=model.device,
+            compiled=compiled,
         )
         self._sampler = Sampler(rows, model.vocab_size, model.config.loss, model.device)
         self._rows: list[_Row | None] = [None] * rows
@@ -217,7 +222,7 @@ class Engine:
             self._x[index_B],
             self._rotary_at(positions),
             Mask(),
-            self._cache.extend(slots, act_steps, positions),
+            self._cache.extend_by_one(slots, act_steps, positions),
         )
         for kept, new in zip(self._states, states, strict=True):
             kept[index_B] = new
@@ -254,7 +259,7 @@ class Engine:
             position = row.position + ahead
             state: States = model.initial_states(1, 1)
             for act_step in range(self._draft_act_steps):
-                lanes = self._cache.extend([slot], [act_step], [position])
+                lanes = self._cache.extend_by_one([slot], [act_step], [position])
                 state, output_BTD = model.act_step(state, x[ahead][None], self._rotary_at([position]), Mask(), lanes)
             states.append(state)
             if ahead < count - 1:

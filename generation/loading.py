@@ -1,5 +1,7 @@
 """From a checkpoint to a model that answers. Knows nothing of training, flags or Hydra."""
 
+import dataclasses
+
 import torch
 
 from artifacts.checkpoint import Checkpoint, load_weights
@@ -10,7 +12,7 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder
 from generation.sampling import Sampling
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype
+from models.device import pick_device, resolve_dtype, should_compile
 
 
 def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> RecursiveModel:
@@ -28,12 +30,18 @@ def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Recurs
 
 
 def load_responder(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Responder:
-    """The checkpoint's model with its tokenizer and template, answering as `config` asks for."""
-    return make_responder(load_model(checkpoint, config), checkpoint.tokenizer, checkpoint.template, config)
+    """The checkpoint's model with its tokenizer and template, answering as `config` asks for.
+
+    Raises UsageError if it asks for compiled code on a CPU without a C++ compiler.
+    """
+    model = load_model(checkpoint, config)
+    responder = make_responder(model, checkpoint.tokenizer, checkpoint.template, config)
+    # Not a model in training: compiled code keeps the weights it was made with.
+    return dataclasses.replace(responder, compiled=should_compile(config.generation.compile, model.device))
 
 
 def make_responder(model: RecursiveModel, tokenizer: Tokenizer, template: Template, config: PretrainInstructConfig) -> Responder:
-    """`model` answering as `config` asks for."""
+    """`model` answering as `config` asks for, but for `generation.compile`."""
     generation = config.generation
     sampling = Sampling(
         temperature=generation.temperature,

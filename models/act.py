@@ -180,16 +180,14 @@ class RecursiveModel(nn.Module):
             nonlocal calls_done, lanes_used
             stack = self.get_submodule(level)
             assert isinstance(stack, BlockStack)
-            call_lanes = None if lanes is None else lanes.of_call(lanes_used, len(stack.layers))
-            lanes_used += len(stack.layers)
+            first_lane, lanes_used = lanes_used, lanes_used + len(stack.layers)
             carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - self.grad_calls
             calls_done += 1
             if not carries_gradient:
                 h_BTD = h_BTD.detach()
             with torch.set_grad_enabled(carries_gradient):
-                if call_lanes is not None:
-                    # Not through __call__: compiled code would be made anew for every lane.
-                    result: Tensor = stack.forward(h_BTD, rotary, mask, call_lanes)
+                if lanes is not None:
+                    result: Tensor = lanes.call(stack, first_lane, h_BTD, rotary, mask)
                 elif carries_gradient and self.config.activation_checkpointing:
                     result = checkpoint(recomputed, stack, h_BTD, use_reentrant=False, preserve_rng_state=False)
                 else:

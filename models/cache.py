@@ -4,21 +4,29 @@ A lane is what one layer of one level call in one ACT step attends to, so any re
 to one set of weights. Shape suffixes as in models/layers.py; S is the number of positions attended to.
 """
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from models.layers import Lane, Mask, attend
+from models.layers import BlockStack, Lane, Mask, Rotary, attend
 
 
-class StepLanes(Protocol):
+class StepLanes(ABC):
     """The lanes of one ACT step."""
 
+    @abstractmethod
     def of_call(self, first_lane: int, layers: int) -> list[Lane]:
         """The lanes of one level call, one per layer of its stack, numbered on from those of the calls before it."""
+
+    def call(self, stack: BlockStack, first_lane: int, h: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
+        """A level call over these lanes."""
+        # Not through __call__: compiled code would be made anew for every lane.
+        return stack.forward(h, rotary, mask, self.of_call(first_lane, len(stack.layers)))
 
 
 class Lanes(Protocol):
@@ -31,7 +39,7 @@ class Lanes(Protocol):
         """
 
 
-class HeldLanes:
+class HeldLanes(StepLanes):
     """Whole rows refined step by step while some tokens have already halted: those keep the keys and values they halted with."""
 
     def __init__(self) -> None:
@@ -90,12 +98,19 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        compiled: bool = False,
     ) -> None:
+        """compiled: torch.compile the level calls that extend rows by one token each, and keep the weights they were made with."""
         shape = (rows, act_steps, lanes, 2, heads, positions, head_dim)
         # Where lanes are gathered, rows shorter than the longest meet memory they never wrote: masked, but 0 * NaN is NaN.
         make = torch.empty if device.type == "cpu" else torch.zeros
         self.buffer = make(shape, dtype=dtype, device=device)
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        self._fused: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if compiled:
+            # Frozen weights are laid out as the CPU's kernels want them: products of one row take less than half the time.
+            frozen = torch._inductor.config.patch(freezing=device.type == "cpu")
+            self._fused = frozen(torch.compile(extend_call, fullgraph=True))
 
     def lanes_of(self, row: int, act_step: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each lane, views [1, H, positions, K]."""
@@ -120,6 +135,12 @@ class KVCache:
         """
         return ExtendingLanes(self, rows, act_steps, starts)
 
+    def extend_by_one(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
+        """The same for T = 1, compiled if this cache is."""
+        return (
+            self.extend(rows, act_steps, starts) if self._fused is None else FusedLanes(self, self._fused, rows, act_steps, starts)
+        )
+
     def carry_halted(self, row: int, position: int, halted_at: int, act_steps: int) -> None:
         """A token that halted at step `halted_at` (from 0) shows the deeper ones of its `act_steps` what that step stored of it."""
         kept = self.buffer[row, :act_steps, :, :, :, position]
@@ -141,7 +162,7 @@ class _FillingLanes(HeldLanes):
         return k_BHTK, v_BHTK
 
 
-class ExtendingLanes:
+class ExtendingLanes(StepLanes):
     """One ACT step of the next tokens of some rows; see `KVCache.extend`."""
 
     def __init__(self, cache: KVCache, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> None:
@@ -199,6 +220,100 @@ class GatheredLane:
         k_BHSK, v_BHSK = (buffer[step.rows_B, step.act_steps_B, self.lane, part, :, :used] for part in range(2))
         visible_BTS = torch.arange(used, device=buffer.device) <= positions_BT[:, :, None]
         return attend(q_BHTK, k_BHSK, v_BHSK, Mask(visible=visible_BTS[:, None]))
+
+
+class FusedLanes(StepLanes):
+    """One ACT step of the next token of some rows: each level call is one compiled function that only reads the cache.
+
+    A function that wrote to it would be compiled into one that copies it.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        fused: Callable[..., tuple[Tensor, Tensor]],
+        rows: Sequence[int],
+        act_steps: Sequence[int],
+        starts: Sequence[int],
+    ) -> None:
+        _, steps, lanes, _, _, positions, _ = cache.buffer.shape
+        device = cache.buffer.device
+        self._fused = fused
+        self._kept_N2HPK = cache.buffer.flatten(0, 2)
+        self._starts_B = torch.tensor(starts, device=device)
+        first_lanes = [(row * steps + act_step) * lanes for row, act_step in zip(rows, act_steps, strict=True)]
+        self._lanes_LB = torch.tensor(first_lanes, device=device) + torch.arange(lanes, device=device).unsqueeze(1)
+        # Two positions at least: code for one would be made apart.
+        past = min(max(2, *starts), positions)
+        self._visible_BS = torch.arange(past, device=device) < self._starts_B.unsqueeze(1)
+        _leave_open(self._visible_BS, 0, 1)
+        _leave_open(self._kept_N2HPK, 0, 3)
+
+    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
+        """The lanes that only read; see `StepLanes`."""
+        return [
+            PastLane(self._kept_N2HPK, lanes_B, self._visible_BS) for lanes_B in self._lanes_LB[first_lane : first_lane + layers]
+        ]
+
+    def call(self, stack: BlockStack, first_lane: int, h: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
+        """A level call over these lanes, in one piece; see `StepLanes`."""
+        lanes_LB = self._lanes_LB[first_lane : first_lane + len(stack.layers)]
+        _leave_open(lanes_LB, 1)
+        _leave_open(h, 0)
+        for table in rotary or ():
+            _leave_open(table, 0)
+        h, new_LB2HK = self._fused(stack, h, rotary, self._kept_N2HPK, lanes_LB, self._visible_BS)
+        self._kept_N2HPK[lanes_LB, :, :, self._starts_B] = new_LB2HK
+        return h
+
+
+def _leave_open(x: Tensor, *dims: int) -> None:
+    """Have compiled code take any size of these dimensions, if it isn't 1."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def extend_call(
+    stack: BlockStack, h_B1D: Tensor, rotary: Rotary | None, kept_N2HPK: Tensor, lanes_LB: Tensor, visible_BS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A level call of one token of each row: its result [B, 1, D], and the new keys and values [L, B, 2, H, K] of its L layers.
+
+    kept_N2HPK: keys and values of every lane. lanes_LB: which of them each layer and row has. visible_BS: which of a lane's first
+    positions hold the row's past.
+    """
+    lanes = [PastLane(kept_N2HPK, lanes_LB[layer], visible_BS) for layer in range(len(stack.layers))]
+    h_B1D = stack.forward(h_B1D, rotary, Mask(), lanes)
+    return h_B1D, torch.stack([lane.new_B2HK for lane in lanes])
+
+
+class PastLane:
+    """All rows at once, one new token each. Compiled, it reads keys and values once, as they are kept, and casts on the way."""
+
+    def __init__(self, kept_N2HPK: Tensor, lanes_B: Tensor, visible_BS: Tensor) -> None:
+        self._kept_N2HPK = kept_N2HPK
+        self._lanes_B = lanes_B
+        self._visible_BS = visible_BS
+        self.new_B2HK = kept_N2HPK.new_empty(0)
+        """Keys and values of the new tokens, once they have attended."""
+
+    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
+        self.new_B2HK = torch.stack((k_BHTK[:, :, 0], v_BHTK[:, :, 0]), dim=1)
+        exact = torch.promote_types(q_BHTK.dtype, torch.float32)
+        q_BH1K, k_BH1K, v_BH1K = (x.to(exact) for x in (q_BHTK, k_BHTK, v_BHTK))
+        past = self._visible_BS.shape[1]
+        k_BHSK, v_BHSK = (self._kept_N2HPK[self._lanes_B, part, :, :past].to(exact) for part in range(2))
+        visible_B1S = self._visible_BS.unsqueeze(1)
+        q_BH1K = q_BH1K * q_BH1K.shape[-1] ** -0.5
+        past_BHS = (q_BH1K * k_BHSK).sum(-1).masked_fill(~visible_B1S, -math.inf)
+        own_BH1 = (q_BH1K * k_BH1K).sum(-1)
+        most_BH1 = torch.maximum(past_BHS.amax(-1, keepdim=True), own_BH1)
+        past_BHS, own_BH1 = (past_BHS - most_BH1).exp(), (own_BH1 - most_BH1).exp()
+        # Where no position was written, memory may hold anything, and 0 * NaN is NaN.
+        v_BHSK = v_BHSK.masked_fill(~visible_B1S.unsqueeze(-1), 0)
+        y_BHK = (past_BHS.unsqueeze(-1) * v_BHSK).sum(-2) + own_BH1 * v_BH1K[:, :, 0]
+        total_BH1 = past_BHS.sum(-1, keepdim=True) + own_BH1
+        y_BH1K: Tensor = (y_BHK / total_BH1).unsqueeze(2)
+        return y_BH1K
 
 
 def lane_for(device: torch.device) -> type[RowByRowLane] | type[GatheredLane]:

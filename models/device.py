@@ -51,9 +51,7 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool
     if wanted == "auto":
         return device.type == "cuda"
     if wanted and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise UsageError(
-            "compile=true on a CPU needs a C++ compiler: install g++, name one in the variable CXX, or use compile=auto"
-        )
+        raise UsageError("compile=true on a CPU needs a C++ compiler: install g++, name one in the variable CXX, or leave it out")
     return wanted
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head, 
 are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the tokens of all rows; "..." stands for either.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -261,7 +262,7 @@ class BlockStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(hidden_size, num_heads, expansion, mixed_positions) for _ in range(layers))
 
-    def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lanes: list[Lane] | None = None) -> Tensor:
+    def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lanes: Sequence[Lane] | None = None) -> Tensor:
         for index, layer in enumerate(self.layers):
             h = layer(h, rotary, mask, None if lanes is None else lanes[index])
         return h

@@ -55,7 +55,7 @@ def test_train_step_prints_its_figures() -> None:
 
 def test_decoding_prints_its_figures() -> None:
     sizes = ["--positions", "9", "--act-steps", "3", "--batch", "2", "--batch-act-steps", "2"]
-    report = run("-m", "benchmarks.decoding", *sizes, "--flat-positions", "5", "--near", "8", "--far", "64", *TINY)
+    report = run("-m", "benchmarks.decoding", *sizes, "--flat-positions", "5", "--near", "8", "--far", "64", "--no-compile", *TINY)
     alone, batch = report["alone"], report["batch"]
     assert report["ratio"] == pytest.approx(alone["ms_per_token_naive"] / alone["ms_per_token_ours"])
     assert report["ratio_best"] == pytest.approx(alone["ms_per_token_naive"] / alone["ms_per_token_best"])
@@ -109,7 +109,7 @@ def test_without_a_change_the_same_is_computed(change: str) -> None:
 
 @pytest.mark.parametrize("act_steps", [1, 4])
 def test_both_sides_decode_the_same(act_steps: int) -> None:
-    arguments = argparse.Namespace(vocabulary=70, seed=2, overrides=TINY_ARCH)
+    arguments = argparse.Namespace(vocabulary=70, seed=2, compile=False, overrides=TINY_ARCH)
     setting = Setting(arguments, dtype="float64", batch=2, positions=13, act_steps=act_steps)
     assert setting.difference(act_steps) < 1e-9
 

@@ -48,7 +48,7 @@ def test_a_cpu_compiles_when_told_to_and_needs_a_compiler(monkeypatch: pytest.Mo
     assert should_compile(True, CPU)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match="install g\\+\\+, name one in the variable CXX, or use compile=auto"):
+    with pytest.raises(UsageError, match="install g\\+\\+, name one in the variable CXX, or leave it out"):
         should_compile(True, CPU)
 
 

@@ -1,8 +1,12 @@
 """Cached decoding equals recomputing everything for every token (contract 5), whatever else is in the batch."""
 
 import dataclasses
+import functools
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,11 +51,17 @@ def requests_for(prompts: Sequence[Prompt], new: int, **options: object) -> list
 
 
 def decode(
-    model: RecursiveModel, requests: Sequence[Request], *, act_steps: int, rows: int | None = None, eos_id: int = NEVER
+    model: RecursiveModel,
+    requests: Sequence[Request],
+    *,
+    act_steps: int,
+    rows: int | None = None,
+    eos_id: int = NEVER,
+    **options: Any,
 ) -> list[list[Token]]:
     """The tokens of each request, in the requests' order."""
     positions = max(len(request.prompt.ids) + request.max_new_tokens for request in requests)
-    engine = Engine(model, eos_id=eos_id, act_steps=act_steps, rows=rows or len(requests), positions=positions)
+    engine = Engine(model, eos_id=eos_id, act_steps=act_steps, rows=rows or len(requests), positions=positions, **options)
     assert [engine.submit(request) for request in requests] == list(range(len(requests)))
     answers: list[list[Token]] = [[] for _ in requests]
     while engine.busy:
@@ -117,7 +127,7 @@ SAMPLED = {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "repetit
 def test_64_uneven_requests_in_any_order_equal_one_by_one(
     tiny_model: ModelFactory, sampling: dict[str, float], threshold: float | None
 ) -> None:
-    model = tiny_model("arch.attention=prefix", halt_scale=3.0)
+    model = tiny_model("arch.attention=prefix", halt_scale=3.0, seed=1)
     rng = np.random.default_rng(1)
     prompts = make_prompts(rng.integers(1, 24, 64).tolist())
     requests = [
@@ -141,6 +151,45 @@ def test_64_uneven_requests_in_any_order_equal_one_by_one(
         for place, i in enumerate(order):
             assert [(t.id, t.act_steps, t.finish) for t in together[place]] == [(t.id, t.act_steps, t.finish) for t in alone[i]]
             assert [t.logp for t in together[place]] == pytest.approx([t.logp for t in alone[i]], abs=1e-9)
+
+
+# aot_eager is all of torch.compile but the generated code. Frozen weights and packed products are inductor's.
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance", "recursion"),
+    [
+        *(("aot_eager", "float64", 1e-9, recursion) for recursion in ("trm", "hrm")),
+        ("inductor", "float64", 1e-9, "trm"),
+        *(pytest.param("inductor", *case, "hrm", marks=pytest.mark.slow) for case in (("float32", 1e-4), ("bfloat16", 0.1))),
+    ],
+)
+def test_compiled_ticks_say_the_same(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, tolerance: float, recursion: str
+) -> None:
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    model = tiny_model(f"arch={recursion}", f"arch.forward_dtype={dtype}", "arch.attention=prefix", halt_scale=3.0, seed=1)
+    model.cast_for_inference()
+    # Answers of several lengths leave fewer rows, and in the end a single one; of two prompts one is a single token.
+    requests = [
+        dataclasses.replace(request, max_new_tokens=2 + number, halt_threshold=0.5 if number % 2 else None)
+        for number, request in enumerate(requests_for(make_prompts((5, 2, 1, 9, 3)), 1))
+    ]
+    eager = decode(model, requests, act_steps=3, rows=3)
+    stacks = len(model.recursion.levels)
+    with torch._dynamo.config.patch(recompile_limit=2 * stacks, fail_on_recompile_limit_hit=True):
+        # Code for one row and for several of each stack, whatever the engine's size.
+        compiled = decode(model, requests, act_steps=3, rows=3, compiled=True)
+        alone = decode(model, requests[3:], act_steps=3, rows=1, compiled=True)
+    for expected, found in zip([*eager, *eager[3:]], [*compiled, *alone], strict=True):
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(logp_of(other), logp_of(one), rtol=0, atol=tolerance)
+            if dtype == "bfloat16" and one.id != other.id:
+                break  # what follows differs, too
+            assert (one.id, one.act_steps) == (other.id, other.act_steps)
+    if dtype == "float64":
+        assert len({token.act_steps for tokens in eager for token in tokens}) > 1, "no token halted early: the test means less"
 
 
 def test_requests_that_come_later_change_nothing(tiny_model: ModelFactory) -> None:
