@@ -240,60 +240,79 @@ class Worker:
         self._process.wait()
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Let the sides take turns and put their medians together."""
-    changes = list(CHANGES) if "all" in arguments.without else arguments.without
-    names = ["ours", "naive", *(["naive_kept"] if arguments.same_allocator else []), *changes]
-    workers = {name: Worker(name) for name in names}
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+def take_turns(arguments: argparse.Namespace, ours: Worker, name: str) -> dict[str, list[dict[str, float]]]:
+    """The figures of "ours" and of the side `name`, which a process of its own works on for as long, after the warm-up."""
+    other = Worker(name)
+    figures: dict[str, list[dict[str, float]]] = {"ours": [], name: []}
     for turn in range(arguments.warmup + arguments.repeats):
-        for name, worker in workers.items():
+        for side, worker in (("ours", ours), (name, other)):
             result = worker.step()
-            figures[name].append(result)
+            if turn >= arguments.warmup:
+                figures[side].append(result)
             kind = "warm-up" if turn < arguments.warmup else "timed"
-            label = _LABELS.get(name, f"ours without {name}")
+            label = _LABELS.get(side, f"ours without {side}")
             print(f"{kind:8} {label:28} {result['seconds']:8.3f} s   loss {result['loss_per_token']:.4f}", flush=True)
-    for worker in workers.values():
-        worker.close()
+    other.close()
+    return figures
 
-    def median(name: str, figure: str) -> float:
-        return statistics.median(result[figure] for result in figures[name][arguments.warmup :])
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let ours take turns with each other side, two processes at a time for memory's sake, and put the medians together."""
+    changes = list(CHANGES) if "all" in arguments.without else arguments.without
+    ours = Worker("ours")
+    turns = {
+        name: take_turns(arguments, ours, name)
+        for name in ["naive", *(["naive_kept"] if arguments.same_allocator else []), *changes]
+    }
+    ours.close()
+
+    def median(of: str, figure: str, beside: str = "naive") -> float:
+        return statistics.median(result[figure] for result in turns[beside][of])
+
+    def seconds(name: str) -> float:
+        return median(name, "seconds", beside=name)
+
+    def times_ours(name: str) -> float:
+        return seconds(name) / median("ours", "seconds", beside=name)
 
     config = settings(arguments, "ours")
-    seconds = {name: median(name, "seconds") for name in names}
     breakdown = {part: median("ours", part) for part in ("forward", "loss", "backward", "optimizer")}
-    breakdown["other"] = seconds["ours"] - sum(breakdown.values())
+    breakdown["other"] = median("ours", "seconds") - sum(breakdown.values())
     supervised = sum(
         int(synthetic_example(0, i, arguments.seq_len, arguments.vocabulary).supervised[1:].sum()) for i in range(arguments.batch)
     )
     report: dict[str, Any] = {
-        "ratio": seconds["naive"] / seconds["ours"],
+        "ratio": times_ours("naive"),
         "dtype": config.arch.forward_dtype,
         "dtype_naive": settings(arguments, "naive").arch.forward_dtype,
         "batch": arguments.batch,
         "seq_len": arguments.seq_len,
         "threads": use_threads(arguments.threads),
-        "seconds_ours": seconds["ours"],
-        "seconds_naive": seconds["naive"],
+        "seconds_ours": median("ours", "seconds"),
+        "seconds_naive": seconds("naive"),
         "seconds_ours_by_part": breakdown,
         "supervised": supervised,
-        "positions_per_second": arguments.batch * arguments.seq_len / seconds["ours"],
-        "first_loss_ours": figures["ours"][0]["loss_per_token"],
-        "first_loss_naive": figures["naive"][0]["loss_per_token"],
-        "peak_memory_bytes_ours": int(figures["ours"][-1]["peak_memory_bytes"]),
-        "peak_memory_bytes_naive": int(figures["naive"][-1]["peak_memory_bytes"]),
+        "positions_per_second": arguments.batch * arguments.seq_len / median("ours", "seconds"),
+        "first_loss_ours": turns["naive"]["ours"][0]["loss_per_token"],
+        "first_loss_naive": turns["naive"]["naive"][0]["loss_per_token"],
+        "peak_memory_bytes_ours": int(turns["naive"]["ours"][-1]["peak_memory_bytes"]),
+        "peak_memory_bytes_naive": int(turns["naive"]["naive"][-1]["peak_memory_bytes"]),
         "repeats": arguments.repeats,
         "torch": torch.__version__,
     }
     if arguments.same_allocator:
-        report["seconds_naive_same_allocator"] = seconds["naive_kept"]
-        report["ratio_same_allocator"] = seconds["naive_kept"] / seconds["ours"]
+        report["seconds_naive_same_allocator"] = seconds("naive_kept")
+        report["seconds_ours_same_allocator"] = median("ours", "seconds", beside="naive_kept")
+        report["ratio_same_allocator"] = times_ours("naive_kept")
     for change in changes:
-        without = {"seconds": seconds[change], "peak_memory_bytes": int(figures[change][-1]["peak_memory_bytes"])}
-        report.setdefault("without", {})[change] = {**without, "slower": seconds[change] / seconds["ours"]}
-        print(
-            f"without {change:16} {seconds[change]:8.3f} s, {seconds[change] / seconds['ours']:.2f} times ours: {CHANGES[change]}"
-        )
+        peak = int(turns[change][change][-1]["peak_memory_bytes"])
+        report.setdefault("without", {})[change] = {
+            "seconds": seconds(change),
+            "seconds_ours": median("ours", "seconds", beside=change),
+            "slower": times_ours(change),
+            "peak_memory_bytes": peak,
+        }
+        print(f"without {change:16} {seconds(change):8.3f} s, {times_ours(change):.2f} times ours: {CHANGES[change]}")
     if arguments.loss_memory:
         hidden_size = config.arch.hidden_size
         report |= benchmarks.loss_memory.measure(
