@@ -16,15 +16,22 @@ from torch import Tensor
 from models.layers import BlockStack, Lane, Mask, Rotary, attend
 
 
-class StepLanes(ABC):
+class StepLanes(Protocol):
     """The lanes of one ACT step."""
+
+    def call(self, stack: BlockStack, first_lane: int, h: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
+        """A level call whose layers attend to the lanes from `first_lane` on: those of the calls before it come before."""
+
+
+class LayerLanes(ABC):
+    """Lanes that each layer of a level call gets by itself."""
 
     @abstractmethod
     def of_call(self, first_lane: int, layers: int) -> list[Lane]:
-        """The lanes of one level call, one per layer of its stack, numbered on from those of the calls before it."""
+        """The lanes of one level call, one per layer of its stack."""
 
     def call(self, stack: BlockStack, first_lane: int, h: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
-        """A level call over these lanes."""
+        """A level call over these lanes; see `StepLanes`."""
         # Not through __call__: compiled code would be made anew for every lane.
         return stack.forward(h, rotary, mask, self.of_call(first_lane, len(stack.layers)))
 
@@ -39,7 +46,7 @@ class Lanes(Protocol):
         """
 
 
-class HeldLanes(StepLanes):
+class HeldLanes(LayerLanes):
     """Whole rows refined step by step while some tokens have already halted: those keep the keys and values they halted with."""
 
     def __init__(self) -> None:
@@ -48,7 +55,7 @@ class HeldLanes(StepLanes):
         self._active_B1T1: Tensor | None = None
         self.act_step = 0
 
-    def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
+    def at_step(self, act_step: int, active_BT: Tensor | None) -> LayerLanes:
         """The lanes of ACT step `act_step`; see `Lanes`."""
         self.act_step = act_step
         self._keeps = active_BT is not None
@@ -56,7 +63,7 @@ class HeldLanes(StepLanes):
         return self
 
     def of_call(self, first_lane: int, layers: int) -> list[Lane]:
-        """The lanes of one level call; see `StepLanes`."""
+        """The lanes of one level call; see `LayerLanes`."""
         return [_HeldLane(self, first_lane + layer) for layer in range(layers)]
 
     def hold(self, lane: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +128,7 @@ class KVCache:
             self._views[row, act_step] = found
         return found
 
-    def fill(self, rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int]) -> Lanes:
+    def fill(self, rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int]) -> HeldLanes:
         """Lanes for a forward over whole prompts that stores them: row `rows[i]` takes the forward's prompt `prompts[i]`.
 
         lengths: tokens of each prompt of the forward.
@@ -137,9 +144,9 @@ class KVCache:
 
     def extend_by_one(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
         """The same for T = 1, compiled if this cache is."""
-        return (
-            self.extend(rows, act_steps, starts) if self._fused is None else FusedLanes(self, self._fused, rows, act_steps, starts)
-        )
+        if self._fused is None:
+            return self.extend(rows, act_steps, starts)
+        return FusedLanes(self, self._fused, rows, act_steps, starts)
 
     def carry_halted(self, row: int, position: int, halted_at: int, act_steps: int) -> None:
         """A token that halted at step `halted_at` (from 0) shows the deeper ones of its `act_steps` what that step stored of it."""
@@ -162,7 +169,7 @@ class _FillingLanes(HeldLanes):
         return k_BHTK, v_BHTK
 
 
-class ExtendingLanes(StepLanes):
+class ExtendingLanes(LayerLanes):
     """One ACT step of the next tokens of some rows; see `KVCache.extend`."""
 
     def __init__(self, cache: KVCache, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> None:
@@ -222,7 +229,7 @@ class GatheredLane:
         return attend(q_BHTK, k_BHSK, v_BHSK, Mask(visible=visible_BTS[:, None]))
 
 
-class FusedLanes(StepLanes):
+class FusedLanes:
     """One ACT step of the next token of some rows: each level call is one compiled function that only reads the cache.
 
     A function that wrote to it would be compiled into one that copies it.
@@ -249,14 +256,8 @@ class FusedLanes(StepLanes):
         _leave_open(self._visible_BS, 0, 1)
         _leave_open(self._kept_N2HPK, 0, 3)
 
-    def of_call(self, first_lane: int, layers: int) -> list[Lane]:
-        """The lanes that only read; see `StepLanes`."""
-        return [
-            PastLane(self._kept_N2HPK, lanes_B, self._visible_BS) for lanes_B in self._lanes_LB[first_lane : first_lane + layers]
-        ]
-
     def call(self, stack: BlockStack, first_lane: int, h: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
-        """A level call over these lanes, in one piece; see `StepLanes`."""
+        """A level call in one piece; see `StepLanes`."""
         lanes_LB = self._lanes_LB[first_lane : first_lane + len(stack.layers)]
         _leave_open(lanes_LB, 1)
         _leave_open(h, 0)
