@@ -6,7 +6,7 @@ a few steps of the run itself, or not given. Shape suffixes as in models/layers.
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config.schema import HaltConfig, PretrainInstructConfig
+from config.schema import HaltConfig, PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
 from dataset.instruct import RunData
 from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example
 from models.act import RecursiveModel
 from models.device import memory_in_all, peak_memory
-from models.layers import Attention, BlockStack, Linear
+from models.layers import Block, BlockStack
 from models.losses import workspace_bytes
 from training.loop import Trainer
+from training.puzzle import PuzzleTask
 from training.slots import Slots
 from training.text import TextTask
 
@@ -36,29 +37,51 @@ _HEADROOM = 0.1
 class Flops(NamedTuple):
     """Floating-point operations of one ACT step, forward and backward, a multiplication and an addition counted as two."""
 
-    per_token: float
-    """Of each token in work: the level calls and the halting head."""
-    per_supervised_token: float
-    """On top, of each with a label: the vocabulary head, three products of 2 * D * V."""
+    per_position: float
+    """Of each position in work: the level calls, and those of the second forward that trains a continuing logit."""
+    per_halting: float
+    """Of each output that the halting head reads: a token's of text, the first one of a puzzle's row."""
+    per_label: float
+    """Of each output that the vocabulary head reads: those with a label of text, all tokens of a puzzle."""
 
 
 def act_step_flops(model: RecursiveModel, positions: float) -> Flops:
-    """Matrix products of a training step's ACT step, in rows of `positions` positions.
+    """Matrix products of a training step's ACT step, in rows of `positions` positions, a puzzle's vector counted in.
 
     A call costs 2 for each weight of its linear layers and, in attention, 4 * D * positions: queries with keys, scores with values,
-    over the whole row, although a causal kernel may skip up to half of that. Backward costs twice as much in the calls that carry
-    gradient, and the forward once more where activations are computed again. Elementwise work is left out.
+    over the whole row, although a causal kernel may skip up to half of that. A linear layer over the positions of each channel
+    (`mlp_t`) costs a row 2 * D for each weight. Backward costs as much for the inputs and once more for the weights, if they learn,
+    in the calls that carry gradient, and the forward once more where activations are computed again. Elementwise work is left out.
     """
+    config = model.config
     total = 0.0
     for index, level in enumerate(model.level_calls):
         stack = model.get_submodule(level)
-        forward = sum(2.0 * m.weight.numel() for m in stack.modules() if isinstance(m, Linear))
-        # The output projection takes in all heads together, however wide they are.
-        forward += sum(4.0 * m.o_proj.weight.shape[1] * positions for m in stack.modules() if isinstance(m, Attention))
-        with_gradient = index >= len(model.level_calls) - model.grad_calls
-        total += forward * (1 + with_gradient * (2 + model.config.activation_checkpointing))
-    halting = 2.0 * model.q_head.weight.numel() * (3 if model.config.halt.backprop else 2)
-    return Flops(total + halting, 6.0 * model.lm_head.weight.numel())
+        linear, attention = _forward_flops(stack, config.hidden_size, positions)
+        total += (linear + attention) * (1 + config.trains_continue)
+        if index >= len(model.level_calls) - model.grad_calls:
+            total += linear * (1 + _learns(stack)) + 2 * attention + (linear + attention) * config.activation_checkpointing
+    halting = 2.0 * model.q_head.weight.numel() * (1 + config.trains_continue + config.halt.backprop + _learns(model.q_head))
+    return Flops(total, halting, 2.0 * model.lm_head.weight.numel() * (2 + _learns(model.lm_head)))
+
+
+def _forward_flops(stack: nn.Module, hidden_size: int, positions: float) -> tuple[float, float]:
+    """Of one call for each position: those of linear layers, and those of attention's own products."""
+    linear = attention = 0.0
+    for block in stack.modules():
+        if not isinstance(block, Block):
+            continue
+        for part, per_position in ((block.self_attn, 1.0), (block.mlp_t, hidden_size / positions), (block.mlp, 1.0)):
+            if part is not None:
+                linear += 2 * per_position * count_parameters(part)
+        if block.self_attn is not None:
+            # The output projection takes in all heads together, however wide they are.
+            attention += 4 * block.self_attn.o_proj.weight.shape[1] * positions
+    return linear, attention
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,7 @@ class Memory:
     """Bytes that a training step holds at the same time, at most."""
 
     weights: int
+    puzzle_vectors: int
     gradients: int
     optimizer: int
     average: int
@@ -79,26 +103,33 @@ class Memory:
         return sum(vars(self).values())
 
 
-def estimate_memory(config: PretrainInstructConfig, model: RecursiveModel, task: TextTask) -> Memory:
-    """Memory of an ACT step with its backward pass on one rank, every slot with a row of `dataset.seq_len`."""
+def estimate_memory(config: TrainingConfig, model: RecursiveModel, carry: Sequence[Tensor], tokens: int) -> Memory:
+    """Memory of an ACT step with its backward pass on one rank, every slot with a row of `tokens` tokens, all with a label.
+
+    carry: the tensors that slots keep from step to step, [slots, ...].
+    """
     parameters = sum(p.nbytes for p in model.parameters())
-    slots, positions = len(task.carry.lengths), config.dataset.seq_len
+    learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    vectors = 0 if model.puzzle_emb is None else model.puzzle_emb.weights.nbytes
+    slots = len(carry[0])
     at_once = min(slots, config.micro_batch_size or slots)
-    carry = task.carry
-    one, two = (saved_bytes(model, rows, positions) for rows in (1, 2))
+    one, two = (saved_bytes(model, rows, tokens) for rows in (1, 2))
+    outputs = at_once * tokens * config.arch.hidden_size * model.dtype.itemsize
     return Memory(
-        weights=parameters + sum(b.nbytes for b in model.buffers()),
-        gradients=parameters,
-        optimizer=2 * parameters,
+        weights=parameters + sum(b.nbytes for b in model.buffers()) - vectors,
+        puzzle_vectors=vectors,
+        gradients=learning,
+        optimizer=2 * learning,
         average=parameters if config.ema else 0,
-        carry=sum(t.nbytes for t in (carry.inputs_BT, carry.labels_BT, carry.segments_BT, carry.previous_argmax_BT, *carry.states)),
+        carry=sum(t.nbytes for t in carry),
         # What is saved once, casts of the weights for one, and what each further row adds.
         activations=one + (at_once - 1) * (two - one),
-        loss=workspace_bytes(model.lm_head.weight, model.dtype),
+        # The outputs of tokens by themselves, and their gradient, which is made on the way forward.
+        loss=workspace_bytes(model.lm_head.weight, model.dtype) + 2 * outputs,
     )
 
 
-def saved_bytes(model: RecursiveModel, rows: int, positions: int) -> int:
+def saved_bytes(model: RecursiveModel, rows: int, tokens: int) -> int:
     """Bytes kept for the backward pass of one ACT step of `rows` whole rows: measured by doing its forward pass."""
     saved: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -112,14 +143,18 @@ def saved_bytes(model: RecursiveModel, rows: int, positions: int) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    positions = model.prefix_len + tokens
     ids_BT = torch.zeros(rows, positions, dtype=torch.int64, device=model.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _, output_BTD = model.act_step(
             model.initial_states(rows, positions),
-            model.embed(ids_BT),
+            model.embed(ids_BT[:, model.prefix_len :], ids_BT[:, 0]),
             model.rotary(torch.arange(positions, device=model.device)),
             model.mask(ids_BT),
         )
+    if model.puzzle_emb is not None:
+        # Or it would wait for a backward pass of this step, too.
+        model.puzzle_emb.take_gradient()
     # A level call that is computed again keeps its input, which is none of autograd's saved tensors.
     inputs = model.grad_calls * output_BTD.nbytes if model.config.activation_checkpointing else 0
     return sum(saved.values()) + inputs
@@ -167,22 +202,13 @@ class _Draws:
         next(itertools.islice(self._draws, count - 1, None), None)
 
 
-def dry_run(
+def dry_run_instruct(
     config: PretrainInstructConfig, model: RecursiveModel, task: TextTask, data: RunData, say: Callable[[str], None]
 ) -> None:
     """Say what the run would take. `model` and `task` are of no further use: their first steps are taken to measure time."""
-    say("dry run: nothing is kept of it")
-    _say_parameters(model, say)
-    memory = estimate_memory(config, model, task)
-    there_is = memory_in_all(model.device)
-    each = " on each rank" if task.ranks.size > 1 else ""
-    say(
-        f"memory            {_gb(memory.total)}{each} with rows of {config.dataset.seq_len} in every slot; there is {_gb(there_is)}"
-    )
-    for name, size in vars(memory).items():
-        say(f"  {name:15} {_gb(size)}")
-    say("  programs and libraries come on top")
-
+    carry = task.carry
+    kept = (carry.inputs_BT, carry.labels_BT, carry.segments_BT, carry.previous_argmax_BT, *carry.states)
+    fits = _say_sizes(config, model, task, kept, config.dataset.seq_len, say)
     halt = config.arch.halt
     steps = count_steps(config, halt, data.curriculum)
     if halt.mode == "settled":
@@ -197,16 +223,47 @@ def dry_run(
     tokens = steps.act_steps * lengths.mean()
     say(f"tokens a row      {lengths.mean():.1f}, {supervised.mean():.1f} of them supervised (mean of {len(examples):,} rows)")
     flops = act_step_flops(model, float((lengths**2).sum() / lengths.sum()))
-    total = tokens * flops.per_token + steps.act_steps * supervised.mean() * flops.per_supervised_token
-    say(
-        f"FLOPs a token     {flops.per_token:.3g} an ACT step, {flops.per_supervised_token:.3g} more if supervised; "
-        f"{total:.3g} in the run"
-    )
-    if memory.total > (1 - _HEADROOM) * there_is:
-        say("expected time     not measured: the memory would not suffice; lower global_batch_size or dataset.seq_len,")
-        say("                  or set arch.activation_checkpointing=true")
-        return
-    _say_time(config, model, task, tokens, total, say)
+    per_token = flops.per_position + flops.per_halting
+    total = tokens * per_token + steps.act_steps * supervised.mean() * flops.per_label
+    say(f"FLOPs a token     {per_token:.3g} an ACT step, {flops.per_label:.3g} more if supervised; {total:.3g} in the run")
+    _say_time(config, model, task, tokens, total, fits, say)
+
+
+def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: PuzzleTask, say: Callable[[str], None]) -> None:
+    """Say what the run would take. `model` and `task` are of no further use: their first steps are taken to measure time."""
+    carry = tuple(task.carry.tensors().values())
+    tokens_a_row = task.carry.inputs_BT.shape[1]
+    positions = model.prefix_len + tokens_a_row
+    fits = _say_sizes(config, model, task, carry, tokens_a_row, say)
+    rows = task.total_steps * config.global_batch_size
+    say(f"optimizer steps   {task.total_steps:,} at most, each an ACT step of {config.global_batch_size:,} rows")
+    say(f"positions a row   {positions:,}, {tokens_a_row:,} of them tokens")
+    flops = act_step_flops(model, positions)
+    total = rows * (positions * flops.per_position + flops.per_halting + tokens_a_row * flops.per_label)
+    say(f"FLOPs a position  {flops.per_position:.3g} an ACT step, {flops.per_label:.3g} more if a token; {total:.3g} in the run")
+    _say_time(config, model, task, rows * tokens_a_row, total, fits, say)
+
+
+def _say_sizes(
+    config: TrainingConfig,
+    model: RecursiveModel,
+    task: TextTask | PuzzleTask,
+    carry: Sequence[Tensor],
+    tokens: int,
+    say: Callable[[str], None],
+) -> bool:
+    """Parameters and memory; whether the memory would do."""
+    say("dry run: nothing is kept of it")
+    _say_parameters(model, say)
+    memory = estimate_memory(config, model, carry, tokens)
+    there_is = memory_in_all(model.device)
+    each = " on each rank" if task.ranks.size > 1 else ""
+    say(f"memory            {_gb(memory.total)}{each} with rows of {tokens} in every slot; there is {_gb(there_is)}")
+    for name, size in vars(memory).items():
+        if size:
+            say(f"  {name.replace('_', ' '):15} {_gb(size)}")
+    say("  programs and libraries come on top")
+    return memory.total <= (1 - _HEADROOM) * there_is
 
 
 def _say_parameters(model: RecursiveModel, say: Callable[[str], None]) -> None:
@@ -217,16 +274,30 @@ def _say_parameters(model: RecursiveModel, say: Callable[[str], None]) -> None:
         parts[kind] = parts.get(kind, 0) + parameter.numel()
     shown = ", ".join(f"{name} {count:,}" for name, count in parts.items())
     say(f"parameters        {count_parameters(model):,}: {shown}")
+    if model.puzzle_emb is not None:
+        puzzles, channels = model.puzzle_emb.weights.shape
+        say(f"puzzle vectors    {puzzles * channels:,}: {puzzles:,} of {channels:,} channels; a step moves those of its rows")
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that training changes; a tied head counts once."""
+    """Numbers that the optimizer may change; a tied head counts once, the puzzles' vectors, which have their own, don't."""
     return sum(p.numel() for p in model.parameters())
 
 
 def _say_time(
-    config: PretrainInstructConfig, model: RecursiveModel, task: TextTask, tokens: float, flops: float, say: Callable[[str], None]
+    config: TrainingConfig,
+    model: RecursiveModel,
+    task: TextTask | PuzzleTask,
+    tokens: float,
+    flops: float,
+    fits: bool,
+    say: Callable[[str], None],
 ) -> None:
+    """How long the run's `tokens` and `flops` take, measured on its first steps if its memory `fits`."""
+    if not fits:
+        say("expected time     not measured: the memory would not suffice; lower micro_batch_size or global_batch_size,")
+        say("                  use shorter rows, or set arch.activation_checkpointing=true")
+        return
     trainer = Trainer(config, model, task, task.ranks)
     started = time.perf_counter()
     timed_tokens, taken = 0.0, 0

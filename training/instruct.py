@@ -21,7 +21,7 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype
 from training.distributed import joined_ranks
-from training.estimate import dry_run
+from training.estimate import dry_run_instruct
 from training.resume import find_start
 from training.run import Run, Snapshot, make_ready
 from training.text import TextTask
@@ -77,7 +77,7 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
         with ExampleStream(data.train, data.curriculum, workers, start=start.position) as stream:
             task = TextTask(config, model, stream, data.curriculum, ranks)
             if config.dry_run:
-                dry_run(config, model, task, data, say)
+                dry_run_instruct(config, model, task, data, say)
                 return None
             saved = Run(config, _InstructJob(config, model, task, tokenizer, data.train.data_hash, data.test), start, ranks).train()
         say(f"checkpoint {saved}")

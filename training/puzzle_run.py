@@ -18,18 +18,19 @@ from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_dtype
 from training.distributed import Ranks, joined_ranks
+from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
 from training.resume import find_start
 from training.run import Run, Snapshot, make_ready
 
 
-def run_puzzles(config: PretrainPuzzleConfig) -> Path:
+def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
     """Train, from scratch or from where `config.resume` finds the run, and return the folder of the last checkpoint.
+
+    A dry run (`config.dry_run`) trains nothing and returns None.
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    if config.dry_run:
-        raise UsageError("dry_run estimates instruction runs only: start pretrain_instruct.py with it, or leave it out")
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
 
         def say(text: str) -> None:
@@ -70,6 +71,9 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path:
             f"{sum(map(len, data.sets.values())):,} {split} rows" for split, data in (("train", train), ("test", test))
         )
         say(f"data {', '.join(config.data_paths)}: {train.metadata.total_groups:,} puzzles, {rows}; {task.total_steps:,} steps")
+        if config.dry_run:
+            dry_run_puzzles(config, model, task, say)
+            return None
         job = _PuzzleJob(config, model, task, train, identifiers_sha256(config.data_paths), measurement, start.folder, ranks)
         saved = Run(config, job, start, ranks).train()
         say(f"checkpoint {saved}")
