@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
 from benchmarks.naive import NaiveTRM
+from config.errors import one_clear_message
 from generation.engine import Engine, Prompt, Request, Token, cache_bytes
 from models.act import RecursiveModel
 from models.device import keep_freed_memory, should_compile
@@ -242,4 +243,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_clear_message():
+        main()

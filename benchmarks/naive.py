@@ -11,17 +11,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from config.errors import UsageError
 from config.schema import ArchConfig
 from models.act import RecursiveModel
 
 _RMS_EPS = 1e-5
 _IGNORE = -100
+# What is written here is that and nothing else; sizes, depth and number format are free.
+_WRITTEN_FOR = {
+    "name": "trm",
+    "attention": "causal",
+    "pos_encodings": "rope",
+    "grad_calls": None,
+    "tie_embeddings": False,
+    "loss": "stablemax",
+}
+
+
+def check_arch(arch: ArchConfig) -> None:
+    """Raises UsageError for an architecture that the naive way doesn't compute: another model would be compared with it."""
+    for key, value in _WRITTEN_FOR.items():
+        if (found := getattr(arch, key)) != value:
+            name = "arch" if key == "name" else f"arch.{key}"
+            raise UsageError(
+                f"the naive way is written for {name}={'null' if value is None else value}, found {found}: leave {name} as it is"
+            )
+    if arch.halt.backprop:
+        raise UsageError("the naive way is written for arch.halt.backprop=false, found true: leave it as it is")
 
 
 class NaiveTRM:
     """TRM over whole rows with causal attention, every weight cast to the activations' dtype in every call."""
 
     def __init__(self, model: RecursiveModel) -> None:
+        """Raises UsageError for another architecture."""
+        check_arch(model.config)
         self.arch: ArchConfig = model.config
         self.dtype = model.dtype
         self.weights: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}

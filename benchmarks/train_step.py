@@ -29,7 +29,8 @@ from torch import Tensor
 import benchmarks.loss_memory
 import training.text
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
-from benchmarks.naive import NaiveTRM, stablemax_cross_entropy, train_step
+from benchmarks.naive import NaiveTRM, check_arch, stablemax_cross_entropy, train_step
+from config.errors import one_clear_message
 from config.schema import PretrainInstructConfig
 from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example, collate
@@ -258,6 +259,9 @@ def take_turns(arguments: argparse.Namespace, ours: Worker, name: str) -> dict[s
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let ours take turns with each other side, two processes at a time for memory's sake, and put the medians together."""
+    # Before any process starts, in which it would be told less clearly.
+    config = settings(arguments, "ours")
+    check_arch(config.arch)
     changes = list(CHANGES) if "all" in arguments.without else arguments.without
     ours = Worker("ours")
     turns = {
@@ -275,7 +279,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     def times_ours(name: str) -> float:
         return seconds(name) / median("ours", "seconds", beside=name)
 
-    config = settings(arguments, "ours")
     breakdown = {part: median("ours", part) for part in ("forward", "loss", "backward", "optimizer")}
     breakdown["other"] = median("ours", "seconds") - sum(breakdown.values())
     supervised = sum(
@@ -343,4 +346,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_clear_message():
+        main()

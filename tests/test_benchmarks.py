@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from benchmarks.common import synthetic_example
 from benchmarks.decoding import Setting
 from benchmarks.naive import stablemax_cross_entropy
-from benchmarks.train_step import CHANGES, Naive, Ours, settings, taken_away
+from benchmarks.train_step import CHANGES, Naive, Ours, compare, settings, taken_away
+from config.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_ARCH = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2"]
@@ -114,6 +116,31 @@ def test_both_sides_decode_the_same(act_steps: int) -> None:
     arguments = argparse.Namespace(vocabulary=70, seed=2, compile=False, overrides=TINY_ARCH)
     setting = Setting(arguments, dtype="float64", batch=2, positions=13, act_steps=act_steps)
     assert setting.difference(act_steps) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["arch=hrm", "arch.H_layers=1"], "arch=trm, found hrm"),
+        (["arch.attention=prefix"], "arch.attention=causal, found prefix"),
+        (["arch.grad_calls=1"], "arch.grad_calls=null, found 1"),
+        (["arch.halt.backprop=true"], "arch.halt.backprop=false"),
+    ],
+)
+def test_what_the_naive_way_is_not_written_for_is_refused(overrides: list[str], told: str) -> None:
+    arguments = train_arguments(overrides=[*TINY_ARCH, *overrides], without=[])
+    with pytest.raises(UsageError, match=re.escape(told)):
+        compare(arguments)
+    with pytest.raises(UsageError, match=re.escape(told)):
+        Naive(settings(arguments, "naive"), vocabulary=70)
+
+
+@pytest.mark.parametrize("benchmark", ["train_step", "decoding"])
+def test_wrong_settings_are_told_without_a_traceback(benchmark: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *TINY, "arch=hrm", "arch.H_layers=1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the naive way is written for arch=trm") and "Traceback" not in done.stderr
 
 
 def test_synthetic_rows_are_repeatable_and_half_supervised() -> None:
