@@ -9,6 +9,9 @@ selection=(-m "not slow")
 if [ "${1:-}" = --slow ]; then
     selection=(-m slow --timeout 3600)
     shift
+elif [ $# = 0 ]; then
+    # The whole suite in two processes, file by file: the tests of a file share what they have trained.
+    selection+=(-n 2 --dist loadfile)
 fi
 ruff format --check .
 ruff check .

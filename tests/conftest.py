@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,12 @@ from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 
 os.environ.setdefault("WANDB_MODE", "disabled")
-# Toy tensors gain nothing from threads, and threads that fight over cores lose much.
+# Toy tensors gain nothing from threads, and threads that fight over cores lose much; here, and in processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes depends on what else the machine does, another test process for one.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 TINY = (
     "arch.hidden_size=16",

@@ -72,7 +72,6 @@ def naive_canvas(grid: Grid, row: int, column: int) -> Grid:
     return canvas[:MAX_SIDE, :MAX_SIDE]
 
 
-@settings(deadline=None)
 @given(st.lists(pairs, min_size=1, max_size=3), st.lists(augmentations, min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
 def test_canvases(some: list[Pair], augmented: list[Augmentation], shifted: bool, seed: int) -> None:
     """All stands where the input's first cell does, with the right end markers; one pair of each form stands in the corner."""
@@ -119,7 +118,7 @@ def test_a_canvas_in_the_corner_is_cropped_to_its_grid(grid: Grid) -> None:
 
 
 @given(arrays(np.int64, (2, SEQ_LEN), elements=st.sampled_from([0, 1, 2, 5, 11, 12])))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_canvas_is_cropped_to_the_largest_rectangle(canvases: np.ndarray) -> None:
     for cropped, canvas in zip(crop(canvases), canvases.reshape(-1, MAX_SIDE, MAX_SIDE), strict=True):
         best = (0, 0)
@@ -143,7 +142,7 @@ def sorted_pairs(some: list[Pair]) -> list[tuple[Any, ...]]:
     return sorted((pair.input.tolist(), pair.output.tolist()) for pair in some)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(pairs, min_size=1, max_size=3), st.integers(0, 9), st.integers(0, 2**63))
 def test_augmented_puzzles_all_differ(some: list[Pair], count: int, seed: int) -> None:
     codes = draw_augmentations(some, count, seed, "a")
@@ -177,7 +176,6 @@ def test_draws_depend_on_seed_and_name() -> None:
 
 
 @given(pairs, augmentations)
-@settings(deadline=None)
 def test_the_canonical_pair_is_that_of_every_augmented_form(pair: Pair, augmentation: Augmentation) -> None:
     turned = Pair(augmentation.apply(pair.input), augmentation.apply(pair.output))
     assert canonical_pair(turned) == canonical_pair(pair)

@@ -37,7 +37,7 @@ def answer(text: str, supervised: bool = True) -> Turn:
 
 
 @given(turns_lists, st.integers(0, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_prompt_is_an_exact_prefix_of_what_is_trained_on(turns: list[Turn], at: int) -> None:
     history = turns[:at]
     whole = encode_conversation([*history, answer("The answer."), *turns[at:]], TOKENIZER, TEMPLATE)
@@ -50,7 +50,7 @@ def test_a_prompt_is_an_exact_prefix_of_what_is_trained_on(turns: list[Turn], at
 
 
 @given(turns_lists)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_supervised_ids_are_the_answers_and_their_eos_and_nothing_else(turns: list[Turn]) -> None:
     encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
     answers = [turn.text for turn in turns if turn.role == "assistant" and turn.supervised]
@@ -61,7 +61,7 @@ def test_supervised_ids_are_the_answers_and_their_eos_and_nothing_else(turns: li
 
 
 @given(turns_lists)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_text_forges_neither_a_turn_nor_its_end(turns: list[Turn]) -> None:
     encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
     kept = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
@@ -132,7 +132,7 @@ def test_the_template_goes_through_a_checkpoint_and_refuses_what_it_does_not_kno
 
 
 @given(turns_lists, st.text(min_size=1, max_size=8), st.integers(24, 90))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_shortened_prompt_keeps_the_answer_the_turns_forms_and_the_end_of_the_question(
     history: list[Turn], question: str, max_ids: int
 ) -> None:

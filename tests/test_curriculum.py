@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import UsageError
@@ -31,7 +31,6 @@ curricula = st.builds(
 
 
 @given(curricula)
-@settings(deadline=None)
 def test_rows_of_a_source_take_turns_and_no_draw_repeats(curriculum: Curriculum) -> None:
     draws = list(curriculum.draws())
     assert len(draws) == len(set(draws)) == curriculum.total
@@ -52,7 +51,6 @@ def test_rows_of_a_source_take_turns_and_no_draw_repeats(curriculum: Curriculum)
 
 
 @given(curricula, st.data())
-@settings(deadline=None)
 def test_the_order_goes_on_from_any_place_and_knows_its_stage(curriculum: Curriculum, data: st.DataObject) -> None:
     draws = list(curriculum.draws())
     start = data.draw(st.integers(0, curriculum.total))
@@ -102,7 +100,6 @@ def test_shares_become_whole_examples(asked: StageConfig, quotas: tuple[int, int
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.one_of(st.floats(0.01, 50), st.integers(1, 9))), min_size=1, max_size=4),
 )
-@settings(deadline=None)
 def test_an_epoch_of_a_mix_leaves_no_row_out(sources: list[tuple[int, float]]) -> None:
     sizes = {str(name): size for name, (size, _) in enumerate(sources)}
     mix: dict[str, float | None] = {str(name): weight for name, (_, weight) in enumerate(sources)}

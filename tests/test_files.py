@@ -55,7 +55,7 @@ json_values = st.recursive(
 
 
 @given(st.lists(json_values, max_size=5), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_elements_of_any_array_are_found(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, ascii_only: bool, block: int
 ) -> None:

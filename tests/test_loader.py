@@ -96,7 +96,7 @@ def test_counts_are_of_the_split(source: Path) -> None:
 
 
 @given(st.integers(0, 200), st.integers(-5, 2**70), st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_epoch_is_a_permutation_of_its_own(n: int, seed: int, epoch: int) -> None:
     order = permutation(n, seed, epoch)
     assert order.dtype == np.int64
@@ -137,7 +137,7 @@ def test_the_order_is_that_of_the_permutations_for_any_worker_count_and_restart(
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.lists(st.integers(1, 12), min_size=1), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ranks_that_share_the_slots_read_every_example_once(n: int, epochs: int, steps: list[int], data: st.DataObject) -> None:
     """Each step admits so many examples; each rank takes those of its own slots and passes over the others'."""
     drawn: list[list[int]] = [[], []]

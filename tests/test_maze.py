@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -32,7 +32,6 @@ def plain_search(is_open: np.ndarray, origin: tuple[int, int]) -> tuple[np.ndarr
     return steps, ways
 
 
-@settings(deadline=None)
 @given(mazes, st.data())
 def test_distances_and_ways_are_those_of_a_plain_search(is_open: np.ndarray, data: st.DataObject) -> None:
     side = is_open.shape[1]

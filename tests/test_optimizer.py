@@ -24,7 +24,7 @@ class ScalarLoop:
         self.p -= lr / (1 - b1**self.t) * math.atan2(self.m, math.sqrt(self.v / (1 - b2**self.t)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     start=st.lists(st.floats(-2, 2), min_size=2, max_size=4),
     gradients=st.lists(st.floats(1e-3, 1e3) | st.floats(-1e3, -1e-3) | st.just(0.0), min_size=1, max_size=6),

@@ -74,7 +74,7 @@ def content(batches: list[PuzzleBatch]) -> list[tuple[str, list[int]]]:
     return [(batch.set_name, batch.rows.tolist()) for batch in batches]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(0, 2**40), st.integers(1, 4))
 def test_groups_and_augmented_forms_are_the_originals(
     tmp_path_factory: pytest.TempPathFactory, size: int, seed: int, epochs: int
@@ -139,7 +139,7 @@ def test_several_paths_come_one_after_the_other(tmp_path: Path) -> None:
     assert content(list(stream(PuzzleData([tmp_path / "a"], "train")).iteration()))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 60), st.sampled_from([1, 2]))
 def test_a_restored_stream_goes_on_where_the_state_was_taken(
     tmp_path_factory: pytest.TempPathFactory, done: int, ranks: int

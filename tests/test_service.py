@@ -201,7 +201,7 @@ def test_the_whole_context_must_fit_the_budget(serve: Callable[..., Service]) ->
         serve(kv_budget_gb=0.5 * one_row)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["stay", "leave", "leave twice"])), min_size=1, max_size=8))
 def test_whoever_comes_and_goes_every_place_is_free_in_the_end(responder: Responder, plan: list[tuple[int, str]]) -> None:
     service = Service(responder, queue=6, timeout=60)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from config.schema import HaltConfig
@@ -67,7 +67,6 @@ def test_every_drawn_example_halts_exactly_once_an_epoch(mode: str) -> None:
     assert (len(depths) == 1) == (mode == "fixed")
 
 
-@settings(deadline=None)
 @given(
     size=st.integers(1, 9),
     examples=st.integers(1, 40),

@@ -145,7 +145,7 @@ json_values = st.recursive(
 
 
 @given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_line_is_a_conversation_or_has_a_reason(line: bytes) -> None:
     try:
         turns = to_conversation(parse_row(line))
@@ -182,7 +182,7 @@ def test_the_split_depends_on_seed_system_and_first_question_only() -> None:
 
 
 @given(st.text(max_size=10), st.integers(0, 5), st.floats(0, 0.99), st.floats(0, 0.99))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_larger_share_only_adds_test_rows(user: str, seed: int, one: float, other: float) -> None:
     low, high = sorted((one, other))
     conversation = (Turn("user", user), Turn("assistant", "A"))

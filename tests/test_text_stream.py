@@ -68,7 +68,7 @@ def of_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_pieces_joined_are_the_decoded_ids_up_to_the_first_stop_string(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = data.draw(of_ids(tokenizer))
@@ -81,7 +81,7 @@ def test_pieces_joined_are_the_decoded_ids_up_to_the_first_stop_string(name: str
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_text_is_out_as_soon_as_it_is_whole(text: str) -> None:
     """After every id, all is out but a character that lacks bytes."""
     ids, stream = LLAMA.encode(text), TextStream(LLAMA)
