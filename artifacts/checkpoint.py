@@ -53,52 +53,47 @@ class TrainerState:
     values: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two steps: what its checkpoint holds, whatever is trained."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None
+    metrics: Mapping[str, Any]
+    trainer: TrainerState
+
+
 def save_checkpoint(
     folder: Path,
+    snapshot: Snapshot,
     *,
     config: PretrainInstructConfig,
-    weights: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
     tokenizer: Tokenizer,
     template: Template,
     data_hash: str,
-    step: int,
-    metrics: Mapping[str, Any],
-    trainer: TrainerState,
 ) -> None:
     """`write_checkpoint` of a language model, with its tokenizer and template."""
     write_checkpoint(
         folder,
+        snapshot,
         config=config,
-        weights=weights,
-        ema=ema,
         files={"tokenizer.model": tokenizer.model_bytes},
         about={
-            "step": step,
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
             "template": template.to_dict(),
             "data_hash": data_hash,
         },
-        metrics=metrics,
-        trainer=trainer,
     )
 
 
 def write_checkpoint(
-    folder: Path,
-    *,
-    config: TrainingConfig,
-    weights: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
-    files: Mapping[str, bytes],
-    about: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    trainer: TrainerState,
+    folder: Path, snapshot: Snapshot, *, config: TrainingConfig, files: Mapping[str, bytes], about: Mapping[str, Any]
 ) -> None:
     """Write `folder` atomically: it appears complete, or not at all. Raises UsageError if it exists or can't be written.
 
-    files: what else belongs to this kind of model, by name. about: of checkpoint.json, all but the format.
+    files: what else belongs to this kind of model, by name. about: of checkpoint.json, all but format and step.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists already and is not overwritten; choose another run_name, or delete it")
@@ -106,20 +101,20 @@ def write_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "trainer").mkdir(parents=True)
-        _save_weights(partial / "model.safetensors", weights, config.arch.tie_embeddings)
-        if ema is not None:
-            buffers = {name: tensor for name, tensor in weights.items() if name not in ema}
-            _save_weights(partial / "ema.safetensors", {**buffers, **ema}, config.arch.tie_embeddings)
+        _save_weights(partial / "model.safetensors", snapshot.weights, config.arch.tie_embeddings)
+        if snapshot.ema is not None:
+            # Buffers have no average.
+            _save_weights(partial / "ema.safetensors", {**snapshot.weights, **snapshot.ema}, config.arch.tie_embeddings)
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, **about})
-        _write_json(partial / "train_metrics.json", metrics)
+        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
+        _write_json(partial / "train_metrics.json", snapshot.metrics)
         save_file(
-            {name: t.detach().contiguous() for name, t in trainer.tensors.items()},
+            {name: t.detach().contiguous() for name, t in snapshot.trainer.tensors.items()},
             partial / "trainer/tensors.safetensors",
         )
-        _write_json(partial / "trainer/state.json", trainer.values)
+        _write_json(partial / "trainer/state.json", snapshot.trainer.values)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
         partial.rename(folder)

@@ -7,15 +7,13 @@ The rest of the folder is as artifacts/checkpoint.py says.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
-from artifacts.checkpoint import TrainerState, read_about, read_settings, write_checkpoint
+from artifacts.checkpoint import Snapshot, read_about, read_settings, write_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig, parse_as
 from dataset.puzzles.loader import PuzzleData
@@ -33,27 +31,15 @@ def identifiers_sha256(data_paths: Sequence[str]) -> str:
 
 
 def save_puzzle_checkpoint(
-    folder: Path,
-    *,
-    config: PretrainPuzzleConfig,
-    weights: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
-    data: PuzzleData,
-    identifiers: str,
-    step: int,
-    metrics: Mapping[str, Any],
-    trainer: TrainerState,
+    folder: Path, snapshot: Snapshot, *, config: PretrainPuzzleConfig, data: PuzzleData, identifiers: str
 ) -> None:
     """`write_checkpoint` of a puzzle model. identifiers: `identifiers_sha256` of its data."""
     write_checkpoint(
         folder,
+        snapshot,
         config=config,
-        weights=weights,
-        ema=ema,
         files={_METADATA_FILE: data.metadata.model_dump_json(indent=2).encode()},
-        about={"step": step, "data_hash": data.data_hash, "identifiers_sha256": identifiers},
-        metrics=metrics,
-        trainer=trainer,
+        about={"data_hash": data.data_hash, "identifiers_sha256": identifiers},
     )
 
 

@@ -104,14 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsample")
     options = parser.parse_args(arguments)
     with one_clear_message():
-        counts = build(
-            options.output_dir,
-            options.source_dir,
-            subsample_size=options.subsample_size,
-            aug=options.aug,
-            source_repo=options.source_repo,
-            seed=options.seed,
-        )
+        counts = build(**vars(options))
         print(f"wrote {options.output_dir}:")
         for split, of_split in counts.items():
             print(

@@ -99,15 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsample and the augmentations")
     options = parser.parse_args(arguments)
     with one_clear_message():
-        counts = build(
-            options.output_dir,
-            options.source_dir,
-            subsample_size=options.subsample_size,
-            num_aug=options.num_aug,
-            min_difficulty=options.min_difficulty,
-            source_repo=options.source_repo,
-            seed=options.seed,
-        )
+        counts = build(**vars(options))
         print(
             f"wrote {options.output_dir}: {counts['train']:,} training puzzles, each in {1 + options.num_aug:,} forms, and "
             f"{counts['test']:,} test puzzles"

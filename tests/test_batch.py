@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from artifacts.checkpoint import TrainerState, open_checkpoint, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, save_checkpoint
 from config.compose import override_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
@@ -369,11 +369,10 @@ def checkpoint(
 ) -> Path:
     config = tiny_config("dataset.seq_len=128", "generation.max_output_tokens=16", "generation.batch_size=2")
     model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
-    save_checkpoint(
-        tmp_path / "step_1", config=config, weights=model.state_dict(), ema=None, tokenizer=tiny_tokenizer, template=Template(),
-        data_hash="", step=1, metrics={}, trainer=TrainerState({}, {}),
-    )  # fmt: skip
-    return tmp_path / "step_1"
+    snapshot = Snapshot(step=1, weights=model.state_dict(), ema=None, metrics={}, trainer=TrainerState({}, {}))
+    folder = tmp_path / "step_1"
+    save_checkpoint(folder, snapshot, config=config, tokenizer=tiny_tokenizer, template=Template(), data_hash="")
+    return folder
 
 
 def test_a_killed_process_neither_repeats_nor_loses_a_row(checkpoint: Path, tmp_path: Path) -> None:

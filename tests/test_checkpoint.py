@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import artifacts.checkpoint
-from artifacts.checkpoint import TrainerState, load_weights, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, read_weights, save_checkpoint
 from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
 from config.errors import UsageError
 from config.schema import ArchConfig, PretrainInstructConfig
@@ -36,15 +36,17 @@ def save(tiny_config: Callable[..., PretrainInstructConfig], tiny_tokenizer: Tok
         average = {name: value + 1 for name, value in EMA(model, 0.9).average.items()} if ema else None
         save_checkpoint(
             folder,
+            Snapshot(
+                step=7,
+                weights=model.state_dict(),
+                ema=average,
+                metrics={"loss": 0.5},
+                trainer=TrainerState({"carry": torch.arange(6).view(2, 3).T, "m": torch.ones(2)}, {"step": 7, "name": "é"}),
+            ),
             config=config,
-            weights=model.state_dict(),
-            ema=average,
             tokenizer=tiny_tokenizer,
             template=TEMPLATE,
             data_hash="abc",
-            step=7,
-            metrics={"loss": 0.5},
-            trainer=TrainerState({"carry": torch.arange(6).view(2, 3).T, "m": torch.ones(2)}, {"step": 7, "name": "é"}),
         )
         return model, config
 

@@ -11,7 +11,7 @@ import torch
 
 import benchmarks.depth
 import scripts.calibrate_halting
-from artifacts.checkpoint import TrainerState, open_checkpoint, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, save_checkpoint
 from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
 from benchmarks.depth import Questions, Setting, ask, choose, chosen, measure, speed_ratio, upper_95, with_interval
 from config.errors import UsageError
@@ -124,15 +124,17 @@ def checkpoint(
         folder = tmp_path_factory.mktemp("run") / "step_1"
         save_checkpoint(
             folder,
+            Snapshot(
+                step=1,
+                weights=RecursiveModel(config.arch, tiny_tokenizer.vocab_size).state_dict(),
+                ema=None,
+                metrics={},
+                trainer=TrainerState({"none": torch.zeros(1)}, {}),
+            ),
             config=config,
-            weights=RecursiveModel(config.arch, tiny_tokenizer.vocab_size).state_dict(),
-            ema=None,
             tokenizer=tiny_tokenizer,
             template=Template(),
             data_hash="",
-            step=1,
-            metrics={},
-            trainer=TrainerState({"none": torch.zeros(1)}, {}),
         )
         return folder
 

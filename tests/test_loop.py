@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import load_weights, open_checkpoint, save_checkpoint
+from artifacts.checkpoint import Snapshot, load_weights, open_checkpoint, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
@@ -460,15 +460,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert stopped.ema is not None and undisturbed.ema is not None
     save_checkpoint(
         tmp_path / "step_7",
+        Snapshot(step=7, weights=stopped.model.state_dict(), ema=stopped.ema.average, metrics={}, trainer=stopped.state()),
         config=config,
-        weights=stopped.model.state_dict(),
-        ema=stopped.ema.average,
         tokenizer=tiny_tokenizer,
         template=Template(),
         data_hash="",
-        step=7,
-        metrics={},
-        trainer=stopped.state(),
     )
     checkpoint = open_checkpoint(tmp_path / "step_7")
     state = checkpoint.trainer_state()

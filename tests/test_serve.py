@@ -22,7 +22,7 @@ import httpx
 import openai
 import pytest
 
-from artifacts.checkpoint import TrainerState, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, save_checkpoint
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template, Turn
 from dataset.text.tokenizer import Tokenizer
@@ -626,15 +626,17 @@ def test_the_script_serves_a_checkpoint_until_it_is_told_to_stop(
     folder.parent.mkdir()
     save_checkpoint(
         folder,
+        Snapshot(
+            step=1,
+            weights=tiny_model("arch.halt_max_steps=2", vocab_size=tiny_tokenizer.vocab_size).state_dict(),
+            ema=None,
+            metrics={},
+            trainer=TrainerState({}, {}),
+        ),
         config=config,
-        weights=tiny_model("arch.halt_max_steps=2", vocab_size=tiny_tokenizer.vocab_size).state_dict(),
-        ema=None,
         tokenizer=tiny_tokenizer,
         template=Template(),
         data_hash="none",
-        step=1,
-        metrics={},
-        trainer=TrainerState({}, {}),
     )
     command = [sys.executable, "scripts/serve.py", "--checkpoint", str(folder), "--port", "0", "--act-steps", "1"]
     process = subprocess.Popen(

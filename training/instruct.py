@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import load_weights, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import Snapshot, load_weights, open_checkpoint, read_weights, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_run_data, source_configs
@@ -23,7 +23,7 @@ from models.device import pick_device, resolve_dtype
 from training.distributed import joined_ranks
 from training.estimate import dry_run_instruct
 from training.resume import find_start
-from training.run import Run, Snapshot, make_ready
+from training.run import Run, make_ready
 from training.text import TextTask
 
 # Answers shown during training are for the eye; longer ones only cost time.
@@ -133,15 +133,11 @@ class _InstructJob:
         """The checkpoint, with tokenizer and template."""
         save_checkpoint(
             folder,
+            snapshot,
             config=self.config,
-            weights=snapshot.weights,
-            ema=snapshot.ema,
             tokenizer=self.tokenizer,
             template=Template(),
             data_hash=self.data_hash,
-            step=snapshot.step,
-            metrics=snapshot.metrics,
-            trainer=snapshot.trainer,
         )
 
     def _show_answers(self, split: TextCorpus) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import load_weights, read_weights
+from artifacts.checkpoint import Snapshot, load_weights, read_weights
 from artifacts.puzzle_checkpoint import identifiers_sha256, save_puzzle_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig
@@ -21,7 +21,7 @@ from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
 from training.resume import find_start
-from training.run import Run, Snapshot, make_ready
+from training.run import Run, make_ready
 
 
 def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
@@ -115,14 +115,4 @@ class _PuzzleJob:
 
     def save(self, folder: Path, snapshot: Snapshot) -> None:
         """The checkpoint, with the description of its data."""
-        save_puzzle_checkpoint(
-            folder,
-            config=self.config,
-            weights=snapshot.weights,
-            ema=snapshot.ema,
-            data=self.data,
-            identifiers=self.identifiers,
-            step=snapshot.step,
-            metrics=snapshot.metrics,
-            trainer=snapshot.trainer,
-        )
+        save_puzzle_checkpoint(folder, snapshot, config=self.config, data=self.data, identifiers=self.identifiers)

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts.checkpoint import TrainerState, load_weights, prune_checkpoints
+from artifacts.checkpoint import Snapshot, load_weights, prune_checkpoints
 from artifacts.plots import draw_runs
 from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
@@ -36,17 +35,6 @@ from training.resume import Start
 # A loss this much above the median of the last lines is said to be a spike: a factor, and nats beside it for losses near 0.
 _SPIKE_FACTOR, _SPIKE_NATS = 1.5, 0.2
 _SPIKE_LINES = 20
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run between two steps: what its checkpoint holds, whatever is trained."""
-
-    step: int
-    weights: Mapping[str, Tensor]
-    ema: Mapping[str, Tensor] | None
-    metrics: Mapping[str, Any]
-    trainer: TrainerState
 
 
 class Job(Protocol):
