@@ -238,6 +238,22 @@ def test_collapsed_halting_is_told(
     assert told[2] == []
 
 
+def test_a_collapse_is_told_after_usual_halting_too(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.2", "arch.halt_max_steps=6", *FROZEN
+    )
+    trainer = make_trainer(config, random_examples(60), halt_scale=3.0)
+    run(trainer, 25)
+    assert trainer.task.warnings() == []
+    decide = trainer.task.slots.halted
+    monkeypatch.setattr(trainer.task.slots, "halted", lambda share: decide(np.zeros_like(share)))
+    run(trainer)
+    (told,) = trainer.task.warnings()
+    assert "no row settles before ACT step 6" in told
+
+
 def test_the_halting_loss_stops_at_its_head_unless_told_otherwise(
     tiny_config: ConfigFactory, random_examples: ExampleFactory
 ) -> None:
