@@ -121,6 +121,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(run_config: 
         assert children[1].wait_for("training"), children[1].text
         children[1].send(signal.SIGTERM)
         assert [child.end(120) for child in children] == [143, 143]
+    assert "SIGTERM: saved" in children[0].text and children[1].text == ""
     assert len(checkpoints_of(tmp_path / "SlimOrca-ACT/run")) >= 1
 
 

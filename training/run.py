@@ -176,10 +176,9 @@ class Run:
                 if of_evaluation or asked[0] % 2 or stopped_by:
                     self._save(metrics or {"step": result.step, "examples": task.done})
                 if stopped_by and not finished_all:
-                    tqdm.write(
-                        f"{signal.Signals(stopped_by).name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on"
-                    )
                     if self._logger is not None:
+                        name = signal.Signals(stopped_by).name
+                        tqdm.write(f"{name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on")
                         self._logger.close()
                     raise StoppedBySignal(stopped_by)
         if self._logger is not None:
