@@ -1,8 +1,11 @@
 """Several ranks give what one process gives: slots, weights, measures, checkpoints (contract 9). None of them hangs."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ from config.compose import compose_as
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from tests.children import start_ranks
+from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.distributed import Ranks, joined_ranks
 from training.instruct import run_instruct
@@ -138,6 +142,50 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(run_config: 
         assert [child.end(120) for child in children] == [143, 143]
     assert "SIGTERM: saved" in children[0].text and children[1].text == ""
     assert len(checkpoints_of(tmp_path / "SlimOrca-ACT/run")) >= 1
+
+
+# The door, with a second rank that dies in its seventh step as if of a power failure, when it is started for the first time.
+DYING = """
+import os, runpy, signal
+from training.loop import Trainer
+
+step = Trainer._step
+
+
+def dying(trainer):
+    if trainer.step_number == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer)
+
+
+Trainer._step = dying
+runpy.run_path("pretrain_instruct.py", run_name="__main__")
+"""
+
+
+def test_torchrun_starts_the_ranks_again_and_they_go_on(alone: Path, short_run_data: Path, tmp_path: Path) -> None:
+    """Packed, too: of which rows share a row of attention nothing may depend."""
+    (tmp_path / "dying.py").write_text(DYING)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(tmp_path / "dying.py"))
+    places = (f"dataset.data_dir={short_run_data}", f"dataset.tokenizer_path={short_run_data / 'tokenizer.model'}")
+    settings = (*TINY, *SHORT_RUN, *EXACT, *places, f"checkpoint_dir={tmp_path}", "packing=packed", "resume=auto")
+    root = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(
+        [sys.executable, *torchrun, *settings],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=300)
+        finally:
+            process.terminate()  # it ends its ranks
+    assert process.returncode == 0, said
+    run = tmp_path / "SlimOrca-ACT/run"
+    assert "rank 0 has lost another rank" in said and f"going on from {run / 'step_4'}" in said
+    assert_equal(run, alone)
 
 
 def test_one_process_gives_back_what_it_is_given() -> None:
