@@ -1,7 +1,11 @@
 """The training loop: nothing lost, exact gradients, exact resume, the same run however it is batched, and it learns."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import Snapshot, load_weights, open_checkpoint, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
@@ -22,6 +26,7 @@ from generation.engine import Engine, Prompt, Request
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.losses import log_probs
+from training.distributed import Ranks
 from training.loop import StepResult, Trainer
 from training.text import TextTask
 
@@ -238,6 +243,22 @@ def test_collapsed_halting_is_told(
     assert told[2] == []
 
 
+def test_a_collapse_is_told_after_usual_halting_too(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.2", "arch.halt_max_steps=6", *FROZEN
+    )
+    trainer = make_trainer(config, random_examples(60), halt_scale=3.0)
+    run(trainer, 25)
+    assert trainer.task.warnings() == []
+    decide = trainer.task.slots.halted
+    monkeypatch.setattr(trainer.task.slots, "halted", lambda share: decide(np.zeros_like(share)))
+    run(trainer)
+    (told,) = trainer.task.warnings()
+    assert "no row settles before ACT step 6" in told
+
+
 def test_the_halting_loss_stops_at_its_head_unless_told_otherwise(
     tiny_config: ConfigFactory, random_examples: ExampleFactory
 ) -> None:
@@ -318,11 +339,13 @@ def test_no_example_is_lost_with_long_and_short_halts(
     assert trainer.task.slots.finished == trainer.task.total == 512
 
 
-@pytest.mark.parametrize(("workers", "packing"), [(0, "off"), (1, "bucketed"), (3, "packed")])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("packing", ["off", "bucketed", "packed"])
 def test_every_example_is_trained_once_an_epoch_across_a_restart(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, workers: int, packing: str
 ) -> None:
-    config = tiny_config("epochs=2", f"dataloader_workers={workers}", f"packing={packing}", "arch.halt.depth_floor=0.25")
+    small = ("arch.H_cycles=1", "arch.L_cycles=1", "arch.L_layers=1", "arch.halt.depth_floor=0.25")
+    config = tiny_config("epochs=2", f"dataloader_workers={workers}", f"packing={packing}", *small)
     examples, halted = random_examples(30), Counter()
 
     def counted(trainer: Trainer, steps: int | None) -> None:
@@ -343,6 +366,84 @@ def test_every_example_is_trained_once_an_epoch_across_a_restart(
     resumed.load_state(state)
     counted(resumed, None)
     assert halted == Counter((epoch, example) for epoch in range(2) for example in range(30))
+
+
+@dataclass(frozen=True)
+class Beside(Ranks):
+    """Ranks that are threads of one process: each puts what it has on a board, and reads it once all have."""
+
+    board: list[Any] = field(default_factory=list)
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+
+    @classmethod
+    def of(cls, size: int) -> "list[Beside]":
+        board, meeting = [None] * size, threading.Barrier(size, timeout=60)
+        return [cls(rank, size, board, meeting) for rank in range(size)]
+
+    def _shared(self, own: Any) -> list[Any]:
+        self.board[self.rank] = own
+        self.meeting.wait()
+        everything = list(self.board)
+        self.meeting.wait()
+        return everything
+
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        everything = self._shared([tensor.clone() for tensor in tensors])
+        for tensor, values in zip(tensors, zip(*everything, strict=True), strict=True):
+            tensor.copy_(torch.stack(values).sum(dim=0))
+
+    def gather(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.cat(self._shared(part.clone()))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_ranks_train_every_example_once_an_epoch_across_a_restart(
+    tiny_config: ConfigFactory,
+    random_examples: ExampleFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    before: int,
+    after: int,
+) -> None:
+    """Slots, streams and what ranks tell each other, without the network between."""
+    config = tiny_config("epochs=2", "global_batch_size=5", "arch.halt.depth_floor=0.25", f"dataloader_workers={workers}")
+    monkeypatch.setattr(TextTask, "_act_step", lambda task, working, settled_share: None)
+    model, examples = RecursiveModel(config.arch, VOCABULARY, seed=0), random_examples(30)
+    curriculum = Curriculum.of_epochs(30, config.seed, 2)
+    halted: list[tuple[int, int]] = []
+
+    def trained(task: TextTask, steps: int | None) -> TrainerState:
+        slots, real = task.slots, task.slots.advance
+
+        def advance(leaves: np.ndarray) -> None:
+            halted.extend(zip(slots.epoch[leaves].tolist(), slots.example_id[leaves].tolist(), strict=True))
+            real(leaves)
+
+        slots.advance = advance
+        task.admit()
+        while task.busy and steps != 0:
+            list(task.parts())
+            steps = None if steps is None else steps - 1
+            task.admit()
+        return task.state()
+
+    def together(size: int, state: TrainerState | None, steps: int | None) -> TrainerState:
+        start = 0 if state is None else state.values["admitted"]
+        with ExitStack() as closing, ThreadPoolExecutor(size) as threads:
+            tasks = []
+            for ranks in Beside.of(size):
+                stream = closing.enter_context(ExampleStream(examples, curriculum, workers, start))
+                tasks.append(TextTask(config, model, stream, curriculum, ranks))
+                if state is not None:
+                    tasks[-1].load_state(state)
+            return list(threads.map(trained, tasks, [steps] * size))[-1]
+
+    state = together(before, None, 11)
+    assert 30 > len(halted) > 5 and state.tensors["slots.active"].all(), "rows at work over the restart"
+    state = together(after, state, None)
+    assert not state.tensors["slots.active"].any()
+    assert Counter(halted) == Counter((epoch, example) for epoch in range(2) for example in range(30))
 
 
 def staged(config: PretrainInstructConfig, examples: list[Example], curriculum: Curriculum, start: int = 0) -> Trainer:

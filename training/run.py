@@ -126,7 +126,6 @@ class Run:
         self._window = self._new_window()
         self._evaluated_epochs = 0
         self._seconds_before = 0.0
-        self._losses: deque[float] = deque(maxlen=_SPIKE_LINES)
         self._saved = None if start.saved is None else start.saved.folder
         values: dict[str, Any] = {}
         if start.saved is not None:
@@ -136,6 +135,7 @@ class Run:
             self._window.load_state(values["window"], ranks)
             self._evaluated_epochs = values["evaluated_epochs"]
             self._seconds_before = values["seconds"]
+        self._losses = deque[float](values.get("losses", ()), maxlen=_SPIKE_LINES)
         self._logger = open_logger(config, self.folder, values) if ranks.is_first else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < values.get("metrics_log_bytes", 0):
             print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
@@ -176,10 +176,9 @@ class Run:
                 if of_evaluation or asked[0] % 2 or stopped_by:
                     self._save(metrics or {"step": result.step, "examples": task.done})
                 if stopped_by and not finished_all:
-                    tqdm.write(
-                        f"{signal.Signals(stopped_by).name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on"
-                    )
                     if self._logger is not None:
+                        name = signal.Signals(stopped_by).name
+                        tqdm.write(f"{name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on")
                         self._logger.close()
                     raise StoppedBySignal(stopped_by)
         if self._logger is not None:
@@ -273,6 +272,7 @@ class Run:
             state.values["seconds"] = self._seconds_before + time.perf_counter() - self._started
             state.values["forward_dtype"] = self.job.model.config.forward_dtype
             state.values["evaluated_epochs"] = self._evaluated_epochs
+            state.values["losses"] = list(self._losses)
             average = trainer.ema.average if trainer.ema is not None else None
             self.job.save(folder, Snapshot(trainer.step_number, trainer.model.state_dict(), average, metrics, state))
             keep = self.config.checkpoint

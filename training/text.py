@@ -130,11 +130,16 @@ class TextTask:
         return {"attention_padding": 1 - sums["tokens"] / max(1, sums["attended"])}
 
     def warnings(self) -> list[str]:
-        """Whether, since the last call, this rank's rows have all settled as soon as they may leave, or none has."""
+        """Whether this rank's rows all settled as soon as they may leave, or none did.
+
+        Of those that left since this was last decided; of fewer than it has slots nothing is said yet.
+        """
         halt, waited, early, late = self.config.arch.halt, self._leaving.total(), self._leaving["early"], self._leaving["late"]
-        if waited < len(self.slots.active) or max(early, late) < waited:
+        if waited < len(self.slots.active):
             return []
         self._leaving.clear()
+        if max(early, late) < waited:
+            return []
         knobs = f"arch.halt.settled_share={halt.settled_share} or arch.halt.settled_probability={halt.settled_probability}"
         if late:
             return [f"halting has collapsed: no row settles before ACT step {self.slots.max_steps}; lower {knobs}"]
