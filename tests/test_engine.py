@@ -159,7 +159,7 @@ def test_64_uneven_requests_in_any_order_equal_one_by_one(
     [
         *(("aot_eager", "float64", 1e-9, recursion) for recursion in ("trm", "hrm")),
         ("inductor", "float64", 1e-9, "trm"),
-        *(pytest.param("inductor", *case, "hrm", marks=pytest.mark.slow) for case in (("float32", 1e-4), ("bfloat16", 0.1))),
+        *(pytest.param("inductor", *case, "hrm", marks=pytest.mark.slow) for case in (("float32", 1e-4), ("bfloat16", 0.3))),
     ],
 )
 def test_compiled_ticks_say_the_same(
