@@ -61,6 +61,16 @@ def contents(run: Path) -> dict[str, Any]:
     }
 
 
+def timing_of(run: Path) -> list[tuple[int, float]]:
+    """Each line's step, and its tokens as its speed and time say."""
+    lines = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    seconds = [0.0, *(line["seconds"] for line in lines)]
+    return [
+        (line["step"], line["tokens_per_second"] * (now - before))
+        for line, now, before in zip(lines, seconds[1:], seconds[:-1], strict=True)
+    ]
+
+
 def assert_the_same_run(run: Path, other: Path) -> None:
     """Bit for bit: weights, average, optimizer, slots and metrics.jsonl."""
     found, expected = contents(run), contents(other)
@@ -73,8 +83,11 @@ def assert_the_same_run(run: Path, other: Path) -> None:
                     assert torch.equal(found[name][key], tensor), f"{name}: {key}"
         else:
             assert found[name] == value, name
-    steps = [json.loads(line)["step"] for line in (run / "timing.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)), "timing.jsonl is cut back, too"
+    steps, tokens = zip(*timing_of(run), strict=True)
+    assert list(steps) == sorted(set(steps)), "timing.jsonl is cut back, too"
+    assert dict(timing_of(other)) == pytest.approx(dict(zip(steps, tokens, strict=True))), (
+        "the time of a line half summed up counts"
+    )
 
 
 def test_the_run_is_one_in_which_a_resume_could_go_wrong(undisturbed: Path) -> None:

@@ -125,7 +125,7 @@ class Run:
         self.trainer = Trainer(config, job.model, job.task, ranks)
         self._window = self._new_window()
         self._evaluated_epochs = 0
-        self._seconds_before = 0.0
+        self._seconds_before = self._logged = 0.0
         self._saved = None if start.saved is None else start.saved.folder
         values: dict[str, Any] = {}
         if start.saved is not None:
@@ -134,7 +134,7 @@ class Run:
             self.trainer.load_state(start.saved.trainer, start.saved.average)
             self._window.load_state(values["window"], ranks)
             self._evaluated_epochs = values["evaluated_epochs"]
-            self._seconds_before = values["seconds"]
+            self._seconds_before, self._logged = values["seconds"], values["seconds_at_line"]
         self._losses = deque[float](values.get("losses", ()), maxlen=_SPIKE_LINES)
         self._logger = open_logger(config, self.folder, values) if ranks.is_first else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < values.get("metrics_log_bytes", 0):
@@ -146,7 +146,7 @@ class Run:
         Raises StoppedBySignal once SIGTERM or SIGINT has come and what the run needs to go on is saved.
         """
         config, task = self.config, self.job.task
-        self._started = self._logged = self._saved_at = time.perf_counter()
+        self._started = self._saved_at = time.perf_counter()
         with (
             _first_signal() as stop,
             tqdm(
@@ -189,6 +189,10 @@ class Run:
     def _new_window(self) -> _Window:
         return _Window(tuple(self.job.task.sum_names), self.config.arch.halt_max_steps)
 
+    def _seconds(self) -> float:
+        """Since the run began, without the time it was stopped."""
+        return self._seconds_before + time.perf_counter() - self._started
+
     def _is_save_due(self, step: int) -> bool:
         when = self.config.checkpoint
         by_clock = when.every_minutes is not None and time.perf_counter() - self._saved_at >= 60 * when.every_minutes
@@ -209,10 +213,10 @@ class Run:
             "grad_norm": window.grad_norm / window.steps if window.steps else None,
             "skipped_steps": window.skipped,
         }
-        now = time.perf_counter()
+        now = self._seconds()
         timing = {
             "step": self.trainer.step_number,
-            "seconds": self._seconds_before + now - self._started,
+            "seconds": now,
             "tokens_per_second": totals["tokens"] / (now - self._logged),
             "supervised_tokens_per_second": totals["supervised"] / (now - self._logged),
             **(task.report_work(totals) if window.steps else {}),
@@ -269,7 +273,7 @@ class Run:
         folder = self.folder / f"step_{trainer.step_number}"
         if self._logger is not None:
             state.values.update(self._logger.state())
-            state.values["seconds"] = self._seconds_before + time.perf_counter() - self._started
+            state.values["seconds"], state.values["seconds_at_line"] = self._seconds(), self._logged
             state.values["forward_dtype"] = self.job.model.config.forward_dtype
             state.values["evaluated_epochs"] = self._evaluated_epochs
             state.values["losses"] = list(self._losses)
