@@ -20,7 +20,7 @@ from config.schema import PretrainPuzzleConfig, PuzzleOutput
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
 from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
-from models.device import keep_freed_memory, pick_device, resolve_dtype, set_matmul_precision, should_compile
+from models.device import keep_freed_memory, pick_device, resolve_arch, set_matmul_precision, should_compile
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +67,7 @@ def main() -> None:
     measurement = PuzzleMeasurement(config, data, data_paths)
     folder = output_folder(arguments.output_dir or arguments.checkpoint)
     device = pick_device(config.device)
-    arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
+    arch = resolve_arch(config.arch, device)
     known = checkpoint.metadata
     model = RecursiveModel(arch, known.vocab_size, seq_len=known.seq_len, puzzles=known.num_puzzle_identifiers)
     load_weights(model, read_weights(checkpoint.folder), checkpoint.folder)

@@ -9,7 +9,7 @@ import torch
 from config.compose import compose_config
 from config.schema import PretrainInstructConfig
 from dataset.text.loader import Example
-from models.device import peak_memory, pick_device, resolve_dtype
+from models.device import peak_memory, pick_device, resolve_arch
 
 VOCABULARY = 32_000
 
@@ -29,8 +29,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def benchmark_config(overrides: Sequence[str]) -> PretrainInstructConfig:
     """cfg_pretrain_instruct with `overrides`, on the CPU, its number format decided; the loss is the original's, on both sides."""
     config = compose_config("cfg_pretrain_instruct", ["device=cpu", "arch.loss=stablemax", *overrides])
-    dtype = resolve_dtype(config.arch.forward_dtype, pick_device("cpu"))
-    return config.model_copy(update={"arch": config.arch.model_copy(update={"forward_dtype": dtype})})
+    return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device("cpu"))})
 
 
 def synthetic_example(seed: int, index: int, positions: int, vocabulary: int) -> Example:

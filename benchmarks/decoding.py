@@ -33,7 +33,7 @@ from benchmarks.naive import NaiveTRM
 from config.errors import one_clear_message
 from generation.engine import Engine, Prompt, Request, Token, cache_bytes
 from models.act import RecursiveModel
-from models.device import keep_freed_memory, should_compile
+from models.device import has_compiler, keep_freed_memory, should_compile
 from models.layers import Linear
 from models.losses import log_probs
 
@@ -212,7 +212,12 @@ def main() -> None:
     flags = parser(__doc__)
     flags.set_defaults(repeats=3)
     flags.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="some of the comparisons")
-    flags.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="ours with compile=true")
+    flags.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=has_compiler(),
+        help="ours with generation.compile; default: if a C++ compiler is there",
+    )
     flags.add_argument("--positions", "--seq-len", type=int, default=512, help="positions so far")
     flags.add_argument("--act-steps", type=int, default=16, help="alone and flat: ACT steps a token")
     flags.add_argument("--batch", type=int, default=16, help="batch: rows; a token is then one a row")

@@ -33,7 +33,7 @@ from dataset.text.loader import Example, Examples, ExampleStream
 from dataset.text.packing import Packing
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from models.act import RecursiveModel
-from models.device import keep_freed_memory, pick_device, resolve_dtype, should_compile
+from models.device import keep_freed_memory, pick_device, resolve_arch, should_compile
 from training.loop import StepResult, Trainer
 from training.text import TextTask
 
@@ -95,8 +95,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     overrides = [*arguments.overrides, f"seed={arguments.seed}"]
     overrides += [f"arch.forward_dtype={arguments.dtype}"] if arguments.dtype else []
     config = compose_config("cfg_pretrain_instruct", overrides)
-    dtype = resolve_dtype(config.arch.forward_dtype, pick_device(config.device))
-    config = config.model_copy(update={"arch": config.arch.model_copy(update={"forward_dtype": dtype})})
+    config = config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
     examples: Examples
     if arguments.from_data:
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
@@ -128,7 +127,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "seq_len": config.dataset.seq_len,
         "batch": config.global_batch_size,
         "attention": config.arch.attention,
-        "dtype": dtype,
+        "dtype": config.arch.forward_dtype,
         "device": pick_device(config.device).type,
         "threads": use_threads(arguments.threads),
         "torch": torch.__version__,

@@ -25,7 +25,7 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import evaluate_puzzles
 from models.act import RecursiveModel
-from models.device import keep_freed_memory, pick_device, resolve_dtype
+from models.device import keep_freed_memory, pick_device, resolve_arch
 from training.loop import Trainer
 from training.puzzle import PuzzleTask
 
@@ -45,8 +45,7 @@ def configured(name: str, data_path: str, overrides: list[str], steps: int) -> P
     config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
     data = PuzzleData([data_path], "train")
     epochs = 1 + math.ceil(steps / max(1, data.metadata.total_steps(1, config.global_batch_size)))
-    dtype = resolve_dtype(config.arch.forward_dtype, pick_device(config.device))
-    arch = config.arch.model_copy(update={"forward_dtype": dtype})
+    arch = resolve_arch(config.arch, pick_device(config.device))
     return config.model_copy(update={"epochs": epochs, "eval_interval": epochs, "arch": arch})
 
 

@@ -12,13 +12,13 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder
 from generation.sampling import Sampling
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype, should_compile
+from models.device import pick_device, resolve_arch, should_compile
 
 
 def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> RecursiveModel:
     """The checkpoint's model (its moving average if it has one) on `config.device`, cast for inference, calibrated if it was."""
     device = pick_device(config.device)
-    arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
+    arch = resolve_arch(config.arch, device)
     model = RecursiveModel(arch, checkpoint.tokenizer.vocab_size)
     load_weights(model, checkpoint.weights(ema=True), checkpoint.folder)
     calibration = read_halting_calibration(checkpoint)

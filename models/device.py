@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from config.errors import UsageError
+from config.schema import ArchConfig
 
 # glibc's mallopt(3) parameters.
 _M_TRIM_THRESHOLD = -1
@@ -41,6 +42,16 @@ def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
+def resolve_arch(arch: ArchConfig, device: torch.device) -> ArchConfig:
+    """`arch` with its number format decided, as `resolve_dtype` does."""
+    return arch.model_copy(update={"forward_dtype": resolve_dtype(arch.forward_dtype, device)})
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
 def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
     """Whether to torch.compile: `wanted` (auto: on CUDA), and the environment variable DISABLE_COMPILE is not set (or is 0).
 
@@ -50,7 +61,7 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool
         return False
     if wanted == "auto":
         return device.type == "cuda"
-    if wanted and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if wanted and device.type == "cpu" and not has_compiler():
         raise UsageError("compile=true on a CPU needs a C++ compiler: install g++, name one in the variable CXX, or leave it out")
     return wanted
 

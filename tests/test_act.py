@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.loader import Example, collate
 from dataset.text.packing import Packing, lay_out
 from models.act import RecursiveModel
-from models.device import should_compile
+from models.device import has_compiler
 from models.layers import TokenRows
 from models.losses import log_probs
 
@@ -117,13 +116,6 @@ def test_casting_for_inference_changes_no_result(tiny_model: ModelFactory, tied:
     model.cast_for_inference()
     assert model.lm_head.weight.dtype == torch.bfloat16 and not any(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(heads_at_depth(model, ids, segments, 2), before, rtol=0, atol=0)
-
-
-def has_compiler() -> bool:
-    try:
-        return should_compile(True, torch.device("cpu"))
-    except UsageError:
-        return False
 
 
 def one_gradient(model: RecursiveModel) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:

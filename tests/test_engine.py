@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from evaluators.language import DepthOutput, evaluate_language
 from generation.engine import Engine, Prompt, Request, Token, cache_bytes, rows_that_fit
 from generation.sampling import Sampler, Sampling
 from models.act import RecursiveModel
+from models.device import has_compiler
 from models.losses import log_probs
 
 ModelFactory = Callable[..., RecursiveModel]
@@ -165,7 +164,7 @@ def test_64_uneven_requests_in_any_order_equal_one_by_one(
 def test_compiled_ticks_say_the_same(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, tolerance: float, recursion: str
 ) -> None:
-    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+    if backend == "inductor" and not has_compiler():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()
@@ -181,7 +180,8 @@ def test_compiled_ticks_say_the_same(
     with torch._dynamo.config.patch(recompile_limit=2 * stacks, fail_on_recompile_limit_hit=True):
         # Code for one row and for several of each stack, whatever the engine's size.
         compiled = decode(model, requests, act_steps=3, rows=3, compiled=True)
-        alone = decode(model, requests[3:], act_steps=3, rows=1, compiled=True)
+        # At fixed depth it speculates, too: drafts are compiled, their check is not.
+        alone = decode(model, requests[3:], act_steps=3, rows=1, compiled=True, draft_tokens=2)
     for expected, found in zip([*eager, *eager[3:]], [*compiled, *alone], strict=True):
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(logp_of(other), logp_of(one), rtol=0, atol=tolerance)

@@ -169,7 +169,9 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes, Path], bytes | None]]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(killed: Path, run_config: RunConfig, kind: str) -> None:
+def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
+    killed: Path, run_config: RunConfig, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, damage = DAMAGE[kind]
     [*_, older, newest] = checkpoints_of(killed)
     proof = killed / "proof"
@@ -177,10 +179,9 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(killed: Path, run_c
     (newest / file).unlink()
     if content is not None:
         (newest / file).write_bytes(content)
-    lines: list[str] = []
-    start = find_start(run_config(killed.parents[1], "resume=auto"), Ranks(), lines.append)
+    start = find_start(run_config(killed.parents[1], "resume=auto"), Ranks())
     assert start.saved is not None and start.saved.folder == older
-    said = "\n".join(lines)
+    said = capsys.readouterr().out
     assert str(newest) in said and "looking for an older checkpoint" in said and f"going on from {older}" in said
     assert f"{newest} is moved to {newest}.damaged" in said and Path(f"{newest}.damaged").is_dir()
     assert not proof.exists()

@@ -36,6 +36,11 @@ class Ranks:
         """Whether this one writes and shows what all of them do."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks; the others needn't call it."""
+        if self.is_first:
+            print(text, flush=True)
+
     def part(self, count: int, rank: int | None = None) -> range:
         """The contiguous part of `count` things that belongs to this rank (or to `rank`); sizes differ by one at most."""
         rank = self.rank if rank is None else rank

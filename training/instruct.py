@@ -19,7 +19,7 @@ from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_sources
 from generation.loading import make_responder
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype
+from models.device import pick_device, resolve_arch
 from training.distributed import joined_ranks
 from training.estimate import dry_run_instruct
 from training.resume import find_start
@@ -38,18 +38,13 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
-
-        def say(text: str) -> None:
-            if ranks.is_first:
-                print(text, flush=True)
-
         if ranks.size > config.global_batch_size:
             raise UsageError(
                 f"{ranks.size} ranks share global_batch_size {config.global_batch_size} slots: start fewer, or raise it"
             )
         device = pick_device(config.device)
-        arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
-        start = find_start(config, ranks, say)
+        arch = resolve_arch(config.arch, device)
+        start = find_start(config, ranks)
         config = config.model_copy(update={"run_name": start.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
         data = open_run_data(config, tokenizer, Template())
@@ -61,26 +56,26 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
                 "or use more data (dataset.subset_size, dataset.test_ratio)"
             )
         settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, say)
+        start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
         if config.load_checkpoint is not None and start.saved is None:
             _begin_with(model, Path(config.load_checkpoint), tokenizer)
-            say(f"beginning with the weights of {config.load_checkpoint}")
-        make_ready(model, config, device, start, ranks, say)
+            ranks.say(f"beginning with the weights of {config.load_checkpoint}")
+        make_ready(model, config, device, start, ranks)
         for name, source in source_configs(config).items():
             train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0
-            say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
+            ranks.say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
         if data.test is None:
-            say("dataset.test_ratio is 0: training without evaluation")
+            ranks.say("dataset.test_ratio is 0: training without evaluation")
         # Threads that read ahead can't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
         with ExampleStream(data.train, data.curriculum, workers, start=start.position) as stream:
             task = TextTask(config, model, stream, data.curriculum, ranks)
             if config.dry_run:
-                dry_run_instruct(config, model, task, data, say)
+                dry_run_instruct(config, model, task, data, ranks.say)
                 return None
             saved = Run(config, _InstructJob(config, model, task, tokenizer, data.train.data_hash, data.test), start, ranks).train()
-        say(f"checkpoint {saved}")
+        ranks.say(f"checkpoint {saved}")
         return saved
 
 

@@ -16,7 +16,7 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
-from models.device import pick_device, resolve_dtype
+from models.device import pick_device, resolve_arch
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
@@ -32,14 +32,9 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
-
-        def say(text: str) -> None:
-            if ranks.is_first:
-                print(text, flush=True)
-
         device = pick_device(config.device)
-        arch = config.arch.model_copy(update={"forward_dtype": resolve_dtype(config.arch.forward_dtype, device)})
-        start = find_start(config, ranks, say)
+        arch = resolve_arch(config.arch, device)
+        start = find_start(config, ranks)
         config = config.model_copy(update={"run_name": start.folder.name})
         test_paths = config.data_paths_test or config.data_paths
         train, test = PuzzleData(config.data_paths, "train"), PuzzleData(test_paths, "test")
@@ -51,7 +46,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
                 )
         measurement = PuzzleMeasurement(config, test, test_paths)
         settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": train.data_hash}, say)
+        start.check(settings, {"data_hash": train.data_hash}, ranks.say)
         model = RecursiveModel(
             arch,
             train.metadata.vocab_size,
@@ -62,21 +57,23 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
         if config.load_checkpoint is not None and start.saved is None:
             source = Path(config.load_checkpoint)
             load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
-            say(f"beginning with the weights of {source}")
+            ranks.say(f"beginning with the weights of {source}")
         if config.freeze_weights:
             model.requires_grad_(False)
-        make_ready(model, config, device, start, ranks, say)
+        make_ready(model, config, device, start, ranks)
         task = PuzzleTask(config, model, train, ranks)
         rows = ", ".join(
             f"{sum(map(len, data.sets.values())):,} {split} rows" for split, data in (("train", train), ("test", test))
         )
-        say(f"data {', '.join(config.data_paths)}: {train.metadata.total_groups:,} puzzles, {rows}; {task.total_steps:,} steps")
+        ranks.say(
+            f"data {', '.join(config.data_paths)}: {train.metadata.total_groups:,} puzzles, {rows}; {task.total_steps:,} steps"
+        )
         if config.dry_run:
-            dry_run_puzzles(config, model, task, say)
+            dry_run_puzzles(config, model, task, ranks.say)
             return None
         job = _PuzzleJob(config, model, task, train, identifiers_sha256(config.data_paths), measurement, start.folder, ranks)
         saved = Run(config, job, start, ranks).train()
-        say(f"checkpoint {saved}")
+        ranks.say(f"checkpoint {saved}")
         return saved
 
 

@@ -91,12 +91,12 @@ class Start:
             say(f"under other settings, so not exactly as the run that was begun: {'; '.join(differences.values())}")
 
 
-def find_start(config: TrainingConfig, ranks: Ranks, say: Callable[[str], None]) -> Start:
+def find_start(config: TrainingConfig, ranks: Ranks) -> Start:
     """The run's folder, and its newest whole checkpoint if `config.resume` asks for it; rank 0 decides for all.
 
     Damaged checkpoints that are newer are moved aside, out of the way of those to come. Raises UsageError if the run can't begin.
     """
-    found = _find(config, say) if ranks.is_first else None
+    found = _find(config, ranks.say) if ranks.is_first else None
     place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
     if found is not None:
         return found

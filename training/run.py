@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -58,9 +58,7 @@ class Job(Protocol):
         """Write the checkpoint `folder`, whole or not at all."""
 
 
-def make_ready(
-    model: RecursiveModel, config: TrainingConfig, device: torch.device, start: Start, ranks: Ranks, say: Callable[[str], None]
-) -> None:
+def make_ready(model: RecursiveModel, config: TrainingConfig, device: torch.device, start: Start, ranks: Ranks) -> None:
     """Bring `model` to where and how it is trained, and say so."""
     model.to(device)
     set_matmul_precision(config.tf32, device)
@@ -68,7 +66,7 @@ def make_ready(
         model.compile_levels()
     parameters = sum(p.numel() for p in model.parameters())
     processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {model.config.forward_dtype}{processes}")
+    ranks.say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {model.config.forward_dtype}{processes}")
 
 
 class _Window:
