@@ -1,5 +1,6 @@
 """Several ranks give what one process gives: slots, weights, measures, checkpoints (contract 9). None of them hangs."""
 
+import datetime
 import json
 import os
 import shutil
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import TCPStore
 
 from artifacts.checkpoint import checkpoints_of, step_of
 from config.compose import compose_as
@@ -21,7 +25,7 @@ from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from tests.children import start_ranks
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
-from training.distributed import Ranks, joined_ranks
+from training.distributed import Ranks, _unused_part, joined_ranks
 from training.instruct import run_instruct
 from training.puzzle_run import run_puzzles
 
@@ -186,6 +190,29 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on(alone: Path, short_run_d
     run = tmp_path / "SlimOrca-ACT/run"
     assert "rank 0 has lost another rank" in said and f"going on from {run / 'step_4'}" in said
     assert_equal(run, alone)
+
+
+def test_ranks_started_again_meet_where_nothing_is_left_of_those_before() -> None:
+    """torchrun's store stays; a rank may be started while another is late, or die before all have met."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def meet(rank: int, seconds: float = 30) -> Store:
+        client = TCPStore("127.0.0.1", server.port, is_master=False)
+        return _unused_part(client, rank, 3, datetime.timedelta(seconds=seconds))
+
+    with ThreadPoolExecutor(3) as threads:
+        with pytest.raises(RuntimeError, match=r"ranks \[2\] haven't come"):
+            given_up = threads.submit(meet, 1)
+            meet(0, seconds=0.5)
+        assert not given_up.result().check(["address"])
+        for start in range(3):
+            early = [threads.submit(meet, rank) for rank in (0, 1)]
+            time.sleep(0.2)
+            assert not early[0].done(), "rank 0 took an old rank 2 for the new one"
+            parts = [threads.submit(meet, 2).result(), *(meeting.result() for meeting in early)]
+            assert not any(part.check(["address"]) for part in parts)
+            parts[start].set("address", str(start))
+            assert [part.get("address") for part in parts] == [str(start).encode()] * 3
 
 
 def test_one_process_gives_back_what_it_is_given() -> None:

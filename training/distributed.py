@@ -7,6 +7,8 @@ import contextlib
 import datetime
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from config.errors import UsageError
 
@@ -120,14 +124,50 @@ def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
         if local_rank >= gpus:
             raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store = _unused_part(store, rank, size, timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, store=store, rank=rank, world_size=size
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"WORLD_SIZE is {size}, but the ranks can't meet: {reason}; start them with torchrun") from error
     # Not left in order after an error: the others may be waiting, and the end of this process tells them.
     yield Ranks(dist.get_rank(), size)
     dist.destroy_process_group()
+
+
+def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Store:
+    """A part of the store in which nothing has been written yet, the same one for all ranks.
+
+    torchrun keeps its store when it starts the ranks again, and in it the addresses of those that died, for which the new ones
+    would wait or fail (https://github.com/pytorch/pytorch/issues/135712). TORCHELASTIC_RESTART_COUNT doesn't tell the starts apart
+    over several machines: each counts its own. So every rank asks under a name of its own, and rank 0, which can't know whether
+    a question is an old one, answers all with the name of the new part until each rank has shown there that it has read that.
+    Raises RuntimeError after `timeout`.
+    """
+    store.set_timeout(timeout)
+    own_name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own_name)
+        part = PrefixStore(store.get(f"part_for/{own_name}").decode(), store)
+        part.set(f"has_read/{rank}", "")
+        return part
+    part = PrefixStore(own_name, store)
+    missing = set(range(1, size))
+    give_up = time.monotonic() + timeout.total_seconds()
+    while True:
+        missing = {other for other in missing if not part.check([f"has_read/{other}"])}
+        if not missing:
+            return part
+        if time.monotonic() > give_up:
+            raise RuntimeError(f"ranks {sorted(missing)} haven't come")
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"part_for/{store.get(f'asks/{other}').decode()}", own_name)
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
