@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import benchmarks.loss_memory
+import models.layers
 import training.text
 from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
 from benchmarks.naive import NaiveTRM, check_arch, stablemax_cross_entropy, train_step
@@ -49,6 +50,7 @@ _LABELS = {"ours": "ours", "naive": "naive", "naive_kept": "naive, our allocator
 # What can be taken away from ours, one at a time, and what is there instead.
 CHANGES = {
     "bfloat16": "activations in float32",
+    "attention_products": "torch's attention, in float32 where it is differentiated",
     "supervised_only": "every position meets the vocabulary head",
     "chunked_loss": "dense float64 loss of the supervised positions",
     "held_casts": "weights cast at every call",
@@ -88,6 +90,7 @@ def taken_away(change: str) -> Iterator[None]:
     """Within the block ours works without this change, if it is one that code makes, not settings or the allocator."""
     owner, name, instead = {
         "held_casts": (Linear, "cast_weight", lambda linear, dtype: None),
+        "attention_products": (models.layers, "product_attention", torch_attention),
         "chunked_loss": (training.text, "token_loss", dense_loss),
     }.get(change, (None, "", None))
     if owner is None:
@@ -99,6 +102,14 @@ def taken_away(change: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
+    """models.product_attention by torch's own kernels, backwards by the faster of them."""
+    dtype = q.dtype
+    if q.requires_grad:
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal).to(dtype)
 
 
 def dense_loss(

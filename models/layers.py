@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialization import truncated_normal_
+from models.product_attention import product_attention
 
 RMS_EPS = 1e-5
 _SWIGLU_MULTIPLE = 256
@@ -136,6 +137,9 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor
 
         blockwise: Tensor = flex_attention(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks)
         return blockwise
+    if q_BHTK.dtype == torch.bfloat16 and q_BHTK.device.type == "cpu" and q_BHTK.shape[2] == k_BHSK.shape[2]:
+        y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, mask.visible, mask.is_causal)
+        return y_BHTK
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal)
 
 
@@ -194,16 +198,13 @@ class Attention(nn.Module):
         qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
         if rotary is not None:
             qk = rotate(qk, rotary)
-        if qk.requires_grad and qk.dtype == torch.bfloat16 and qk.device.type == "cpu":
-            # torch's CPU kernel is many times slower backwards in bfloat16 than in float32.
-            qk, v = qk.float(), v.float()
         if mask.groups:
             sizes = [len(group.token_rows.index_N) for group in mask.groups if group.token_rows is not None]
             parts = zip(qk.split(sizes), v.split(sizes), mask.groups, strict=True)
             y = torch.cat([self._attend_in_rows(*part, lane) for part in parts])
         else:
             y = self._attend_in_rows(qk, v, mask, lane)
-        result: Tensor = self.o_proj(y.to(x.dtype))
+        result: Tensor = self.o_proj(y)
         return result
 
     @staticmethod
