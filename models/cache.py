@@ -203,10 +203,10 @@ class RowByRowLane:
             end, this = start + count, slice(place, place + 1)
             k_kept[:, :, start:end] = k_BHTK[this]
             v_kept[:, :, start:end] = v_BHTK[this]
-            visible_TS = None if count == 1 else torch.ones(count, end, dtype=torch.bool).tril(start)
+            visible_11TS = None if count == 1 else torch.ones(1, 1, count, end, dtype=torch.bool).tril(start)
             k_seen, v_seen = k_kept[:, :, :end].to(exact), v_kept[:, :, :end].to(exact)
-            y_BHTK.append(attend(q_BHTK[this], k_seen, v_seen, Mask(visible=visible_TS)))
-        return torch.cat(y_BHTK)
+            y_BHTK.append(attend(q_BHTK[this], k_seen, v_seen, Mask(visible=visible_11TS)))
+        return torch.cat(y_BHTK).to(k_BHTK.dtype)
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ class PastLane:
         y_BHK = (past_BHS.unsqueeze(-1) * v_BHSK).sum(-2) + own_BH1 * v_BH1K[:, :, 0]
         total_BH1 = past_BHS.sum(-1, keepdim=True) + own_BH1
         y_BH1K: Tensor = (y_BHK / total_BH1).unsqueeze(2)
-        return y_BH1K
+        return y_BH1K.to(q_BHTK.dtype)
 
 
 def lane_for(device: torch.device) -> type[RowByRowLane] | type[GatheredLane]:

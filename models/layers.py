@@ -127,7 +127,7 @@ class Lane(Protocol):
     """Where one layer of one level call keeps its keys and values (models/cache.py)."""
 
     def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
-        """Store the new keys and values, and attend to all that the new positions see: [B, H, T, K]."""
+        """Store the new keys and values, and attend to all that the new positions see: [B, H, T, K] in q's dtype."""
 
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor:
