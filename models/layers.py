@@ -130,6 +130,10 @@ class Lane(Protocol):
         """Store the new keys and values, and attend to all that the new positions see: [B, H, T, K] in q's dtype."""
 
 
+# So many scores of all rows and heads make products faster than torch's kernel, in bfloat16 on a CPU.
+_MANY_SCORES = 2**18
+
+
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor:
     """Scaled dot-product attention [B, H, T, K]."""
     if mask.blocks is not None:
@@ -137,10 +141,16 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor
 
         blockwise: Tensor = flex_attention(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks)
         return blockwise
-    if q_BHTK.dtype == torch.bfloat16 and q_BHTK.device.type == "cpu" and q_BHTK.shape[2] == k_BHSK.shape[2]:
-        y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, mask.visible, mask.is_causal)
-        return y_BHTK
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal)
+    dtype = q_BHTK.dtype
+    if dtype == torch.bfloat16 and q_BHTK.device.type == "cpu" and q_BHTK.shape == k_BHSK.shape:
+        rows, heads, positions, _ = q_BHTK.shape
+        if rows * heads * positions**2 >= _MANY_SCORES:
+            y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, mask.visible, mask.is_causal)
+            return y_BHTK
+        if q_BHTK.requires_grad:
+            # torch's kernel is slower backwards in bfloat16 than in float32.
+            q_BHTK, k_BHSK, v_BHSK = q_BHTK.float(), k_BHSK.float(), v_BHSK.float()
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal).to(dtype)
 
 
 class Linear(nn.Module):

@@ -62,7 +62,7 @@ def test_roundings_to_bfloat16_stay_small(mask: Mask) -> None:
 
 
 def test_it_is_used_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 on a CPU, for as many queries as keys: a cache is attended to by torch's kernel."""
+    """In bfloat16 on a CPU, for as many queries as keys and enough of them. A cache is attended to by torch's kernel."""
     used: list[int] = []
 
     def spy(q: Tensor, *rest: Tensor) -> Tensor:
@@ -71,10 +71,11 @@ def test_it_is_used_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(models.layers, "product_attention", spy)
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v, _ = inputs(30, 8, dtype)
-        attend(q, k, v, Mask(is_causal=True))
-        attend(q[:, :, 20:21], k, v, Mask())
-    assert used == [30]
+        for positions in (209, 210):  # two rows with three heads of 210 have more than 2^18 scores
+            q, k, v, _ = (x.requires_grad_() for x in inputs(positions, 8, dtype))
+            assert attend(q, k, v, Mask(is_causal=True)).dtype == dtype
+            attend(q[:, :, 20:21], k, v, Mask())
+    assert used == [210]
 
 
 @pytest.mark.parametrize("mask", [MASKS["causal"], MASKS["documents"]], ids=["causal", "documents"])
