@@ -31,14 +31,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 numbers."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
     """`forward_dtype`, with auto decided: bfloat16 where the processor multiplies it natively, else float32."""
     if forward_dtype != "auto":
         return forward_dtype
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    on_cuda = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else cpu_multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.device import cpu_multiplies_bfloat16
 from models.initialization import truncated_normal_
 from models.product_attention import product_attention
 
@@ -130,7 +131,9 @@ class Lane(Protocol):
         """Store the new keys and values, and attend to all that the new positions see: [B, H, T, K] in q's dtype."""
 
 
-# So many scores of all rows and heads make products faster than torch's kernel, in bfloat16 on a CPU.
+# Where attention in bfloat16 on a CPU is faster as products than by torch's kernel: with instructions for them, and with so many
+# scores of all rows and heads.
+_MULTIPLIES_BFLOAT16 = cpu_multiplies_bfloat16()
 _MANY_SCORES = 2**18
 
 
@@ -142,15 +145,20 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor
         blockwise: Tensor = flex_attention(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks)
         return blockwise
     dtype = q_BHTK.dtype
-    if dtype == torch.bfloat16 and q_BHTK.device.type == "cpu" and q_BHTK.shape == k_BHSK.shape:
-        rows, heads, positions, _ = q_BHTK.shape
-        if rows * heads * positions**2 >= _MANY_SCORES:
+    if dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
+        if _MULTIPLIES_BFLOAT16 and q_BHTK.shape == k_BHSK.shape and _are_many_scores(q_BHTK):
             y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, mask.visible, mask.is_causal)
             return y_BHTK
-        if q_BHTK.requires_grad:
+        if any(x.requires_grad for x in (q_BHTK, k_BHSK, v_BHSK)):
             # torch's kernel is slower backwards in bfloat16 than in float32.
             q_BHTK, k_BHSK, v_BHSK = q_BHTK.float(), k_BHSK.float(), v_BHSK.float()
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal).to(dtype)
+
+
+def _are_many_scores(q_BHTK: Tensor) -> bool:
+    """Compiled code takes all for many: each number of rows on the other side of the limit would need code of its own."""
+    rows, heads, positions, _ = q_BHTK.shape
+    return torch.compiler.is_compiling() or rows * heads * positions**2 >= _MANY_SCORES
 
 
 class Linear(nn.Module):

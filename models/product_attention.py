@@ -1,6 +1,7 @@
-"""Attention written out as matrix products, for bfloat16 on a CPU: torch's own kernels take twice as long (docs/benchmarks.md).
+"""Attention written out as matrix products, for bfloat16 where a CPU multiplies it: torch's kernels take twice as long there.
 
-Scores and weights are bfloat16, and so rounded as the products' inputs are; softmax and sums are float32.
+Scores and weights are rounded to bfloat16, as the products' inputs are. The softmax is computed in float32, and what blocks add to
+a gradient is summed in float32. Measured in docs/benchmarks.md.
 """
 
 from typing import Any
@@ -16,12 +17,12 @@ _QUERIES = 128
 def product_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
     """Scaled dot-product attention [B, H, T, K] of T queries to T keys, with gradients for q, k and v.
 
-    visible: bool [B or 1, 1, T, T], with a key for every query; None for all or, with `is_causal`, those up to the query's own.
+    visible: bool [B or 1, 1, T, T], with a key for every query. None: all keys or, with `is_causal`, those up to the query's own.
     """
     q_MTK, k_MTK, v_MTK = map(_heads, (q_BHTK, k_BHTK, v_BHTK))
     y_MTK = torch.empty_like(v_MTK)
     for queries, keys in _blocks(q_MTK.shape[1], is_causal):
-        weights_MQS = _weights(q_MTK, k_MTK, visible, is_causal, queries, keys)
+        weights_MQS = _attention_weights(q_MTK, k_MTK, visible, is_causal, queries, keys)
         y_MTK[:, queries] = torch.bmm(weights_MQS, v_MTK[:, keys])
     return y_MTK.view(v_BHTK.shape)
 
@@ -34,31 +35,34 @@ def _backward(
     grad_y_MTK, q_MTK, k_MTK, v_MTK = map(_heads, (grad_y_BHTK, q_BHTK, k_BHTK, v_BHTK))
     head_dim, sum_dtype = q_MTK.shape[-1], torch.promote_types(q_MTK.dtype, torch.float32)
     grad_q_MTK = torch.empty_like(q_MTK)
-    # To these each block adds, the last one, which sees all keys, first.
-    grad_k_MTK, grad_v_MTK = k_MTK.new_empty(0), v_MTK.new_empty(0)
+    # Of keys and values. The last block, which sees all of them, makes these, and the others add to them.
+    sums_MTK: list[Tensor] = []
     for queries, keys in reversed(_blocks(q_MTK.shape[1], is_causal)):
-        weights_MQS = _weights(q_MTK, k_MTK, visible, is_causal, queries, keys)
+        weights_MQS = _attention_weights(q_MTK, k_MTK, visible, is_causal, queries, keys)
         grad_weights_MQS = torch.bmm(grad_y_MTK[:, queries], v_MTK[:, keys].transpose(1, 2))
         grad_scores_MQS = torch._softmax_backward_data(grad_weights_MQS, weights_MQS, -1, weights_MQS.dtype)
         grad_q_MTK[:, queries] = _scaled_product(grad_scores_MQS, k_MTK[:, keys], head_dim)
-        part_k_MSK = _scaled_product(grad_scores_MQS.transpose(1, 2), q_MTK[:, queries], head_dim)
-        part_v_MSK = torch.bmm(weights_MQS.transpose(1, 2), grad_y_MTK[:, queries])
-        if grad_k_MTK.numel() == 0:
-            grad_k_MTK, grad_v_MTK = part_k_MSK.to(sum_dtype), part_v_MSK.to(sum_dtype)
+        parts_MSK = (
+            _scaled_product(grad_scores_MQS.transpose(1, 2), q_MTK[:, queries], head_dim),
+            torch.bmm(weights_MQS.transpose(1, 2), grad_y_MTK[:, queries]),
+        )
+        if not sums_MTK:
+            sums_MTK = [part_MSK.to(sum_dtype) for part_MSK in parts_MSK]
         else:
-            grad_k_MTK[:, keys] += part_k_MSK
-            grad_v_MTK[:, keys] += part_v_MSK
+            for sum_MTK, part_MSK in zip(sums_MTK, parts_MSK, strict=True):
+                sum_MTK[:, keys] += part_MSK
+    grad_k_MTK, grad_v_MTK = sums_MTK
     shape = q_BHTK.shape
     return grad_q_MTK.view(shape), grad_k_MTK.to(k_BHTK.dtype).view(shape), grad_v_MTK.to(v_BHTK.dtype).view(shape)
 
 
 @product_attention.register_fake
-def _result(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
+def _fake_result(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
     return v.new_empty(v.shape)
 
 
 @_backward.register_fake
-def _gradients(
+def _fake_gradients(
     grad_y: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -88,7 +92,9 @@ def _blocks(positions: int, is_causal: bool) -> list[tuple[slice, slice]]:
     return [(slice(start, stop), slice(0, stop if is_causal else positions)) for start, stop in zip(starts, stops, strict=True)]
 
 
-def _weights(q_MTK: Tensor, k_MTK: Tensor, visible: Tensor | None, is_causal: bool, queries: slice, keys: slice) -> Tensor:
+def _attention_weights(
+    q_MTK: Tensor, k_MTK: Tensor, visible: Tensor | None, is_causal: bool, queries: slice, keys: slice
+) -> Tensor:
     """[M, Q, S], which sum to 1 over the keys S."""
     head_dim = q_MTK.shape[-1]
     scores_MQS = _scaled_product(q_MTK[:, queries], k_MTK[:, keys].transpose(1, 2), head_dim)

@@ -236,5 +236,5 @@ def test_ranks_without_a_launcher_or_without_slots_are_told(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but the ranks can't meet: .*start them with torchrun"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but the ranks can't meet: .*start all of them with torchrun"):
         run_instruct(run_config(tmp_path))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import models.layers
 from models.layers import Mask, attend, attention_mask
@@ -61,8 +62,9 @@ def test_roundings_to_bfloat16_stay_small(mask: Mask) -> None:
         assert (found - expected).square().mean() < 0.008**2 * expected.square().mean()
 
 
-def test_it_is_used_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 on a CPU, for as many queries as keys and enough of them. A cache is attended to by torch's kernel."""
+@pytest.mark.parametrize("native", [True, False])
+def test_it_is_used_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """In bfloat16 on a CPU that multiplies it, for as many queries as keys and enough of them; so not for a cache."""
     used: list[int] = []
 
     def spy(q: Tensor, *rest: Tensor) -> Tensor:
@@ -70,12 +72,26 @@ def test_it_is_used_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None
         return product_attention(q, *rest)
 
     monkeypatch.setattr(models.layers, "product_attention", spy)
+    monkeypatch.setattr(models.layers, "_MULTIPLIES_BFLOAT16", native)
     for dtype in (torch.float32, torch.bfloat16):
         for positions in (209, 210):  # two rows with three heads of 210 have more than 2^18 scores
             q, k, v, _ = (x.requires_grad_() for x in inputs(positions, 8, dtype))
             assert attend(q, k, v, Mask(is_causal=True)).dtype == dtype
             attend(q[:, :, 20:21], k, v, Mask())
-    assert used == [210]
+    assert used == ([210] if native else [])
+
+
+def test_compiled_code_is_one_for_small_and_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of groups of rows each may be either; code for every combination would pass the compiler's limit."""
+    monkeypatch.setattr(models.layers, "_MULTIPLIES_BFLOAT16", True)
+    torch._dynamo.reset()
+    compilations = CompileCounter()
+    compiled = torch.compile(attend, backend=compilations, dynamic=True)
+    for positions in (40, 300):
+        q, k, v, _ = inputs(positions, 8, torch.bfloat16)
+        expected = product_attention(q, k, v, None, True)
+        assert torch.equal(compiled(q, k, v, Mask(is_causal=True)), expected)
+    assert compilations.frame_count == 1
 
 
 @pytest.mark.parametrize("mask", [MASKS["causal"], MASKS["documents"]], ids=["causal", "documents"])

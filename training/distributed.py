@@ -133,7 +133,9 @@ def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"WORLD_SIZE is {size}, but the ranks can't meet: {reason}; start them with torchrun") from error
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but the ranks can't meet: {reason}; start all of them with torchrun, and see why one has ended"
+        ) from error
     # Not left in order after an error: the others may be waiting, and the end of this process tells them.
     yield Ranks(dist.get_rank(), size)
     dist.destroy_process_group()
