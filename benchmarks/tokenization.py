@@ -27,7 +27,7 @@ import numpy as np
 from config.compose import compose_config
 from dataset.instruct import open_instruct_split
 from dataset.text.conversation import Template
-from dataset.text.files import open_data_file
+from dataset.text.rows import open_row_file
 from dataset.text.sources import parse_row, to_conversation
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 
@@ -67,13 +67,13 @@ def naive(path: Path, tokenizer: Tokenizer, seq_len: int, rows: int) -> dict[str
 
     template, tensors, tokens = Template(), [], 0
     started = time.perf_counter()
-    for number, (row, _) in enumerate(open_data_file(path).rows()):
-        if number == rows:
+    for number, data in open_row_file(path).rows():
+        if number > rows:
             break
-        assert isinstance(row.data, bytes)
+        assert isinstance(data, bytes)
         ids: list[int] = []
         labels: list[int] = []
-        for turn in to_conversation(parse_row(row.data)):
+        for turn in to_conversation(parse_row(data)):
             is_answer = turn.role == "assistant"
             opening = [tokenizer.bos_id, *tokenizer.encode(template.tag(turn.role))]
             text = [*tokenizer.encode(turn.text), *([tokenizer.eos_id] if is_answer else [])]
@@ -88,12 +88,18 @@ def naive(path: Path, tokenizer: Tokenizer, seq_len: int, rows: int) -> dict[str
 def cached(path: Path, tokenizer: Tokenizer, seq_len: int, processes: int, cache_dir: Path) -> dict[str, Any]:
     """Build the cache, or open it if it is there."""
     changes = {"data_dir": str(path.parent), "files": (path.name,), "seq_len": seq_len, "processes": processes}
+    changes |= {"cache_dir": str(cache_dir)}
     config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", "dataset.test_ratio=0", "dataset.on_bad_row=skip"]).dataset
     config = config.model_copy(update=changes)  # not as overrides, in which a path may have to be quoted
     started = time.perf_counter()
-    data = open_instruct_split(config, tokenizer, Template(), "train", cache_dir)
+    data = open_instruct_split(config, tokenizer, Template(), "train")
     seconds = time.perf_counter() - started
-    return {"rows": data.counts["read"], "tokens": data.loaded.cache.meta["ids"], "seconds": seconds, "data_hash": data.data_hash}
+    return {
+        "rows": data.counts["read"],
+        "tokens": int(data.column("full_length").sum()),
+        "seconds": seconds,
+        "data_hash": data.data_hash,
+    }
 
 
 def _side(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -152,27 +152,46 @@ class ArchConfig(_Section):
 class SourceConfig(_Section):
     """Where conversations come from."""
 
-    source: Literal["slimorca", "openorca", "jsonl", "sample"]
-    """slimorca, openorca, jsonl: split by hash. sample: train.jsonl and test.jsonl of dataset/build_sample_dataset.py."""
+    source: Literal["slimorca", "openorca", "jsonl", "hub", "sample"]
+    """slimorca, openorca, jsonl: files in data_dir. hub: a data set of the Hugging Face hub. sample: the bundled task families."""
     data_dir: str
-    """Folder of the data; the token cache is kept in it."""
+    """Folder of the data; or one that `datasets` has saved to."""
     files: tuple[str, ...]
-    """openorca, jsonl: names or globs in data_dir: .jsonl, .jsonl.zst, .json, .parquet. The other sources know theirs."""
+    """openorca, jsonl: names or globs in data_dir (docs/data.md has the formats); none: all files there that can be read."""
     shards: PositiveInt | None
     """openorca, jsonl: so many of these files, drawn by seed; null: all."""
-    hub_repo: str | None
-    """Dataset repository on the Hugging Face hub that missing files are fetched from; null: none are fetched."""
-    hub_revision: str
+    repo: str | None
+    """Dataset repository on the Hugging Face hub. Not hub: the one that missing files are fetched from; null: none are fetched."""
+    revision: str
     """Branch, tag or commit of it."""
-    hub_sha256: dict[str, str]
+    sha256: dict[str, str]
     """Expected SHA-256 of its files by name; a file that isn't named is checked against the hub's own."""
+    config: str | None
+    """hub: which of the repository's configurations; null: its default."""
+    split: str
+    """hub, and folders that `datasets` has saved to: the split to train on."""
+    validation_split: str | None
+    """hub, and folders that `datasets` has saved to: the split to measure on, in place of test_ratio; null: none."""
+    validation_files: tuple[str, ...]
+    """openorca, jsonl: files to measure on, in place of test_ratio; as `files`."""
     subset_size: PositiveInt | None
     """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
 
+    @property
+    def has_own_validation(self) -> bool:
+        """Whether rows to measure on are named, and not drawn from those of `files`."""
+        return bool(self.source == "sample" or self.validation_split or self.validation_files)
+
     @model_validator(mode="after")
-    def _files_of_this_source(self) -> Self:
-        if self.source in ("slimorca", "sample") and (self.files or self.shards):
-            raise ValueError(f"source {self.source} knows its files: files and shards are for openorca and jsonl")
+    def _fits_the_source(self) -> Self:
+        if self.source not in ("openorca", "jsonl") and (self.files or self.shards or self.validation_files):
+            raise ValueError(f"source {self.source} knows its files: files, shards and validation_files are for openorca and jsonl")
+        if self.source == "hub" and self.repo is None:
+            raise ValueError("source hub needs a data set: set repo=OWNER/NAME")
+        if self.source not in ("hub", "jsonl") and (self.config or self.validation_split):
+            raise ValueError(f"source {self.source} has no splits of its own: config and validation_split are for hub and jsonl")
+        if self.validation_split and self.validation_files:
+            raise ValueError("validation_split and validation_files both say what to measure on: choose one")
         return self
 
 
@@ -196,7 +215,9 @@ class DatasetConfig(SourceConfig):
     supervise: Literal["assistant", "all"]
     """Train on the assistant's text and its EOS, or on every token."""
     processes: PositiveInt | None
-    """Processes that tokenize; the cache is the same for any number. null: one for each CPU, at most 16."""
+    """Processes that tokenize; the tokens are the same for any number. null: one for each CPU, at most 16."""
+    cache_dir: str | None
+    """Where rows and tokens are kept for later runs, and a hub data set's files; null: where `datasets` keeps its (HF_HOME)."""
 
 
 class StageConfig(_Section):
@@ -413,6 +434,11 @@ class PretrainInstructConfig(TrainingConfig):
             raise ValueError(
                 "a source of stages can't be sample: its builder made its split, so what it holds out another source could train "
                 "on; build it into a file of a jsonl source"
+            )
+        if len({source.has_own_validation for source in self.sources.values()}) > 1:
+            raise ValueError(
+                "some sources name what to measure on and others are split by hash, so what one holds out another could train on: "
+                "give all of them validation_files or validation_split, or none"
             )
         if self.stages and self.epochs != 1:
             raise ValueError(f"epochs {self.epochs} is for a run without stages: give each stage its own")

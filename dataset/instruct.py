@@ -3,42 +3,45 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from config.errors import UsageError
 from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
-from dataset.source_files import Hub, find_files
+from dataset.source_files import Hub, SourceFiles, find_files, is_saved, saved_split
 from dataset.text.conversation import Conversation, Template
 from dataset.text.curriculum import Curriculum
+from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset
-from dataset.text.token_cache import HashSplit, Split, load_split
+from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer
 
 SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
-_CACHE_FOLDER = ".token_cache"
 
 
 def open_instruct_data(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, cache_dir: Path | None = None
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, in_stages: bool = False
 ) -> tuple[TextDataset, TextDataset | None]:
     """Train and test split of a source for a training run; test is None with `test_ratio=0`.
 
-    "slimorca": one file, downloaded if it isn't in `data_dir`. "openorca", "jsonl": all of `files`, see `source_files.find_files`.
-    These are split by hash. "sample": train.jsonl and test.jsonl (or .jsonl.zst), a split made by their builder; `subset_size`
-    takes the first rows of each, and a `test_ratio` above 0 only says that there is a test split. Under a hash split, `subset_size`
-    counts training rows, and test has its proportional share: see `token_cache.load_split`. cache_dir: where the token cache goes;
-    a folder inside `data_dir` by default. Raises `UsageError` for missing files, malformed rows, and a split without a usable row.
+    Rows to measure on are those of `validation_files` or `validation_split`, or of files beside the others whose names say that
+    they are held out (not in_stages, where all sources are split alike); "sample" has those of its builder. `subset_size` then
+    takes the first rows of each. All others are split by hash, where `subset_size` counts training rows, and test has its
+    proportional share: see `token_cache.load_split`. Raises `UsageError` for missing files, malformed rows, and a split without
+    a usable row.
     """
-    train = _open(config, tokenizer, template, "train", cache_dir)
-    return train, _open(config, tokenizer, template, "test", cache_dir) if config.test_ratio > 0 else None
+    files = _files(config, in_stages)
+    train = _open(config, tokenizer, template, "train", files)
+    return train, _open(config, tokenizer, template, "test", files) if config.test_ratio > 0 else None
 
 
 def open_instruct_split(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, cache_dir: Path | None = None
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, in_stages: bool = False
 ) -> TextDataset:
     """One split by itself, with `subset_size` rows of its own. Raises `UsageError` as `open_instruct_data` does."""
     if split == "test" and config.test_ratio == 0:
         raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
-    return _open(config, tokenizer, template, split, cache_dir, alone=True)
+    return _open(config, tokenizer, template, split, _files(config, in_stages), alone=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template
     All sources are split by one hash, seed and default system prompt: a conversation that one holds out is held out of each.
     Raises `UsageError` as `open_instruct_data` does, and for a stage without examples.
     """
-    opened = {name: open_instruct_data(source, tokenizer, template) for name, source in source_configs(config).items()}
+    in_stages = bool(config.stages)
+    opened = {name: open_instruct_data(source, tokenizer, template, in_stages) for name, source in source_configs(config).items()}
     train = TextCorpus({name: split for name, (split, _) in opened.items()})
     held_out = {name: split for name, (_, split) in opened.items() if split is not None}
     if config.stages:
@@ -70,7 +74,10 @@ def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template
 def open_run_split(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template, split: Split) -> TextCorpus:
     """One split of every source of a run, for measuring; see `open_instruct_split`."""
     return TextCorpus(
-        {name: open_instruct_split(source, tokenizer, template, split) for name, source in source_configs(config).items()}
+        {
+            name: open_instruct_split(source, tokenizer, template, split, bool(config.stages))
+            for name, source in source_configs(config).items()
+        }
     )
 
 
@@ -81,22 +88,33 @@ def source_configs(config: PretrainInstructConfig) -> dict[str, DatasetConfig]:
     return {name: config.dataset.model_copy(update=dict(source)) for name, source in config.sources.items()}
 
 
+def overlap(train: TextCorpus, test: TextCorpus) -> dict[str, int]:
+    """How many test rows ask what a training row asks ("questions"), and how many equal one as a whole ("conversations")."""
+    of = {
+        name: [np.concatenate([part.column(name) for part in split.parts.values()]) for split in (test, train)]
+        for name in ("question_hash", "conversation_hash")
+    }
+    questions, conversations = (int(np.isin(*columns).sum()) for columns in of.values())
+    return {"questions": questions, "conversations": conversations}
+
+
 def _open(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, cache_dir: Path | None, alone: bool = False
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, files: SourceFiles, alone: bool = False
 ) -> TextDataset:
+    paths = files.validation if split == "test" and files.validation else files.train
     loaded = load_split(
-        source=_files(config, split),
+        source=paths,
         split=split,
         alone=alone,
         tokenizer=tokenizer,
         template=template,
         seq_len=config.seq_len,
         subset_size=config.subset_size,
-        hash_split=HashSplit(config.seed, config.test_ratio) if config.source != "sample" else None,
+        hash_split=None if files.validation else HashSplit(config.seed, config.test_ratio),
         default_system_prompt=config.default_system_prompt,
         long_rows=config.long_rows,
         on_bad_row=config.on_bad_row,
-        cache_dir=cache_dir or Path(config.data_dir) / _CACHE_FOLDER,
+        cache_dir=_cache_dir(config),
         processes=config.processes,
     )
     dataset = TextDataset(loaded)
@@ -104,19 +122,39 @@ def _open(
         remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
         if split == "train":
             remedy = "check the rows, raise dataset.seq_len, or use more data"
-        names = ", ".join(str(path) for path in loaded.files[:3]) + (", ..." if len(loaded.files) > 3 else "")
+        names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         raise UsageError(f"the {split} split of {names} is empty (rows: {dataset.counts}); {remedy}")
     return dataset
 
 
-def _files(config: DatasetConfig, split: Split) -> list[Path]:
-    folder = Path(config.data_dir)
+def _cache_dir(config: DatasetConfig) -> Path:
+    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def _files(config: DatasetConfig, in_stages: bool) -> SourceFiles:
+    folder = Path(config.data_dir).expanduser()
+    hub = Hub(config.repo, config.revision, config.sha256) if config.repo is not None else None
     if config.source == "sample":
-        return [_sample_file(folder, split)]
-    hub = Hub(config.hub_repo, config.hub_revision, config.hub_sha256) if config.hub_repo is not None else None
+        validation = [_sample_file(folder, "test")] if config.test_ratio > 0 else []
+        return SourceFiles([_sample_file(folder, "train")], validation)
     if config.source == "slimorca":
-        return [locate(folder, hub)]
-    return find_files(folder, config.files, hub, config.shards, config.seed)
+        return SourceFiles([locate(folder, hub)])
+    if config.source == "hub" or (not config.files and is_saved(folder)):
+        return SourceFiles(
+            *([] if split is None else _split_files(config, split) for split in (config.split, config.validation_split))
+        )
+    found = find_files(folder, config.files, hub, config.shards, config.seed)
+    if config.validation_files:
+        named = find_files(folder, config.validation_files, hub)
+        return SourceFiles(found.train, [*named.train, *named.validation, *named.left_out])
+    return SourceFiles(found.train, left_out=[*found.validation, *found.left_out]) if in_stages else found
+
+
+def _split_files(config: DatasetConfig, split: str) -> list[Path]:
+    if config.source == "hub":
+        assert config.repo is not None
+        return split_files(config.repo, config.config, split, config.revision, _cache_dir(config))
+    return saved_split(Path(config.data_dir).expanduser(), split)
 
 
 def _sample_file(folder: Path, split: Split) -> Path:

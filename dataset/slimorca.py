@@ -12,7 +12,7 @@ from dataset.source_files import Hub
 HUB_REPO = "Open-Orca/SlimOrca"
 HUB_REVISION = "ce9ed009ef3292bac33d3520afaf5ec804066120"
 HUB_FILE = "oo-labeled_correct.gpt4.sharegpt.jsonl"
-LOCAL_FILES = ("SlimOrca.jsonl", "SlimOrca.jsonl.zst", HUB_FILE)
+LOCAL_FILES = ("SlimOrca.jsonl", "SlimOrca.jsonl.zst", "SlimOrca.jsonl.gz", HUB_FILE)
 
 
 def locate(data_dir: str | Path, hub: Hub | None, filename: str = HUB_FILE) -> Path:
@@ -20,14 +20,14 @@ def locate(data_dir: str | Path, hub: Hub | None, filename: str = HUB_FILE) -> P
 
     Raises `UsageError` when there is none and it can't be, or (without `hub`) may not be, downloaded.
     """
-    folder = Path(data_dir)
+    folder = Path(data_dir).expanduser()
     for name in LOCAL_FILES:
         if (folder / name).is_file():
             return folder / name
     if hub is None:
         raise UsageError(
             f"expected one of {', '.join(LOCAL_FILES)} in {str(folder)!r}, found none; check dataset.data_dir, "
-            f"or have it downloaded: dataset.hub_repo={HUB_REPO}"
+            f"or have it downloaded: dataset.repo={HUB_REPO}"
         )
     return hub.fetch(filename, folder / LOCAL_FILES[0])
 

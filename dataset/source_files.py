@@ -1,9 +1,11 @@
-"""Which files a source of conversations has: those in its folder, else fetched there from the Hugging Face hub.
+"""Which files a source of conversations has: those in its folder, else fetched from the Hugging Face hub.
 
 This file must not know what is in them.
 """
 
 import glob
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,6 +14,13 @@ import numpy as np
 
 from config.errors import UsageError
 from dataset.text.hub import download
+from dataset.text.rows import FORMATS, format_of
+
+# What `datasets` and the builders here write beside the rows.
+_NOT_ROWS = ("dataset.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_NAMES_OF_VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")
+_NAMES_OF_TEST = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|held-?_?out)(?![a-z])")
+_NAMES_OF_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -25,35 +34,57 @@ class Hub:
     def fetch(self, name: str, destination: Path) -> Path:
         """Download one file of the repository. Raises `UsageError`."""
         return download(
-            self.repo,
-            name,
-            destination,
-            revision=self.revision,
-            repo_type="dataset",
-            expected_sha256=self.sha256.get(name),
+            self.repo, name, destination, revision=self.revision, repo_type="dataset", expected_sha256=self.sha256.get(name)
         )
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Files of training rows, and those that aren't trained on because of their names; `validation` is the part to measure on."""
+
+    train: list[Path]
+    validation: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
 
 
 def find_files(
     data_dir: str | Path, names: Sequence[str], hub: Hub | None = None, shards: int | None = None, seed: int = 0
-) -> list[Path]:
+) -> SourceFiles:
     """The files that `names` name: paths or globs, relative to `data_dir` or absolute; none twice, a glob's in order of name.
 
-    shards: so many of them, drawn by `seed`; drawn before anything is fetched. A name without a file is fetched from `hub`,
-    to the same name in `data_dir`. Raises `UsageError` for a name without a file, and too few of them.
+    A folder that `datasets` has saved to stands for its files. Without names: the files in `data_dir` of a format that can be
+    read. What a glob finds, or the folder has, isn't trained on if its name says test, eval, validation, valid, val or dev; those
+    named for validation, else those for a test, can be measured on.
+    shards: so many of the training files, drawn by `seed`; drawn before anything is fetched. A name without a file is fetched from
+    `hub`, to the same name in `data_dir`. Raises `UsageError` for a name without a file, and too few of them.
     """
-    folder = Path(data_dir)
+    folder = Path(data_dir).expanduser()
     found: dict[Path, str] = {}
-    for name in names:
+    is_found_by_glob: dict[Path, bool] = {}
+    for name in names or ["*"]:
         is_glob = glob.has_magic(name) and not (folder / name).exists()
-        matches = sorted(glob.glob(name, root_dir=folder, recursive=True)) if is_glob else [name]  # noqa: PTH207
-        files = [folder / match for match in matches if not (is_glob and (folder / match).is_dir())]
+        matches = sorted(glob.glob(name, root_dir=folder, recursive=True)) if is_glob else [str(Path(name).expanduser())]  # noqa: PTH207
+        files = [folder / match for match in matches if not (is_glob and not _is_data(folder / match))]
         if not files:
-            raise UsageError(f"dataset.files: expected files like {name!r} in {str(folder)!r}, found none; check dataset.data_dir")
-        found.update((path, name) for path in files if path not in found)
-    if not found:
-        raise UsageError("dataset.files names no file: give at least one name or glob")
-    paths = list(found)
+            what = f"files like {name!r}" if names else f"files that end in {', '.join(FORMATS)}"
+            raise UsageError(
+                f"dataset.files: expected {what} in {str(folder)!r}, found none; check dataset.data_dir and dataset.files"
+            )
+        for path in files:
+            found.setdefault(path, name)
+            is_found_by_glob[path] = is_glob and is_found_by_glob.get(path, True)
+    paths: list[Path] = []
+    of_validation: list[Path] = []
+    of_test: list[Path] = []
+    for path in found:
+        name = path.name.lower() if is_found_by_glob[path] and not _NAMES_OF_TRAINING.search(path.name.lower()) else ""
+        group = of_validation if _NAMES_OF_VALIDATION.search(name) else of_test if _NAMES_OF_TEST.search(name) else paths
+        group.append(path)
+    if not paths:
+        raise UsageError(
+            f"dataset.files: all files in {str(folder)!r} are named as held out ({', '.join(path.name for path in found)}): "
+            "name those to train on exactly"
+        )
     if shards is not None:
         if shards > len(paths):
             raise UsageError(
@@ -68,4 +99,35 @@ def find_files(
         if hub is None or PurePosixPath(found[path]).is_absolute():
             raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and dataset.files")
         hub.fetch(found[path], path)
-    return paths
+    validation = of_validation or of_test
+    left_out = [path for path in (*of_validation, *of_test) if path not in validation]
+    return SourceFiles(_expanded(paths), _expanded(validation), left_out)
+
+
+def saved_split(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that `datasets` has saved to, of one split if it has several. Raises `UsageError`."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if split not in splits:
+            raise UsageError(f"{folder} has no split {split!r}: choose dataset.split of {', '.join(splits)}")
+        folder = folder / split
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder}: expected a folder of save_to_disk, found none ({error}); name files instead") from error
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` has saved a data set, or a dictionary of them, to a folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _is_data(path: Path) -> bool:
+    if path.is_dir():
+        return is_saved(path)
+    return format_of(path) is not None and path.name not in _NOT_ROWS and not path.name.startswith(".")
+
+
+def _expanded(paths: Sequence[Path]) -> list[Path]:
+    return [file for path in paths for file in (saved_split(path, "train") if path.is_dir() and is_saved(path) else [path])]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
-from dataset.text.files import BadRow, DataFile, open_data_file
+from dataset.text.rows import BadRow, RowFile, open_row_file
 from dataset.text.sources import NothingToLearn, parse_row, to_turns
 from generation.answers import Responder, Speaker
 from generation.engine import cache_bytes, rows_that_fit
@@ -96,22 +96,22 @@ def answers_in_order(responder: Responder, asked: Iterable[Asked], *, rows: int,
 # Rows of a file.
 
 
-def read_asked(file: DataFile, system: str | None) -> Iterator[Asked]:
+def read_asked(file: RowFile, system: str | None) -> Iterator[Asked]:
     """What each row of a file asks, blank lines left out; `system` opens those that have no system turn.
 
     A row has one of the forms of training data, with or without its last answer, or {"messages": [{"role", "content"}]}.
     Raises UsageError, with the line, for one that has none of them or asks nothing.
     """
     count = 0
-    for raw, _ in file.rows():
+    for number, data in file.rows():
         try:
-            if isinstance(raw.data, BadRow):
-                raise raw.data
-            history, reference = _exchange(parse_row(raw.data) if isinstance(raw.data, bytes) else raw.data)
+            if isinstance(data, BadRow):
+                raise data
+            history, reference = _exchange(parse_row(data) if isinstance(data, bytes) else data)
         except NothingToLearn:  # a blank line
             continue
         except BadRow as error:
-            raise UsageError(f"{file.where(raw.number)}: {error}") from error
+            raise UsageError(f"{file.where(number)}: {error}") from error
         yield Asked(with_default_system(history, system), reference, sample=count)
         count += 1
 
@@ -150,8 +150,8 @@ def answer_file(
     if target.exists():
         raise UsageError(f"{target} exists already and is not overwritten: name another output file, or delete it")
     if not source.is_file():
-        raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .jsonl.zst or .parquet")
-    file = open_data_file(source)
+        raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
+    file = open_row_file(source)
     count, positions = positions_needed(responder, (asked.history for asked in read_asked(file, system)))
     if not count:
         raise UsageError(f"{source} has no rows: there is nothing to answer")

@@ -24,7 +24,6 @@ from dataset.text.tokenizer import DEFAULT_TOKENIZER, TOKENIZER_VARIABLE, Tokeni
 HUB_REPO = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 HUB_FILE = "tokenizer.model"
 HUB_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
-HUB_BYTES = 499_723
 PACKAGE = "mistral-common"
 PACKAGE_FILE = "data/tokenizer.model.v1"
 PACKAGE_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
@@ -36,14 +35,12 @@ IDS_DIFFER = (
 
 def from_hub(output: Path, repo: str, filename: str, revision: str, sha256: str | None) -> dict[str, str]:
     """Download the model file to `output`. Returns where it is from. Raises `UsageError`."""
-    is_default = (repo, filename, sha256) == (HUB_REPO, HUB_FILE, HUB_SHA256)
     download(
         repo,
         filename,
         output,
         revision=revision,
         expected_sha256=sha256,
-        expected_size=HUB_BYTES if is_default else None,
     )
     return {
         "source": f"{repo} ({filename}, revision {revision}) on the Hugging Face hub",

@@ -1,9 +1,12 @@
 """What many tests share: a tiny config, tokenizer, models and data sets. Nothing here needs a network."""
 
+import atexit
 import functools
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Before anything reads it: what tests and their processes make of data is kept nowhere else.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="instruct-trm-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # Toy tensors gain nothing from threads, and threads that fight over cores lose much; here, and in processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

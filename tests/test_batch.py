@@ -20,7 +20,7 @@ from config.compose import override_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template, Turn
-from dataset.text.files import open_data_file
+from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.batch import Asked, answer_file, answers_in_order, positions_needed, read_asked
@@ -154,10 +154,10 @@ def test_memory_is_bounded_by_a_window(responder: Callable[..., Responder], rows
 )
 def test_rows_of_every_form_are_read(tmp_path: Path, row: dict[str, Any], history: Any, reference: str | None) -> None:
     source = write(tmp_path / "in.jsonl", ["", row, "  "])
-    [asked] = read_asked(open_data_file(source), None)
+    [asked] = read_asked(open_row_file(source), None)
     assert [(turn.role, turn.text) for turn in asked.history] == [(turn.role, turn.text) for turn in history]
     assert asked.reference == reference
-    [opened] = read_asked(open_data_file(source), "default")
+    [opened] = read_asked(open_row_file(source), "default")
     assert opened.history[0].text == ("s" if history[0].role == "system" else "default")
 
 

@@ -1,6 +1,9 @@
 """Broken input of many kinds: each is read, or counted with its reason, or one clear error that says where."""
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import zstandard
 from config.compose import compose_config
 from config.errors import UsageError
 from dataset.instruct import open_instruct_split
-from dataset.text import files
+from dataset.text import rows
 from dataset.text.conversation import Template
 from dataset.text.loader import TextDataset
 from dataset.text.tokenizer import Tokenizer
@@ -112,7 +115,7 @@ def open_file(path: Path, on_bad_row: str = "skip") -> TextDataset:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
 @pytest.mark.parametrize("kind", LINES)
 def test_a_broken_line_is_read_or_counted_or_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 2000 if kind == "gigantic line" else files.MAX_ROW_BYTES)
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2000 if kind == "gigantic line" else rows.MAX_ROW_BYTES)
     line, outcome = LINES[kind]
     content = GOOD + b"\n" + line + b"\n" + GOOD + b"\n"
     (tmp_path / name).write_bytes(zstandard.ZstdCompressor().compress(content) if name.endswith("zst") else content)
@@ -148,8 +151,17 @@ FILES: dict[str, tuple[str, bytes | Callable[[], bytes], str | int]] = {
     "blank lines only": ("a.jsonl", b"\n\n", "empty.*blank_line"),
     "no newline at the end": ("a.jsonl", GOOD + b"\n" + GOOD, 2),
     "UTF-16 with its mark": ("a.jsonl", (GOOD.decode() + "\n").encode("utf-16"), SKIPPED),
-    "unknown suffix": ("a.csv", b"a,b\n", "name that ends in"),
-    "compressed in another way": ("a.jsonl.gz", b"\x1f\x8b", "name that ends in"),
+    "unknown suffix": ("a.txt", b"a,b\n", "name that ends in"),
+    "compressed in another way": ("a.jsonl.lz4", b"\x1f\x8b", "name that ends in"),
+    "cut-off gzip": ("a.jsonl.gz", cut(gzip.compress(GOOD * 9)), "damaged"),
+    "cut-off bzip2": ("a.jsonl.bz2", cut(bz2.compress(GOOD * 9)), "damaged"),
+    "cut-off xz": ("a.jsonl.xz", cut(lzma.compress(GOOD * 9)), "damaged"),
+    "a table": ("a.csv", b"prompt,answer\nWhy?,So.\n", 1),
+    "a table without rows": ("a.csv", b"prompt,answer\n", "empty"),
+    "a table without columns": ("a.csv", b"", "columns' names"),
+    "a table with a short row": ("a.csv", b"prompt,answer\nWhy?\nWhy?,So.\n", 1),
+    "a table with a quote that never ends": ("a.csv", b'prompt,answer\n"Why?,So.\n', "expected a row of CSV"),
+    "a table in Latin-1": ("a.csv", "prompt,answer\ncaf\u00e9?,So.\n".encode("latin-1"), "damaged"),
     "no zstd": ("a.jsonl.zst", GOOD, "damaged"),
     "empty zstd": ("a.jsonl.zst", b"", "empty"),
     "cut-off zstd": ("a.jsonl.zst", cut(zstandard.ZstdCompressor().compress(GOOD * 9)), "damaged"),
@@ -157,9 +169,10 @@ FILES: dict[str, tuple[str, bytes | Callable[[], bytes], str | int]] = {
     "array": ("a.json", b"[" + GOOD + b"," + GOOD + b"]", 2),
     "pretty-printed array": ("a.json", json.dumps([json.loads(GOOD)] * 3, indent=2).encode(), 3),
     "lines in .json": ("a.json", GOOD + b"\n" + GOOD, 2),
-    "malformed element": ("a.json", b"[" + GOOD + b', {"a" 1}, 7]', 1),
-    "array cut off": ("a.json", b"[" + GOOD + b", {", "complete JSON array"),
-    "array that never closes a string": ("a.json", b'[{"prompt": "a]', "complete JSON array"),
+    "malformed element": ("a.json", b"[" + GOOD + b', {"a" 1}, 7]', "row 2: expected one JSON array"),
+    "an element that is no row": ("a.json", b"[" + GOOD + b", 7]", 1),
+    "array cut off": ("a.json", b"[" + GOOD + b", {", "expected one JSON array"),
+    "array that never closes a string": ("a.json", b'[{"prompt": "a]', "expected one JSON array"),
     "two arrays": ("a.json", b"[" + GOOD + b"]\n[]", r"name it \.jsonl"),
     "empty array": ("a.json", b"[]", "empty"),
     "array of rows in an object": ("a.json", b'{"data": [' + GOOD + b"]}", SKIPPED),
@@ -173,7 +186,7 @@ FILES: dict[str, tuple[str, bytes | Callable[[], bytes], str | int]] = {
     "parquet with other columns": ("a.parquet", lambda: parquet(text=["x"]), "empty.*unknown_form"),
     "parquet with numbers": ("a.parquet", lambda: parquet(question=[1, 2], response=["a", "b"]), "empty.*wrong_type"),
     "parquet with nulls": ("a.parquet", lambda: parquet(question=["a", None], response=["b", "b"]), 1),
-    "parquet with bytes": ("a.parquet", lambda: parquet(question=[b"a"], response=[b"b"]), "empty.*wrong_type"),
+    "parquet with bytes": ("a.parquet", lambda: parquet(question=[b"a"], response=[b"b"]), 1),
     "parquet with bad UTF-8": ("a.parquet", lambda: parquet(question=NO_TEXT, response=["x"] * 3), 2),
     "parquet with categories": (
         "a.parquet", lambda: parquet(question=pyarrow.array(["a", "b"]).dictionary_encode(), response=["a", "b"]), 2,

@@ -56,9 +56,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_the_hub_comes_first_with_size_and_hash_checked(
-    place: Path, hub: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_hub_comes_first_with_its_hash_checked(place: Path, hub: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     hub["content"] = MODEL
     script.main([])
     assert hub["asked"] == [
@@ -68,7 +66,6 @@ def test_the_hub_comes_first_with_size_and_hash_checked(
             {
                 "revision": "main",
                 "expected_sha256": "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347",
-                "expected_size": 499_723,
             },
         )
     ]
@@ -118,7 +115,7 @@ def test_another_repository_is_checked_by_the_hash_given(
     hub["content"] = MODEL
     output = tmp_path / "own" / "t.model"
     script.main(["--repo", "me/own", "--filename", "t.model", "--revision", "v1", "--output", str(output)])
-    assert hub["asked"] == [("me/own", "t.model", {"revision": "v1", "expected_sha256": None, "expected_size": None})]
+    assert hub["asked"] == [("me/own", "t.model", {"revision": "v1", "expected_sha256": None})]
     assert output.read_bytes() == MODEL and not place.exists()
     assert "as stated at me/own" in capsys.readouterr().out
 

@@ -1,18 +1,22 @@
 """Sources as configured: which files, the split and subset of each kind, and sources that can't be used."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import mistral_common
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from config.compose import compose_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import open_instruct_data, open_instruct_split, open_run_data, open_run_split
+from dataset.instruct import open_instruct_data, open_instruct_split, open_run_data, open_run_split, overlap
 from dataset.text.conversation import Template, Turn
 from dataset.text.curriculum import Curriculum, Stage
 from dataset.text.loader import TextCorpus, TextDataset
@@ -36,10 +40,10 @@ def write(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def open_data(data_dir: Path, cache_dir: Path | None = None, **changes: Any) -> tuple[TextDataset, TextDataset | None]:
-    config = compose_config("cfg_pretrain_instruct", ["dataset.seq_len=64", "dataset.hub_repo=null"]).dataset
+def open_data(data_dir: Path, **changes: Any) -> tuple[TextDataset, TextDataset | None]:
+    config = compose_config("cfg_pretrain_instruct", ["dataset.seq_len=64", "dataset.repo=null"]).dataset
     settings = {"data_dir": str(data_dir), "subset_size": None, "test_ratio": 0.25, "default_system_prompt": "Help.", **changes}
-    return open_instruct_data(config.model_copy(update=settings), TOKENIZER, Template(), cache_dir)
+    return open_instruct_data(config.model_copy(update=settings), TOKENIZER, Template())
 
 
 def questions(dataset: TextDataset) -> set[str]:
@@ -78,7 +82,7 @@ def test_the_sample_layout_brings_its_own_split(tmp_path: Path) -> None:
 
 def test_the_cache_goes_where_it_is_told(tmp_path: Path) -> None:
     write(tmp_path / "data/SlimOrca.jsonl", [chat(number) for number in range(40)])
-    open_data(tmp_path / "data", cache_dir=tmp_path / "cache")
+    open_data(tmp_path / "data", cache_dir=str(tmp_path / "cache"))
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["SlimOrca.jsonl"]
     assert (tmp_path / "cache").is_dir()
 
@@ -99,7 +103,7 @@ def test_splits_without_a_row_are_told_with_the_counts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"test split.*empty.*test_ratio=0"):
         open_data(tmp_path / "one", test_ratio=1e-9)
     write(tmp_path / "empty/SlimOrca.jsonl", [])
-    with pytest.raises(UsageError, match=r"train split.*empty"):
+    with pytest.raises(UsageError, match=r"expected rows.*empty"):
         open_data(tmp_path / "empty")
 
 
@@ -138,7 +142,7 @@ def test_jsonl_takes_files_of_every_kind(tmp_path: Path) -> None:
     assert test is None
     assert [train.place(i).removeprefix(f"{tmp_path}/") for i in range(9)] == [
         *(f"part/a.jsonl:{n}" for n in (1, 2, 3)),
-        *(f"part/b.json, element {n}" for n in (1, 2, 3)),
+        *(f"part/b.json, row {n}" for n in (1, 2, 3)),
         *(f"c.parquet, row {n}" for n in (1, 2, 3)),
     ]
 
@@ -156,10 +160,80 @@ def test_sources_that_know_their_files_take_none(override: str) -> None:
         compose_config("cfg_pretrain_instruct", [override])
 
 
+def test_a_read_only_folder_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data/SlimOrca.jsonl", [chat(number) for number in range(40)])
+    (tmp_path / "data").chmod(0o555)
+    assert len(open_data(tmp_path / "data", test_ratio=0.0)[0]) == 40
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["SlimOrca.jsonl"]
+
+
+def test_held_out_rows_of_ones_own(tmp_path: Path) -> None:
+    write(tmp_path / "mine.jsonl", [chat(number) for number in range(30)])
+    write(tmp_path / "theirs.jsonl", [chat(number) for number in range(25, 33)])
+    where = ("dataset=jsonl", f"dataset.data_dir={tmp_path}", "dataset.files=[mine.jsonl]")
+    train, test = opened(*where, "dataset.validation_files=[theirs.jsonl]")
+    assert test is not None and (len(train), len(test)) == (30, 8)
+    assert overlap(TextCorpus({"": train}), TextCorpus({"": test})) == {"questions": 5, "conversations": 5}
+    config = compose_config("cfg_pretrain_instruct", [*where, "dataset.validation_files=[theirs.jsonl]"]).dataset
+    assert len(open_instruct_split(config, TOKENIZER, Template(), "test")) == 8
+    (tmp_path / "theirs.jsonl").rename(tmp_path / "mine-test.jsonl")
+    train, test = opened(*where[:2])
+    assert test is not None and (len(train), len(test)) == (30, 8), "the name says that it is held out"
+    train, test = open_instruct_data(compose_config("cfg_pretrain_instruct", list(where[:2])).dataset, TOKENIZER, Template(), True)
+    assert test is not None and len(train) + len(test) == 30, "in stages all sources are split alike"
+
+
+def test_a_saved_folder_has_its_own_splits(tmp_path: Path) -> None:
+    rows = [chat(number) for number in range(20)]
+    parts = {"train": datasets.Dataset.from_list(rows[:15]), "test": datasets.Dataset.from_list(rows[15:])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    where = ("dataset=jsonl", f"dataset.data_dir={tmp_path}")
+    train, test = opened(*where, "dataset.validation_split=test")
+    assert test is not None and (len(train), len(test)) == (15, 5)
+    assert questions(test) == {f"Question {number}?" for number in range(15, 20)}
+    train, _ = opened(*where, "dataset.split=test", "dataset.test_ratio=0")
+    assert len(train) == 5
+    with pytest.raises(UsageError, match="no split 'dev'"):
+        opened(*where, "dataset.validation_split=dev")
+
+
+def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
+    rows = [chat(number) for number in range(12)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "a.arrow")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    texts = [[turn["value"] for turn in row["conversations"]] for row in rows]
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"{','.join(pair)}\n" for pair in texts))
+    (tmp_path / "a.tsv").write_text("question\tanswer\n" + "".join("\t".join(pair) + "\n" for pair in texts))
+    names = ("a.jsonl.zst", "a.json.gz", "a.parquet", "a.arrow", "saved", "a.csv", "a.tsv")
+    where = ("dataset=jsonl", f"dataset.data_dir={tmp_path}", "dataset.test_ratio=0.3")
+    found = [opened(*where, f"dataset.files=[{name}]") for name in names]
+    assert len({(train.data_hash, test.data_hash) for train, test in found if test is not None}) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset=hub"], "set repo=OWNER/NAME"),
+        (["dataset=slimorca", "dataset.validation_files=[a.jsonl]"], "knows its files"),
+        (["dataset=openorca", "dataset.validation_split=test"], "no splits of its own"),
+        (["dataset=jsonl", "dataset.validation_split=test", "dataset.validation_files=[a.jsonl]"], "choose one"),
+        (["experiment=slimorca_then_openorca", "sources.openorca.validation_files=[a.parquet]"], "give all of them"),
+    ],
+)
+def test_settings_of_sources_that_do_not_fit_are_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compose_config("cfg_pretrain_instruct", overrides)
+
+
 def test_without_a_hub_nothing_is_fetched(tmp_path: Path) -> None:
     for source in ("slimorca", "openorca"):
         with pytest.raises(UsageError, match=r"expected .* found none; check dataset\.data_dir"):
-            opened(f"dataset={source}", f"dataset.data_dir={tmp_path}", "dataset.hub_repo=null")
+            opened(f"dataset={source}", f"dataset.data_dir={tmp_path}", "dataset.repo=null")
 
 
 def staged(first: Path, second: Path, *overrides: str) -> PretrainInstructConfig:

@@ -13,7 +13,7 @@ import pytest
 from config.compose import compose_config
 from config.errors import UsageError
 from dataset.instruct import open_instruct_data
-from dataset.text import token_cache
+from dataset.text import row_encoder
 from dataset.text.conversation import Template
 from dataset.text.data_card import DataCard, markdown, measure
 from dataset.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def test_the_command_builds_the_cache_and_writes_page_and_picture(
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     assert "![Tokens a row](data_card.png)" in page.read_text() and "| read | 40 |" in page.read_text()
     assert (tmp_path / "card/data_card.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(token_cache._Builder, "build", None)  # what training then opens is there
+    monkeypatch.setattr(row_encoder, "encode_batch", None)  # what training then opens is there
     open_instruct_data(compose_config("cfg_pretrain_instruct", overrides(tmp_path)).dataset, TOKENIZER, Template())
 
 

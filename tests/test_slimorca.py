@@ -37,7 +37,7 @@ def test_a_local_file_is_taken(tmp_path: Path, name: str, asked: list[Any]) -> N
 
 
 def test_else_it_is_downloaded_unless_forbidden(tmp_path: Path, asked: list[Any]) -> None:
-    with pytest.raises(UsageError, match=r"SlimOrca\.jsonl.*dataset\.hub_repo"):
+    with pytest.raises(UsageError, match=r"SlimOrca\.jsonl.*dataset\.repo"):
         locate(tmp_path / "data", None)
     assert locate(tmp_path / "data", HUB, "f") == locate(tmp_path / "data", None) == tmp_path / "data/SlimOrca.jsonl"
     assert asked == [("me/copy", "f", "v1", "dataset", "0" * 64)]
@@ -47,6 +47,6 @@ def test_the_command_fetches_what_the_config_names(tmp_path: Path, asked: list[A
     slimorca.main(["--data-dir", str(tmp_path)])
     assert str(tmp_path / "SlimOrca.jsonl") in capsys.readouterr().out
     config = compose_config("cfg_pretrain_instruct").dataset
-    assert asked == [(config.hub_repo, slimorca.HUB_FILE, config.hub_revision, "dataset", None)]
+    assert asked == [(config.repo, slimorca.HUB_FILE, config.revision, "dataset", None)]
     slimorca.main(["--data-dir", str(tmp_path / "b"), "--repo", "me/copy", "--filename", "f", "--revision", "v1"])
     assert asked[1] == ("me/copy", "f", "v1", "dataset", None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.text.conversation import Turn
-from dataset.text.files import BadRow
+from dataset.text.rows import BadRow
 from dataset.text.sources import (
     NothingToLearn,
     are_test_hashes,

@@ -1,4 +1,4 @@
-"""The token cache: reuse, its key, crashes, concurrent builders, counts by reason, splits and subsets."""
+"""Tokens on disk: reuse, their key, crashes, several processes at once, counts by reason, splits and subsets."""
 
 import contextlib
 import json
@@ -19,6 +19,7 @@ from config.errors import UsageError
 from dataset.text import row_encoder, token_cache
 from dataset.text.conversation import Template, Turn, encode_batch, encode_conversation
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
+from dataset.text.rows import RowFile
 from dataset.text.sources import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, LoadedSplit, file_sha256, load_split, wanted_rows
 from dataset.text.tokenizer import Tokenizer
@@ -74,30 +75,38 @@ def encoded_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def ids_of(loaded: LoadedSplit, index: int) -> list[int]:
-    arrays = loaded.cache.arrays
-    begin, end = arrays["offsets"][loaded.rows[index] :][:2]
-    return [int(token) for token in arrays["ids"][begin:end]]
+    return [int(token) for token in loaded.tokens.list("ids", loaded.rows[index])]
 
 
-def leftovers(source: Path) -> list[str]:
-    return [path.name for path in (source.parent / "cache").iterdir() if path.name.startswith(".")]
+def column(loaded: LoadedSplit, name: str) -> list[Any]:
+    return [getattr(loaded, "raw" if name == "number" else "tokens").value(name, row) for row in loaded.rows]
+
+
+def content(loaded: LoadedSplit) -> list[Any]:
+    """All that is stored of the rows of a split."""
+    return [loaded.tokens.row(row) for row in loaded.rows]
+
+
+def made(source: Path) -> list[Path]:
+    """Files of tokens that are kept."""
+    return sorted((source.parent / "cache").glob("tokens-*/*.arrow"))
 
 
 def test_rows_are_stored_as_they_are_encoded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 7)
     loaded = load(source)
-    arrays = loaded.cache.arrays
-    assert len(loaded.rows) == len(loaded.cache) == 40
+    tokens = loaded.tokens
+    assert len(loaded.rows) == len(tokens) == 40
     for number in range(40):
         turns = (Turn("user", f"Question {number}?"), Turn("assistant", f"Answer {number}."))
         expected = encode_conversation(turns, TOKENIZER, Template())
-        begin, end = arrays["offsets"][number : number + 2]
-        assert np.array_equal(arrays["ids"][begin:end], expected.ids)
-        assert np.array_equal(arrays["supervised"][begin:end], expected.supervised)
-        assert np.array_equal(arrays["segment"][begin:end], expected.segment)
-        assert arrays["turn_bytes"][number] == expected.turn_bytes == len(f"Answer {number}.")
-        assert arrays["number"][number] == number + 1
-    assert arrays["ids"].dtype == np.uint16 and arrays["segment"].dtype == np.uint8
+        for name in ("ids", "supervised", "segment"):
+            assert np.array_equal(tokens.list(name, number), getattr(expected, name))
+        assert tokens.value("turn_bytes", number) == expected.turn_bytes == len(f"Answer {number}.")
+        assert tokens.value("length", number) == len(expected.ids)
+        assert tokens.value("targets", number) == expected.supervised.sum()
+        assert loaded.raw.value("number", number) == number + 1
+    assert tokens.list("ids", 0).dtype == np.uint16 and tokens.list("segment", 0).dtype == np.uint8
 
 
 def test_a_second_start_does_not_tokenize_or_hash(
@@ -109,9 +118,9 @@ def test_a_second_start_does_not_tokenize_or_hash(
     monkeypatch.setattr("hashlib.file_digest", None)
     second = load(source)
     other_split = load(source, split="test", hash_split=HashSplit(3, 0.5))
-    assert encoded_batches == []
-    assert second.cache.folder == other_split.cache.folder == first.cache.folder
-    assert second.cache.meta == first.cache.meta
+    assert encoded_batches == [] and len(made(source)) == 1
+    assert content(second) == content(first)
+    assert len(other_split.rows) < 40
 
 
 @pytest.mark.parametrize(
@@ -128,27 +137,31 @@ def test_a_second_start_does_not_tokenize_or_hash(
     ],
 )
 def test_every_part_of_the_key_makes_another_cache(source: Path, change: dict[str, Any]) -> None:
-    assert load(source, **change).cache.folder != load(source).cache.folder
+    load(source)
+    load(source, **change)
+    assert len(made(source)) == 2
 
 
 def test_another_format_makes_another_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = load(source).cache.folder
+    load(source)
     monkeypatch.setattr(token_cache, "FORMAT_VERSION", token_cache.FORMAT_VERSION + 1)
-    assert load(source).cache.folder != before
+    load(source)
+    assert len(made(source)) == 2
 
 
-def test_seed_and_ratio_belong_to_the_key_of_a_subset(source: Path) -> None:
-    splits = [HashSplit(0, 0.25), HashSplit(1, 0.25), HashSplit(0, 0.5)]
-    assert len({load(source, subset_size=4, hash_split=split).cache.folder for split in splits}) == 3
-    assert len({load(source, hash_split=split).cache.folder for split in splits}) == 1
+def test_splits_share_a_cache(source: Path) -> None:
+    for split in (None, HashSplit(0, 0.25), HashSplit(1, 0.25), HashSplit(0, 0.5)):
+        load(source, hash_split=split)
+    assert len(made(source)) == 1
 
 
 def test_changed_content_makes_another_cache_and_equal_content_the_same(source: Path, tmp_path: Path) -> None:
-    first = load(source)
-    copy = write(tmp_path / "copy.jsonl", source.read_text().splitlines())
-    assert load(copy).cache.folder == first.cache.folder
+    load(source)
+    load(write(tmp_path / "copy.jsonl", source.read_text().splitlines()))
+    assert len(made(source)) == 1
     write(source, [row(number) for number in range(1, 41)], age_s=30)
-    assert load(source).cache.folder != first.cache.folder
+    load(source)
+    assert len(made(source)) == 2
 
 
 def test_a_file_changed_within_the_clocks_grain_is_hashed_again(source: Path, tmp_path: Path) -> None:
@@ -174,70 +187,57 @@ def test_a_crash_half_way_leaves_nothing_that_is_read(
     monkeypatch.setattr(row_encoder, "encode_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         load(source)
-    assert leftovers(source) == []
-    assert not [path for path in (source.parent / "cache").iterdir() if path.is_dir()]
+    assert made(source) == []
     monkeypatch.setattr(row_encoder, "encode_batch", counted)
     assert len(load(source).rows) == 40
 
 
-def test_what_a_killed_builder_left_is_not_read_and_is_cleared_away(source: Path, tmp_path: Path) -> None:
-    folder = load(source).cache.folder
-    leftover = folder.with_name(f".{folder.name}-killed")
-    folder.rename(leftover)
-    (leftover / "meta.json").unlink()
+def test_what_a_killed_process_left_is_not_read_and_is_cleared_away(source: Path) -> None:
+    load(source)
+    [tokens] = made(source)
+    leftover = tokens.rename(tokens.with_name("tmp12345"))
     assert len(load(source).rows) == 40
-    assert leftovers(source) == []
+    assert made(source) == [tokens] and not leftover.exists()
 
 
-def test_of_two_builders_at_once_one_builds_and_both_read(source: Path, encoded_batches: list[int]) -> None:
+def test_of_several_at_once_one_makes_the_tokens_and_all_read_them(source: Path, encoded_batches: list[int]) -> None:
     results: list[LoadedSplit] = []
     threads = [threading.Thread(target=lambda: results.append(load(source))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 4 and len({loaded.cache.folder for loaded in results}) == 1
+    assert len(results) == 4 and all(content(loaded) == content(results[0]) for loaded in results)
     assert sum(encoded_batches) == 40
 
 
-def test_without_file_locks_the_slower_builder_uses_the_faster_ones_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*_: Any) -> None:
-        raise OSError("no locks here")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    real_build = token_cache._Builder.build
-    winners: list[LoadedSplit] = []
-
-    def overtaken(builder: Any, folder: Path) -> None:
-        real_build(builder, folder)
-        if not winners:
-            monkeypatch.setattr(token_cache._Builder, "build", real_build)
-            winners.append(load(source))
-
-    monkeypatch.setattr(token_cache._Builder, "build", overtaken)
-    slower = load(source)
-    assert slower.cache.folder == winners[0].cache.folder and len(slower.rows) == 40
-    assert leftovers(source) == []
-
-
-def test_any_number_of_processes_writes_the_same_bytes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_processes_makes_the_same_tokens(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(token_cache, "_ROWS_BEFORE_PROCESSES", 50)
     lines = [row(number, "word " * (number % 50)) for number in range(200)]
     lines[70], lines[150] = "{broken", '{"prompt": "No answer"}'
     write(source, lines)
-    split = HashSplit(0, 0.3)
-    for subset in (None, 60):
-        found = []
-        for processes in (1, 2, 3):
-            folder = load(
-                source, processes=processes, on_bad_row="skip", hash_split=split, subset_size=subset,
-                cache_dir=source.parent / f"cache{processes}",
-            ).cache.folder  # fmt: skip
-            found.append({path.name: path.read_bytes() for path in folder.iterdir()})
-        assert found[0] == found[1] == found[2]
-    with pytest.raises(UsageError, match=r"data\.jsonl:71: "):
-        load(source, processes=2)
-    assert leftovers(source) == []
+    found = []
+    for processes in (1, 2, 3):
+        loaded = load(
+            source, processes=processes, on_bad_row="skip", hash_split=HashSplit(0, 0.3),
+            cache_dir=source.parent / f"cache{processes}",
+        )  # fmt: skip
+        found.append((content(loaded), loaded.counts))
+    assert found[0] == found[1] == found[2]
+    loaded = load(source, processes=1, on_bad_row="skip", hash_split=HashSplit(0, 0.3), cache_dir=source.parent / "cache3")
+    assert content(loaded) == found[0][0] and len(list((source.parent / "cache3").glob("tokens-*/*.arrow"))) == 3
+
+
+def test_of_several_bad_rows_the_first_is_told_by_any_number_of_processes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(token_cache, "_ROWS_BEFORE_PROCESSES", 50)
+    lines = [row(number) for number in range(200)]
+    lines[70] = lines[110] = lines[180] = "{broken"
+    write(source, lines)
+    for processes in (1, 2, 3, 3):
+        with pytest.raises(UsageError, match=r"data\.jsonl:71: "):
+            load(source, processes=processes)
 
 
 def test_several_files_are_read_one_after_the_other(source: Path, tmp_path: Path) -> None:
@@ -247,10 +247,9 @@ def test_several_files_are_read_one_after_the_other(source: Path, tmp_path: Path
     def load_all(*files: Path) -> LoadedSplit:
         return load(source, source=list(files))
 
-    cache = load_all(source, empty, more).cache
-    assert len(cache) == 43 and cache.meta["file_ends"] == [40, 40, 43]
-    assert [cache.file_of(row) for row in (0, 39, 40, 42)] == [0, 0, 2, 2]
-    assert cache.folder != load_all(more, empty, source).cache.folder
+    loaded = load_all(source, empty, more)
+    assert [loaded.raw.value("file", at) for at in (0, 39, 40, 42)] == [0, 0, 2, 2]
+    assert content(loaded) != content(load_all(more, empty, source)) and len(made(source)) == 2
     write(more, [row(0), "{broken"])
     with pytest.raises(UsageError, match=r"more\.jsonl:2"):
         load_all(source, more)
@@ -258,25 +257,25 @@ def test_several_files_are_read_one_after_the_other(source: Path, tmp_path: Path
 
 def test_tags_found_in_texts_are_noted(source: Path) -> None:
     write(source, [row(0), row(1, "[USER] said"), row(2, "[SYSTEM] [ASSISTANT]")])
-    assert load(source).cache.arrays["tags"].tolist() == [0, 0b010, 0b101]
+    assert column(load(source), "tags") == [0, 0b010, 0b101]
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = token_cache._append
+    real = RowFile.rows
 
-    def changing(*arguments: Any) -> None:
-        real(*arguments)
+    def changing(file: RowFile) -> Any:
+        yield from real(file)
         with source.open("a") as handle:
             handle.write(row(99) + "\n")
 
-    monkeypatch.setattr(token_cache, "_append", changing)
+    monkeypatch.setattr(RowFile, "rows", changing)
     with pytest.raises(UsageError, match="changed while"):
         load(source)
-    assert leftovers(source) == []
+    assert made(source) == []
 
 
 def test_a_file_that_changes_before_it_is_read_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it may while another builder is waited for: its content then isn't what the cache is named after."""
+    """As it may while another process is waited for: its content then isn't what the tokens are named after."""
     real = token_cache.file_sha256
 
     def then_changed(*arguments: Any) -> str:
@@ -287,7 +286,7 @@ def test_a_file_that_changes_before_it_is_read_is_told(source: Path, monkeypatch
     monkeypatch.setattr(token_cache, "file_sha256", then_changed)
     with pytest.raises(UsageError, match="changed while"):
         load(source)
-    assert leftovers(source) == []
+    assert made(source) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
@@ -306,11 +305,13 @@ def test_a_killed_build_is_never_read_and_leaves_no_process(source: Path, tmp_pa
     builder = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stderr=subprocess.DEVNULL)
 
     def workers() -> list[Path]:
+        """Processes of the builder's that are at work: each has begun a file of its own."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-                if parent == str(builder.pid) and b"encoder_pool" in (process / "cmdline").read_bytes():
+                opened = [os.readlink(file) for file in (process / "fd").iterdir()]
+                if parent == str(builder.pid) and any("/tokens-" in name and "/tmp" in name for name in opened):
                     found.append(process)
         return found
 
@@ -320,34 +321,32 @@ def test_a_killed_build_is_never_read_and_leaves_no_process(source: Path, tmp_pa
     time.sleep(0.3)
     builder.kill()
     builder.wait()
-    assert len(started) == 2 and len(leftovers(source)) >= 1
-    assert not [path for path in (source.parent / "cache").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert len(started) == 2 and made(source) == []
     while any(process.exists() for process in started) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(process.exists() for process in started)
 
 
 def test_a_damaged_cache_is_told(source: Path) -> None:
-    folder = load(source).cache.folder
-    (folder / "ids.npy").write_bytes((folder / "ids.npy").read_bytes()[:-10])
-    with pytest.raises(UsageError, match="damaged"):
+    load(source)
+    [tokens] = made(source)
+    tokens.write_bytes(tokens.read_bytes()[:300])
+    with pytest.raises(UsageError, match=r"damaged.*delete"):
         load(source)
 
 
 def test_a_malformed_row_stops_with_file_and_line_or_is_counted(source: Path) -> None:
-    write(source, [row(0), "", "{broken", row(1), '{"prompt": null, "answer": "x"}', '{"prompt": "Why?"}', "[]"])
+    write(source, [row(0), "", "{broken", row(1), '{"prompt": 5, "answer": "x"}', '{"prompt": "Why?"}', "[]"])
     with pytest.raises(UsageError, match=r"data\.jsonl:3: .*on_bad_row=skip"):
         load(source)
-    assert leftovers(source) == []
     loaded = load(source, on_bad_row="skip")
-    assert loaded.cache.meta["counts"] == {
+    assert loaded.counts == {
         "read": 7,
         "beyond_subset": 0,
-        "kept": 2,
         "dropped": {"blank_line": 1, "no_answer": 1},
         "bad": {"bad_json": 1, "wrong_type": 1, "not_an_object": 1},
     }
-    assert loaded.cache.arrays["number"].tolist() == [1, 4]
+    assert column(loaded, "number") == [1, 4]
 
 
 def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
@@ -355,14 +354,14 @@ def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
     long_prompt = json.dumps({"prompt": "word " * 100, "answer": "No."})
     write(source, [row(0), long_answer, long_prompt])
     cut = load(source, seq_len=40)
-    assert cut.cache.meta["counts"]["dropped"] == {"answer_beyond_seq_len": 1}
-    assert cut.cache.arrays["cut"].tolist() == [0, ANSWER_CUT]
+    assert cut.counts["dropped"] == {"answer_beyond_seq_len": 1}
+    assert column(cut, "cut") == [0, ANSWER_CUT]
     whole = encode_conversation((Turn("user", "Go on?"), Turn("assistant", "word " * 100)), TOKENIZER, Template())
     assert ids_of(cut, 1) == whole.ids[:41].tolist()
     kept_answer = TOKENIZER.decode(whole.ids[:41][whole.supervised[:41]])
-    assert cut.cache.arrays["turn_bytes"][1] == len(kept_answer) < whole.turn_bytes
+    assert column(cut, "turn_bytes")[1] == len(kept_answer) < whole.turn_bytes
     dropped = load(source, seq_len=40, long_rows="drop")
-    assert dropped.cache.meta["counts"]["dropped"] == {"too_long": 2}
+    assert dropped.counts["dropped"] == {"too_long": 2}
     assert len(dropped.rows) == 1
 
 
@@ -372,27 +371,26 @@ def test_keeping_the_end_of_the_prompt_leaves_no_row_without_its_answer(source: 
     long_answer = json.dumps({"prompt": "Go on?", "answer": "word " * 100})
     write(source, [row(0), long_prompt, both_long, long_answer])
     loaded = load(source, seq_len=40, long_rows="keep_prompt_end")
-    assert loaded.cache.meta["counts"]["dropped"] == {} and len(loaded.rows) == 4
-    assert loaded.cache.arrays["cut"].tolist() == [0, PROMPT_CUT, PROMPT_CUT | ANSWER_CUT, ANSWER_CUT]
+    assert loaded.counts["dropped"] == {} and len(loaded.rows) == 4
+    assert column(loaded, "cut") == [0, PROMPT_CUT, PROMPT_CUT | ANSWER_CUT, ANSWER_CUT]
     texts = [TOKENIZER.decode(ids_of(loaded, index)) for index in range(4)]
     assert texts[1].startswith("[USER]\n word") and texts[1].endswith("word Why? [ASSISTANT]\n No.")
     assert texts[2].startswith("[SYSTEM]\n") and "Why? [ASSISTANT]\n yes yes" in texts[2]
     assert all(len(ids_of(loaded, index)) == 41 for index in (1, 2, 3))
-    assert (loaded.cache.arrays["full_length"][1:] > 100).all()
+    assert min(column(loaded, "full_length")[1:]) > 100
 
 
 def test_a_row_that_just_fits_is_not_cut(source: Path) -> None:
     longest = max(len(ids_of(load(source), index)) for index in range(40))
-    assert not load(source, seq_len=longest - 1).cache.arrays["cut"].any()
-    assert load(source, seq_len=longest - 2).cache.arrays["cut"].any()
+    assert not any(column(load(source, seq_len=longest - 1), "cut"))
+    assert any(column(load(source, seq_len=longest - 2), "cut"))
 
 
 def test_splits_are_disjoint_complete_and_stable_when_rows_are_added(source: Path) -> None:
     split = HashSplit(seed=0, test_ratio=0.3)
 
     def lines(name: str) -> set[int]:
-        loaded = load(source, split=name, hash_split=split)
-        return set(loaded.cache.arrays["number"][loaded.rows].tolist())
+        return set(column(load(source, split=name, hash_split=split), "number"))
 
     train, test = lines("train"), lines("test")
     assert not train & test and train | test == set(range(1, 41)) and len(test) >= 5
@@ -402,23 +400,39 @@ def test_splits_are_disjoint_complete_and_stable_when_rows_are_added(source: Pat
     assert are_test_hashes(np.array(hashes, np.uint64), 0, 0.3).all()
 
 
+@pytest.mark.parametrize("likely", [None, 10])
 def test_a_subset_takes_the_first_rows_of_each_split_and_stops_reading(
-    source: Path, encoded_batches: list[int], monkeypatch: pytest.MonkeyPatch
+    source: Path, encoded_batches: list[int], monkeypatch: pytest.MonkeyPatch, likely: int | None
 ) -> None:
-    monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 16)
+    if likely is not None:  # too few at first, several times
+        monkeypatch.setattr(token_cache, "_likely_rows", lambda *_: likely)
     split = HashSplit(seed=0, test_ratio=0.2)
-    write(source, [*(row(number) for number in range(400)), "{a malformed row that is never reached"])
+    write(source, [*(row(number) for number in range(3000)), "{a malformed row that is never reached"])
     parts = {name: load(source, split=name, hash_split=split, subset_size=20) for name in ("train", "test")}
-    assert sum(encoded_batches) <= 64
-    hashes = [prompt_hash((Turn("user", f"Question {number}?"),)) for number in range(400)]
+    assert sum(encoded_batches) <= 1040
+    hashes = [prompt_hash((Turn("user", f"Question {number}?"),)) for number in range(3000)]
     sides = are_test_hashes(np.array(hashes, np.uint64), 0, 0.2)
     for name, count in (("train", 20), ("test", 5)):
-        expected = [number + 1 for number in range(400) if sides[number] == (name == "test")][:count]
-        assert parts[name].cache.arrays["number"][parts[name].rows].tolist() == expected
-    counts = parts["train"].cache.meta["counts"]
-    last = max(parts[name].cache.arrays["number"].max() for name in parts)
-    assert counts["read"] == last
-    assert counts["beyond_subset"] + counts["kept"] == last
+        expected = [number + 1 for number in range(3000) if sides[number] == (name == "test")][:count]
+        assert column(parts[name], "number") == expected
+    counts = parts["train"].counts
+    last = max(max(column(part, "number")) for part in parts.values())
+    assert counts["read"] == last == counts["beyond_subset"] + 25
+    alone = load(source, split="test", hash_split=split, subset_size=20, alone=True)
+    assert column(alone, "number") == [number + 1 for number in range(3000) if sides[number]][:20]
+
+
+def test_a_subset_larger_than_the_files_takes_all(source: Path) -> None:
+    loaded = load(source, subset_size=100, hash_split=HashSplit(0, 0.0))
+    assert len(loaded.rows) == 40 and loaded.counts["read"] == 40
+
+
+def test_a_bad_row_before_a_subset_is_full_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_likely_rows", lambda *_: 20)
+    write(source, [*(row(number) for number in range(15)), "{broken", *(row(number) for number in range(50))])
+    with pytest.raises(UsageError, match=r"data\.jsonl:16: "):
+        load(source, subset_size=30)
+    assert len(load(source, subset_size=15).rows) == 15
 
 
 def test_the_size_of_a_subset() -> None:
@@ -435,9 +449,9 @@ def test_many_segments_and_a_large_vocabulary_get_wider_arrays(source: Path, mon
     write(source, [json.dumps({"conversations": turns})])
     wide = Tokenizer.from_bytes(MODEL)
     monkeypatch.setattr(wide, "vocab_size", 70_000)
-    arrays = load(source, seq_len=8192, tokenizer=wide).cache.arrays
-    assert arrays["ids"].dtype == np.int32
-    assert arrays["segment"].max() == 300
+    tokens = load(source, seq_len=8192, tokenizer=wide).tokens
+    assert tokens.list("ids", 0).dtype == np.int32
+    assert tokens.list("segment", 0).max() == 300
 
 
 def test_a_missing_source_is_told(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ _FREE = (
     "dataset.tokenizer_path",
     "dataset.processes",
     "dataset.files",
-    "dataset.hub_",
+    "dataset.repo",
+    "dataset.revision",
+    "dataset.sha256",
+    "dataset.config",
+    "dataset.split",
+    "dataset.cache_dir",
 )
 
 

@@ -83,32 +83,29 @@ def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, 
     Memory grows with a few numbers a row, and with `near_rows`.
     """
     splits = [train, *([test] if test is not None else [])]
-    lengths = np.concatenate([_lengths(split) for split in splits])
+    lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
     near = None
     if test is not None and near_rows:
         near = near_overlap(train, test, tokenizer, template, near_rows)
-    meta = train.loaded.cache.meta
     files = [
-        (path.name, path.stat().st_size, str(sha256))
-        for split in _by_cache(splits)
-        for path, (_, sha256) in zip(split.loaded.files, split.loaded.cache.meta["key"]["files"], strict=True)
+        (file.path.name, file.path.stat().st_size, sha256)
+        for split in _by_source(splits)
+        for file, sha256 in zip(split.loaded.files, split.loaded.sha256, strict=True)
     ]
-    settings = {name: meta["key"][name] for name in ("default_system_prompt", "seq_len", "long_rows", "on_bad_row")}
-    settings["tokenizer_sha256"] = tokenizer.sha256
-    hashes = {name: [_column(split, name) for split in splits] for name in _HASHES}
+    hashes = {name: [split.column(name) for split in splits] for name in _HASHES}
     repeated = {name: int(sum(map(len, parts)) - len(np.unique(np.concatenate(parts)))) for name, parts in hashes.items()}
     in_train = {name: int(np.isin(parts[1], parts[0]).sum()) if test is not None else 0 for name, parts in hashes.items()}
-    tags = np.concatenate([_column(split, "tags") for split in splits])
+    tags = np.concatenate([split.column("tags") for split in splits])
     return DataCard(
         files=files,
-        settings=settings,
+        settings={**train.loaded.settings, "tokenizer_sha256": tokenizer.sha256},
         counts=_counts(splits),
         train_rows=len(train),
         test_rows=len(test) if test is not None else 0,
         tokens=int(lengths.sum()),
-        tokens_cut=sum(int(_column(split, "full_length").sum(dtype=np.int64)) for split in splits) - int(lengths.sum()),
-        supervised_tokens=sum(_supervised(split) for split in splits),
-        lengths=_histogram(lengths, np.concatenate([_column(split, "cut") for split in splits]) > 0),
+        tokens_cut=sum(int(split.column("full_length").sum(dtype=np.int64)) for split in splits) - int(lengths.sum()),
+        supervised_tokens=sum(int(split.column("targets").sum()) for split in splits),
+        lengths=_histogram(lengths, np.concatenate([split.column("cut") for split in splits]) > 0),
         repeated_conversations=repeated["conversation_hash"],
         repeated_prompts=repeated["prompt_hash"],
         repeated_questions=repeated["question_hash"],
@@ -125,35 +122,14 @@ def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, 
 _HASHES = ("conversation_hash", "prompt_hash", "question_hash")
 
 
-def _column(split: TextDataset, name: str) -> npt.NDArray[Any]:
-    return split.loaded.cache.arrays[name][split.loaded.rows]
-
-
-def _lengths(split: TextDataset) -> npt.NDArray[np.int64]:
-    lengths: npt.NDArray[np.int64] = np.diff(split.loaded.cache.arrays["offsets"])[split.loaded.rows]
-    return lengths
-
-
-def _supervised(split: TextDataset) -> int:
-    # Sums up to each row's end, a block of rows at a time, so that the cache isn't drawn into memory.
-    cache, total = split.loaded.cache, 0
-    taken = np.zeros(len(cache), np.bool_)
-    taken[split.loaded.rows] = True
-    for begin in range(0, len(cache), 10_000):
-        offsets = cache.arrays["offsets"][begin : begin + 10_001]
-        per_row = np.add.reduceat(cache.arrays["supervised"][offsets[0] : offsets[-1]], offsets[:-1] - offsets[0], dtype=np.int64)
-        total += int(per_row[taken[begin : begin + 10_000]].sum())
-    return total
-
-
-def _by_cache(splits: Sequence[TextDataset]) -> list[TextDataset]:
-    """One split of each cache: both splits of a hash are in one, those of a builder in one each."""
-    return list({split.loaded.cache.folder: split for split in reversed(splits)}.values())[::-1]
+def _by_source(splits: Sequence[TextDataset]) -> list[TextDataset]:
+    """One split of all those that are parts of the same files."""
+    return list({tuple(split.loaded.sha256): split for split in reversed(splits)}.values())[::-1]
 
 
 def _counts(splits: Sequence[TextDataset]) -> dict[str, Any]:
     total: dict[str, Any] = {"read": 0, "beyond_subset": 0, "dropped": {}, "bad": {}}
-    for split in _by_cache(splits):
+    for split in _by_source(splits):
         for name in ("read", "beyond_subset"):
             total[name] += split.counts[name]
         for name in ("dropped", "bad"):

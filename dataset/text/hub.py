@@ -1,34 +1,20 @@
-"""One file from the Hugging Face hub: resumed where it stopped, checked, and put in place whole or not at all.
+"""Files from the Hugging Face hub: which ones a data set has, each fetched whole, checked and resumed where it stopped.
 
-This file must not know what the file is for. Every failure is a `UsageError` that says what to do.
+Addresses, credentials, retries and mirrors are huggingface_hub's; `datasets` decides which files make a split. Every failure is a
+`UsageError` that says what to do.
 """
 
 import contextlib
-import fcntl
+import errno
 import hashlib
-import http.client
+import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
-
-from tqdm import tqdm
 
 from config.errors import UsageError
-
-# Short, so that a machine without a network says so in seconds; a transfer that stalls this long is resumed.
-_TIMEOUT_S = 5.0
-_TRIES_WITHOUT_PROGRESS = 3
-_BLOCK_BYTES = 1 << 18
-_STATED_HASH = "X-Linked-ETag"
-
-
-class _Interrupted(Exception):
-    """The transfer broke off after it had begun; it can go on from where it stands."""
+from dataset.text.rows import format_of
 
 
 def download(
@@ -38,77 +24,120 @@ def download(
     revision: str = "main",
     repo_type: str = "model",
     expected_sha256: str | None = None,
-    expected_size: int | None = None,
 ) -> Path:
     """Fetch `filename` of a hub repository to `destination`, unless it is there with the expected hash.
 
-    An interrupted transfer leaves `<destination>.part` and goes on from there when called again, even in
-    another process. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN` and the usual proxy variables are respected.
-    repo_type: "model" or "dataset". expected_size: bytes. Without expected_sha256, the hash is checked that the hub states
-    for files in its large-file storage. Raises `UsageError`: offline, no network, no access, not found, wrong size or checksum.
+    An interrupted transfer leaves `.<name>.<version>.part` beside `destination` and resumes from there when called again, even in
+    another process. repo_type: "model" or "dataset". Without `expected_sha256`, the hash is checked that the hub states for files
+    in its large-file storage. Raises `UsageError`: offline, no network, no access, not found, wrong size or checksum.
     """
-    # Its own downloader can't resume what another process began; its addresses and credentials are used.
-    from huggingface_hub import constants, get_token, hf_hub_url
-    from huggingface_hub.errors import HFValidationError
+    from filelock import FileLock
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    # Its own downloader begins again when another process was interrupted; a file of 1 GB over a slow line needs to resume.
     target = Path(destination)
     what = f"{filename} of {repo} (revision {revision})"
-    by_hand = f"or put the file at {str(target)!r} by hand"
     if _is_complete(target, expected_sha256):
         return target
-    if constants.HF_HUB_OFFLINE:
-        raise UsageError(f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {by_hand}")
-    try:
+    with _told(what, f"or put the file at {str(target)!r} by hand"):
         url = hf_hub_url(repo, filename, repo_type=repo_type, revision=revision)
-    except (HFValidationError, ValueError) as error:
-        raise UsageError(f"{what}: not a valid hub address ({error}); check repository and file name") from error
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(f"{what}: expected an http(s) address, found {url!r}; correct or unset HF_ENDPOINT")
-    part = target.with_name(target.name + ".part")
-    try:
+        about = get_hf_file_metadata(url, token=get_token())
+        if about.etag is None:
+            raise UsageError(f"{what}: the hub states no version of it, so a transfer can't resume; is HF_ENDPOINT a hub?")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(part) as handle:
-            etag_file = part.with_suffix(".etag")
-            try:
-                if not _is_complete(target, expected_sha256):  # another process may have fetched it meanwhile
-                    stated_sha256 = _transfer(url, get_token(), handle, etag_file, expected_size, what)
+        part = target.with_name(f".{target.name}.{hashlib.sha256(about.etag.encode()).hexdigest()[:16]}.part")
+        with FileLock(target.with_name(f".{target.name}.lock")):  # a second process waits, and finds the file
+            if not _is_complete(target, expected_sha256):
+                with part.open("ab") as handle:
+                    headers = {**build_hf_headers(token=get_token()), "Accept-Encoding": "identity"}
+                    http_get(
+                        url,
+                        handle,
+                        resume_size=handle.tell(),
+                        headers=headers,
+                        expected_size=about.size,
+                        displayed_filename=filename,
+                    )
                     handle.flush()
                     os.fsync(handle.fileno())
-                    _check(part, expected_sha256 or stated_sha256, what)
-                    os.replace(part, target)
-            finally:
-                handle.flush()
-                if not part.is_file() or part.stat().st_size == 0:
-                    part.unlink(missing_ok=True)
-                    etag_file.unlink(missing_ok=True)
-    except urllib.error.HTTPError as error:
-        raise UsageError(f"{what}: {_advice(error.code)} (HTTP {error.code} from {url}), {by_hand}") from error
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, _Interrupted) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UsageError(
-            f"{what}: no connection to {url} ({reason}): check the network or proxy and start again "
-            f"(what has arrived is kept), name a mirror in HF_ENDPOINT, {by_hand}"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{what} can't be written to {str(target)!r}: {error}") from error
+                stated = about.etag if re.fullmatch("[0-9a-f]{64}", about.etag) else None
+                _check(part, expected_sha256 or stated, what)
+                os.replace(part, target)
     return target
 
 
+def split_files(repo: str, config: str | None, split: str, revision: str, cache_dir: Path) -> list[Path]:
+    """The files of a hub data set's split, in order, fetched to `cache_dir`. Raises `UsageError`.
+
+    What was found is noted, so that later runs find it without a network. Data sets of other kinds than rows in files of known
+    formats are converted to Arrow by `datasets`.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfFileSystem, constants
+    from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
+
+    name = json.dumps([repo, config, split, revision])
+    note = cache_dir / "hub" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
+    known = [Path(path) for path in json.loads(note.read_text("utf-8"))] if note.is_file() else []
+    if known and constants.HF_HUB_OFFLINE and all(path.is_file() for path in known):
+        return known
+    what = f"the data set {repo} (revision {revision})"
+    by_hand = "or fetch its files by hand and name them: dataset=jsonl dataset.data_dir=FOLDER"
+    with _told(what, "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand):
+        builder = load_dataset_builder(repo, config, revision=revision, cache_dir=str(cache_dir / "converted"))
+        splits = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
+        if split not in splits:
+            raise UsageError(f"{what} has no split {split!r}: choose dataset.split of {', '.join(sorted(splits)) or 'none'}")
+        files = []
+        for url in splits[split]:
+            place = HfFileSystem().resolve_path(url)
+            assert isinstance(place, HfFileSystemResolvedRepositoryPath)
+            target = cache_dir / "hub" / repo.replace("/", "--") / place.revision / place.path_in_repo
+            files.append(download(repo, place.path_in_repo, target, revision=place.revision, repo_type="dataset"))
+        if any(format_of(path) is None for path in files):
+            builder.download_and_prepare()
+            files = [Path(file["filename"]) for file in builder.as_dataset(split).cache_files]
+    note.write_text(json.dumps([str(path) for path in files]), encoding="utf-8")
+    return files
+
+
 @contextlib.contextmanager
-def _locked(part: Path) -> Iterator[BinaryIO]:
-    """The part file, open for appending; a second process waits until the first has closed it."""
-    while True:
-        with part.open("ab") as handle:
-            with contextlib.suppress(OSError):  # no locks here: two at once then end in a checksum or size error
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            # While this one waited, the file may have been moved into place or deleted.
-            is_still_there = False
-            with contextlib.suppress(FileNotFoundError):
-                is_still_there = os.path.samestat(os.fstat(handle.fileno()), part.stat())
-            if is_still_there:
-                handle.seek(0, os.SEEK_END)
-                yield handle
-                return
+def _told(what: str, otherwise: str) -> Iterator[None]:
+    """Turns all that a transfer can meet with into a `UsageError` about `what`, which ends in another way to get there."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # HfHubHTTPError is an error of the HTTP library that huggingface_hub uses, and an OSError.
+    of_the_network: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise UsageError(f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        raise UsageError(f"{what}: {_advice(status)} (HTTP {status}), {otherwise}") from error
+    except of_the_network as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise UsageError(f"{what} can't be written: {error}") from error
+        raise UsageError(
+            f"{what}: {_first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "
+            f"mirror in HF_ENDPOINT, {otherwise}"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{what}: {_first_line(error)}; check repository, config and file names, {otherwise}") from error
+
+
+def _advice(status: int) -> str:
+    if status in (401, 403):
+        return "access denied: it is gated, private or doesn't exist; accept its terms on the hub, then set HF_TOKEN"
+    if status == 404:
+        return "not found: check repository, file name and revision"
+    return "the hub can't serve it now: start again later"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _is_complete(target: Path, expected_sha256: str | None) -> bool:
@@ -121,98 +150,9 @@ def _sha256(path: Path) -> str:
 
 
 def _check(part: Path, expected_sha256: str | None, what: str) -> None:
-    if expected_sha256 is None:
-        return
-    found = _sha256(part)
-    if found != expected_sha256:
+    if expected_sha256 is not None and (found := _sha256(part)) != expected_sha256:
         part.unlink()
         raise UsageError(
             f"{what}: expected sha256 {expected_sha256}, found {found}; the file was deleted. "
             "Start again, or give the hash of the revision that you mean"
         )
-
-
-def _advice(status: int) -> str:
-    if status in (401, 403):
-        return "access denied: it is gated, private or doesn't exist; accept its terms on the hub, then set HF_TOKEN"
-    if status == 404:
-        return "not found: check repository, file name and revision"
-    return "the hub can't serve it now: start again later"
-
-
-def _transfer(url: str, token: str | None, handle: BinaryIO, etag_file: Path, expected_size: int | None, what: str) -> str | None:
-    """Append to `handle` until it holds the whole file, reconnecting after interruptions. Returns its hash as the hub states it."""
-    failures = 0
-    while True:
-        before = handle.tell()
-        try:
-            return _attempt(url, token, handle, etag_file, expected_size, what)
-        except _Interrupted:
-            failures = 0 if handle.tell() > before else failures + 1
-            if failures >= _TRIES_WITHOUT_PROGRESS:
-                raise
-            time.sleep(0.5)
-
-
-class _NotingRedirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the headers of the hub's own answer, which sends on to a storage that doesn't repeat them."""
-
-    stated_etag: str | None = None
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        self.stated_etag = self.stated_etag or headers.get(_STATED_HASH)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _attempt(url: str, token: str | None, handle: BinaryIO, etag_file: Path, expected_size: int | None, what: str) -> str | None:
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
-    if token:
-        # Not repeated after a redirect: the token is for the hub, not for the storage behind it.
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    begin = handle.tell()
-    etag = etag_file.read_text(encoding="utf-8") if etag_file.is_file() else ""
-    if begin and etag:
-        request.add_header("Range", f"bytes={begin}-")
-        request.add_header("If-Range", etag)
-    redirects = _NotingRedirects()
-    try:
-        response = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not begin:
-            raise
-        handle.truncate(0)
-        handle.seek(0)
-        raise _Interrupted("the part that had arrived belongs to another file") from error
-    with response:
-        begin = _begin_of(response)
-        if begin != handle.tell():  # the server sends all of it: another version, or no ranges
-            handle.truncate(begin)
-            handle.seek(begin)
-        new_etag = response.headers.get("ETag") or ""
-        # A weak tag doesn't promise the same bytes, so such a file starts over.
-        etag_file.write_text("" if new_etag.startswith("W/") else new_etag, encoding="utf-8")
-        length = response.headers.get("Content-Length")
-        size = begin + int(length) if length is not None else None
-        if expected_size is not None and size is not None and size != expected_size:
-            handle.truncate(0)
-            raise UsageError(f"{what}: expected {expected_size:,} bytes, the hub offers {size:,}; check the revision")
-        with tqdm(total=size, initial=begin, unit="B", unit_scale=True, desc=etag_file.stem, disable=None) as bar:
-            try:
-                while block := response.read(_BLOCK_BYTES):
-                    handle.write(block)
-                    bar.update(len(block))
-            except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
-                if isinstance(error, http.client.IncompleteRead):
-                    handle.write(error.partial)
-                raise _Interrupted(str(error)) from error
-        if size is not None and handle.tell() != size:
-            raise _Interrupted(f"{handle.tell():,} of {size:,} bytes arrived")
-        stated = re.fullmatch(r'"?([0-9a-f]{64})"?', redirects.stated_etag or response.headers.get(_STATED_HASH) or "")
-    return stated[1] if stated else None
-
-
-def _begin_of(response: http.client.HTTPResponse) -> int:
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
-    return int(found.group(1)) if response.status == http.HTTPStatus.PARTIAL_CONTENT and found else 0

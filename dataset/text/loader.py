@@ -19,8 +19,8 @@ import numpy.typing as npt
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.curriculum import Curriculum, Draw
-from dataset.text.files import open_data_file
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
+from dataset.text.rows import RowFile
 from dataset.text.sources import parse_row, to_conversation
 from dataset.text.token_cache import LoadedSplit
 
@@ -57,15 +57,11 @@ class TextDataset:
 
     def __init__(self, loaded: LoadedSplit) -> None:
         self.loaded = loaded
-        self._cache = loaded.cache
         self._rows = loaded.rows
-        self._files = [open_data_file(path) for path in loaded.files]
-        digest = hashlib.sha256(str(loaded.cache.meta["content_sha256"]).encode())
-        digest.update(loaded.rows.astype("<i8").tobytes())
-        self.data_hash: str = digest.hexdigest()
-        cut = self._cache.arrays["cut"][self._rows]
+        self.data_hash: str = hashlib.sha256(self.column("content_hash").astype("<u8").tobytes()).hexdigest()
+        cut = self.column("cut")
         self.counts: dict[str, Any] = {
-            **self._cache.meta["counts"],
+            **loaded.counts,
             "kept": len(self._rows),
             "truncated": int(np.count_nonzero(cut)),
             "prompt_cut": int(np.count_nonzero(cut & PROMPT_CUT)),
@@ -76,14 +72,12 @@ class TextDataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        arrays = self._cache.arrays
-        row = self._row_number(index)
-        begin, end = arrays["offsets"][row : row + 2].tolist()
+        tokens, row = self.loaded.tokens, self._row_number(index)
         return Example(
-            arrays["ids"][begin:end].astype(np.int32),
-            np.array(arrays["supervised"][begin:end]),
-            arrays["segment"][begin:end].astype(np.int32),
-            int(arrays["turn_bytes"][row]),
+            tokens.list("ids", row).astype(np.int32),
+            tokens.list("supervised", row).astype(np.bool_),
+            tokens.list("segment", row).astype(np.int32),
+            tokens.value("turn_bytes", row),
         )
 
     def _row_number(self, index: int) -> int:
@@ -91,20 +85,24 @@ class TextDataset:
             raise IndexError(f"example {index} of {len(self._rows)}")
         return int(self._rows[index])
 
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers of `row_encoder.token_schema`, [examples]."""
+        values: npt.NDArray[Any] = self.loaded.tokens.column(name)[self._rows]
+        return values
+
     def row(self, index: int) -> dict[str, Any]:
         """The source's own row behind an example, with whatever further fields it has."""
-        row = self._row_number(index)
-        data = self._files[self._cache.file_of(row)].row_at(int(self._cache.arrays["position"][row]))
-        return parse_row(data) if isinstance(data, bytes) else data
+        return parse_row(self.loaded.raw.value("row", self._row_number(index)))
 
     def place(self, index: int) -> str:
         """The example's file, and its line or row there, counted from 1."""
-        row = self._row_number(index)
-        return self._files[self._cache.file_of(row)].where(int(self._cache.arrays["number"][row]))
+        raw, row = self.loaded.raw, self._row_number(index)
+        file: RowFile = self.loaded.files[raw.value("file", row)]
+        return file.where(raw.value("number", row))
 
     def conversation(self, index: int) -> Conversation:
         """The whole conversation as it was encoded: default system prompt included, nothing cut off."""
-        return with_default_system(to_conversation(self.row(index)), self.loaded.default_system_prompt)
+        return with_default_system(to_conversation(self.row(index)), self.loaded.settings["default_system_prompt"])
 
 
 class TextCorpus:

@@ -1,30 +1,41 @@
-"""From raw rows to ids: what one process does with a part of a file, here or in a worker process.
+"""From raw rows to ids: what one process does with a part of the rows, called by `datasets`' map.
 
 This file must not know files, caches, or how many processes there are.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dataset.text.conversation import Conversation, Encoded, Role, Template, encode_batch, with_default_system
-from dataset.text.files import MAX_ROW_BYTES, BadRow, RawRow, too_large
+from dataset.text.rows import MAX_ROW_BYTES, BadRow, too_large
 from dataset.text.sources import NothingToLearn, conversation_hash, parse_row, prompt_hash, question_hash, to_conversation
 from dataset.text.tokenizer import Tokenizer
 
 LongRows = Literal["keep_prompt_end", "truncate", "drop"]
 ROLES: tuple[Role, ...] = get_args(Role)
-"""In the order of the bits of `EncodedRows.columns["tags"]`."""
+"""In the order of the bits of the column "tags"."""
 PROMPT_CUT, ANSWER_CUT = 1, 2
 PER_ID = ("ids", "supervised", "segment")
+# Text that is encoded at once, in characters.
+_TEXT_AT_ONCE = 1 << 20
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that ids depend on besides the rows; see `config.schema.DatasetConfig`. It travels to worker processes."""
+    """All that ids depend on besides the rows; see `config.schema.DatasetConfig`."""
 
     tokenizer_model: bytes
     template: Template
@@ -32,112 +43,179 @@ class Recipe:
     seq_len: int
     long_rows: LongRows
 
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """What became of some rows.
-
-    outcomes: for each row, in order, None when it was encoded, else why not.
-    columns: of the n encoded rows, T ids in all: those of PER_ID [T], all others [n]; see `column_types`.
-    """
-
-    outcomes: list[BadRow | NothingToLearn | None]
-    columns: dict[str, npt.NDArray[Any]]
+    def key(self) -> dict[str, Any]:
+        """All but the tokenizer, as plain values."""
+        return {**asdict(self), "tokenizer_model": None}
 
 
-def column_types(vocab_size: int, seq_len: int) -> dict[str, npt.DTypeLike]:
-    """Types of the columns.
+RAW_SCHEMA = pa.schema({"file": pa.int32(), "number": pa.int64(), "row": pa.large_binary(), "bad": pa.string()})
+"""Of the rows that are encoded: number of the file, number in it (`rows.RowFile`), the row as JSON, or why it can't be read."""
 
-    length: ids kept; full_length: before anything was cut; cut: PROMPT_CUT | ANSWER_CUT; tags: a bit for each of ROLES whose tag
-    stands in a text; number, position: of the raw row; the hashes are those of `sources`.
+
+def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
+    """Columns of encoded rows.
+
+    outcome: "" for a row that was encoded, "dropped", "bad", or "unread" after a bad row; reason: why, as a short name; message:
+    what was found. Of encoded rows: PER_ID, a list each; length: ids; targets: those that are supervised; full_length: ids before
+    anything was cut; cut: PROMPT_CUT | ANSWER_CUT; tags: a bit for each of ROLES whose tag stands in a text; turn_bytes;
+    content_hash: 64 bits over what is learned from the row; the other hashes are those of `sources`.
     """
     # A prompt segment and its answer take three ids or more, so there are fewer segments than this.
-    segments_fit_a_byte = seq_len // 2 < 1 << 8
-    return {
-        "ids": np.int32 if vocab_size > 1 << 16 else np.uint16,
-        "supervised": np.bool_,
-        "segment": np.uint8 if segments_fit_a_byte else np.uint16,
-        "length": np.int32,
-        "full_length": np.int32,
-        "cut": np.uint8,
-        "tags": np.uint8,
-        "turn_bytes": np.int64,
-        "prompt_hash": np.uint64,
-        "question_hash": np.uint64,
-        "conversation_hash": np.uint64,
-        "number": np.int64,
-        "position": np.int64,
-    }
+    segment = pa.uint8() if seq_len // 2 < 1 << 8 else pa.uint16()
+    return pa.schema(
+        {
+            "outcome": pa.string(),
+            "reason": pa.string(),
+            "message": pa.string(),
+            "ids": pa.list_(pa.int32() if vocab_size > 1 << 16 else pa.uint16()),
+            "supervised": pa.list_(pa.uint8()),
+            "segment": pa.list_(segment),
+            "length": pa.int32(),
+            "targets": pa.int32(),
+            "full_length": pa.int32(),
+            "cut": pa.uint8(),
+            "tags": pa.uint8(),
+            "turn_bytes": pa.int64(),
+            "content_hash": pa.uint64(),
+            "prompt_hash": pa.uint64(),
+            "question_hash": pa.uint64(),
+            "conversation_hash": pa.uint64(),
+        }
+    )
 
 
 class RowEncoder:
-    """Encodes rows by one recipe."""
+    """Encodes tables of RAW_SCHEMA by one recipe into tables of `token_schema`, row by row. It can be pickled.
 
-    def __init__(self, recipe: Recipe) -> None:
+    stop_at: a file in which encoders of several processes tell each other of bad rows, so that none works on behind one; None:
+    bad rows are results like others.
+    """
+
+    def __init__(self, recipe: Recipe, vocab_size: int, stop_at: Path | None = None) -> None:
+        self.schema = token_schema(vocab_size, recipe.seq_len)
+        self.stop_at = stop_at
         self._recipe = recipe
-        self._tokenizer = Tokenizer.from_bytes(recipe.tokenizer_model)
-        self._tags = [recipe.template.tag(role).strip() for role in ROLES]
-        self._types = column_types(self._tokenizer.vocab_size, recipe.seq_len)
+        self._made_by = os.getpid()
+        self._tokenizer: Tokenizer | None = None
 
-    def encode(self, rows: Sequence[RawRow]) -> EncodedRows:
-        """Encode rows; a row that can't be, or has nothing to learn in it, has that as its outcome."""
-        converted = [self._convert(row) for row in rows]
-        conversations = [conversation for conversation in converted if isinstance(conversation, tuple)]
-        encoded = iter(
-            encode_batch(
-                conversations,
-                self._tokenizer,
-                self._recipe.template,
-                self._recipe.seq_len + 1,
-                keep_prompt_end=self._recipe.long_rows == "keep_prompt_end",
-            )
-        )
-        outcomes: list[BadRow | NothingToLearn | None] = []
-        kept: list[tuple[RawRow, Conversation, Encoded]] = []
-        for row, conversation in zip(rows, converted, strict=True):
-            if isinstance(conversation, tuple):
-                result = next(encoded)
-                outcomes.append(self._refusal(result))
-                if outcomes[-1] is None:
-                    kept.append((row, conversation, result))
-            else:
-                outcomes.append(conversation)
-        return EncodedRows(outcomes, self._columns(kept))
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokenizer": None}
 
-    def _convert(self, row: RawRow) -> Conversation | BadRow | NothingToLearn:
-        if isinstance(row.data, BadRow):
-            return row.data
+    def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
+        """Encode the rows of these numbers."""
+        if self._tokenizer is None:
+            if os.getpid() != self._made_by:
+                _end_with_the_parent()
+            self._tokenizer = Tokenizer.from_bytes(self._recipe.tokenizer_model)
+            self._tags = [self._recipe.template.tag(role).strip() for role in ROLES]
+        results: list[_Result] = []
+        if self._has_stopped_before(indices[0]):
+            results = [_Result("unread") for _ in indices]
+        else:
+            for part in self._parts(table):
+                results += self._encode(part)
+            bad = [index for index, result in zip(indices, results, strict=True) if result.outcome == "bad"]
+            if bad and self.stop_at is not None:
+                with self.stop_at.open("a", encoding="ascii") as handle:
+                    handle.write(f"{bad[0]}\n")
+        return self._table(results)
+
+    def _has_stopped_before(self, index: int) -> bool:
+        if self.stop_at is None or not self.stop_at.is_file():
+            return False
+        return any(int(line) < index for line in self.stop_at.read_text("ascii").splitlines())
+
+    def _parts(self, table: pa.Table) -> "Iterator[list[Conversation | BadRow | NothingToLearn]]":
+        part: list[Conversation | BadRow | NothingToLearn] = []
+        size = 0
+        for row, bad in zip(table["row"], table["bad"], strict=True):
+            data = row.as_py()
+            part.append(BadRow(*json.loads(bad.as_py())) if data is None else self._convert(data))
+            size += len(data or b"")
+            if size > _TEXT_AT_ONCE:
+                yield part
+                part, size = [], 0
+        yield part
+
+    def _convert(self, data: bytes) -> Conversation | BadRow | NothingToLearn:
         try:
-            conversation = to_conversation(row.data if isinstance(row.data, dict) else parse_row(row.data))
+            conversation = to_conversation(parse_row(data))
         except (BadRow, NothingToLearn) as outcome:
             return outcome.with_traceback(None)
         if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
             return too_large()
         return with_default_system(conversation, self._recipe.default_system_prompt)
 
-    def _refusal(self, encoded: Encoded) -> NothingToLearn | None:
-        if self._recipe.long_rows == "drop" and encoded.end_cut:
-            return NothingToLearn("too_long")
-        return None if encoded.supervised.any() else NothingToLearn("answer_beyond_seq_len")
+    def _encode(self, converted: list[Conversation | BadRow | NothingToLearn]) -> "list[_Result]":
+        assert self._tokenizer is not None
+        recipe = self._recipe
+        conversations = [conversation for conversation in converted if isinstance(conversation, tuple)]
+        keep_prompt_end = recipe.long_rows == "keep_prompt_end"
+        encoded = iter(
+            encode_batch(conversations, self._tokenizer, recipe.template, recipe.seq_len + 1, keep_prompt_end=keep_prompt_end)
+        )
+        results = []
+        for one in converted:
+            if isinstance(one, BadRow):
+                results.append(_Result("bad", one.reason, str(one)))
+            elif isinstance(one, NothingToLearn):
+                results.append(_Result("dropped", one.reason))
+            else:
+                ids = next(encoded)
+                if recipe.long_rows == "drop" and ids.end_cut:
+                    results.append(_Result("dropped", "too_long"))
+                elif not ids.supervised.any():
+                    results.append(_Result("dropped", "answer_beyond_seq_len"))
+                else:
+                    results.append(_Result("", conversation=one, encoded=ids))
+        return results
 
-    def _columns(self, kept: list[tuple[RawRow, Conversation, Encoded]]) -> dict[str, npt.NDArray[Any]]:
-        rows, conversations, results = zip(*kept, strict=True) if kept else ((), (), ())
-        values: dict[str, Any] = {
-            "length": [len(result.ids) for result in results],
-            "full_length": [result.full_length for result in results],
-            "cut": [PROMPT_CUT * result.prompt_cut | ANSWER_CUT * result.end_cut for result in results],
-            "tags": [self._tags_in(conversation) for conversation in conversations],
-            "turn_bytes": [result.turn_bytes for result in results],
-            "prompt_hash": np.array([prompt_hash(conversation) for conversation in conversations], np.uint64),
-            "question_hash": np.array([question_hash(conversation) for conversation in conversations], np.uint64),
-            "conversation_hash": np.array([conversation_hash(conversation) for conversation in conversations], np.uint64),
-            "number": [row.number for row in rows],
-            "position": [row.position for row in rows],
-        }
+    def _table(self, results: "list[_Result]") -> pa.Table:
+        def lists(name: str) -> list[npt.NDArray[Any]]:
+            return [getattr(result.encoded, name) if result.encoded else np.zeros(0) for result in results]
+
+        columns: dict[str, Any] = {name: [getattr(result, name) for result in results] for name in ("outcome", "reason", "message")}
         for name in PER_ID:
-            values[name] = np.concatenate([getattr(result, name) for result in results]) if results else []
-        return {name: np.asarray(values[name]).astype(dtype) for name, dtype in self._types.items()}
+            parts, item = lists(name), self.schema.field(name).type.value_type
+            offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+            values = np.concatenate(parts).astype(item.to_pandas_dtype())
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, item))
+        pairs = [(result.encoded, result.conversation) for result in results]
+        columns["length"] = [len(encoded.ids) if encoded else 0 for encoded, _ in pairs]
+        columns["targets"] = [int(encoded.supervised.sum()) if encoded else 0 for encoded, _ in pairs]
+        columns["full_length"] = [encoded.full_length if encoded else 0 for encoded, _ in pairs]
+        columns["cut"] = [PROMPT_CUT * encoded.prompt_cut | ANSWER_CUT * encoded.end_cut if encoded else 0 for encoded, _ in pairs]
+        columns["tags"] = [self._tags_in(conversation) for _, conversation in pairs]
+        columns["turn_bytes"] = [encoded.turn_bytes if encoded else 0 for encoded, _ in pairs]
+        columns["content_hash"] = [_content_hash(encoded) if encoded else 0 for encoded, _ in pairs]
+        for function in (prompt_hash, question_hash, conversation_hash):
+            columns[function.__name__] = [function(conversation) if encoded else 0 for encoded, conversation in pairs]
+        return pa.table(columns, schema=self.schema)
 
     def _tags_in(self, conversation: Conversation) -> int:
         text = "\n".join(turn.text for turn in conversation)
         return sum(1 << bit for bit, tag in enumerate(self._tags) if tag in text)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What became of a row."""
+
+    outcome: str
+    reason: str = ""
+    message: str = ""
+    conversation: Conversation = ()
+    encoded: Encoded | None = None
+
+
+def _content_hash(encoded: Encoded) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for values in (encoded.ids, encoded.supervised, encoded.segment):
+        digest.update(values.astype("<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _end_with_the_parent() -> None:
+    """A process that a killed run has left would otherwise wait for work for ever. Linux alone can say so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset.text.conversation import Conversation, Role, Turn
-from dataset.text.files import BadRow
+from dataset.text.rows import BadRow, unique_keys
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -47,21 +47,12 @@ def parse_row(data: bytes) -> dict[str, Any]:
     if not text.strip():
         raise NothingToLearn("blank_line")
     try:
-        row = json.loads(text, object_pairs_hook=_object)
+        row = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise BadRow("bad_json", f"expected a JSON object, found {_shown(text)} ({error})") from error
     if not isinstance(row, dict):
         raise BadRow("not_an_object", f"expected a JSON object, found {_shown(text)}")
     return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):  # Python would keep the last value and lose the others without a sign
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRow("duplicate_key", f"expected each key of an object once, found {_shown(twice)} twice")
-    return members
 
 
 def to_conversation(row: dict[str, Any]) -> Conversation:

@@ -1,0 +1,307 @@
+"""Rows of local files, as a stream: JSON lines, JSON arrays, CSV, parquet and Arrow, each also compressed.
+
+A row that can't be read is handed on as a `BadRow`; a file that can't is a `UsageError`. This file must not know what a row should
+hold. Why JSON and CSV aren't read by `datasets`: docs/architecture.md.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import lzma
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from config.errors import UsageError
+
+# No context takes a millionth of such a row in; held and tokenized, a few of them would take all memory.
+MAX_ROW_BYTES = 4 << 20
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+# A longer row is passed over up to this length; a quote or bracket that is never closed would swallow the rest of the file.
+_MOST_READ_FOR_A_ROW = 16 * MAX_ROW_BYTES
+_BLOCK = 1 << 20
+# Where the bracket of an array is looked for.
+_OPENING = 1 << 16
+_ROWS_AT_ONCE = 256
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+class BadRow(Exception):
+    """A malformed row. `reason` is a short name to count by, the message says what was found."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)  # both, or the exception couldn't travel between processes
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def too_large() -> BadRow:
+    """What becomes of a row beyond MAX_ROW_BYTES."""
+    return BadRow("too_large", f"expected a row of at most {MAX_ROW_BYTES >> 20} MiB, found a longer one")
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """A file of rows. format: one of FORMATS. Raises `UsageError` where it is damaged."""
+
+    path: Path
+    format: str
+    compression: str
+
+    def rows(self) -> Iterator[tuple[int, bytes | dict[str, Any] | BadRow]]:
+        """Each row with its number, from 1: its undecoded JSON, or its values, or why it can't be read."""
+        try:
+            yield from _READERS[self.format](self)
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError) as error:
+            found = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UsageError(
+                f"{self.path}: expected a complete {self.format[1:]} file, found a damaged or cut-off one ({found}); fetch it again"
+            ) from error
+
+    def where(self, number: int) -> str:
+        """A row's place, as error messages name it."""
+        counts_lines = self.format in (".jsonl", ".csv", ".tsv")
+        return f"{self.path}:{number}" if counts_lines else f"{self.path}, row {number}"
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[IO[bytes]]:
+        """The bytes of the file, uncompressed. An end that comes too soon is an error, and frames may follow each other."""
+        if self.compression == ".xz":
+            with lzma.open(self.path) as handle:
+                yield handle
+            return
+        # pyarrow's, because other readers of zstd take a cut-off file for a complete one, and the first of several frames for all.
+        codec = {"": None, ".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[self.compression]
+        with (
+            pa.input_stream(str(self.path), compression=codec, buffer_size=None) as source,
+            io.BufferedReader(source, _BLOCK) as text,
+        ):
+            yield text
+
+    @contextlib.contextmanager
+    def seekable(self) -> Iterator[Path]:
+        """A path to the uncompressed file, for formats that are read from their end."""
+        if not self.compression:
+            yield self.path
+            return
+        with tempfile.NamedTemporaryFile(suffix=self.format) as plain, self.stream() as source:
+            shutil.copyfileobj(source, plain)
+            plain.flush()
+            yield Path(plain.name)
+
+
+def open_row_file(path: str | Path) -> RowFile:
+    """A file of rows, by its suffix. Raises `UsageError` when it is missing, unreadable, or of no format that can be read."""
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "none"
+        raise UsageError(f"expected a data file at {str(path)!r}, found {found}; check dataset.data_dir and dataset.files")
+    known = format_of(path)
+    if known is None:
+        raise UsageError(
+            f"{path}: expected a name that ends in {', '.join(FORMATS)}, or in one of these and {', '.join(COMPRESSIONS)}; "
+            "convert or rename the file"
+        )
+    format_, compression = known
+    try:
+        with path.open("rb") as handle:
+            handle.read(1)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
+    file = RowFile(path, format_, compression)
+    # A .json file that doesn't open with [ holds JSON lines.
+    return RowFile(path, ".jsonl", compression) if format_ == ".json" and not _is_array(file) else file
+
+
+def format_of(path: Path) -> tuple[str, str] | None:
+    """Format and compression ("" if none) that a file's name states; None where it states none that is known."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return (suffixes[-1], compression) if suffixes and suffixes[-1] in FORMATS else None
+
+
+def to_json(values: dict[str, Any]) -> bytes:
+    """A row's values as JSON. Bytes that are text count as text; other values that JSON lacks become null."""
+    return json.dumps(values, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
+
+
+def _plain(value: object) -> str | None:
+    with contextlib.suppress(UnicodeDecodeError):
+        return value.decode() if isinstance(value, bytes) else None
+    return None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`. Python would keep the last of two equal keys and lose the other in silence."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRow("duplicate_key", f"expected each key of an object once, found {twice[:60]!a} twice")
+    return members
+
+
+def _lines(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
+    # Lines end at \n only: JSON strings may hold U+2028 and other separators unescaped.
+    with file.stream() as handle:
+        number = 0
+        while line := handle.readline(MAX_ROW_BYTES + 2):
+            number += 1
+            if len(line.removesuffix(b"\n")) <= MAX_ROW_BYTES:
+                yield number, line.removesuffix(b"\n")
+                continue
+            while line and not line.endswith(b"\n"):
+                line = handle.readline(_BLOCK)
+            yield number, too_large()
+
+
+def _is_array(file: RowFile) -> bool:
+    try:
+        with file.stream() as handle:
+            return handle.read(_OPENING).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except (OSError, EOFError, lzma.LZMAError):
+        return False  # told when it is read
+
+
+def _elements(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
+    """The elements of one JSON array, in bounded memory."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
+        buffer, at, number, is_first = text.read(_OPENING).lstrip()[1:], 0, 0, True
+        while True:
+            step = _next_element(decoder, buffer, at, is_first)
+            if isinstance(step, str):
+                more = text.read(max(_BLOCK, len(buffer) - at))
+                if not more or len(buffer) - at > _MOST_READ_FOR_A_ROW:
+                    raise UsageError(f"{file.path}, row {number + 1}: expected one JSON array of rows, found {step}; mend the file")
+                buffer, at = buffer[at:] + more, 0
+                continue
+            begin, value, at = step
+            if begin < 0:
+                break
+            is_first, number = False, number + 1
+            if at - begin > MAX_ROW_BYTES:
+                yield number, too_large()
+            else:
+                yield number, value if isinstance(value, BadRow) else buffer[begin:at].encode("utf-8", "surrogatepass")
+        if (buffer[at:] + text.read(_BLOCK)).strip():
+            raise UsageError(
+                f"{file.path}: expected one JSON array, found more behind its end; if it holds a row a line, name it .jsonl"
+            )
+
+
+def _next_element(decoder: json.JSONDecoder, buffer: str, at: int, is_first: bool) -> tuple[int, Any, int] | str:
+    """Begin, value and end of an array's next element, begin -1 at the array's end; or what stands there, perhaps only so far."""
+    at = _past_blanks(buffer, at)
+    if buffer[at : at + 1] == "]":
+        return -1, None, at + 1
+    if not is_first:
+        if buffer[at : at + 1] != ",":
+            return f"{buffer[at : at + 40]!a} where a comma or ] should be"
+        at = _past_blanks(buffer, at + 1)
+        if buffer[at : at + 1] == "]":  # a comma behind the last element: told apart from a missing one by nobody
+            return -1, None, at + 1
+    try:
+        value, end = decoder.raw_decode(buffer, at)
+    except BadRow as bad:
+        # What is wrong was found before the element's end: once more, to find that.
+        value, (_, end) = bad, json.JSONDecoder().raw_decode(buffer, at)
+    except (ValueError, RecursionError) as error:
+        return f"{buffer[at : at + 40]!a} ({error})"
+    # A number at the buffer's end may go on.
+    return (at, value, end) if _past_blanks(buffer, end) < len(buffer) else "an array that doesn't end"
+
+
+def _past_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Rows of CSV or TSV; all values are text, as they stand. A row's number is the line that it ends on."""
+    with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter="\t" if file.format == ".tsv" else ",", strict=True)
+        before = csv.field_size_limit(_MOST_READ_FOR_A_ROW)
+        try:
+            header = next(reader, None)
+            if not header or len(set(header)) < len(header) or not all(header):
+                raise UsageError(f"{file.path}:1: expected the columns' names, each once, found {header}")
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    yield reader.line_num, BadRow("wrong_columns", f"expected {len(header)} columns, found {len(values)}")
+                elif sum(map(len, values)) > MAX_ROW_BYTES:
+                    yield reader.line_num, too_large()
+                else:
+                    yield reader.line_num, dict(zip(header, values, strict=True))
+        except csv.Error as error:
+            raise UsageError(
+                f"{file.path}:{reader.line_num}: expected a row of {file.format[1:].upper()}, found {error}"
+            ) from error
+        finally:
+            csv.field_size_limit(before)
+
+
+def _parquet(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    import pyarrow.parquet
+
+    with file.seekable() as path, pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as opened:
+        yield from _numbered(opened.iter_batches(_ROWS_AT_ONCE, use_threads=False))
+
+
+def _arrow(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Both forms of Arrow's files: the stream, which `datasets` writes, and the one with a footer (Feather)."""
+    with file.seekable() as path, pa.memory_map(str(path)) as source:
+        is_footed = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_footed:
+            reader = pa.ipc.open_file(source)
+            batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            # Without its end mark a stream is cut off, perhaps just between two batches.
+            source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+            if source.read() != _END_OF_STREAM:
+                raise EOFError("the stream doesn't end")
+            source.seek(0)
+            batches = pa.ipc.open_stream(source)
+        parts = (batch.slice(begin, _ROWS_AT_ONCE) for batch in batches for begin in range(0, len(batch), _ROWS_AT_ONCE))
+        yield from _numbered(parts)
+
+
+def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    number = 0
+    for batch in batches:
+        for values in _values(batch):
+            number += 1
+            yield number, values
+
+
+def _values(batch: Any) -> list[dict[str, Any] | BadRow]:
+    try:
+        return list(batch.to_pylist())
+    except (UnicodeDecodeError, ValueError) as error:
+        if len(batch) == 1:
+            is_text = isinstance(error, UnicodeDecodeError)
+            return [BadRow("bad_utf8" if is_text else "wrong_type", f"expected readable values, found {error}"[:200])]
+        return [values for index in range(len(batch)) for values in _values(batch.slice(index, 1))]
+
+
+_READERS = {
+    ".jsonl": _lines,
+    ".json": _elements,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

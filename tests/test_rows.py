@@ -1,0 +1,208 @@
+"""Rows of each format, streamed; damaged files; rows too large to hold."""
+
+import bz2
+import datetime
+import gzip
+import json
+import lzma
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.errors import UsageError
+from dataset.text import rows
+from dataset.text.rows import COMPRESSIONS, BadRow, RowFile, open_row_file, to_json
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    compress = {
+        ".zst": zstandard.ZstdCompressor().compress,
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".bz2": bz2.compress,
+    }.get(suffix, bytes)
+    half = len(content) // 2  # two frames, as a file has that was appended to
+    return compress(content[:half]) + compress(content[half:])
+
+
+def write(path: Path, content: bytes) -> RowFile:
+    path.write_bytes(compressed(content, path.suffix))
+    return open_row_file(path)
+
+
+def text_of(data: Any) -> str:
+    assert isinstance(data, bytes)
+    return data.decode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", *(f"a.jsonl{suffix}" for suffix in COMPRESSIONS)])
+def test_lines_end_at_newlines_only(tmp_path: Path, name: str) -> None:
+    expected = ["\ufefffirst", "a\u2028b\x85c\x0b", "", "long " * 50, "last, without a newline"]
+    file = write(tmp_path / name, "\n".join(expected).encode())
+    assert [(number, text_of(data)) for number, data in file.rows()] == list(enumerate(expected, 1))
+    assert file.where(3) == f"{file.path}:3"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=6) | st.sampled_from(['"', "\\", "],[", "{", '}\\"']),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(json_values, max_size=5), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9))
+@settings(max_examples=200)
+def test_the_elements_of_any_array_are_found(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, ascii_only: bool, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(
+        "\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only) + " \n", encoding="utf-8", errors="replace"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "_BLOCK", block)
+        file = open_row_file(path)
+        expected = json.loads(path.read_text(encoding="utf-8-sig"))
+        assert [json.loads(text_of(data)) for _, data in file.rows()] == expected
+        assert file.where(2) == f"{path}, row 2"
+
+
+@pytest.mark.parametrize("content", [b'[{"a": 1}', b'[{"a": "]', b"[", b'[{"a": "\\', b'[{"a": 1} {"a": 2}]', b"[1, 2"])
+def test_an_array_that_does_not_end_is_told(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(UsageError, match="expected one JSON array"):
+        list(write(tmp_path / "a.json", content).rows())
+
+
+def test_more_than_one_array_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"name it \.jsonl"):
+        list(write(tmp_path / "a.json", b"[1]\n[2]\n").rows())
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"nothing of the kind"])
+def test_a_damaged_compressed_file_is_told(tmp_path: Path, damage: Any, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(damage(compressed(b'{"a": 1}\n' * 100, suffix)))
+    with pytest.raises(UsageError, match="damaged"):
+        list(open_row_file(path).rows())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_gigantic_row_is_told_and_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 50)
+    monkeypatch.setattr(rows, "_BLOCK", 16)
+    giant = json.dumps({"a": "x" * 200})
+    content = {
+        "a.jsonl": f'{{"a": "1"}}\n{giant}\n{{"a": "2"}}\n',
+        "a.json": f'[{{"a": "1"}},{giant},{{"a": "2"}}]',
+        "a.csv": f"a\n1\n{'x' * 200}\n2\n",
+    }[name]
+    data = [data for _, data in write(tmp_path / name, content.encode()).rows()]
+    assert [data[i] if isinstance(data[i], dict) else json.loads(text_of(data[i])) for i in (0, 2)] == [{"a": "1"}, {"a": "2"}]
+    assert isinstance(data[1], BadRow) and data[1].reason == "too_large"
+
+
+def test_an_element_with_a_key_twice_spoils_its_own_row_only(tmp_path: Path) -> None:
+    data = [data for _, data in write(tmp_path / "a.json", b'[{"a": 1, "a": 2}, {"a": [3]}]').rows()]
+    assert isinstance(data[0], BadRow) and data[0].reason == "duplicate_key"
+    assert text_of(data[1]) == '{"a": [3]}'
+
+
+def test_values_of_a_table_are_text_as_it_stands(tmp_path: Path) -> None:
+    """No value is taken for a number, a date or for nothing."""
+    file = write(tmp_path / "a.csv.gz", '\ufeffq,a\n007,NA\n"two\nlines, quoted ""so""",\n\n2020-01-01,null\nshort\n'.encode())
+    expected = [{"q": "007", "a": "NA"}, {"q": 'two\nlines, quoted "so"', "a": ""}, {"q": "2020-01-01", "a": "null"}]
+    found = list(file.rows())
+    assert [data for _, data in found[:3]] == expected and [number for number, _ in found] == [2, 4, 6, 7]
+    assert isinstance(found[3][1], BadRow) and found[3][1].reason == "wrong_columns" and file.where(7) == f"{file.path}:7"
+    tabs = write(tmp_path / "a.tsv", b"q\ta\nWhy, so?\tSo.\n")
+    assert list(tabs.rows()) == [(2, {"q": "Why, so?", "a": "So."})]
+
+
+@pytest.mark.parametrize("content", [b"", b"a,a\n1,2\n", b"a,\n1,2\n", b'a\n"1"x\n', b'a\n"1', b"a\n\xff\n"])
+def test_a_table_that_can_not_be_read_is_told(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(UsageError, match=r"a\.csv"):
+        list(write(tmp_path / "a.csv", content).rows())
+
+
+TURNS = [{"from": "human", "value": "Why?", "weight": None}, {"from": "gpt", "value": "So.", "weight": 1.0}]
+VALUES = [{"id": f"cot.{i}", "question": f"Q{i}", "response": None, "conversations": TURNS} for i in range(10)]
+
+
+def write_columns(path: Path, table: Any) -> None:
+    """A parquet file, an Arrow stream, or (feather) an Arrow file with a footer."""
+    if path.name.startswith("feather"):
+        pyarrow.feather.write_feather(table, path, compression="uncompressed")
+    elif ".arrow" in path.name:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+    else:
+        pyarrow.parquet.write_table(table, path, row_group_size=4)
+
+
+COLUMNAR = ("a.parquet", "a.arrow", "feather.arrow")
+
+
+@pytest.mark.parametrize("name", COLUMNAR)
+@pytest.mark.parametrize("suffix", ["", ".zst", ".xz"])
+def test_rows_of_columns_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str) -> None:
+    monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 3)
+    path = tmp_path / name
+    write_columns(path, pyarrow.Table.from_pylist(VALUES))
+    file = open_row_file(path) if not suffix else write(tmp_path / (name + suffix), path.read_bytes())
+    assert list(file.rows()) == list(enumerate(VALUES, 1))
+    assert file.where(10) == f"{file.path}, row 10"
+    write_columns(path, pyarrow.Table.from_pylist(VALUES).slice(0, 0))
+    assert list(open_row_file(path).rows()) == []
+
+
+def test_a_value_that_is_no_text_spoils_its_own_row_only(tmp_path: Path) -> None:
+    array = pyarrow.array([b"good", b"\xff\xfe", b"also good"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"question": array}), tmp_path / "a.parquet")
+    data = [data for _, data in open_row_file(tmp_path / "a.parquet").rows()]
+    assert data[0] == {"question": "good"} and data[2] == {"question": "also good"}
+    assert isinstance(data[1], BadRow) and data[1].reason == "bad_utf8"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: data[:200], lambda data: b"", lambda data: b"[1, 2]"])
+@pytest.mark.parametrize("name", COLUMNAR)
+def test_a_damaged_file_of_columns_is_told(tmp_path: Path, damage: Any, name: str) -> None:
+    path = tmp_path / name
+    write_columns(path, pyarrow.table({"question": ["Q"] * 1000}))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UsageError, match=f"complete {path.suffix[1:]} file"):
+        list(open_row_file(path).rows())
+
+
+def test_values_become_json(tmp_path: Path) -> None:
+    when = datetime.datetime(2020, 1, 1)
+    assert json.loads(to_json({"a": "ü\u2028", "b": b"text", "c": b"\xff", "d": when, "e": [1.5, None]})) == {
+        "a": "ü\u2028", "b": "text", "c": None, "d": None, "e": [1.5, None],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.zip", "a.jsonl.lz4", "a.gz"])
+def test_files_of_other_formats_are_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(UsageError, match=r"\.parquet"):
+        open_row_file(tmp_path / name)
+
+
+def test_files_that_can_not_be_opened_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a data file"):
+        open_row_file(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match="found a folder"):
+        open_row_file(tmp_path)
+
+
+def test_a_bad_row_travels_between_processes() -> None:
+    again = pickle.loads(pickle.dumps(BadRow("why", "what was found")))
+    assert (again.reason, str(again)) == ("why", "what was found")
