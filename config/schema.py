@@ -15,6 +15,11 @@ from config.errors import UsageError
 # What a run on puzzles can keep of each row of an evaluation.
 PuzzleOutput = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
 
+FieldName = Literal[
+    "messages", "prompt", "input", "context", "response", "system", "history", "text",
+    "role", "content", "weight", "train", "loss", "mask",
+]  # fmt: skip
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -149,6 +154,10 @@ class ArchConfig(_Section):
         return self
 
 
+def _none_given(value: object) -> object:
+    return {} if value is None else value  # Hydra's overrides can put keys in the place of null, but not into a table without them
+
+
 class SourceConfig(_Section):
     """Where conversations come from."""
 
@@ -166,6 +175,14 @@ class SourceConfig(_Section):
     """Branch, tag or commit of it."""
     hub_sha256: dict[str, str]
     """Expected SHA-256 of its files by name; a file that isn't named is checked against the hub's own."""
+    fields: Annotated[dict[FieldName, str], BeforeValidator(_none_given)]
+    """What rows call a field, where that isn't one of its usual names (docs/data.md): {prompt: pregunta, response: respuesta}."""
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], BeforeValidator(_none_given)]
+    """Names of roles beside the usual ones, and whose turns theirs are."""
+    tool_turns: Literal["error", "drop", "as_user"]
+    """A tool's turn or call: stop; leave it out; or read what a tool says as the user's, and a call as the assistant's, in JSON."""
+    ignore: tuple[str, ...]
+    """Keys, of rows or within them, whose text is no part of the conversation. Text under any other unknown key stops the run."""
     subset_size: PositiveInt | None
     """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
 
@@ -173,6 +190,14 @@ class SourceConfig(_Section):
     def _files_of_this_source(self) -> Self:
         if self.source in ("slimorca", "sample") and (self.files or self.shards):
             raise ValueError(f"source {self.source} knows its files: files and shards are for openorca and jsonl")
+        return self
+
+    @model_validator(mode="after")
+    def _one_meaning_a_key(self) -> Self:
+        named = [*self.fields.values(), *self.ignore]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"fields and ignore name the key {twice!r} twice: it has one meaning at most")
         return self
 
 

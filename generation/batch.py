@@ -22,7 +22,8 @@ from tqdm import tqdm
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.files import BadRow, DataFile, open_data_file
-from dataset.text.sources import NothingToLearn, parse_row, to_turns
+from dataset.text.forms import parse_turns
+from dataset.text.sources import NothingToLearn, parse_row
 from generation.answers import Responder, Speaker
 from generation.engine import cache_bytes, rows_that_fit
 
@@ -118,21 +119,11 @@ def read_asked(file: DataFile, system: str | None) -> Iterator[Asked]:
 
 def _exchange(row: dict[str, Any]) -> tuple[Conversation, str | None]:
     """The history of a row, and its last answer if it ends with one. Raises BadRow if nothing is asked."""
-    messages = row.get("conversations", row.get("messages"))
-    if isinstance(messages, list):
-        row = {"conversations": [_from_value(message) for message in messages]}
-    turns = to_turns(row)
+    turns = list(parse_turns(row).turns)
     answer = turns.pop().text if turns and turns[-1].role == "assistant" else ""
     if not any(turn.role == "user" and turn.text.strip() for turn in turns):
         raise BadRow("nothing_asked", "expected a user turn with text to answer, found none")
     return tuple(turns), answer if answer.strip() else None
-
-
-def _from_value(message: Any) -> Any:
-    """A message {"role", "content"} under the keys of training data; anything else as it is."""
-    if isinstance(message, dict) and "role" in message and "content" in message:
-        return {"from": message["role"], "value": message["content"]}
-    return message
 
 
 # Files that survive a kill.

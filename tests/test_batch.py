@@ -174,7 +174,7 @@ def test_a_reference_goes_along_and_is_not_seen(responder: Callable[..., Respond
     [
         ("{", "expected a JSON object"),
         ("[1]", "expected a JSON object"),
-        ({"text": "a"}, "found the keys"),
+        ({"words": "a"}, "found the keys"),
         ({"prompt": 3}, "prompt: expected a string"),
         ({"prompt": " "}, "expected a user turn with text"),
         ({"messages": []}, "expected a user turn with text"),

@@ -1,7 +1,4 @@
-"""Rows of every form, malformed rows of many kinds, and the split by hash."""
-
-import json
-from typing import Any
+"""Lines as rows, and the split by hash."""
 
 import numpy as np
 import pytest
@@ -17,74 +14,7 @@ from dataset.text.sources import (
     parse_row,
     prompt_hash,
     question_hash,
-    to_conversation,
 )
-
-
-def message(role: str, value: Any, **more: Any) -> dict[str, Any]:
-    return {"from": role, "value": value, **more}
-
-
-def chat(*messages: Any) -> dict[str, Any]:
-    return {"conversations": list(messages)}
-
-
-HUMAN, GPT = message("human", "Why?"), message("gpt", "So.")
-
-
-def test_slimorca_rows_keep_order_and_weight() -> None:
-    row = chat(
-        message("system", "Sys", weight=None),
-        message("human", "A", weight=0),
-        message("gpt", "B", weight=0),
-        message("human", "C", weight=None),
-        message("gpt", "D", weight=1),
-        message("human", "left without an answer"),
-    )
-    supervised = [(turn.role, turn.text, turn.supervised or turn.role != "assistant") for turn in to_conversation(row)]
-    assert supervised == [
-        ("system", "Sys", True),
-        ("user", "A", True),
-        ("assistant", "B", False),
-        ("user", "C", True),
-        ("assistant", "D", True),
-    ]
-
-
-@pytest.mark.parametrize("prompt", ["prompt", "question", "input"])
-@pytest.mark.parametrize("reply", ["response", "output", "answer"])
-@pytest.mark.parametrize("system", [{}, {"system": "S"}, {"system_prompt": "S"}, {"system_prompt": ""}, {"system": None}])
-def test_pair_rows(prompt: str, reply: str, system: dict[str, Any]) -> None:
-    turns = to_conversation({"id": "x.1", prompt: "Q", reply: "A", **system})
-    opening = [Turn("system", "S")] if "S" in system.values() else []
-    assert list(turns) == [*opening, Turn("user", "Q"), Turn("assistant", "A")]
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (chat(), "no_user_turn"),
-        (chat(message("system", "S"), GPT), "no_user_turn"),
-        (chat(message("human", " \n"), GPT), "empty_prompt"),
-        (chat(HUMAN), "no_answer"),
-        (chat(GPT, HUMAN), "no_answer"),
-        (chat(HUMAN, message("gpt", "  ")), "empty_answer"),
-        (chat(HUMAN, message("gpt", "No.", weight=0)), "no_supervised_answer"),
-        (chat(HUMAN, message("gpt", "No.", weight=0), HUMAN, message("gpt", "")), "no_supervised_answer"),
-        ({"question": "Q"}, "no_answer"),
-        ({"question": "Q", "response": ""}, "empty_answer"),
-        ({"question": "", "response": "A"}, "empty_prompt"),
-    ],
-)
-def test_rows_with_nothing_to_learn_have_a_reason(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(NothingToLearn) as caught:
-        to_conversation(row)
-    assert caught.value.reason == reason
-
-
-def test_an_empty_answer_among_others_is_context() -> None:
-    turns = to_conversation(chat(HUMAN, message("gpt", ""), HUMAN, GPT))
-    assert [turn.supervised for turn in turns if turn.role == "assistant"] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -100,59 +30,13 @@ def test_an_empty_answer_among_others_is_context() -> None:
         (b"[1]", "not_an_object"),
         (b"null", "not_an_object"),
         (b'"text"', "not_an_object"),
-        (b"{}", "unknown_form"),
-        (b'{"text": "x"}', "unknown_form"),
-        (b'{"instruction": "I", "input": "x", "output": "y"}', "unknown_form"),
-        (b'{"prompt": "a", "question": "b", "answer": "c"}', "unknown_form"),
-        (b'{"prompt": "a", "answer": "b", "output": "c"}', "unknown_form"),
-        (b'{"prompt": "a", "answer": "b", "system": "c", "system_prompt": "d"}', "unknown_form"),
-        (b'{"prompt": null, "answer": "b"}', "wrong_type"),
-        (b'{"prompt": "a", "answer": 7}', "wrong_type"),
-        (b'{"prompt": "a", "answer": ["b"]}', "wrong_type"),
-        (b'{"prompt": "a", "answer": "b", "system": 3}', "wrong_type"),
-        (b'{"prompt": "a", "answer": "\\ud800"}', "bad_unicode"),
-        (b'{"conversations": null}', "wrong_type"),
-        (b'{"conversations": {"from": "human"}}', "wrong_type"),
-        (b'{"conversations": ["hello"]}', "wrong_type"),
-        (b'{"conversations": [{"from": "human"}]}', "missing_key"),
-        (b'{"conversations": [{"value": "x"}]}', "missing_key"),
-        (b'{"conversations": [{"from": "human", "value": null}]}', "wrong_type"),
-        (b'{"conversations": [{"from": "human", "value": 5}]}', "wrong_type"),
-        (b'{"conversations": [{"from": "tool", "value": "x"}]}', "unknown_role"),
-        (b'{"conversations": [{"from": null, "value": "x"}]}', "unknown_role"),
-        (b'{"conversations": [{"from": ["gpt"], "value": "x"}]}', "unknown_role"),
-        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": 0.5}]}', "wrong_type"),
-        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": "1"}]}', "wrong_type"),
-        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": true}]}', "wrong_type"),
-        (b'{"conversations": [{"from": "gpt", "value": "x", "weight": [1]}]}', "wrong_type"),
     ],
 )
-def test_malformed_rows_have_a_reason_and_say_what_was_found(line: bytes, reason: str) -> None:
+def test_a_line_that_is_no_object_has_a_reason_and_says_what_was_found(line: bytes, reason: str) -> None:
     with pytest.raises(BadRow, match="expected") as caught:
-        to_conversation(parse_row(line))
+        parse_row(line)
     assert caught.value.reason == reason
     assert len(str(caught.value)) < 600
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["conversations", "from", "value", "weight", "prompt", "answer", "system", "gpt"]), inner)
-    ),
-    max_leaves=12,
-)
-
-
-@given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=300)
-def test_any_line_is_a_conversation_or_has_a_reason(line: bytes) -> None:
-    try:
-        turns = to_conversation(parse_row(line))
-    except (BadRow, NothingToLearn) as outcome:
-        assert outcome.reason
-    else:
-        assert turns[-1].role == "assistant"
 
 
 def test_a_byte_order_mark_and_windows_newlines_are_no_obstacle() -> None:
@@ -196,3 +80,10 @@ def test_hashes_tell_what_is_equal() -> None:
     assert question_hash(one) == question_hash(other_system) != question_hash(asked("R"))
     assert conversation_hash(one) == conversation_hash(asked(" Q ")) != conversation_hash(other_answer)
     assert conversation_hash((Turn("user", "Q"),)) != conversation_hash((Turn("assistant", "Q"),))
+
+
+def test_raw_text_is_split_and_compared_by_itself() -> None:
+    text = (Turn("text", "Once upon a time."),)
+    assert prompt_hash(text) != prompt_hash((Turn("text", "Another."),))
+    assert prompt_hash(text) == prompt_hash((Turn("text", " Once upon a time.\n"),))
+    assert question_hash(text) != question_hash((Turn("text", "Another."),))

@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from dataset.text.conversation import Conversation, Encoded, Role, Template, encode_batch, with_default_system
+from dataset.text.conversation import Conversation, Encoded, TaggedRole, Template, encode_batch, with_default_system
 from dataset.text.files import MAX_ROW_BYTES, BadRow, RawRow, too_large
-from dataset.text.sources import NothingToLearn, conversation_hash, parse_row, prompt_hash, question_hash, to_conversation
+from dataset.text.forms import FormOptions, ParsedRow, to_conversation
+from dataset.text.sources import NothingToLearn, conversation_hash, parse_row, prompt_hash, question_hash
 from dataset.text.tokenizer import Tokenizer
 
 LongRows = Literal["keep_prompt_end", "truncate", "drop"]
-ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[TaggedRole, ...] = get_args(TaggedRole)
 """In the order of the bits of `EncodedRows.columns["tags"]`."""
 PROMPT_CUT, ANSWER_CUT = 1, 2
 PER_ID = ("ids", "supervised", "segment")
@@ -31,17 +32,20 @@ class Recipe:
     default_system_prompt: str | None
     seq_len: int
     long_rows: LongRows
+    forms: FormOptions
 
 
 @dataclass(frozen=True)
 class EncodedRows:
     """What became of some rows.
 
-    outcomes: for each row, in order, None when it was encoded, else why not.
+    outcomes: for each row, in order, None when it was encoded, else why not. parsed: of each row that has a conversation, its form
+    and its ignored keys.
     columns: of the n encoded rows, T ids in all: those of PER_ID [T], all others [n]; see `column_types`.
     """
 
     outcomes: list[BadRow | NothingToLearn | None]
+    parsed: list[tuple[str, tuple[str, ...]] | None]
     columns: dict[str, npt.NDArray[Any]]
 
 
@@ -81,7 +85,15 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[RawRow]) -> EncodedRows:
         """Encode rows; a row that can't be, or has nothing to learn in it, has that as its outcome."""
-        converted = [self._convert(row) for row in rows]
+        parsed: list[tuple[str, tuple[str, ...]] | None] = [None] * len(rows)
+        converted: list[Conversation | BadRow | NothingToLearn] = []
+        for number, row in enumerate(rows):
+            try:
+                conversation, of_row = self._convert(row)
+                parsed[number] = of_row.form, of_row.ignored
+                converted.append(conversation)
+            except (BadRow, NothingToLearn) as outcome:
+                converted.append(outcome.with_traceback(None))
         conversations = [conversation for conversation in converted if isinstance(conversation, tuple)]
         encoded = iter(
             encode_batch(
@@ -94,26 +106,25 @@ class RowEncoder:
         )
         outcomes: list[BadRow | NothingToLearn | None] = []
         kept: list[tuple[RawRow, Conversation, Encoded]] = []
-        for row, conversation in zip(rows, converted, strict=True):
-            if isinstance(conversation, tuple):
+        for row, outcome_or_turns in zip(rows, converted, strict=True):
+            if isinstance(outcome_or_turns, tuple):
                 result = next(encoded)
                 outcomes.append(self._refusal(result))
                 if outcomes[-1] is None:
-                    kept.append((row, conversation, result))
+                    kept.append((row, outcome_or_turns, result))
             else:
-                outcomes.append(conversation)
-        return EncodedRows(outcomes, self._columns(kept))
+                outcomes.append(outcome_or_turns)
+        return EncodedRows(outcomes, parsed, self._columns(kept))
 
-    def _convert(self, row: RawRow) -> Conversation | BadRow | NothingToLearn:
+    def _convert(self, row: RawRow) -> tuple[Conversation, ParsedRow]:
+        """Raises `BadRow` or `NothingToLearn`."""
         if isinstance(row.data, BadRow):
-            return row.data
-        try:
-            conversation = to_conversation(row.data if isinstance(row.data, dict) else parse_row(row.data))
-        except (BadRow, NothingToLearn) as outcome:
-            return outcome.with_traceback(None)
+            raise row.data
+        data = row.data if isinstance(row.data, dict) else parse_row(row.data)
+        conversation, parsed = to_conversation(data, self._recipe.forms)
         if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
-            return too_large()
-        return with_default_system(conversation, self._recipe.default_system_prompt)
+            raise too_large()
+        return with_default_system(conversation, self._recipe.default_system_prompt), parsed
 
     def _refusal(self, encoded: Encoded) -> NothingToLearn | None:
         if self._recipe.long_rows == "drop" and encoded.end_cut:

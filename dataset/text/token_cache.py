@@ -28,6 +28,7 @@ from config.errors import UsageError
 from dataset.text.conversation import Template
 from dataset.text.encoder_pool import encode_in_order, processes_to_use
 from dataset.text.files import BadRow, DataFile, RawRow, open_data_file
+from dataset.text.forms import USUAL, FormOptions
 from dataset.text.row_encoder import PER_ID, EncodedRows, LongRows, Recipe, column_types
 from dataset.text.sources import are_test_hashes
 from dataset.text.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ class LoadedSplit:
     rows: npt.NDArray[np.int64]
     files: tuple[Path, ...]
     default_system_prompt: str | None
+    forms: FormOptions
 
 
 def load_split(
@@ -91,6 +93,7 @@ def load_split(
     long_rows: LongRows,
     on_bad_row: Literal["error", "skip"],
     cache_dir: Path,
+    forms: FormOptions = USUAL,
     alone: bool = False,
     processes: int | None = None,
 ) -> LoadedSplit:
@@ -99,7 +102,8 @@ def load_split(
     seq_len: input positions, so a row keeps at most seq_len + 1 ids. long_rows: what becomes of a longer row. "keep_prompt_end":
     it loses the oldest of its prompt, then the end of its answer (`conversation.encode_batch`); "truncate": its end; "drop": all.
     A row is left out if nothing supervised is left of it. on_bad_row: "error" stops at a malformed row and says where it is, "skip"
-    counts it. processes: how many tokenize; null: one for each CPU. The cache is the same, byte for byte.
+    counts it. forms: what the rows have of their own. processes: how many tokenize; null: one for each CPU. The cache is the same,
+    byte for byte.
     hash_split: None when the files are one split by themselves. subset_size: None takes every row. Otherwise
     reading stops as soon as train has its first `subset_size` rows and test its first
     `min(subset_size, ceil(subset_size * r / (1 - r)))`, r the test ratio: the same proportion, and
@@ -120,12 +124,13 @@ def load_split(
         "seq_len": seq_len,
         "long_rows": long_rows,
         "on_bad_row": on_bad_row,
+        "forms": forms.to_dict(),
     }
     if subset_size is not None:
         key["subset_size"] = subset_size
         key["hash_split"] = [hash_split.seed, hash_split.test_ratio] if hash_split else None
         key["wanted"] = wanted
-    recipe = Recipe(tokenizer.model_bytes, template, default_system_prompt or None, seq_len, long_rows)
+    recipe = Recipe(tokenizer.model_bytes, template, default_system_prompt or None, seq_len, long_rows, forms)
     types = column_types(tokenizer.vocab_size, seq_len)
     builder = _Builder(files, stamps, recipe, types, key, wanted, hash_split, processes_to_use(processes))
     cache = _open_or_build(builder, cache_dir)
@@ -133,7 +138,7 @@ def load_split(
     if hash_split is not None:
         in_test = are_test_hashes(cache.arrays["prompt_hash"], hash_split.seed, hash_split.test_ratio)
         rows = np.flatnonzero(in_test if split == "test" else ~in_test)
-    return LoadedSplit(cache, rows, tuple(file.path for file in files), default_system_prompt or None)
+    return LoadedSplit(cache, rows, tuple(file.path for file in files), default_system_prompt or None, forms)
 
 
 def wanted_rows(subset_size: int | None, hash_split: HashSplit | None, alone: Split | None = None) -> dict[Split, float]:
@@ -273,6 +278,8 @@ class _Builder:
         counts: Counter[str] = Counter(read=0, beyond_subset=0)
         dropped: Counter[str] = Counter()
         bad: Counter[str] = Counter()
+        forms: Counter[str] = Counter()
+        ignored: Counter[str] = Counter()
         file_ends = [0] * len(self.files)
         with contextlib.ExitStack() as stack:
             types = {**self.types, "offsets": np.int64}
@@ -285,10 +292,13 @@ class _Builder:
             for encoded, rows, part in encoded_parts:
                 splits = iter(self._splits(encoded))
                 taken: list[bool] = []
-                for row, outcome in zip(rows, encoded.outcomes, strict=True):
+                for row, outcome, parsed in zip(rows, encoded.outcomes, encoded.parsed, strict=True):
                     if self._is_full(kept):
                         break
                     counts["read"] += 1
+                    if parsed is not None:
+                        forms[parsed[0]] += 1
+                        ignored.update(parsed[1])
                     if isinstance(outcome, BadRow):
                         if self.key["on_bad_row"] == "error":
                             raise UsageError(
@@ -317,7 +327,7 @@ class _Builder:
             "ids": arrays["ids"].length,
             "file_ends": file_ends,
             "content_sha256": hashlib.sha256("".join(arrays[name].sha256 for name in sorted(arrays)).encode()).hexdigest(),
-            "counts": {**counts, "kept": sum(kept.values()), "dropped": dropped, "bad": bad},
+            "counts": {**counts, "kept": sum(kept.values()), "dropped": dropped, "bad": bad, "forms": forms, "ignored": ignored},
         }
         with (folder / "meta.json").open("w", encoding="utf-8") as handle:
             json.dump(meta, handle, indent=1, sort_keys=True)
