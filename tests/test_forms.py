@@ -13,7 +13,7 @@ from config.errors import UsageError
 from config.schema import FieldName
 from dataset.text.conversation import Conversation, Turn
 from dataset.text.files import BadRow
-from dataset.text.forms import FIELDS, FLAGS, METADATA, FormOptions, form_options, parse_turns, to_conversation
+from dataset.text.forms import FIELDS, FLAGS, METADATA, UNANSWERED, FormOptions, form_options, parse_turns, to_conversation
 from dataset.text.sources import NothingToLearn, parse_row
 
 
@@ -267,7 +267,9 @@ def test_order_and_weights_are_kept_and_a_tail_without_an_answer_is_left_out() -
         message("gpt", "D", weight=1),
         message("human", "left without an answer"),
     )
-    assert same(to_conversation(row)[0], turns("s:Sys", "u:A", "c:B", "u:C", "a:D"))
+    conversation, parsed = to_conversation(row)
+    assert same(conversation, turns("s:Sys", "u:A", "c:B", "u:C", "a:D"))
+    assert parsed.ignored == (UNANSWERED,) and len(parsed.turns) == 6
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ This file must not know files, tokens or caches.
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from config.schema import SourceConfig
@@ -50,6 +50,8 @@ METADATA = frozenset(
         "language", "lang", "model", "license", "timestamp", "created_at", "score", "rating",
     }
 )  # fmt: skip
+# What the turns after the last answer, of which nothing can be learned, are counted as among the ignored keys.
+UNANSWERED = "turns after the last answer"
 _LABEL_CHARS = 200
 _TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 _CALLS = ("tool_calls", "function_call")
@@ -114,8 +116,9 @@ def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedR
 def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tuple[Conversation, ParsedRow]:
     """The conversation to train on, and the parsed row; empty system turns and a tail without an answer are left out.
 
-    An empty answer is context, never a target. Raises `BadRow`, or `NothingToLearn` for a row without a user turn or with an empty
-    one, without an answer, or without a supervised one; for raw text that is empty or not supervised.
+    `ParsedRow.ignored` names such a tail as `UNANSWERED`. An empty answer is context, never a target. Raises `BadRow`, or
+    `NothingToLearn` for a row without a user turn or with an empty one, without an answer, or without a supervised one; for raw
+    text that is empty or not supervised.
     """
     parsed = parse_turns(row, options)
     turns = list(parsed.turns)
@@ -137,6 +140,8 @@ def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tup
         raise NothingToLearn("empty_answer")
     while turns[-1].role != "assistant":
         turns.pop()
+    if any(turn.text.strip() for turn in parsed.turns[len(turns) :]):
+        parsed = replace(parsed, ignored=(*parsed.ignored, UNANSWERED))
     if not any(turn.role == "user" for turn in turns):
         raise NothingToLearn("no_answer")
     kept = tuple(
@@ -155,6 +160,8 @@ class _Vocabulary:
 
     names: dict[str, tuple[str, ...]]
     roles: dict[str, Speaker]
+    flags: dict[str, bool]
+    of_message: frozenset[str]
     ignore: frozenset[str]
     tool_turns: ToolTurns
 
@@ -168,7 +175,9 @@ def _vocabulary(options: FormOptions) -> _Vocabulary:
         for field, usual in FIELDS.items()
     }
     roles = {**ROLES, **{name.strip().lower(): role for name, role in options.roles}}
-    return _Vocabulary(names, roles, frozenset(options.ignore), options.tool_turns)
+    flags = {name: trained_if for flag, trained_if in FLAGS.items() for name in names[flag]}
+    of_message = frozenset((*names["role"], *names["content"], *flags))
+    return _Vocabulary(names, roles, flags, of_message, frozenset(options.ignore), options.tool_turns)
 
 
 class _Unread(NamedTuple):
@@ -186,9 +195,8 @@ class _RowReader:
     def __init__(self, row: Mapping[str, Any], vocabulary: _Vocabulary) -> None:
         self._row = row
         self._names = vocabulary.names
-        self._roles = vocabulary.roles
+        self._vocabulary = vocabulary
         self._ignore = vocabulary.ignore
-        self._tool_turns = vocabulary.tool_turns
         self._columns: set[str] = set()
         self._ignored: set[str] = set()
         self._rest: list[_Unread] = []
@@ -323,52 +331,57 @@ class _RowReader:
         role_key, role_name = self._member(message, "role", where)
         role = self._role(role_name, f"{where}.{role_key}")
         supervised = self._flags(message, f"{where}.")
-        calls = {key: message[key] for key in _CALLS if _holds_text(message.get(key))}
+        calls = {key: message[key] for key in _CALLS if key in message and _holds_text(message[key])}
         is_tool = role in ("tool", "tool_call")
         open_calls = [key for key in calls if key not in self._ignore]
-        if self._tool_turns == "error" and (is_tool or open_calls):
+        tool_turns = self._vocabulary.tool_turns
+        if tool_turns == "error" and (is_tool or open_calls):
             what = f"{where}.{role_key} is {shown(role_name)}" if is_tool else f"{where} has the key {shown(open_calls[0])}"
             raise BadRow(
                 "tool_turn",
                 f"expected turns of system, user and assistant, found a tool's: {what}; leave such turns out with "
                 "dataset.tool_turns=drop, or read what a tool says as the user's with dataset.tool_turns=as_user",
             )
-        if is_tool and self._tool_turns == "drop":
+        if is_tool and tool_turns == "drop":
             self._ignored.add(f"{column}[].{role_key}={role_name}")
             return None
-        has_content = any(message.get(name) is not None for name in self._names["content"])
-        content_key, content = self._member(message, "content", where) if has_content or not calls else ("", "")
+        # What calls a tool may say nothing.
+        content_key, content = self._member(message, "content", where, default="" if calls else None)
         text = self._content(content, f"{where}.{content_key}", column)
-        if self._tool_turns == "as_user":
+        if tool_turns == "as_user":
             called = [json.dumps(calls[key], ensure_ascii=False) for key in open_calls]
             text = "\n".join([*([text] if text.strip() else []), *called]) if called else text
         else:
             self._ignored.update(f"{column}[].{key}" for key in open_calls)
-        fields = ("role", "content", *FLAGS)
-        self._leave(message, {*open_calls, *(name for field in fields for name in self._names[field])}, where, f"{column}[]")
+        of_message = self._vocabulary.of_message
+        self._leave(message, of_message.union(open_calls) if open_calls else of_message, where, f"{column}[]")
         if calls and not text.strip():
             return None
         return Turn(_TURN_ROLES[role], text, supervised)
 
     def _role(self, name: Any, where: str) -> Speaker:
-        role = self._roles.get(name.strip().lower()) if isinstance(name, str) else None
+        role = self._vocabulary.roles.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
             raise BadRow(
                 "unknown_role",
-                f"{where}: expected one of {', '.join(self._roles)}, found {shown(name)}; "
+                f"{where}: expected one of {', '.join(self._vocabulary.roles)}, found {shown(name)}; "
                 "say whose turns these are with dataset.roles={NAME: system|user|assistant|tool}",
             )
         return role
 
-    def _member(self, message: Mapping[str, Any], field: str, where: str) -> tuple[str, Any]:
+    def _member(self, message: Mapping[str, Any], field: str, where: str, default: str | None = None) -> tuple[str, Any]:
         """The key and value of a message's role or content."""
         keys = [key for key in self._names[field] if message.get(key) is not None]
-        if len([key for key in keys if _holds_text(message[key])]) > 1:
+        if len(keys) > 1:
+            keys = [key for key in keys if _holds_text(message[key])] or keys[:1]
+        if len(keys) > 1:
             raise BadRow(
                 "two_keys",
                 f"{where}: expected one {field}, found one under each of {shown(keys)}; name the one that "
                 f"is meant with dataset.fields={{{field}: {keys[0]}}} and the other in dataset.ignore=[{keys[1]}]",
             )
+        if not keys and default is not None:
+            return field, default
         if not keys:
             expected = " or ".join(f'"{key}"' for key in self._names[field])
             raise BadRow(
@@ -376,8 +389,7 @@ class _RowReader:
                 f"{where}: expected the key {expected}, found {shown(list(message))}; name its own with "
                 f"dataset.fields={{{field}: KEY}}",
             )
-        key = next((key for key in keys if _holds_text(message[key])), keys[0])
-        return key, message[key]
+        return keys[0], message[keys[0]]
 
     def _content(self, content: Any, where: str, column: str) -> str:
         """A text, or the texts of a list of parts, joined without anything between."""
@@ -400,30 +412,29 @@ class _RowReader:
     def _flags(self, values: Mapping[str, Any], where: str) -> bool:
         """Whether a turn (or a row) is trained on, by its flags."""
         said: dict[str, bool] = {}
-        for flag, trained_if in FLAGS.items():
-            for key in self._names[flag]:
-                value = values.get(key)
-                if _is_empty(value):
-                    continue
-                plain = value.strip().lower() if isinstance(value, str) else value
-                truth = _TRUTH.get(plain) if isinstance(plain, str | int | float) else None
-                if truth is None:
-                    raise BadRow(
-                        "wrong_type",
-                        f"{where}{key}: expected 0, 1, false, true or null, found {shown(value)}; if it doesn't say whether the "
-                        f"text is trained on, name it in dataset.ignore=[{key}]",
-                    )
-                said[key] = truth == trained_if
+        for key, trained_if in self._vocabulary.flags.items():
+            value = values.get(key)
+            if value is None or _is_empty(value):
+                continue
+            plain = value.strip().lower() if isinstance(value, str) else value
+            truth = _TRUTH.get(plain) if isinstance(plain, str | int | float) else None
+            if truth is None:
+                raise BadRow(
+                    "wrong_type",
+                    f"{where}{key}: expected 0, 1, false, true or null, found {shown(value)}; if it doesn't say whether the text "
+                    f"is trained on, name it in dataset.ignore=[{key}]",
+                )
+            said[key] = truth == trained_if
         if len(set(said.values())) > 1:
             raise BadRow("wrong_type", f"{where}{'/'.join(said)}: expected flags that agree, found {shown(said)} for trained on")
         return all(said.values())
 
     # What nobody has read.
 
-    def _leave(self, values: Mapping[str, Any], read: set[str], where: str, counted_as: str) -> None:
+    def _leave(self, values: Mapping[str, Any], read: Set[str], where: str, counted_as: str) -> None:
         """Note the keys of a message or a part that aren't read. One without text is told, too: it could be a flag."""
         for key, value in values.items():
-            if key in read or _is_empty(value):
+            if key in read or value is None or _is_empty(value):
                 continue
             if not (_holds_text(value) or key in self._ignore or _is_label_name(key)):
                 raise BadRow(
@@ -436,7 +447,7 @@ class _RowReader:
 
     def _check_rest(self, turns: list[Turn]) -> None:
         """Raise `BadRow` for text that stands neither in the turns nor under a key that is known to be no part of them."""
-        read = {*self._columns, *(name for flag in FLAGS for name in self._names[flag])}
+        read = self._columns.union(self._vocabulary.flags)
         said: set[str] | None = None
         of_row = (_Unread(key, key, key, value) for key, value in self._row.items() if key not in read)
         for unread in (*of_row, *self._rest):
