@@ -16,6 +16,7 @@ from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message
 from dataset.text.conversation import Conversation, Turn, with_default_system
+from dataset.text.forms import form_options
 from generation.answers import Piece, Responder
 from generation.batch import Asked, answer_file, answers_in_order, positions_needed
 from generation.chat import Chat, is_text
@@ -106,7 +107,8 @@ def main() -> None:
         Chat(responder, input, sys.stdout, system).run()
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)
-        count = answer_file(responder, arguments.input, arguments.output, system=system, tell=tell)
+        forms = form_options(config.dataset)
+        count = answer_file(responder, arguments.input, arguments.output, system=system, forms=forms, tell=tell)
         tell(f"{count} rows: {arguments.output}")
     else:
         answer_message(responder, with_default_system((Turn("user", arguments.message),), system), arguments)

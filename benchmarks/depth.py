@@ -114,10 +114,10 @@ def ask(split: TextDataset, responder: Responder, rows: int) -> Questions:
     """The last questions of the first `rows` rows that leave room for an answer. Raises UsageError if there is none."""
     questions = Questions([], [], [])
     for index in range(rows):
-        history, reference = last_exchange(split.conversation(index))
-        if responder.fits(history):
-            questions.histories.append(history)
-            questions.references.append(reference)
+        exchange = last_exchange(split.conversation(index))
+        if exchange is not None and responder.fits(exchange[0]):
+            questions.histories.append(exchange[0])
+            questions.references.append(exchange[1])
             questions.families.append(str(split.row(index).get("task", "no task")))
     if not questions.histories:
         raise UsageError(

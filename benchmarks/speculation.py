@@ -58,7 +58,8 @@ def main() -> None:
     plain = plain.at_depth(arguments.act_steps or plain.options.act_steps)
     # Every few rows, because a split may be sorted by family.
     chosen = range(0, len(split), max(1, len(split) // arguments.rows))
-    histories = [history for i in chosen if plain.fits(history := last_exchange(split.conversation(i))[0])]
+    exchanges = [exchange for i in chosen if (exchange := last_exchange(split.conversation(i))) is not None]
+    histories = [history for history, _ in exchanges if plain.fits(history)]
     drafting = {
         count: dataclasses.replace(plain, draft_tokens=count, draft_act_steps=arguments.draft_act_steps)
         for count in [0, *arguments.draft_tokens]

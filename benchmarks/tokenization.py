@@ -27,8 +27,8 @@ import numpy as np
 from config.compose import compose_config
 from dataset.instruct import open_instruct_split
 from dataset.text.conversation import Template
-from dataset.text.rows import open_row_file
-from dataset.text.sources import parse_row, to_conversation
+from dataset.text.forms import to_conversation
+from dataset.text.rows import open_row_file, parse_row
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -73,7 +73,8 @@ def naive(path: Path, tokenizer: Tokenizer, seq_len: int, rows: int) -> dict[str
         assert isinstance(data, bytes)
         ids: list[int] = []
         labels: list[int] = []
-        for turn in to_conversation(parse_row(data)):
+        for turn in to_conversation(parse_row(data))[0]:
+            assert turn.role != "text"
             is_answer = turn.role == "assistant"
             opening = [tokenizer.bos_id, *tokenizer.encode(template.tag(turn.role))]
             text = [*tokenizer.encode(turn.text), *([tokenizer.eos_id] if is_answer else [])]

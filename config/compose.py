@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
+from pydantic import BaseModel
 
 from config.errors import UsageError
 from config.schema import Config, GenerationConfig, PretrainInstructConfig, TrainingConfig, no_such_key, parse_as, parse_config
@@ -58,6 +59,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `key=value` overrides on top. Raises UsageError for a key that doesn't exist or a value that doesn't fit."""
     settings = OmegaConf.create(config.model_dump())
     OmegaConf.set_struct(settings, True)
+    _open_tables(settings, config)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -69,6 +71,16 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UsageError(f"override {override!r}: {_first_line(error)}") from None
     return checked(settings, type(config))
+
+
+def _open_tables(settings: DictConfig, section: BaseModel) -> None:
+    """Let overrides add keys where the schema has a table of any, such as dataset.fields; the schema checks them."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, dict):
+            OmegaConf.set_struct(settings[name], False)
+        elif isinstance(value, BaseModel):
+            _open_tables(settings[name], value)
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,11 @@ from config.errors import UsageError
 # What a run on puzzles can keep of each row of an evaluation.
 PuzzleOutput = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
 
+FieldName = Literal[
+    "messages", "prompt", "input", "context", "response", "system", "history", "text",
+    "role", "content", "weight", "train", "loss", "mask",
+]  # fmt: skip
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -149,6 +154,10 @@ class ArchConfig(_Section):
         return self
 
 
+def _none_given(value: object) -> object:
+    return {} if value is None else value  # Hydra's overrides can put keys in the place of null, but not into a table without them
+
+
 class SourceConfig(_Section):
     """Where conversations come from."""
 
@@ -174,6 +183,14 @@ class SourceConfig(_Section):
     """hub, and folders that `datasets` has saved to: the split to measure on, in place of test_ratio; null: none."""
     validation_files: tuple[str, ...]
     """openorca, jsonl: files to measure on, in place of test_ratio; as `files`."""
+    fields: Annotated[dict[FieldName, str], BeforeValidator(_none_given)]
+    """What rows call a field, where that isn't one of its usual names (docs/data.md): {prompt: pregunta, response: respuesta}."""
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], BeforeValidator(_none_given)]
+    """Names of roles beside the usual ones, and whose turns theirs are."""
+    tool_turns: Literal["error", "drop", "as_user"]
+    """A tool's turn or call: stop; leave it out; or read what a tool says as the user's, and a call as the assistant's, in JSON."""
+    ignore: tuple[str, ...]
+    """Keys, of rows or within them, whose text is no part of the conversation. Text under any other unknown key stops the run."""
     subset_size: PositiveInt | None
     """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
 
@@ -192,6 +209,14 @@ class SourceConfig(_Section):
             raise ValueError(f"source {self.source} has no splits of its own: config and validation_split are for hub and jsonl")
         if self.validation_split and self.validation_files:
             raise ValueError("validation_split and validation_files both say what to measure on: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_meaning_a_key(self) -> Self:
+        named = [*self.fields.values(), *self.ignore]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"fields and ignore name the key {twice!r} twice: it has one meaning at most")
         return self
 
 

@@ -11,6 +11,7 @@ from dataset.slimorca import locate
 from dataset.source_files import Hub, SourceFiles, find_files, is_saved, saved_split
 from dataset.text.conversation import Conversation, Template
 from dataset.text.curriculum import Curriculum
+from dataset.text.forms import form_options
 from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
@@ -115,6 +116,7 @@ def _open(
         long_rows=config.long_rows,
         on_bad_row=config.on_bad_row,
         cache_dir=_cache_dir(config),
+        forms=form_options(config),
         processes=config.processes,
     )
     dataset = TextDataset(loaded)
@@ -167,7 +169,7 @@ def _sample_file(folder: Path, split: Split) -> Path:
     )
 
 
-def last_exchange(conversation: Conversation) -> tuple[Conversation, str]:
-    """The history before the last assistant turn, and that turn's text."""
-    last = max(i for i, turn in enumerate(conversation) if turn.role == "assistant")
-    return conversation[:last], conversation[last].text
+def last_exchange(conversation: Conversation) -> tuple[Conversation, str] | None:
+    """The history before the last assistant turn, and that turn's text; None for raw text, in which nobody is asked."""
+    last = max((i for i, turn in enumerate(conversation) if turn.role == "assistant"), default=None)
+    return None if last is None else (conversation[:last], conversation[last].text)

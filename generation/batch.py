@@ -11,8 +11,8 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,22 +21,40 @@ from tqdm import tqdm
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
-from dataset.text.rows import BadRow, RowFile, open_row_file
-from dataset.text.sources import NothingToLearn, parse_row, to_turns
+from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
+from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row
 from generation.answers import Responder, Speaker
 from generation.engine import cache_bytes, rows_that_fit
 
+# The keys of an answered row, which the row's own keys must not take the place of.
+_RECORD_KEYS = frozenset(
+    {
+        "index", "prompt", "reference", "prompt_tokens", "answer", "finish", "log_probability", "mean_act_steps", "act_steps",
+        "answer_tokens", "error", "context",
+    }
+)  # fmt: skip
+# What a request of a batch file holds besides the conversation: text that is no part of it.
+_REQUEST_SETTINGS = (
+    "stop", "user", "metadata", "response_format", "tool_choice", "service_tier", "reasoning_effort", "verbosity", "modalities",
+)  # fmt: skip
 # Rows in the window for each that can be in work: one long answer holds back that many short ones before work stalls.
 _WINDOW = 8
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A history to answer, and the answer it had in its row, if it had one. `sample` sets its draws apart from other rows'."""
+    """A history to answer, and the answer it had in its row, if it had one. `sample` sets its draws apart from other rows'.
+
+    keys: what stands in the row besides, under names that an answer doesn't use. unheeded: settings of its own that the row asks
+    for. error: why it can't be answered; its history is empty then.
+    """
 
     history: Conversation
     reference: str | None = None
     sample: int = 0
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    unheeded: tuple[str, ...] = ()
+    error: str | None = None
 
 
 def positions_needed(responder: Responder, histories: Iterable[Conversation]) -> tuple[int, int]:
@@ -53,10 +71,10 @@ def positions_needed(responder: Responder, histories: Iterable[Conversation]) ->
 def answers_in_order(responder: Responder, asked: Iterable[Asked], *, rows: int, positions: int) -> Iterator[dict[str, Any]]:
     """The answer to each, in the given order, as plain values for JSON. At most `rows` form at the same time.
 
-    `positions` as from `positions_needed`. Keys: prompt (messages), reference (if there is one), prompt_tokens; answer, finish,
-    log_probability (nats), mean_act_steps, act_steps (of each token), answer_tokens, the last three with the EOS where there is
-    one. For a history longer than the context: error and context instead of an answer. Raises UsageError if the keys and values
-    of one row are over the budget.
+    `positions` as from `positions_needed`. Keys: those of `Asked.keys`; prompt (messages), reference (if there is one),
+    prompt_tokens; answer, finish, log_probability (nats), mean_act_steps, act_steps (of each token), answer_tokens, the last three
+    with the EOS where there is one. For a history longer than the context: error and context instead of an answer; for what can't
+    be answered: error alone. Raises UsageError if the keys and values of one row are over the budget.
     """
     speaker = Speaker(responder, rows=rows, positions=max(1, positions))
     coming = iter(asked)
@@ -64,7 +82,10 @@ def answers_in_order(responder: Responder, asked: Iterable[Asked], *, rows: int,
     in_work: dict[int | None, dict[str, Any]] = {}
     while True:
         for one in itertools.islice(coming, _WINDOW * rows - len(window)):
-            record: dict[str, Any] = {"prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
+            if one.error is not None:
+                window.append((None, {**one.keys, "error": one.error}))
+                continue
+            record = {**one.keys, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
             if one.reference is not None:
                 record["reference"] = one.reference
             number = None
@@ -96,80 +117,114 @@ def answers_in_order(responder: Responder, asked: Iterable[Asked], *, rows: int,
 # Rows of a file.
 
 
-def read_asked(file: RowFile, system: str | None) -> Iterator[Asked]:
+def read_asked(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[Asked]:
     """What each row of a file asks, blank lines left out; `system` opens those that have no system turn.
 
-    A row has one of the forms of training data, with or without its last answer, or {"messages": [{"role", "content"}]}.
-    Raises UsageError, with the line, for one that has none of them or asks nothing.
+    A row has one of the forms of training data, with or without its last answer, or is a request of an OpenAI batch file
+    (`custom_id`, `body`). One that can't be read, or asks nothing, has an error with its place.
     """
+    # What isn't trained on is asked all the same.
+    forms = dataclasses.replace(forms, ignore=(*forms.ignore, *FLAGS))
     count = 0
     for number, data in file.rows():
+        row: Mapping[str, Any] = {}
         try:
             if isinstance(data, BadRow):
                 raise data
-            history, reference = _exchange(parse_row(data) if isinstance(data, bytes) else data)
+            row = parse_row(data) if isinstance(data, bytes) else data
+            asked = _asked(row, system, forms)
         except NothingToLearn:  # a blank line
             continue
         except BadRow as error:
-            raise UsageError(f"{file.where(number)}: {error}") from error
-        yield Asked(with_default_system(history, system), reference, sample=count)
+            asked = Asked((), keys=_free(row), error=f"{file.where(number)}: {error}")
+        yield dataclasses.replace(asked, sample=count)
         count += 1
 
 
-def _exchange(row: dict[str, Any]) -> tuple[Conversation, str | None]:
-    """The history of a row, and its last answer if it ends with one. Raises BadRow if nothing is asked."""
-    messages = row.get("conversations", row.get("messages"))
-    if isinstance(messages, list):
-        row = {"conversations": [_from_value(message) for message in messages]}
-    turns = to_turns(row)
+def _asked(row: Mapping[str, Any], system: str | None, forms: FormOptions) -> Asked:
+    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow if nothing is asked."""
+    body = row.get("body")
+    if isinstance(body, Mapping):
+        parsed = parse_turns(body, dataclasses.replace(forms, ignore=(*forms.ignore, *_REQUEST_SETTINGS)))
+        settings = {key: value for key, value in body.items() if key not in parsed.columns and value is not None}
+        keys = {key: settings if key == "body" else value for key, value in row.items()}
+    else:
+        parsed, settings = parse_turns(row, forms), {}
+        keys = {key: value for key, value in row.items() if key not in parsed.columns}
+    turns = list(parsed.turns)
     answer = turns.pop().text if turns and turns[-1].role == "assistant" else ""
     if not any(turn.role == "user" and turn.text.strip() for turn in turns):
         raise BadRow("nothing_asked", "expected a user turn with text to answer, found none")
-    return tuple(turns), answer if answer.strip() else None
+    reference = answer if answer.strip() else None
+    return Asked(
+        with_default_system(turns, system), reference, keys=_free(keys), unheeded=tuple(key for key in settings if key != "model")
+    )
 
 
-def _from_value(message: Any) -> Any:
-    """A message {"role", "content"} under the keys of training data; anything else as it is."""
-    if isinstance(message, dict) and "role" in message and "content" in message:
-        return {"from": message["role"], "value": message["content"]}
-    return message
+def _free(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's own keys under names that an answer doesn't use: `answer` becomes `row.answer`."""
+    free = {}
+    for key, value in keys.items():
+        name = key
+        while name in _RECORD_KEYS or (name != key and name in keys):
+            name = f"row.{name}"
+        free[name] = value
+    return free
 
 
 # Files that survive a kill.
 
 
 def answer_file(
-    responder: Responder, source: Path, target: Path, *, system: str | None, tell: Callable[[str], None] = lambda _: None
+    responder: Responder,
+    source: Path,
+    target: Path,
+    *,
+    system: str | None,
+    forms: FormOptions = USUAL,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Answer each row of `source` into a row of `target`, in its order. Returns the number of rows.
 
-    Finished rows are kept in `target`.partial; the same call goes on after them, and a call with another model, input or
-    settings is refused. `target` appears whole or not at all; one that is there is refused. `tell` gets one line on size and
-    progress. Raises UsageError for rows that can't be read, before any is answered.
+    A row that can't be answered becomes a row with an error. Finished rows are kept in `target`.partial; the same call goes on
+    after them, and a call with another model, input or settings is refused. `target` appears whole or not at all; one that is there
+    is refused. `tell` gets lines on size and progress, and on rows that can't be answered or not as they ask. Raises UsageError for
+    a file of which no row can be answered.
     """
     if target.exists():
         raise UsageError(f"{target} exists already and is not overwritten: name another output file, or delete it")
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
-    count, positions = positions_needed(responder, (asked.history for asked in read_asked(file, system)))
+    overview = _look_over(responder, read_asked(file, system, forms))
+    count, positions = overview.asking + overview.odd, overview.positions
     if not count:
         raise UsageError(f"{source} has no rows: there is nothing to answer")
+    if not overview.asking:
+        raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {overview.first_error}")
+    if overview.odd:
+        tell(
+            f"{overview.odd} of {count} rows can't be answered: they become lines with an error; the first: {overview.first_error}"
+        )
+    if overview.unheeded:
+        tell(f"rows ask for settings of their own ({', '.join(overview.unheeded)}): this command's settings are used instead")
     model, options = responder.model, responder.options
-    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, count))
+    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
     partial = target.with_name(target.name + ".partial")
     about = target.with_name(target.name + ".partial.about.json")
     with _alone(partial) as lines:
-        done = _resume(lines, partial, about, _identity(responder, source, system))
+        done = _resume(lines, partial, about, _identity(responder, source, system, forms))
         begun = f", going on after {done} finished rows" if done else ""
         tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
-        asked = itertools.islice(read_asked(file, system), done, None)
+        asked = itertools.islice(read_asked(file, system, forms), done, None)
         records = answers_in_order(responder, asked, rows=rows, positions=positions)
         try:
             for record in tqdm(records, desc="answers", unit="row", initial=done, total=count):
                 with _writing(partial):
-                    lines.write(json.dumps({"index": done, **record}, ensure_ascii=False).encode() + b"\n")
+                    # A row's own values may be of any type, and hold half a surrogate pair, which is then written as JSON's escape.
+                    line = json.dumps({"index": done, **record}, ensure_ascii=False, default=str)
+                    lines.write(line.encode(errors="backslashreplace") + b"\n")
                     lines.flush()
                 done += 1
         except KeyboardInterrupt:
@@ -182,7 +237,36 @@ def answer_file(
     return count
 
 
-def _identity(responder: Responder, source: Path, system: str | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Overview:
+    """What a file asks: rows that can be answered, and the most positions that one of them takes; rows that can't, and why the
+    first one can't; settings that rows ask for and that aren't followed."""
+
+    asking: int
+    positions: int
+    odd: int
+    first_error: str
+    unheeded: list[str]
+
+
+def _look_over(responder: Responder, rows: Iterable[Asked]) -> _Overview:
+    odd, first_error = 0, ""
+    unheeded: set[str] = set()
+
+    def histories() -> Iterator[Conversation]:
+        nonlocal odd, first_error
+        for asked in rows:
+            unheeded.update(asked.unheeded)
+            if asked.error is None:
+                yield asked.history
+            else:
+                odd, first_error = odd + 1, first_error or asked.error
+
+    asking, positions = positions_needed(responder, histories())
+    return _Overview(asking, positions, odd, first_error, sorted(unheeded))
+
+
+def _identity(responder: Responder, source: Path, system: str | None, forms: FormOptions) -> dict[str, Any]:
     """All that answers depend on, as plain values: input, weights, tokenizer and settings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(responder.model.state_dict().items()):
@@ -196,6 +280,7 @@ def _identity(responder: Responder, source: Path, system: str | None) -> dict[st
         "tokenizer": responder.tokenizer.sha256,
         "template": responder.template.to_dict(),
         "system": system,
+        "forms": forms.to_dict(),
         "context": responder.context,
         # It matters to a threshold alone.
         "halt_calibration": None if responder.options.halt_threshold is None else responder.model.halt_calibration.tolist(),

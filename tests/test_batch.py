@@ -1,6 +1,7 @@
 """A file of prompts becomes a file of answers: order, forms of rows, kills, wrong input (generation/batch.py)."""
 
 import dataclasses
+import datetime
 import fcntl
 import json
 import os
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, save_checkpoint
@@ -20,6 +23,7 @@ from config.compose import override_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template, Turn
+from dataset.text.forms import FormOptions
 from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder, Speaker
@@ -139,6 +143,12 @@ def test_memory_is_bounded_by_a_window(responder: Callable[..., Responder], rows
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, user("a"), None),
         ({"conversations": [{"from": "human", "value": "a"}]}, user("a"), None),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]}, user("a"), "b"),
+        ({"messages": [{"role": "User", "content": ["a"], "weight": 0.5}]}, user("a"), None),
+        ({"instruction": "a", "input": "b", "output": "c"}, user("a\n\nb"), "c"),
+        ({"instruction": "a", "context": "b"}, user("a\n\nb"), None),
+        ({"query": "c", "history": [["a", "b"]]}, (*user("a"), Turn("assistant", "b"), *user("c")), None),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}, user("a"), "b"),
+        ({"custom_id": "x", "body": {"messages": [{"role": "user", "content": "a"}], "temperature": 1}}, user("a"), None),
         ({"messages": [{"role": "user", "content": "a"}]}, user("a"), None),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, user("a"), "b"),
         (
@@ -169,29 +179,97 @@ def test_a_reference_goes_along_and_is_not_seen(responder: Callable[..., Respond
     assert first["prompt"] == second["prompt"] and first["answer"] == second["answer"]
 
 
-@pytest.mark.parametrize(
-    ("row", "fragment"),
-    [
-        ("{", "expected a JSON object"),
-        ("[1]", "expected a JSON object"),
-        ({"text": "a"}, "found the keys"),
-        ({"prompt": 3}, "prompt: expected a string"),
-        ({"prompt": " "}, "expected a user turn with text"),
-        ({"messages": []}, "expected a user turn with text"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "robot"),
-        ({"messages": ["a"]}, "expected an object"),
-        ({"conversations": [{"from": "gpt", "value": "b"}]}, "expected a user turn with text"),
-        ({"prompt": "half \ud800"}, "surrogate"),
-    ],
-)
-def test_a_row_that_asks_nothing_is_told_with_its_line_before_anything_is_answered(
+ODD: list[tuple[Any, str]] = [
+    ("{", "expected a JSON object"),
+    ("[1]", "expected a JSON object"),
+    ({"words": "a"}, "found the keys"),
+    ({"text": "a"}, "expected a user turn with text"),
+    ({"prompt": 3}, "prompt: expected a string"),
+    ({"prompt": " "}, "expected a user turn with text"),
+    ({"messages": []}, "expected a user turn with text"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "robot"),
+    ({"messages": ["a"]}, "expected an object"),
+    ({"conversations": [{"from": "gpt", "value": "b"}]}, "expected a user turn with text"),
+    ({"prompt": "half \ud800"}, "surrogate"),
+    ({"prompt": "a", "notes": "lost text"}, "dataset.ignore=[notes]"),
+    (
+        {"custom_id": "1", "body": {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f", "about": "x"}]}},
+        "tools[0]",
+    ),
+    ({"custom_id": "1", "body": {"input": "a", "instructions": "Be brief."}}, "instructions"),
+]
+
+
+@pytest.mark.parametrize(("row", "fragment"), ODD)
+def test_an_odd_row_is_a_line_with_its_place_and_the_others_are_answered(
     responder: Callable[..., Responder], tmp_path: Path, row: Any, fragment: str
 ) -> None:
-    source = write(tmp_path / "in.jsonl", [*prompts(3), row])
-    with pytest.raises(UsageError, match=r"in\.jsonl:4: ") as told:
+    source = write(tmp_path / "in.jsonl", [*prompts(3), row, *prompts(2)])
+    told: list[str] = []
+    assert answer_file(responder(), source, tmp_path / "out.jsonl", system=None, tell=told.append) == 6
+    lines = read(tmp_path / "out.jsonl")
+    assert [line["index"] for line in lines] == list(range(6))
+    assert ["answer" in line for line in lines] == [True, True, True, False, True, True]
+    assert f"{source}:4: " in lines[3]["error"] and fragment in lines[3]["error"]
+    assert told[0].startswith("1 of 6 rows can't be answered") and lines[3]["error"] in told[0]
+    # What could be read of the row isn't lost either.
+    if isinstance(row, dict):
+        assert all(lines[3].get(key, lines[3].get(f"row.{key}")) == value for key, value in row.items())
+
+
+def test_a_file_without_a_row_to_answer_is_told_before_anything_is_written(
+    responder: Callable[..., Responder], tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", [row for row, _ in ODD])
+    with pytest.raises(UsageError, match=rf"none of the {len(ODD)} rows .*in\.jsonl:1: expected a JSON object"):
         answer_file(responder(), source, tmp_path / "out.jsonl", system=None)
-    assert fragment in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_keys_of_a_row_go_along_and_never_take_the_place_of_an_answers(
+    responder: Callable[..., Responder], tmp_path: Path
+) -> None:
+    rows = [
+        {"id": "a", "task": "sum", "score": 0.5, "prompt": "blue 1", "answer": "gives", "tags": [1]},
+        {"id": 7, "question": "blue 2", "index": 99, "error": False, "row.error": None, "act_steps": 3},
+        {"custom_id": "c", "prompt": "Red " * 200},
+    ]
+    answer_file(responder(), write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", system=None)
+    first, second, long = read(tmp_path / "out.jsonl")
+    assert {key: first[key] for key in ("index", "id", "task", "score", "tags", "reference")} == {
+        "index": 0, "id": "a", "task": "sum", "score": 0.5, "tags": [1], "reference": "gives",
+    }  # fmt: skip
+    assert first["answer"] != "gives" and "row.answer" not in first
+    assert (second["index"], second["id"], second["row.index"], second["row.act_steps"]) == (1, 7, 99, 3)
+    assert second["row.error"] is None and second["row.row.error"] is False and "error" not in second
+    assert isinstance(second["act_steps"], list)
+    assert long["custom_id"] == "c" and "the prompt has" in long["error"]
+
+
+def test_a_batch_file_of_requests_is_answered(responder: Callable[..., Responder], tmp_path: Path) -> None:
+    messages = [{"role": "developer", "content": "Be blue."}, {"role": "user", "content": [{"type": "text", "text": "blue 1"}]}]
+    settings = {"model": "m", "max_tokens": 3, "temperature": 0.5, "stop": ["END"], "seed": None}
+    request = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": messages, **settings}}
+    told: list[str] = []
+    source = write(tmp_path / "in.jsonl", [request, {"prompt": "blue 1", "system": "Be blue."}])
+    answer_file(responder(), source, tmp_path / "out.jsonl", system="default", tell=told.append)
+    line, plain = read(tmp_path / "out.jsonl")
+    assert (line["custom_id"], line["method"], line["url"]) == ("r-1", "POST", "/v1/chat/completions")
+    assert line["body"] == {key: value for key, value in settings.items() if value is not None}
+    assert line["prompt"] == plain["prompt"] == [{"role": "system", "content": "Be blue."}, {"role": "user", "content": "blue 1"}]
+    assert line["answer"] == plain["answer"]
+    assert told[0] == "rows ask for settings of their own (max_tokens, stop, temperature): this command's settings are used instead"
+
+
+def test_values_that_json_lacks_are_written(responder: Callable[..., Responder], tmp_path: Path) -> None:
+    day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["blue 1"], "made": [day]}), tmp_path / "in.parquet")
+    answer_file(responder(), tmp_path / "in.parquet", tmp_path / "a.jsonl", system=None)
+    assert read(tmp_path / "a.jsonl")[0]["made"] == str(day)
+    answer_file(
+        responder(), write(tmp_path / "in.jsonl", [{"prompt": "blue 1", "id": "\ud800"}]), tmp_path / "b.jsonl", system=None
+    )
+    assert read(tmp_path / "b.jsonl")[0]["id"] == "\ud800"
 
 
 def test_what_a_row_says_never_becomes_a_role(
@@ -237,7 +315,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, ticks: int, error: type[BaseExce
 def test_a_stopped_run_goes_on_where_it_was(
     responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
 ) -> None:
-    source = write(tmp_path / "in.jsonl", prompts(12))
+    rows = prompts(12)
+    source = write(tmp_path / "in.jsonl", [*rows[:2], "{an odd row", *rows[3:10], {"words": "another"}, rows[11]])
     one = responder(sampling=DRAWN)
     answer_file(one, source, tmp_path / "whole.jsonl", system=None)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
@@ -251,11 +330,12 @@ def test_a_stopped_run_goes_on_where_it_was(
     told: list[str] = []
     # Rows at a time and the budget may change: an answer doesn't depend on them.
     answer_file(dataclasses.replace(one, rows=2), source, tmp_path / "out.jsonl", system=None, tell=told.append)
-    assert f"going on after {len(done)} finished rows" in told[0]
+    assert f"going on after {len(done)} finished rows" in told[-1]
     resumed, whole = read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl")
     assert resumed[: len(done)] == done
     for row, other in zip(resumed, whole, strict=True):
-        assert row.pop("log_probability") == pytest.approx(other.pop("log_probability"), rel=1e-9)
+        if "error" not in row:
+            assert row.pop("log_probability") == pytest.approx(other.pop("log_probability"), rel=1e-9)
         assert row == other
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -307,6 +387,8 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
         with pytest.raises(UsageError, match=r"out\.jsonl\.partial was begun with something else") as told:
             answer_file(changed, source, target, system=system)
         assert fragment in str(told.value) and "delete it to begin anew" in str(told.value)
+    with pytest.raises(UsageError, match="forms"):
+        answer_file(responder(), source, target, system=None, forms=FormOptions(ignore=("notes",)))
     assert partial.read_bytes() == before
     write(source, prompts(13))
     with pytest.raises(UsageError, match="input"):
@@ -377,10 +459,13 @@ def checkpoint(
 
 def test_a_killed_process_neither_repeats_nor_loses_a_row(checkpoint: Path, tmp_path: Path) -> None:
     count = 24
-    source, target, partial = write(tmp_path / "in.jsonl", prompts(count)), tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    # Rows that can't be answered but with the settings of forms that the command is given.
+    source = write(tmp_path / "in.jsonl", [{**row, "notes": "no part of it"} for row in prompts(count)])
+    target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
 
     door = [sys.executable, str(REPOSITORY / "generate_instruct.py"), "--checkpoint", str(checkpoint)]
     flags = ["--input", str(source), "--output", str(target), "--temperature", "0.8", "--seed", "5"]
+    flags += ["--overrides", "dataset.ignore=[notes]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*door, *flags], env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -394,8 +479,9 @@ def test_a_killed_process_neither_repeats_nor_loses_a_row(checkpoint: Path, tmp_
 
     opened = open_checkpoint(checkpoint)
     config = override_config(opened.config, ["generation.temperature=0.8", "generation.seed=5"])
+    forms = FormOptions(ignore=("notes",))
     for output in (target, tmp_path / "whole.jsonl"):
-        answer_file(load_responder(opened, config), source, output, system=None)
+        answer_file(load_responder(opened, config), source, output, system=None, forms=forms)
     assert target.read_bytes().startswith(killed[: killed.rindex(b"\n") + 1]), "finished rows are not answered again"
     resumed, whole = read(target), read(tmp_path / "whole.jsonl")
     assert [row["index"] for row in resumed] == list(range(count))

@@ -162,3 +162,25 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays() -> None:
     encoded = encode_batch([row], TOKENIZER, TEMPLATE, 60, keep_prompt_end=True)[0]
     assert np.array_equal(encoded.ids, encode_conversation(shorter, TOKENIZER, TEMPLATE).ids)
     assert encoded.prompt_cut and not encoded.end_cut
+
+
+@given(texts)
+@settings(max_examples=100)
+def test_raw_text_stands_between_bos_and_eos_and_is_learned_whole(text: str) -> None:
+    turn = Turn("text", text)
+    assert with_default_system([turn], "Help.") == (turn,)
+    encoded = encode_conversation([turn], TOKENIZER, TEMPLATE)
+    body = TOKENIZER.encode(text)
+    assert encoded.ids.tolist() == [TOKENIZER.bos_id, *body, TOKENIZER.eos_id]
+    assert encoded.supervised.tolist() == [False] + [True] * (len(body) + 1)
+    # As an assistant's text: causal under prefix attention, too.
+    assert encoded.segment.tolist() == [1] + [0] * (len(body) + 1)
+    assert encoded.turn_bytes == len(TOKENIZER.decode(body).encode())
+
+
+def test_raw_text_beyond_the_context_loses_its_end() -> None:
+    turn = Turn("text", "word " * 50)
+    whole = encode_conversation([turn], TOKENIZER, TEMPLATE)
+    encoded = encode_batch([[turn]], TOKENIZER, TEMPLATE, 20, keep_prompt_end=True)[0]
+    assert np.array_equal(encoded.ids, whole.ids[:20]) and encoded.end_cut and not encoded.prompt_cut
+    assert encoded.full_length == len(whole.ids)

@@ -113,3 +113,19 @@ def test_without_a_row_that_fits_there_is_nothing_to_measure(
     assert measured == {
         "count": 0, "exact_accuracy": None, "mean_act_steps": None, "log_probability_per_token": None, "longer_than_context": 1,
     }  # fmt: skip
+
+
+def test_raw_text_among_the_rows_is_left_out(
+    text_dataset: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    responder = Responder(model, tiny_tokenizer, Template(), 64, Options(4, 3), rows=2, kv_budget_gb=1.0)
+    split = text_dataset(
+        [{"text": "Red"}, {"prompt": "blue 1", "response": "gives"}, {"text": "Red"}, {"prompt": "2", "answer": "3"}]
+    )
+    measured = write_generated(responder, split, tmp_path / "answers.jsonl", rows=4)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["reference"]) for line in lines] == [(1, "gives"), (3, "3")]
+    assert measured["count"] == 2 and measured["longer_than_context"] == 0
+    scored = evaluate_generated(responder, split, rows=4)
+    assert scored["overall"]["count"] == 2 and scored["longer_than_context"] == 0

@@ -16,7 +16,7 @@ import zstandard
 from config.compose import compose_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import open_instruct_data, open_instruct_split, open_run_data, open_run_split, overlap
+from dataset.instruct import last_exchange, open_instruct_data, open_instruct_split, open_run_data, open_run_split, overlap
 from dataset.text.conversation import Template, Turn
 from dataset.text.curriculum import Curriculum, Stage
 from dataset.text.loader import TextCorpus, TextDataset
@@ -67,13 +67,13 @@ def test_a_subset_has_its_rows_of_both_splits(tmp_path: Path) -> None:
 
 
 def test_the_sample_layout_brings_its_own_split(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", [{**chat(number), "family": "add"} for number in range(20)])
-    write(tmp_path / "test.jsonl", [{**chat(number), "family": "add"} for number in range(20, 28)])
+    write(tmp_path / "train.jsonl", [{**chat(number), "task": "add"} for number in range(20)])
+    write(tmp_path / "test.jsonl", [{**chat(number), "task": "add"} for number in range(20, 28)])
     train, test = open_data(tmp_path, source="sample", test_ratio=0.05)
     assert test is not None
     assert questions(train) == {f"Question {number}?" for number in range(20)}
     assert questions(test) == {f"Question {number}?" for number in range(20, 28)}
-    assert test.row(0)["family"] == "add"
+    assert test.row(0)["task"] == "add"
     train, test = open_data(tmp_path, source="sample", subset_size=5)
     assert test is not None and (len(train), len(test)) == (5, 5)
     assert train.place(4) == f"{tmp_path / 'train.jsonl'}:5"
@@ -301,3 +301,37 @@ def test_without_stages_a_run_has_its_one_source(tmp_path: Path) -> None:
     train, _ = open_instruct_data(config.dataset, TOKENIZER, Template())
     assert data.test is None and data.train.data_hash == train.data_hash
     assert data.curriculum == Curriculum.of_epochs(40, 0, 3)
+
+
+def test_each_source_has_forms_of_its_own(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    write(one / "rows.jsonl", [{"pregunta": f"Question {n}?", "respuesta": f"Answer {n}."} for n in range(20)])
+    write(other / "rows.jsonl", [{**chat(n), "notes": "left out"} for n in range(20)])
+    sources = [f"+source@sources.{folder.name}=jsonl" for folder in (one, other)]
+    sources += [f"sources.{folder.name}.data_dir={folder}" for folder in (one, other)]
+    own = ["sources.one.fields={prompt: pregunta, response: respuesta}", "sources.other.ignore=[notes]"]
+    stages = ["dataset.seq_len=64", "dataset.test_ratio=0.3", "dataset.default_system_prompt=null"]
+    stages += ["stages=[{mix: {one: null, other: null}, epochs: 1}]"]
+    data = open_run_data(compose_config("cfg_pretrain_instruct", [*sources, *own, *stages]), TOKENIZER, Template())
+    [first, second] = data.train.parts.values()
+    assert first.counts["forms"] == {"pair": 20} and second.counts["forms"] == {"sharegpt": 20}
+    # Equal conversations, whatever their form.
+    assert len(first) == len(second) > 10
+    for index in range(len(first)):
+        assert first[index].ids.tolist() == second[index].ids.tolist()
+        assert first.conversation(index)[0].text == second.conversation(index)[0].text
+    assert second.counts["ignored"] == {"notes": 20}
+    with pytest.raises(UsageError, match=r"rows\.jsonl:1: notes: .*'left out'.*dataset\.fields.*dataset\.ignore=\[notes\]"):
+        open_run_data(compose_config("cfg_pretrain_instruct", [*sources, own[0], *stages]), TOKENIZER, Template())
+
+
+def test_raw_text_trains_whole_and_asks_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "SlimOrca.jsonl", [{"text": f"Story {n}. It ends."} for n in range(40)])
+    train, test = open_data(tmp_path)
+    assert test is not None and len(train) + len(test) == 40 and len(test) > 3
+    assert train.counts["forms"] == {"text": 40}
+    for index in range(len(train)):
+        [turn], example = train.conversation(index), train[index]
+        assert last_exchange((turn,)) is None
+        assert example.ids.tolist() == [TOKENIZER.bos_id, *TOKENIZER.encode(turn.text), TOKENIZER.eos_id]
+        assert example.supervised.tolist() == [False] + [True] * (len(example.ids) - 1)

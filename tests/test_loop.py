@@ -711,8 +711,9 @@ def test_eight_conversations_are_learned_by_heart_and_said_word_for_word(
     assert accuracy == [1.0, 1.0], f"not learned after {trainer.step_number} steps"
     responder = make_responder(trainer.model, tiny_tokenizer, Template(), config)
     for act_steps in (1, 2):
-        exchanges = [last_exchange(dataset.conversation(i)) for i in range(8)]
-        exchanges.append(last_exchange(dataset.conversation(7)[:3]))  # the first of two turns
+        # The last: the first of two turns.
+        conversations = [*(dataset.conversation(i) for i in range(8)), dataset.conversation(7)[:3]]
+        exchanges = [exchange for conversation in conversations if (exchange := last_exchange(conversation)) is not None]
         assert [reference for _, reference in exchanges[-2:]] == ["12 gives blue.", "11"]
         answers = responder.at_depth(act_steps).answers([history for history, _ in exchanges])
         assert [answer.text for answer in answers] == [reference for _, reference in exchanges]

@@ -108,6 +108,16 @@ def test_a_question_under_two_system_prompts_is_seen_on_both_sides(tmp_path: Pat
     assert card.near is not None and card.near.near == card.test_rows
 
 
+def test_forms_ignored_keys_and_raw_text_are_on_the_card(tmp_path: Path) -> None:
+    stories = [{"text": f"{n} times {n + 1} dogs met {n + 2} cats", "id": f"{n}"} for n in range(30)]
+    write(tmp_path, [*stories, *({"prompt": f"What is {n}?", "answer": "x", "notes": "y"} for n in range(30))])
+    card = card_of(tmp_path, "dataset.ignore=[notes]")
+    assert card.counts["forms"] == {"text": 30, "pair": 30} and card.counts["ignored"] == {"id": 30, "notes": 30}
+    assert card.near is not None and card.near.near < card.test_rows, "texts are compared by what they say"
+    page = markdown(card, "t", None)
+    assert "| of the form pair | 30 (50.00%) |" in page and "| with text ignored under `notes` | 30 (50.00%) |" in page
+
+
 def test_near_questions_are_found_and_far_ones_are_not(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = ["apple", "river", "seven", "window", "slow", "under", "music", "paper", "green", "north"]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from config.errors import UsageError
 from dataset.text import rows
-from dataset.text.rows import COMPRESSIONS, BadRow, RowFile, open_row_file, to_json
+from dataset.text.rows import COMPRESSIONS, BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
 
 
 def compressed(content: bytes, suffix: str) -> bytes:
@@ -206,3 +206,31 @@ def test_files_that_can_not_be_opened_are_told(tmp_path: Path) -> None:
 def test_a_bad_row_travels_between_processes() -> None:
     again = pickle.loads(pickle.dumps(BadRow("why", "what was found")))
     assert (again.reason, str(again)) == ("why", "what was found")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "bad_json"),
+        (b'{"a": 1} trailing', "bad_json"),
+        (b"[" * 100_000, "bad_json"),
+        (b"1" * 10_000, "bad_json"),
+        (b'{"prompt": "\xff", "answer": "x"}', "bad_utf8"),
+        (b'{"prompt": "a", "prompt": "b", "answer": "x"}', "duplicate_key"),
+        (b'{"conversations": [{"from": "gpt", "value": "x", "value": "y"}]}', "duplicate_key"),
+        (b"[1]", "not_an_object"),
+        (b"null", "not_an_object"),
+        (b'"text"', "not_an_object"),
+    ],
+)
+def test_a_line_that_is_no_object_has_a_reason_and_says_what_was_found(line: bytes, reason: str) -> None:
+    with pytest.raises(BadRow, match="expected") as caught:
+        parse_row(line)
+    assert caught.value.reason == reason
+    assert len(str(caught.value)) < 600
+
+
+def test_a_byte_order_mark_and_windows_newlines_are_no_obstacle() -> None:
+    assert parse_row(b'\xef\xbb\xbf{"a": 1}\r') == {"a": 1}
+    with pytest.raises(NothingToLearn, match="blank_line"):
+        parse_row(b" \r")

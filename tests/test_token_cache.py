@@ -18,9 +18,10 @@ import pytest
 from config.errors import UsageError
 from dataset.text import row_encoder, token_cache
 from dataset.text.conversation import Template, Turn, encode_batch, encode_conversation
+from dataset.text.forms import FormOptions
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
 from dataset.text.rows import RowFile
-from dataset.text.sources import are_test_hashes, prompt_hash
+from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, LoadedSplit, file_sha256, load_split, wanted_rows
 from dataset.text.tokenizer import Tokenizer
 
@@ -133,6 +134,7 @@ def test_a_second_start_does_not_tokenize_or_hash(
         {"long_rows": "drop"},
         {"long_rows": "keep_prompt_end"},
         {"on_bad_row": "skip"},
+        {"forms": FormOptions(ignore=("notes",))},
         {"subset_size": 5},
     ],
 )
@@ -336,7 +338,7 @@ def test_a_damaged_cache_is_told(source: Path) -> None:
 
 
 def test_a_malformed_row_stops_with_file_and_line_or_is_counted(source: Path) -> None:
-    write(source, [row(0), "", "{broken", row(1), '{"prompt": 5, "answer": "x"}', '{"prompt": "Why?"}', "[]"])
+    write(source, [row(0), "", "{broken", row(1), '{"prompt": 3, "answer": "x"}', '{"prompt": "Why?"}', "[]"])
     with pytest.raises(UsageError, match=r"data\.jsonl:3: .*on_bad_row=skip"):
         load(source)
     loaded = load(source, on_bad_row="skip")
@@ -345,6 +347,8 @@ def test_a_malformed_row_stops_with_file_and_line_or_is_counted(source: Path) ->
         "beyond_subset": 0,
         "dropped": {"blank_line": 1, "no_answer": 1},
         "bad": {"bad_json": 1, "wrong_type": 1, "not_an_object": 1},
+        "forms": {"pair": 2},
+        "ignored": {},
     }
     assert column(loaded, "number") == [1, 4]
 

@@ -141,10 +141,10 @@ class _InstructJob:
         responder = responder.with_options(max_output_tokens=min(config.answer_limit, _SHOWN_ANSWER_TOKENS))
         shown = []
         for index in range(min(config.sample_answers, len(split))):
-            history, reference = last_exchange(split.conversation(index))
-            # A row that training cut short may have a history longer than the context: nothing to show.
-            if responder.fits(history):
-                shown.append((history, reference))
+            exchange = last_exchange(split.conversation(index))
+            # Raw text asks nothing, and a row that training cut short may have a history longer than the context.
+            if exchange is not None and responder.fits(exchange[0]):
+                shown.append(exchange)
         answers = responder.answers([history for history, _ in shown])
         for (history, reference), answer in zip(shown, answers, strict=True):
             tqdm.write(f"  Q {history[-1].text[:200]!r}\n  A {answer.text[:200]!r} (reference {reference[:200]!r})")

@@ -6,7 +6,7 @@ trained on. This file must not know where conversations come from, nor what a mo
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,20 @@ import numpy.typing as npt
 from config.errors import UsageError
 from dataset.text.tokenizer import Tokenizer
 
-Role = Literal["system", "user", "assistant"]
+TaggedRole = Literal["system", "user", "assistant"]
+Role = TaggedRole | Literal["text"]
+# The roles whose text is a target, ends with EOS and is causal, however attention treats prompts.
+_LEARNED: tuple[Role, ...] = ("assistant", "text")
 
 TEMPLATE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `supervised` matters for assistant turns only: False makes the turn context."""
+    """One message, or (role `text`) a row of raw text, which stands alone and has no tag line.
+
+    `supervised` matters for the assistant's turns and raw text only: False makes the turn context.
+    """
 
     role: Role
     text: str
@@ -50,7 +56,7 @@ class Template:
         if not all(isinstance(tag, str) and tag for tag in tags) or len(set(tags)) != len(tags):
             raise UsageError(f"template tags must be three different, non-empty strings, found {tags}")
 
-    def tag(self, role: Role) -> str:
+    def tag(self, role: TaggedRole) -> str:
         """The tag line of `role`, newline included."""
         return {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
 
@@ -72,7 +78,8 @@ class Encoded:
     """A conversation as ids; all arrays have the same length L.
 
     ids: int32 [L]. supervised: bool [L], True where the id is a target when it is the label.
-    segment: int32 [L], 0 for an assistant's text and EOS, k = 1, 2, ... for the k-th prompt segment.
+    segment: int32 [L], 0 for an assistant's text and EOS, k = 1, 2, ... for the k-th prompt segment. Raw text is an
+    assistant's text whose prompt segment is the BOS alone.
     turn_bytes: UTF-8 bytes of the decoded supervised ids (EOS left out) of each turn, summed.
     full_length: ids before anything was cut; L where nothing was.
     prompt_cut, end_cut: what was: turns and text before the first answer, the end of the row.
@@ -88,15 +95,15 @@ class Encoded:
 
 
 def with_default_system(turns: Sequence[Turn], default_system_prompt: str | None) -> Conversation:
-    """Drop empty system turns; if no system turn is left, open with the default one (if there is one)."""
+    """Drop empty system turns; if no system turn is left, open with the default one (if there is one). Raw text gets none."""
     kept = tuple(turn for turn in turns if turn.role != "system" or turn.text.strip())
-    if default_system_prompt and not any(turn.role == "system" for turn in kept):
+    if default_system_prompt and not any(turn.role in ("system", "text") for turn in kept):
         return (Turn("system", default_system_prompt), *kept)
     return kept
 
 
 def encode_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
-    """Ids of a whole conversation: every assistant turn ends with EOS."""
+    """Ids of a whole conversation: every assistant turn, and raw text, ends with EOS."""
     return encode_batch([turns], tokenizer, template)[0]
 
 
@@ -119,18 +126,20 @@ def encode_batch(
     keep_prompt_end: before that, a longer sequence loses what is oldest in its prompt (see `_shorten_prompt`).
     open_assistant: append the BOS and tag of an assistant turn that is still to be written.
     """
-    roles: tuple[Role, ...] = ("system", "user", "assistant")
     # Tag and text are encoded apart, so the ids of a tag don't depend on the text that follows.
-    openings = {role: [tokenizer.bos_id, *tokenizer.encode(template.tag(role))] for role in roles}
+    openings: dict[Role, list[int]] = {
+        role: [tokenizer.bos_id, *tokenizer.encode(template.tag(role))] for role in get_args(TaggedRole)
+    }
+    openings["text"] = [tokenizer.bos_id]
     kept = [with_default_system(turns, None) for turns in conversations]
     text_ids = iter(tokenizer.encode_batch([turn.text for turns in kept for turn in turns]))
     rows = []
     for turns in kept:
         pieces = []
         for turn in turns:
-            is_answer = turn.role == "assistant"
-            text = [*next(text_ids), tokenizer.eos_id] if is_answer else next(text_ids)
-            pieces.append(_Piece(turn.role, openings[turn.role], text, is_answer and turn.supervised))
+            is_learned = turn.role in _LEARNED
+            text = [*next(text_ids), tokenizer.eos_id] if is_learned else next(text_ids)
+            pieces.append(_Piece(turn.role, openings[turn.role], text, is_learned and turn.supervised))
         if open_assistant:
             pieces.append(_Piece("assistant", openings["assistant"], [], False))
         shorter = _shorten_prompt(pieces, max_ids) if keep_prompt_end and max_ids is not None else pieces
@@ -202,10 +211,10 @@ def _join(pieces: Sequence[_Piece]) -> tuple[npt.NDArray[np.int32], npt.NDArray[
     for piece in pieces:
         ids += piece.opening
         ids += piece.text
-        is_answer = piece.role == "assistant"
+        is_learned = piece.role in _LEARNED
         runs.append((len(piece.opening), False, prompt_segment))
-        runs.append((len(piece.text), piece.supervised, 0 if is_answer else prompt_segment))
-        prompt_segment += is_answer
+        runs.append((len(piece.text), piece.supervised, 0 if is_learned else prompt_segment))
+        prompt_segment += is_learned
     lengths = [length for length, _, _ in runs]
     supervised = np.repeat(np.array([target for _, target, _ in runs], np.bool_), lengths)
     segment = np.repeat(np.array([segment for _, _, segment in runs], np.int32), lengths)

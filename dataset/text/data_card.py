@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from dataset.text.conversation import Template
 from dataset.text.loader import TextDataset
 from dataset.text.row_encoder import ROLES
+from dataset.text.splits import first_question
 from dataset.text.tokenizer import Tokenizer
 
 # Two questions are called near when their sets of five consecutive ids overlap this much (Jaccard), as estimated.
@@ -128,11 +129,11 @@ def _by_source(splits: Sequence[TextDataset]) -> list[TextDataset]:
 
 
 def _counts(splits: Sequence[TextDataset]) -> dict[str, Any]:
-    total: dict[str, Any] = {"read": 0, "beyond_subset": 0, "dropped": {}, "bad": {}}
+    total: dict[str, Any] = {"read": 0, "beyond_subset": 0, "dropped": {}, "bad": {}, "forms": {}, "ignored": {}}
     for split in _by_source(splits):
         for name in ("read", "beyond_subset"):
             total[name] += split.counts[name]
-        for name in ("dropped", "bad"):
+        for name in ("dropped", "bad", "forms", "ignored"):
             for reason, rows in split.counts[name].items():
                 total[name][reason] = total[name].get(reason, 0) + rows
     return total | {name: sum(split.counts[name] for split in splits) for name in ("kept", "truncated", "prompt_cut", "answer_cut")}
@@ -154,14 +155,14 @@ def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, te
     """Test rows whose first question is near one in training, by MinHash over shingles of five ids (Broder 1997).
 
     Looks at `rows` test rows and five times as many training rows, evenly spaced over each split, so a share measured on a part is
-    a lower bound. Questions are taken as they are cached, so of a prompt that was cut, what is left.
+    a lower bound. Questions are taken as they are cached, so of a prompt that was cut, what is left; of raw text, the whole row.
     """
     opening = np.array([tokenizer.bos_id, *tokenizer.encode(template.user)], np.int32)
 
     def sketch(split: TextDataset, index: int) -> Any:
         row = split[index].ids
         turns = np.split(row, np.flatnonzero(row == tokenizer.bos_id))
-        ids = next((turn[len(opening) :] for turn in turns if np.array_equal(turn[: len(opening)], opening)), row[:0])
+        ids = next((turn[len(opening) :] for turn in turns if np.array_equal(turn[: len(opening)], opening)), row)
         # A question shorter than a shingle is one shingle, and near only to itself.
         shingles = {ids[at : at + _SHINGLE_IDS].tobytes() for at in range(max(1, len(ids) - _SHINGLE_IDS + 1))}
         minhash = MinHash(_PERMUTATIONS)
@@ -192,8 +193,7 @@ def _shown_pairs(
     train: TextDataset, test: TextDataset, pairs: Sequence[tuple[int, int, float]]
 ) -> list[tuple[str, str, str, str, float]]:
     def question(split: TextDataset, index: int) -> str:
-        text = next(turn.text for turn in split.conversation(index) if turn.role == "user")
-        return " ".join(text.split())[:_TEXT_SHOWN]
+        return " ".join(first_question(split.conversation(index)).split())[:_TEXT_SHOWN]
 
     return [(test.place(a), question(test, a), train.place(b), question(train, b), similarity) for a, b, similarity in pairs]
 
@@ -212,6 +212,11 @@ def markdown(card: DataCard, title: str, picture: str | None) -> str:
     lines += ["", "## Rows", "", "| rows | number (share of those read) |", "|---|---|", f"| read | {counts['read']:,} |"]
     lines += [f"| kept for training | {share(card.train_rows, counts['read'])} |"]
     lines += [f"| kept for testing | {share(card.test_rows, counts['read'])} |"]
+    lines += [f"| of the form {name} | {share(number, counts['read'])} |" for name, number in sorted(counts["forms"].items())]
+    lines += [
+        f"| with text ignored under `{_cell(key)}` | {share(number, counts['read'])} |"
+        for key, number in sorted(counts["ignored"].items())
+    ]
     lines += [f"| dropped: {reason} | {share(number, counts['read'])} |" for reason, number in sorted(counts["dropped"].items())]
     lines += [f"| malformed: {reason} | {share(number, counts['read'])} |" for reason, number in sorted(counts["bad"].items())]
     lines += [f"| beyond subset_size | {share(counts['beyond_subset'], counts['read'])} |"] if counts["beyond_subset"] else []

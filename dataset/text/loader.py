@@ -19,9 +19,9 @@ import numpy.typing as npt
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.curriculum import Curriculum, Draw
+from dataset.text.forms import to_conversation
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
-from dataset.text.rows import RowFile
-from dataset.text.sources import parse_row, to_conversation
+from dataset.text.rows import RowFile, parse_row
 from dataset.text.token_cache import LoadedSplit
 
 IGNORE_LABEL_ID = -100
@@ -51,7 +51,8 @@ class TextDataset:
 
     data_hash: hex SHA-256 over all that is cached of the source and which of its rows are in this split.
     counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut"; over the rows read of the
-    files: "read", "dropped" and "bad" by reason, and "beyond_subset" (whole rows that `subset_size` left out).
+    files: "read", "dropped" and "bad" by reason, "beyond_subset" (whole rows that `subset_size` left out), "forms" (rows by their
+    form), and "ignored" (rows by each key whose text was left out).
     loaded: what it was made of.
     """
 
@@ -102,7 +103,9 @@ class TextDataset:
 
     def conversation(self, index: int) -> Conversation:
         """The whole conversation as it was encoded: default system prompt included, nothing cut off."""
-        return with_default_system(to_conversation(self.row(index)), self.loaded.settings["default_system_prompt"])
+        return with_default_system(
+            to_conversation(self.row(index), self.loaded.forms)[0], self.loaded.settings["default_system_prompt"]
+        )
 
 
 class TextCorpus:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,19 +18,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dataset.text.conversation import Conversation, Encoded, Role, Template, encode_batch, with_default_system
-from dataset.text.rows import MAX_ROW_BYTES, BadRow, too_large
-from dataset.text.sources import NothingToLearn, conversation_hash, parse_row, prompt_hash, question_hash, to_conversation
+from dataset.text.conversation import Conversation, Encoded, TaggedRole, Template, encode_batch, with_default_system
+from dataset.text.forms import FormOptions, to_conversation
+from dataset.text.rows import MAX_ROW_BYTES, BadRow, NothingToLearn, parse_row, too_large
+from dataset.text.splits import conversation_hash, prompt_hash, question_hash
 from dataset.text.tokenizer import Tokenizer
 
 LongRows = Literal["keep_prompt_end", "truncate", "drop"]
-ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[TaggedRole, ...] = get_args(TaggedRole)
 """In the order of the bits of the column "tags"."""
 PROMPT_CUT, ANSWER_CUT = 1, 2
 PER_ID = ("ids", "supervised", "segment")
 # Text that is encoded at once, in characters.
 _TEXT_AT_ONCE = 1 << 20
 _PR_SET_PDEATHSIG = 1
+_TEXTS = ("outcome", "reason", "message", "form", "ignored")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class Recipe:
     default_system_prompt: str | None
     seq_len: int
     long_rows: LongRows
+    forms: FormOptions
 
     def key(self) -> dict[str, Any]:
         """All but the tokenizer, as plain values."""
-        return {**asdict(self), "tokenizer_model": None}
+        return {**asdict(self), "tokenizer_model": None, "forms": self.forms.to_dict()}
 
 
 RAW_SCHEMA = pa.schema({"file": pa.int32(), "number": pa.int64(), "row": pa.large_binary(), "bad": pa.string()})
@@ -56,9 +59,10 @@ def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
     """Columns of encoded rows.
 
     outcome: "" for a row that was encoded, "dropped", "bad", or "unread" after a bad row; reason: why, as a short name; message:
-    what was found. Of encoded rows: PER_ID, a list each; length: ids; targets: those that are supervised; full_length: ids before
-    anything was cut; cut: PROMPT_CUT | ANSWER_CUT; tags: a bit for each of ROLES whose tag stands in a text; turn_bytes;
-    content_hash: 64 bits over what is learned from the row; the other hashes are those of `sources`.
+    what was found; form: of a row that was understood, its form; ignored: its keys whose text was left out, as JSON. Of encoded
+    rows: PER_ID, a list each; length: ids; targets: those that are supervised; full_length: ids before anything was cut; cut:
+    PROMPT_CUT | ANSWER_CUT; tags: a bit for each of ROLES whose tag stands in a text; turn_bytes; content_hash: 64 bits over what
+    is learned from the row; the other hashes are those of `splits`.
     """
     # A prompt segment and its answer take three ids or more, so there are fewer segments than this.
     segment = pa.uint8() if seq_len // 2 < 1 << 8 else pa.uint16()
@@ -67,6 +71,8 @@ def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
             "outcome": pa.string(),
             "reason": pa.string(),
             "message": pa.string(),
+            "form": pa.string(),
+            "ignored": pa.string(),
             "ids": pa.list_(pa.int32() if vocab_size > 1 << 16 else pa.uint16()),
             "supervised": pa.list_(pa.uint8()),
             "segment": pa.list_(segment),
@@ -125,56 +131,56 @@ class RowEncoder:
             return False
         return any(int(line) < index for line in self.stop_at.read_text("ascii").splitlines())
 
-    def _parts(self, table: pa.Table) -> "Iterator[list[Conversation | BadRow | NothingToLearn]]":
-        part: list[Conversation | BadRow | NothingToLearn] = []
+    def _parts(self, table: pa.Table) -> "Iterator[list[_Result]]":
+        part: list[_Result] = []
         size = 0
         for row, bad in zip(table["row"], table["bad"], strict=True):
             data = row.as_py()
-            part.append(BadRow(*json.loads(bad.as_py())) if data is None else self._convert(data))
+            part.append(_Result("bad", *json.loads(bad.as_py())) if data is None else self._convert(data))
             size += len(data or b"")
             if size > _TEXT_AT_ONCE:
                 yield part
                 part, size = [], 0
         yield part
 
-    def _convert(self, data: bytes) -> Conversation | BadRow | NothingToLearn:
+    def _convert(self, data: bytes) -> "_Result":
+        """The conversation in a row, not yet encoded, or why there is none."""
         try:
-            conversation = to_conversation(parse_row(data))
-        except (BadRow, NothingToLearn) as outcome:
-            return outcome.with_traceback(None)
-        if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
-            return too_large()
-        return with_default_system(conversation, self._recipe.default_system_prompt)
+            conversation, parsed = to_conversation(parse_row(data), self._recipe.forms)
+            if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
+                raise too_large()
+        except BadRow as bad:
+            return _Result("bad", bad.reason, str(bad))
+        except NothingToLearn as nothing:
+            return _Result("dropped", nothing.reason)
+        conversation = with_default_system(conversation, self._recipe.default_system_prompt)
+        return _Result("", form=parsed.form, ignored=json.dumps(parsed.ignored), conversation=conversation)
 
-    def _encode(self, converted: list[Conversation | BadRow | NothingToLearn]) -> "list[_Result]":
+    def _encode(self, results: "list[_Result]") -> "list[_Result]":
         assert self._tokenizer is not None
         recipe = self._recipe
-        conversations = [conversation for conversation in converted if isinstance(conversation, tuple)]
+        conversations = [result.conversation for result in results if not result.outcome]
         keep_prompt_end = recipe.long_rows == "keep_prompt_end"
         encoded = iter(
             encode_batch(conversations, self._tokenizer, recipe.template, recipe.seq_len + 1, keep_prompt_end=keep_prompt_end)
         )
-        results = []
-        for one in converted:
-            if isinstance(one, BadRow):
-                results.append(_Result("bad", one.reason, str(one)))
-            elif isinstance(one, NothingToLearn):
-                results.append(_Result("dropped", one.reason))
+        for number, result in enumerate(results):
+            if result.outcome:
+                continue
+            ids = next(encoded)
+            if recipe.long_rows == "drop" and ids.end_cut:
+                results[number] = replace(result, outcome="dropped", reason="too_long")
+            elif not ids.supervised.any():
+                results[number] = replace(result, outcome="dropped", reason="answer_beyond_seq_len")
             else:
-                ids = next(encoded)
-                if recipe.long_rows == "drop" and ids.end_cut:
-                    results.append(_Result("dropped", "too_long"))
-                elif not ids.supervised.any():
-                    results.append(_Result("dropped", "answer_beyond_seq_len"))
-                else:
-                    results.append(_Result("", conversation=one, encoded=ids))
+                results[number] = replace(result, encoded=ids)
         return results
 
     def _table(self, results: "list[_Result]") -> pa.Table:
         def lists(name: str) -> list[npt.NDArray[Any]]:
             return [getattr(result.encoded, name) if result.encoded else np.zeros(0) for result in results]
 
-        columns: dict[str, Any] = {name: [getattr(result, name) for result in results] for name in ("outcome", "reason", "message")}
+        columns: dict[str, Any] = {name: [getattr(result, name) for result in results] for name in _TEXTS}
         for name in PER_ID:
             parts, item = lists(name), self.schema.field(name).type.value_type
             offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
@@ -204,6 +210,8 @@ class _Result:
     outcome: str
     reason: str = ""
     message: str = ""
+    form: str = ""
+    ignored: str = "[]"
     conversation: Conversation = ()
     encoded: Encoded | None = None
 

@@ -44,6 +44,14 @@ class BadRow(Exception):
         return str(self.args[1])
 
 
+class NothingToLearn(Exception):
+    """A well-formed row without anything to train on; `reason` is a short name to count by."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 def too_large() -> BadRow:
     """What becomes of a row beyond MAX_ROW_BYTES."""
     return BadRow("too_large", f"expected a row of at most {MAX_ROW_BYTES >> 20} MiB, found a longer one")
@@ -146,8 +154,31 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRow("duplicate_key", f"expected each key of an object once, found {twice[:60]!a} twice")
+        raise BadRow("duplicate_key", f"expected each key of an object once, found {shown(twice)} twice")
     return members
+
+
+def parse_row(data: bytes) -> dict[str, Any]:
+    """The JSON object on one line. Raises `BadRow`, or `NothingToLearn` for a blank line."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRow("bad_utf8", f"expected UTF-8, found byte 0x{data[error.start]:02x}") from error
+    if not text.strip():
+        raise NothingToLearn("blank_line")
+    try:
+        row = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("bad_json", f"expected a JSON object, found {shown(text)} ({error})") from error
+    if not isinstance(row, dict):
+        raise BadRow("not_an_object", f"expected a JSON object, found {shown(text)}")
+    return row
+
+
+def shown(value: Any) -> str:
+    """A value as messages quote it: its first 60 characters, as ASCII."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return ascii(text if len(text) <= 60 else text[:60] + "...")
 
 
 def _lines(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:

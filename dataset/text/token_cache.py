@@ -27,9 +27,10 @@ import pyarrow as pa
 
 from config.errors import UsageError
 from dataset.text.conversation import Template
+from dataset.text.forms import USUAL, FormOptions
 from dataset.text.row_encoder import RAW_SCHEMA, LongRows, Recipe, RowEncoder
 from dataset.text.rows import BadRow, RowFile, open_row_file, to_json
-from dataset.text.sources import are_test_hashes
+from dataset.text.splits import are_test_hashes
 from dataset.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _MOST_PROCESSES = 16
 
 @dataclass(frozen=True)
 class HashSplit:
-    """Train and test rows, told apart by `sources.are_test_hashes`."""
+    """Train and test rows, told apart by `splits.are_test_hashes`."""
 
     seed: int
     test_ratio: float
@@ -102,7 +103,8 @@ class LoadedSplit:
 
     tokens: columns of `row_encoder.token_schema`, raw: of RAW_SCHEMA; a row has the same number in both. rows: int64 [m], those of
     the split, in the order of `files`, whose contents have these sha256. settings: what rows were encoded by. counts: rows "read"
-    of the files, of these "dropped" and "bad" by reason, and those "beyond_subset".
+    of the files, of these "dropped" and "bad" by reason, those "beyond_subset", "forms" (rows by their form), and "ignored" (rows
+    by each key whose text was left out).
     """
 
     tokens: ArrowRows
@@ -111,6 +113,7 @@ class LoadedSplit:
     files: tuple[RowFile, ...]
     sha256: tuple[str, ...]
     settings: dict[str, Any]
+    forms: FormOptions
     counts: dict[str, Any]
 
 
@@ -127,6 +130,7 @@ def load_split(
     long_rows: LongRows,
     on_bad_row: Literal["error", "skip"],
     cache_dir: Path,
+    forms: FormOptions = USUAL,
     alone: bool = False,
     processes: int | None = None,
 ) -> LoadedSplit:
@@ -135,7 +139,8 @@ def load_split(
     seq_len: input positions, so a row keeps at most seq_len + 1 ids. long_rows: what becomes of a longer row. "keep_prompt_end":
     it loses the oldest of its prompt, then the end of its answer (`conversation.encode_batch`); "truncate": its end; "drop": all.
     A row is left out if nothing supervised is left of it. on_bad_row: "error" stops at the first malformed row and says where it
-    is, "skip" counts it. processes: how many tokenize; null: one for each CPU. The tokens are the same.
+    is, "skip" counts it. forms: what the rows have of their own. processes: how many tokenize; null: one for each CPU. The tokens
+    are the same.
     hash_split: None when the files are one split by themselves. subset_size: None takes every row. Otherwise
     reading stops when train has its first `subset_size` rows and test its first
     `min(subset_size, ceil(subset_size * r / (1 - r)))`, r the test ratio: the same proportion, and
@@ -147,7 +152,7 @@ def load_split(
 
     wanted = wanted_rows(subset_size, hash_split, split if alone else None)
     files = tuple(open_row_file(path) for path in ([source] if isinstance(source, Path) else source))
-    recipe = Recipe(tokenizer.model_bytes, template, default_system_prompt or None, seq_len, long_rows)
+    recipe = Recipe(tokenizer.model_bytes, template, default_system_prompt or None, seq_len, long_rows, forms)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _told_where(cache_dir):
@@ -191,7 +196,9 @@ def load_split(
             "seq_len": seq_len,
             "long_rows": long_rows,
             "on_bad_row": on_bad_row,
+            "forms": forms.to_dict(),
         },
+        forms=forms,
         counts=_counts(tokens, taken, read),
     )
 
@@ -292,7 +299,14 @@ def _taken(
 def _counts(tokens: ArrowRows, taken: npt.NDArray[np.bool_], read: int) -> dict[str, Any]:
     outcomes, reasons = tokens.column("outcome")[:read], tokens.column("reason")[:read]
     by_reason = {outcome: dict(Counter(reasons[outcomes == outcome].tolist())) for outcome in ("dropped", "bad")}
-    return {"read": read, "beyond_subset": int(np.count_nonzero(outcomes == "") - np.count_nonzero(taken)), **by_reason}
+    forms, ignored = tokens.column("form")[:read], tokens.column("ignored")[:read]
+    return {
+        "read": read,
+        "beyond_subset": int(np.count_nonzero(outcomes == "") - np.count_nonzero(taken)),
+        **by_reason,
+        "forms": dict(Counter(forms[forms != ""].tolist())),
+        "ignored": dict(Counter(key for keys in ignored[ignored != "[]"].tolist() for key in json.loads(keys))),
+    }
 
 
 def _key(kind: str, **parts: Any) -> str:

@@ -1,0 +1,544 @@
+"""The forms of conversation rows, in one table, and how a row of each becomes turns.
+
+Every key of a row is read, or known to be no part of the conversation, or told as `BadRow`: no text is lost without a sign.
+This file must not know files, tokens or caches.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from config.schema import SourceConfig
+from dataset.text.conversation import Conversation, Role, Turn
+from dataset.text.rows import BadRow, NothingToLearn, shown
+
+# Each flag, and whether "true" or 1 under it means that the turn is trained on. A mask hides from the loss what it covers.
+FLAGS = {"weight": True, "train": True, "loss": True, "mask": False}
+# What a key of a row or of a message is for, and the names it usually has. `FormOptions.fields` replaces them.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt", "question", "query", "instruction"),
+    "input": ("input",),
+    "context": ("context",),
+    "response": ("response", "answer", "output", "completion"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "text": ("text",),
+    "role": ("role", "from"),
+    "content": ("content", "value"),
+    **{flag: (flag,) for flag in FLAGS},
+}
+Speaker = Literal["system", "user", "assistant", "tool", "tool_call"]
+ROLES: dict[str, Speaker] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
+    **dict.fromkeys(("tool_call", "function_call"), "tool_call"),
+}
+# With `tool_turns=as_user`, what a tool says is the user's, and a call is what the assistant says.
+_TURN_ROLES: dict[Speaker, Role] = {
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "user", "tool_call": "assistant",
+}  # fmt: skip
+# Names of keys whose values are labels, never content, if they are short; and so are all names that end in `_id`.
+METADATA = frozenset(
+    {
+        "id", "idx", "index", "uid", "uuid", "guid", "hash", "name", "source", "dataset", "subset", "split", "task", "category",
+        "language", "lang", "model", "license", "timestamp", "created_at", "score", "rating",
+    }
+)  # fmt: skip
+# What the turns after the last answer, of which nothing can be learned, are counted as among the ignored keys.
+UNANSWERED = "turns after the last answer"
+_LABEL_CHARS = 200
+_TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+_CALLS = ("tool_calls", "function_call")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+
+ToolTurns = Literal["error", "drop", "as_user"]
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """What a source's rows have of their own; see `config.schema.SourceConfig`. Plain values that a cache key can hold.
+
+    fields: pairs of a name in `FIELDS` and the row's own name for it. roles: pairs of a role's name and what it is.
+    """
+
+    fields: tuple[tuple[str, str], ...] = ()
+    roles: tuple[tuple[str, Speaker], ...] = ()
+    tool_turns: ToolTurns = "error"
+    ignore: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "fields": dict(self.fields), "roles": dict(self.roles), "ignore": list(self.ignore)}
+
+
+USUAL = FormOptions()
+"""Rows that have nothing of their own."""
+
+
+def form_options(config: SourceConfig) -> FormOptions:
+    """The options that a source's settings state; in an order of their own, so that equal settings are equal options."""
+    return FormOptions(
+        tuple(sorted(config.fields.items())), tuple(sorted(config.roles.items())), config.tool_turns, tuple(sorted(config.ignore))
+    )
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """A row's turns, in order.
+
+    form: its form's name, to count by. columns: the row's keys that the turns were read from.
+    ignored: keys that hold text which was left out, as metadata or by `FormOptions`; those of a message as `messages[].name`.
+    """
+
+    turns: Conversation
+    form: str
+    columns: frozenset[str]
+    ignored: tuple[str, ...]
+
+
+def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedRow:
+    """All turns of a row, whether there is something to learn or not.
+
+    Raises `BadRow` for a row of no known form, for values of the wrong type, and for text that would be lost.
+    """
+    try:
+        return _RowReader(row, _vocabulary(options)).parse()
+    except RecursionError as error:
+        raise BadRow("too_deep", "expected a row of a few levels, found one nested too deeply to read") from error
+
+
+def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tuple[Conversation, ParsedRow]:
+    """The conversation to train on, and the parsed row; empty system turns and a tail without an answer are left out.
+
+    `ParsedRow.ignored` names such a tail as `UNANSWERED`. An empty answer is context, never a target. Raises `BadRow`, or
+    `NothingToLearn` for a row without a user turn or with an empty one, without an answer, or without a supervised one; for raw
+    text that is empty or not supervised.
+    """
+    parsed = parse_turns(row, options)
+    turns = list(parsed.turns)
+    if any(turn.role == "text" for turn in turns):
+        if not turns[0].text.strip():
+            raise NothingToLearn("empty_text")
+        if not turns[0].supervised:
+            raise NothingToLearn("no_supervised_answer")
+        return parsed.turns, parsed
+    prompts = [turn.text for turn in turns if turn.role == "user"]
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    if not prompts:
+        raise NothingToLearn("no_user_turn")
+    if not any(text.strip() for text in prompts):
+        raise NothingToLearn("empty_prompt")
+    if not answers:
+        raise NothingToLearn("no_answer")
+    if not any(text.strip() for text in answers):
+        raise NothingToLearn("empty_answer")
+    while turns[-1].role != "assistant":
+        turns.pop()
+    if any(turn.text.strip() for turn in parsed.turns[len(turns) :]):
+        parsed = replace(parsed, ignored=(*parsed.ignored, UNANSWERED))
+    if not any(turn.role == "user" for turn in turns):
+        raise NothingToLearn("no_answer")
+    kept = tuple(
+        Turn(turn.role, turn.text, turn.supervised and bool(turn.text.strip()))
+        for turn in turns
+        if turn.role != "system" or turn.text.strip()
+    )
+    if not any(turn.role == "assistant" and turn.supervised for turn in kept):
+        raise NothingToLearn("no_supervised_answer")
+    return kept, parsed
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """`FIELDS` and `ROLES` under some options: a name of the user's own is no other field's, and an ignored name is none's."""
+
+    names: dict[str, tuple[str, ...]]
+    roles: dict[str, Speaker]
+    flags: dict[str, bool]
+    of_message: frozenset[str]
+    ignore: frozenset[str]
+    tool_turns: ToolTurns
+
+
+@functools.cache
+def _vocabulary(options: FormOptions) -> _Vocabulary:
+    own = dict(options.fields)
+    taken = {*own.values(), *options.ignore}
+    names = {
+        field: (own[field],) if field in own else tuple(name for name in usual if name not in taken)
+        for field, usual in FIELDS.items()
+    }
+    roles = {**ROLES, **{name.strip().lower(): role for name, role in options.roles}}
+    flags = {name: trained_if for flag, trained_if in FLAGS.items() for name in names[flag]}
+    of_message = frozenset((*names["role"], *names["content"], *flags))
+    return _Vocabulary(names, roles, flags, of_message, frozenset(options.ignore), options.tool_turns)
+
+
+class _Unread(NamedTuple):
+    """A key that no turn was read from: its place in the row, the name it is counted under, itself and its value."""
+
+    where: str
+    counted_as: str
+    key: str
+    value: Any
+
+
+class _RowReader:
+    """Reads one row, and remembers what of it has been read."""
+
+    def __init__(self, row: Mapping[str, Any], vocabulary: _Vocabulary) -> None:
+        self._row = row
+        self._names = vocabulary.names
+        self._vocabulary = vocabulary
+        self._ignore = vocabulary.ignore
+        self._columns: set[str] = set()
+        self._ignored: set[str] = set()
+        self._rest: list[_Unread] = []
+
+    def parse(self) -> ParsedRow:
+        form = self._form()
+        name, turns = form.read(self)
+        if not self._flags(self._row, ""):
+            turns = [Turn(turn.role, turn.text, supervised=False) for turn in turns]
+        self._check_rest(turns)
+        return ParsedRow(tuple(turns), name, frozenset(self._columns), tuple(sorted(self._ignored)))
+
+    def _form(self) -> "_Form":
+        for is_there in (_holds_text, lambda value: value is not None, lambda value: True):
+            for form in FORMS:
+                if any(key in self._row and is_there(self._row[key]) for key in self._names[form.told_by]):
+                    return form
+        told_by = "; ".join("|".join(self._names[form.told_by]) for form in FORMS)
+        raise BadRow(
+            "unknown_form",
+            f"expected a conversation under one of the keys {told_by}, found the keys {shown(list(self._row))}; "
+            "name the row's own keys with dataset.fields={prompt: KEY, response: KEY}",
+        )
+
+    # The forms.
+
+    def read_chat(self) -> tuple[str, list[Turn]]:
+        """A list of messages, which a system text may stand beside."""
+        key, value = self._column("messages") or ("", [])
+        messages = _as_list(value, key)
+        turns = self._with_system(self._messages(messages, key))
+        return "sharegpt" if messages and messages[0].get("from") is not None else "openai", turns
+
+    def read_prompt(self) -> tuple[str, list[Turn]]:
+        """A prompt with what belongs to it, and a response; either may be a list of messages, too."""
+        prompt = self._column("prompt") or self._column("input")
+        response = self._column("response")
+        if any(found is not None and _is_list(found[1]) for found in (prompt, response)):
+            name = "prompt_completion"
+        elif prompt is not None and prompt[0] == "instruction":
+            name = "dolly" if any(key in self._row for key in self._names["context"]) else "alpaca"
+        else:
+            name = "pair"
+        if prompt is not None and _is_list(prompt[1]):
+            # The answers in such a prompt are context: what is learned is the response.
+            asked = [Turn(turn.role, turn.text, supervised=False) for turn in self._messages(prompt[1], prompt[0])]
+        else:
+            asked = self._paragraphs(prompt)
+        answer: list[Turn] = []
+        if response is not None:
+            key, value = response
+            answer = self._messages(value, key) if _is_list(value) else [Turn("assistant", _text(value, key))]
+        return name, self._with_system([*self._history(), *asked, *answer])
+
+    def read_text(self) -> tuple[str, list[Turn]]:
+        """Raw text."""
+        key, value = self._column("text") or ("text", "")
+        return "text", [Turn("text", _text(value, key))]
+
+    # Their parts.
+
+    def _paragraphs(self, prompt: tuple[str, Any] | None) -> list[Turn]:
+        """The user's turn: what is asked, then its input, then its context, with a blank line between."""
+        parts = dict(found for found in (prompt, self._column("input"), self._column("context")) if found is not None)
+        texts = [_text(value, key) for key, value in parts.items()]
+        return [Turn("user", "\n\n".join([text for text in texts if text.strip()] or texts[:1]))] if texts else []
+
+    def _column(self, field: str) -> tuple[str, Any] | None:
+        """The key and value that a row has for a field. Raises `BadRow` for a second one with text, which would be lost."""
+        names = [key for key in self._names[field] if self._row.get(key) is not None]
+        with_text = [key for key in names if _holds_text(self._row[key])]
+        if len(with_text) > 1:
+            raise BadRow(
+                "two_keys",
+                f"expected one text for {field}, found one under each of {shown(with_text)}; name the one that is meant with "
+                f"dataset.fields={{{field}: {with_text[0]}}} and the other in dataset.ignore=[{with_text[1]}]",
+            )
+        if not names:
+            return None
+        key = (with_text or names)[0]
+        self._columns.add(key)
+        return key, self._row[key]
+
+    def _with_system(self, turns: list[Turn]) -> list[Turn]:
+        found = self._column("system")
+        if found is None or not _text(found[1], found[0]).strip():
+            return turns
+        key, text = found
+        said = [turn.text for turn in turns if turn.role == "system" and turn.text.strip()]
+        if not said:
+            return [Turn("system", text), *turns]
+        if text.strip() not in [other.strip() for other in said]:
+            raise BadRow(
+                "two_systems",
+                f"expected one system text, found {shown(said[0])} among the turns and {shown(text)} under {key!r}; "
+                f"leave that out with dataset.ignore=[{key}], or correct the row",
+            )
+        return turns
+
+    def _history(self) -> list[Turn]:
+        """Earlier turns: messages, or pairs of a question and its answer."""
+        found = self._column("history")
+        if found is None:
+            return []
+        key, value = found
+        exchanges = _as_list(value, key)
+        if any(isinstance(exchange, Mapping) for exchange in exchanges):
+            return self._messages(exchanges, key)
+        turns = []
+        for index, exchange in enumerate(exchanges):
+            if not (isinstance(exchange, list | tuple) and len(exchange) == 2):
+                raise BadRow(
+                    "wrong_type", f"{key}[{index}]: expected a pair of question and answer, or a message, found {shown(exchange)}"
+                )
+            roles: tuple[Role, ...] = ("user", "assistant")
+            texts = [_text("" if text is None else text, f"{key}[{index}]") for text in exchange]
+            turns += [Turn(role, text) for role, text in zip(roles, texts, strict=True) if text.strip()]
+        return turns
+
+    def _messages(self, value: Any, key: str) -> list[Turn]:
+        turns = []
+        for index, message in enumerate(_as_list(value, key)):
+            where = f"{key}[{index}]"
+            if not isinstance(message, Mapping):
+                raise BadRow("wrong_type", f"{where}: expected an object, found {shown(message)}")
+            turn = self._message(message, where, key)
+            turns += [turn] if turn is not None else []
+        return turns
+
+    def _message(self, message: Mapping[str, Any], where: str, column: str) -> Turn | None:
+        """The turn in a message; None if it is dropped because it is a tool's. Raises `BadRow`."""
+        role_key, role_name = self._member(message, "role", where)
+        role = self._role(role_name, f"{where}.{role_key}")
+        supervised = self._flags(message, f"{where}.")
+        calls = {key: message[key] for key in _CALLS if key in message and _holds_text(message[key])}
+        is_tool = role in ("tool", "tool_call")
+        open_calls = [key for key in calls if key not in self._ignore]
+        tool_turns = self._vocabulary.tool_turns
+        if tool_turns == "error" and (is_tool or open_calls):
+            what = f"{where}.{role_key} is {shown(role_name)}" if is_tool else f"{where} has the key {shown(open_calls[0])}"
+            raise BadRow(
+                "tool_turn",
+                f"expected turns of system, user and assistant, found a tool's: {what}; leave such turns out with "
+                "dataset.tool_turns=drop, or read what a tool says as the user's with dataset.tool_turns=as_user",
+            )
+        if is_tool and tool_turns == "drop":
+            self._ignored.add(f"{column}[].{role_key}={role_name}")
+            return None
+        # What calls a tool may say nothing.
+        content_key, content = self._member(message, "content", where, default="" if calls else None)
+        text = self._content(content, f"{where}.{content_key}", column)
+        if tool_turns == "as_user":
+            called = [json.dumps(calls[key], ensure_ascii=False) for key in open_calls]
+            text = "\n".join([*([text] if text.strip() else []), *called]) if called else text
+        else:
+            self._ignored.update(f"{column}[].{key}" for key in open_calls)
+        of_message = self._vocabulary.of_message
+        self._leave(message, of_message.union(open_calls) if open_calls else of_message, where, f"{column}[]")
+        if calls and not text.strip():
+            return None
+        return Turn(_TURN_ROLES[role], text, supervised)
+
+    def _role(self, name: Any, where: str) -> Speaker:
+        role = self._vocabulary.roles.get(name.strip().lower()) if isinstance(name, str) else None
+        if role is None:
+            raise BadRow(
+                "unknown_role",
+                f"{where}: expected one of {', '.join(self._vocabulary.roles)}, found {shown(name)}; "
+                "say whose turns these are with dataset.roles={NAME: system|user|assistant|tool}",
+            )
+        return role
+
+    def _member(self, message: Mapping[str, Any], field: str, where: str, default: str | None = None) -> tuple[str, Any]:
+        """The key and value of a message's role or content."""
+        keys = [key for key in self._names[field] if message.get(key) is not None]
+        if len(keys) > 1:
+            keys = [key for key in keys if _holds_text(message[key])] or keys[:1]
+        if len(keys) > 1:
+            raise BadRow(
+                "two_keys",
+                f"{where}: expected one {field}, found one under each of {shown(keys)}; name the one that "
+                f"is meant with dataset.fields={{{field}: {keys[0]}}} and the other in dataset.ignore=[{keys[1]}]",
+            )
+        if not keys and default is not None:
+            return field, default
+        if not keys:
+            expected = " or ".join(f'"{key}"' for key in self._names[field])
+            raise BadRow(
+                "missing_key",
+                f"{where}: expected the key {expected}, found {shown(list(message))}; name its own with "
+                f"dataset.fields={{{field}: KEY}}",
+            )
+        return keys[0], message[keys[0]]
+
+    def _content(self, content: Any, where: str, column: str) -> str:
+        """A text, or the texts of a list of parts, joined without anything between."""
+        if not isinstance(content, list | tuple):
+            return _text(content, where)
+        texts = []
+        for index, part in enumerate(content):
+            place = f"{where}[{index}]"
+            if isinstance(part, Mapping):
+                kind = part.get("type")
+                if kind not in _TEXT_PARTS or part.get("text") is None:
+                    raise BadRow(
+                        "not_text", f"{place}: expected a part of type text, found one of type {shown(kind)}: {shown(dict(part))}"
+                    )
+                self._leave(part, {"type", "text"}, place, f"{column}[].content[]")
+                part = part["text"]
+            texts.append(_text(part, place))
+        return "".join(texts)
+
+    def _flags(self, values: Mapping[str, Any], where: str) -> bool:
+        """Whether a turn (or a row) is trained on, by its flags."""
+        said: dict[str, bool] = {}
+        for key, trained_if in self._vocabulary.flags.items():
+            value = values.get(key)
+            if value is None or _is_empty(value):
+                continue
+            plain = value.strip().lower() if isinstance(value, str) else value
+            truth = _TRUTH.get(plain) if isinstance(plain, str | int | float) else None
+            if truth is None:
+                raise BadRow(
+                    "wrong_type",
+                    f"{where}{key}: expected 0, 1, false, true or null, found {shown(value)}; if it doesn't say whether the text "
+                    f"is trained on, name it in dataset.ignore=[{key}]",
+                )
+            said[key] = truth == trained_if
+        if len(set(said.values())) > 1:
+            raise BadRow("wrong_type", f"{where}{'/'.join(said)}: expected flags that agree, found {shown(said)} for trained on")
+        return all(said.values())
+
+    # What nobody has read.
+
+    def _leave(self, values: Mapping[str, Any], read: Set[str], where: str, counted_as: str) -> None:
+        """Note the keys of a message or a part that aren't read. One without text is told, too: it could be a flag."""
+        for key, value in values.items():
+            if key in read or value is None or _is_empty(value):
+                continue
+            if not (_holds_text(value) or key in self._ignore or _is_label_name(key)):
+                raise BadRow(
+                    "unread_key",
+                    f"{where}.{key}: expected the keys of a turn, found one of no known meaning, with {shown(value)}; if it says "
+                    f"whether the turn is trained on, use dataset.fields={{train: {key}}} (or mask, for the opposite), else "
+                    f"dataset.ignore=[{key}]",
+                )
+            self._rest.append(_Unread(f"{where}.{key}", f"{counted_as}.{key}", key, value))
+
+    def _check_rest(self, turns: list[Turn]) -> None:
+        """Raise `BadRow` for text that stands neither in the turns nor under a key that is known to be no part of them."""
+        read = self._columns.union(self._vocabulary.flags)
+        said: set[str] | None = None
+        of_row = (_Unread(key, key, key, value) for key, value in self._row.items() if key not in read)
+        for unread in (*of_row, *self._rest):
+            if not _holds_text(unread.value):
+                continue
+            for where, key, text in self._unknown_texts(unread.where, unread.key, unread.value):
+                said = {turn.text.strip() for turn in turns} if said is None else said
+                if text.strip() not in said:
+                    raise BadRow(
+                        "unread_text",
+                        f"{where}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
+                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {key}}} (FIELD: "
+                        f"{', '.join(FIELDS)}), else leave it out with dataset.ignore=[{key}]",
+                    )
+            self._ignored.add(unread.counted_as)
+
+    def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str, str]]:
+        """Place, nearest key and text of every string in a value that isn't a label or ignored."""
+        if key in self._ignore:
+            return
+        if isinstance(value, str):
+            is_label = _is_label_name(key) and len(value) <= _LABEL_CHARS and "\n" not in value
+            if value.strip() and not is_label:
+                yield where, key, value
+        elif isinstance(value, Mapping):
+            for name, member in value.items():
+                yield from self._unknown_texts(f"{where}.{name}", str(name), member)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from self._unknown_texts(f"{where}[{index}]", key, item)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """told_by: the field of FIELDS whose presence says that a row is of this form."""
+
+    told_by: str
+    read: Callable[[_RowReader], tuple[str, list[Turn]]]
+
+
+# In this order: a row is of the first form whose field it has. Documented as a table in docs/data.md.
+FORMS = (
+    _Form("messages", _RowReader.read_chat),
+    _Form("prompt", _RowReader.read_prompt),
+    _Form("input", _RowReader.read_prompt),
+    _Form("text", _RowReader.read_text),
+)
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(_holds_text, value.values()))
+    return isinstance(value, list | tuple) and any(map(_holds_text, value))
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_label_name(key: str) -> bool:
+    return key.lower() in METADATA or key.lower().endswith("_id")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _as_list(value: Any, where: str) -> list[Any]:
+    """A list, or one that is written as JSON, as a CSV file must; an empty text is an empty list."""
+    if _is_empty(value) and not _is_list(value):
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRow("wrong_type", f"{where}: expected a list, found text that is no JSON ({error}): {shown(value)}") from error
+    if not _is_list(value):
+        raise BadRow("wrong_type", f"{where}: expected a list, found {shown(value)}")
+    return list(value)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow("wrong_type", f"{where}: expected a string, found {shown(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no text encoding can
+        raise BadRow("bad_unicode", f"{where}: expected Unicode text, found half of a surrogate pair") from error
+    return value
