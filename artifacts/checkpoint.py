@@ -17,6 +17,7 @@ tensors. This file doesn't know what the trainer's state means.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Set
@@ -262,17 +263,27 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def held_out_loss(checkpoint: Path, loss_name: str) -> float | None:
+    """`loss_name` on held-out data when the checkpoint was saved; None: it wasn't measured."""
+    with contextlib.suppress(UsageError, KeyError, TypeError):
+        return float(_read_json(checkpoint / "train_metrics.json")["test"][loss_name])
+    return None
+
+
+def best_checkpoints(run: Path, loss_name: str) -> list[Path]:
+    """A run's checkpoints that were measured, by ascending `loss_name`; of equals the older first."""
+    losses = {folder: held_out_loss(folder, loss_name) for folder in checkpoints_of(run)}
+    measured = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted(measured, key=lambda folder: measured[folder])
+
+
 def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
     """Remove a run's checkpoints but the newest, and those with the lowest `loss_name` on held-out data.
 
     Raises UsageError if they can't be removed.
     """
     folders = checkpoints_of(run)
-    losses: dict[Path, float] = {}
-    for folder in folders:
-        with contextlib.suppress(UsageError, KeyError, TypeError):
-            losses[folder] = float(_read_json(folder / "train_metrics.json")["test"][loss_name])
-    kept = {*folders[-keep_last:], *sorted(losses, key=lambda folder: losses[folder])[:keep_best]}
+    kept = {*folders[-keep_last:], *best_checkpoints(run, loss_name)[:keep_best]}
     for folder in folders:
         if folder in kept:
             continue

@@ -35,7 +35,7 @@ class HaltConfig(_Section):
     depth_floor: float = Field(gt=0, le=1)
     """Least probability of each depth 1..N in the draw at entry (capped at 1/N); what is left over goes to depth 1."""
     deepen_at: float = Field(ge=0, le=1)
-    """Share of the run's examples after which what is left over goes to depth N instead; 1: never."""
+    """Share of the run's examples, or of max_steps, after which what is left over goes to depth N instead; 1: never."""
     settled_share: float = Field(gt=0, le=1)
     """settled: the row leaves when at least this share of its supervised tokens is settled."""
     settled_probability: float = Field(gt=0, lt=1)
@@ -303,6 +303,13 @@ def _off(value: object) -> object:
     return "off" if value is False else value  # YAML reads a bare off as false
 
 
+def _auto_or_steps(value: object) -> object:
+    # One message, where each kind that it may be would have its own.
+    if value in ("auto", None) or (type(value) is int and value > 0):
+        return value
+    raise ValueError("should be auto, null or a number of optimizer steps from 1 on")
+
+
 class CheckpointConfig(_Section):
     """When a run is saved beside its evaluations, and which of its checkpoints are kept."""
 
@@ -314,6 +321,15 @@ class CheckpointConfig(_Section):
     """Of the run's checkpoints keep so many of the newest; null: all."""
     keep_best: int = Field(ge=0)
     """With keep_last, also keep so many of those with the lowest held-out loss."""
+
+
+class EarlyStoppingConfig(_Section):
+    """When a run ends because its held-out loss has stopped falling."""
+
+    patience: PositiveInt | None
+    """End after so many evaluations in a row without a lower held-out loss, and keep the best checkpoint; null: never."""
+    min_delta: float = Field(ge=0)
+    """How much lower than the best loss before, in nats, an evaluation's must be to count as lower."""
 
 
 class TrainingConfig(_Section):
@@ -348,7 +364,14 @@ class TrainingConfig(_Section):
     dist_timeout_minutes: float = Field(gt=0)
     """Several ranks: a rank that waits so long for another gives up."""
     eval_interval: PositiveInt
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    """Epochs between evaluations; the end of the run is always evaluated."""
+    eval_every_steps: Annotated[Literal["auto"] | PositiveInt | None, BeforeValidator(_auto_or_steps)]
+    """Also evaluate after every so many optimizer steps. auto: ten times, evenly spaced, if the run is long enough; null: never."""
+    max_steps: PositiveInt | None
+    """End after so many optimizer steps; the learning rate reaches its end there. null: at the end of the data."""
+    max_minutes: float | None = Field(gt=0)
+    """End once the run has taken so long, restarts included; the learning rate doesn't know of it. null: at the end of the data."""
+    early_stopping: EarlyStoppingConfig
     log_interval: PositiveInt
     """Optimizer steps between lines of metrics.jsonl."""
     wandb: Literal["offline", "online", "disabled"] | None
@@ -529,6 +552,11 @@ class PretrainPuzzleConfig(TrainingConfig):
             )
         if self.freeze_weights and not self.arch.puzzle_emb_ndim:
             raise ValueError("freeze_weights leaves nothing to learn without the puzzles' vectors: set arch.puzzle_emb_ndim")
+        if self.early_stopping.patience is not None and not self.checkpoint_every_eval:
+            raise ValueError(
+                "early_stopping.patience keeps the checkpoint of the best evaluation, and checkpoint_every_eval=false saves none: "
+                "set checkpoint_every_eval=true"
+            )
         if self.epochs % self.eval_interval:
             raise ValueError(
                 f"epochs {self.epochs} must be a multiple of eval_interval {self.eval_interval}: the order of puzzles is drawn "

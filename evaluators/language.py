@@ -155,6 +155,11 @@ def evaluate_sources(
     return total
 
 
+def rows_evaluated(corpus: TextCorpus, limit: int | None) -> int:
+    """How many rows `evaluate_sources` measures with this limit."""
+    return sum(len(part) if limit is None else min(limit, len(part)) for part in corpus.parts.values())
+
+
 def _renumbered(on_output: Callable[[DepthOutput], None], begin: int, output: DepthOutput) -> None:
     on_output(replace(output, rows=output.rows + begin))
 

@@ -37,7 +37,7 @@ EXACT = ("arch.forward_dtype=float64", "global_batch_size=5", "act_steps_per_upd
 @pytest.fixture(scope="module")
 def alone(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    return run_instruct(run_config(tmp_path_factory.mktemp("alone"), *EXACT)).parent
+    return run_instruct(run_config(tmp_path_factory.mktemp("alone"), *EXACT)).checkpoint.parent
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,26 @@ def test_two_ranks_are_one(together: Path, alone: Path) -> None:
 def test_two_ranks_are_one_where_rows_settle(run_config: RunConfig, tmp_path: Path) -> None:
     # No row has to wait for a drawn depth: the rule alone says when it leaves.
     settled = (*EXACT, "epochs=1", "arch.halt.mode=settled", "arch.halt.settled_share=0.25", "arch.halt.depth_floor=1e-9")
-    alone = run_instruct(run_config(tmp_path / "alone", *settled)).parent
+    alone = run_instruct(run_config(tmp_path / "alone", *settled)).checkpoint.parent
     children = start_ranks(run_config(tmp_path / "together", *settled), 2, tmp_path)
     assert [child.end(240) for child in children] == [0, 0], "\n".join(child.text for child in children)
     log = (json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines())
     assert {depth for line in log for depth in line.get("halted_at", ())} == {"2", "3"}, "some settle, some never do"
     assert_equal(tmp_path / "together/SlimOrca-ACT/run", alone)
+
+
+def test_two_ranks_end_together_and_go_on(run_config: RunConfig, tmp_path: Path) -> None:
+    """By the clock, which is the first one's, then by the held-out loss: in all the run of one process that knows no clock."""
+    watched = (*EXACT, "eval_every_steps=3", "early_stopping.patience=2", "early_stopping.min_delta=100")
+    alone = run_instruct(run_config(tmp_path / "alone", *watched)).checkpoint
+    assert step_of(alone) == 9
+    run = tmp_path / "SlimOrca-ACT/run"
+    for limit, ended in (("max_minutes=1e-9", "at step 1: max_minutes"), ("max_minutes=60", "at step 9: 2 evaluations in a row")):
+        children = start_ranks(run_config(tmp_path, *watched, limit, "resume=auto"), 2, tmp_path)
+        assert [child.end(240) for child in children] == [0, 0], "\n".join(child.text for child in children)
+        assert ended in children[0].text and children[1].text == ""
+    shutil.rmtree(run / "step_1")
+    assert_equal(run, alone.parent)
 
 
 def test_two_ranks_are_one_on_puzzles(tmp_path: Path) -> None:
@@ -102,7 +116,7 @@ def test_two_ranks_are_one_on_puzzles(tmp_path: Path) -> None:
         )
         for own in (["run_name=one", "ema=true"], ["run_name=two", "ema=true"])
     )
-    alone = run_puzzles(one).parent
+    alone = run_puzzles(one).checkpoint.parent
     children = start_ranks(two, 2, tmp_path)
     assert [child.end(240) for child in children] == [0, 0], "\n".join(child.text for child in children)
     assert len(checkpoints_of(alone)) == 2

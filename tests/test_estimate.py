@@ -1,5 +1,6 @@
 """What a dry run says, against what a run does: parameters, bytes and FLOPs counted on tiny models, steps by training."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.instruct import RunData
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.curriculum import Curriculum
-from dataset.text.loader import Example, ExampleStream
+from dataset.text.loader import Example, ExampleStream, TextCorpus, TextDataset
 from models.act import RecursiveModel
 from models.losses import token_loss
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
@@ -121,6 +122,17 @@ def test_steps_are_those_of_the_run(tiny_config: ConfigFactory, random_examples:
     assert counted.act_steps == sum(sum(result.finished_depths) for result in results)
 
 
+def test_steps_up_to_a_limit_are_those_of_the_run(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    config, examples = tiny_config("max_steps=9", "arch.halt.depth_floor=0.25", "arch.halt.deepen_at=0.4"), random_examples(60)
+    model, task = make_task(config, examples)
+    results = list(itertools.islice(Trainer(config, model, task).steps(), 9))
+    counted = count_steps(config, config.arch.halt, passes(config, 60), evaluation_rows=1)
+    assert (counted.optimizer_steps, counted.examples) == (9, task.slots.admitted)
+    halted = sum(sum(result.finished_depths) for result in results)
+    assert counted.act_steps == halted + task.slots.act_step[task.slots.active].sum()
+    assert counted.evaluations == 36 // 8
+
+
 def test_a_settled_run_lies_between_its_bounds(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
     config, examples = tiny_config("arch.halt.mode=settled", "arch.halt.depth_floor=0.25"), random_examples(21)
     model, task = make_task(config, examples)
@@ -134,21 +146,31 @@ def test_a_settled_run_lies_between_its_bounds(tiny_config: ConfigFactory, rando
 
 
 def test_a_dry_run_says_it_all_and_what_it_measured(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ConfigFactory,
+    random_examples: ExampleFactory,
+    text_dataset: Callable[..., TextDataset],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, examples = tiny_config("arch.halt.mode=fixed"), random_examples(40)
-    data = RunData(examples, None, passes(config, len(examples)))  # type: ignore[arg-type]
+    held_out = TextCorpus({"rows": text_dataset([{"question": f"What is {i}?", "answer": f"{i}"} for i in range(3)])})
+    data = RunData(examples, held_out, passes(config, len(examples)))  # type: ignore[arg-type]
     said: list[str] = []
     dry_run_instruct(config, *make_task(config, examples), data, said.append)
     text = "\n".join(said)
     lengths = np.array([len(example.ids) - 1 for example in examples])
     assert "optimizer steps   40, 4.00 ACT steps a row" in text
+    assert "evaluations       1, each of 3 held-out rows" in text
     assert f"tokens a row      {lengths.mean():.1f}" in text
     assert "measured on 3 steps after a first one" in text and "peak_rss_bytes" in text
     monkeypatch.setattr("training.estimate.memory_in_all", lambda device: 10**5)
     said.clear()
     dry_run_instruct(config, *make_task(config, examples), data, said.append)
     assert "not measured: the memory would not suffice" in "\n".join(said)
+    # No row is through by then: each has had one of its four.
+    said.clear()
+    config = tiny_config("arch.halt.mode=fixed", "max_steps=1")
+    dry_run_instruct(config, *make_task(config, examples), data, said.append)
+    assert "optimizer steps   1, 1.00 ACT steps a row" in said
 
 
 # Puzzles: 16 tokens behind 2 positions of a vector, 4 rows, which makes a chunk of the vocabulary head whole.
@@ -201,6 +223,16 @@ def test_memory_of_puzzles_counts_vectors_apart_and_frozen_weights_once(
     assert memory.activations == pytest.approx(saved_bytes(model, at_once, TOKENS), rel=0.01)
     # No looked-up vector is left behind for the first step.
     assert model.puzzle_emb is None or not model.puzzle_emb._looked_up
+
+
+def test_a_dry_run_of_puzzles_ends_at_max_steps(tmp_path: Path) -> None:
+    path = write_puzzles(tmp_path / "puzzles", tokens=TOKENS)
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"data_paths=[{path}]", *TINY_PUZZLES, "max_steps=5"])
+    data = PuzzleData(config.data_paths, "train")
+    model = RecursiveModel(config.arch, data.metadata.vocab_size, seq_len=TOKENS, puzzles=data.metadata.num_puzzle_identifiers)
+    said: list[str] = []
+    dry_run_puzzles(config, model, PuzzleTask(config, model, data), said.append)
+    assert "optimizer steps   5 at most, each an ACT step of 4 rows" in said
 
 
 def test_a_dry_run_of_puzzles_says_it_all(puzzles: tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask]) -> None:

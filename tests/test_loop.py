@@ -316,8 +316,8 @@ def test_no_example_is_lost_with_long_and_short_halts(
     slots, drawn, halted, trained = trainer.task.slots, Counter(), Counter(), Counter()
     real = slots.refill
 
-    def refill() -> Any:
-        entries = real()
+    def refill(share_of_steps: float) -> Any:
+        entries = real(share_of_steps)
         drawn.update((e.draw.epoch, e.draw.example_id) for e in entries)
         return entries
 
@@ -421,11 +421,11 @@ def test_ranks_train_every_example_once_an_epoch_across_a_restart(
             real(leaves)
 
         slots.advance = advance
-        task.admit()
+        task.admit(1)
         while task.busy and steps != 0:
             list(task.parts())
             steps = None if steps is None else steps - 1
-            task.admit()
+            task.admit(1)
         return task.state()
 
     def together(size: int, state: TrainerState | None, steps: int | None) -> TrainerState:
@@ -505,6 +505,32 @@ def test_the_learning_rate_follows_admitted_examples(tiny_config: ConfigFactory,
     # 24 examples, 4 at a time, 4 steps each: the rate stands still while nothing is admitted.
     assert len(rates) == 24 and all(len(set(rates[i : i + 4])) == 1 for i in range(0, 24, 4))
     assert rates[0] == max(rates) > rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["run", "stage"])
+def test_the_learning_rate_ends_at_max_steps(tiny_config: ConfigFactory, random_examples: ExampleFactory, schedule: str) -> None:
+    """The limit is the end of the schedule, whatever data is left, and its warm-up is a tenth at most."""
+    small = ("arch.H_cycles=1", "arch.L_cycles=1", "arch.L_layers=1", "arch.halt.depth_floor=0.25")
+    settings = (*small, "lr=0.5", "lr_min_ratio=0.2", "epochs=9", f"lr_schedule={schedule}")
+    config = tiny_config(*settings, "max_steps=20", "lr_warmup_steps=100")
+    rates = [result.lr for result in run(make_trainer(config, random_examples(40)), 20)]
+    peak = rates.index(max(rates))
+    assert rates[-1] == pytest.approx(0.1) and 0.45 < rates[peak] <= 0.5 and peak <= 3
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    # A limit that the data never reaches changes nothing.
+    far, none = (
+        [result.lr for result in run(make_trainer(tiny_config(*settings, limit), random_examples(20)), 6)]
+        for limit in ("max_steps=100000", "max_steps=null")
+    )
+    assert far == none
+
+
+def test_the_learning_rate_of_a_stage_ends_with_the_run(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+    curriculum = Curriculum(0, (8, 12), (Stage(1, (8, 0)), Stage(2, (0, 12))))
+    settings = ("lr=0.5", "lr_min_ratio=0.2", "arch.halt.mode=fixed", "arch.halt_max_steps=1", "lr_schedule=stage", "max_steps=5")
+    rates = [result.lr for result in run(staged(tiny_config(*settings), random_examples(20), curriculum), 5)]
+    assert rates[1] == rates[-1] == pytest.approx(0.1), "the first stage ends by its examples, the second where the run does"
+    assert rates[2] > rates[3] > rates[4]
 
 
 @pytest.mark.parametrize("mode", ["fixed", "sampled"])

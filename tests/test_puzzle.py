@@ -147,14 +147,14 @@ def test_rows_for_busy_slots_are_lost(build: Build) -> None:
     trainer = build("arch.halt_exploration_prob=0")
     task = trainer.task
     assert isinstance(task, PuzzleTask)
-    task.admit()
+    task.admit(1)
     seen_busy = seen_free = False
     for _ in range(6):
         list(task.parts())
         before, free = task.carry.inputs_BT.clone(), task.carry.halted_B.clone()
         batch = task._batch
         assert batch is not None
-        task.admit()
+        task.admit(1)
         entering = torch.from_numpy(batch.inputs).long()
         assert torch.equal(task.carry.inputs_BT, torch.where(free.unsqueeze(1), entering, before))
         assert torch.equal(task.carry.steps_B[free], torch.zeros(int(free.sum()), dtype=torch.int64))
@@ -255,3 +255,8 @@ def test_a_skipped_step_moves_no_vector_and_mends_states(build: Build) -> None:
 def test_too_little_data_is_told(build: Build) -> None:
     with pytest.raises(UsageError, match="global_batch_size 400"):
         build("global_batch_size=400")
+
+
+def test_the_schedule_ends_at_max_steps(build: Build) -> None:
+    rates = [result.lr for result, _ in zip(build("max_steps=6").steps(), range(6), strict=False)]
+    assert rates[2] == max(rates) == pytest.approx(1e-2) and rates[-1] == pytest.approx(1e-3)

@@ -165,6 +165,7 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
         (["lrr=1"], "Could not override 'lrr'"),
         (["+lrr=1"], "lrr: no such key, did you mean lr?"),
         (["eval_interval=3"], "epochs 4 must be a multiple of eval_interval 3"),
+        (["early_stopping.patience=2", "checkpoint_every_eval=false"], "set checkpoint_every_eval=true"),
         (["global_batch_size=4000"], "global_batch_size 4000"),
         (["arch.attention=causal"], "choose full"),
         (["arch.halt.mode=sampled"], "leave it at fixed"),

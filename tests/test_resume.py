@@ -29,6 +29,7 @@ from tests.conftest import SHORT_RUN
 from training.distributed import Ranks
 from training.instruct import run_instruct
 from training.resume import find_start
+from training.run import Run
 
 RunConfig = Callable[..., PretrainInstructConfig]
 
@@ -36,7 +37,7 @@ RunConfig = Callable[..., PretrainInstructConfig]
 @pytest.fixture(scope="module")
 def undisturbed(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the run that nothing has happened to, with all of its checkpoints."""
-    return run_instruct(run_config(tmp_path_factory.mktemp("undisturbed"))).parent
+    return run_instruct(run_config(tmp_path_factory.mktemp("undisturbed"))).checkpoint.parent
 
 
 @pytest.fixture
@@ -110,8 +111,50 @@ def test_a_run_goes_on_bit_for_bit(
     assert_the_same_run(killed, undisturbed)
     assert not list(killed.glob(".step_*"))
     # Through already: nothing is trained, nothing is lost.
-    assert run_instruct(run_config(killed.parents[1], "resume=auto")) == checkpoints_of(killed)[-1]
+    assert run_instruct(run_config(killed.parents[1], "resume=auto")).checkpoint == checkpoints_of(killed)[-1]
     assert_the_same_run(killed, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        (("eval_every_steps=5", "max_steps=23", "early_stopping.patience=9"), 23),
+        # Nothing but the first evaluation counts as lower.
+        (("eval_every_steps=5", "early_stopping.patience=3", "early_stopping.min_delta=100", "eval_interval=9"), 20),
+        (("eval_every_steps=auto", "eval_examples=1", "eval_interval=9", "max_steps=23"), 23),
+    ],
+)
+def test_a_run_with_limits_goes_on_bit_for_bit(run_config: RunConfig, tmp_path: Path, settings: tuple[str, ...], last: int) -> None:
+    whole = run_instruct(run_config(tmp_path / "whole", *settings)).checkpoint.parent
+    folders = checkpoints_of(whole)
+    assert step_of(folders[-1]) == last and sum('"test"' in line for line in (whole / "metrics.jsonl").open()) >= 4
+    for keep in (1, len(folders) // 2, len(folders) - 1):
+        run = tmp_path / str(keep) / "SlimOrca-ACT/run"
+        shutil.copytree(whole, run)
+        for folder in checkpoints_of(run)[keep:]:
+            shutil.rmtree(folder)
+        run_instruct(run_config(tmp_path / str(keep), *settings, "resume=auto"))
+        assert_the_same_run(run, whole)
+        assert [folder.name for folder in checkpoints_of(run)] == [folder.name for folder in folders]
+
+
+def test_a_run_that_the_clock_has_ended_goes_on_as_if_it_had_not(
+    run_config: RunConfig, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, logs and all, through several ends between lines, evaluations and saved steps; the time counts over restarts."""
+    monkeypatch.setattr(Run, "_seconds", lambda run: 60.0 * run.trainer.step_number)
+    steps = []
+    for minutes in (5, 7, 14.5, 22):
+        result = run_instruct(run_config(tmp_path, "resume=auto", f"max_minutes={minutes}"))
+        assert f": max_minutes={minutes} are over; to go on, raise that" in capsys.readouterr().out
+        assert result.loss is not None
+        steps.append(step_of(result.checkpoint))
+    assert steps == [5, 7, 15, 22]
+    assert run_instruct(run_config(tmp_path, "resume=auto", "max_minutes=20")) == result, "and ends at once where time is over"
+    run_instruct(run_config(tmp_path, "resume=auto"))
+    said = capsys.readouterr().out
+    assert "under other settings" not in said
+    assert_the_same_run(tmp_path / "SlimOrca-ACT/run", undisturbed)
 
 
 def test_a_folder_can_be_named(killed: Path, undisturbed: Path, run_config: RunConfig, tmp_path: Path) -> None:
@@ -233,7 +276,7 @@ def test_settings_that_change_what_comes_of_a_run_are_said(
 
 def test_only_the_newest_and_the_best_are_kept(run_config: RunConfig, tmp_path: Path) -> None:
     keep = ("checkpoint.keep_last=2", "checkpoint.keep_best=1", "epochs=4")
-    last = run_instruct(run_config(tmp_path, *keep))
+    last = run_instruct(run_config(tmp_path, *keep)).checkpoint
     log = [json.loads(line) for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["test"]["loss_per_token"] for line in log if "test" in line}
     best = min(losses, key=lambda step: losses[step])
@@ -243,7 +286,7 @@ def test_only_the_newest_and_the_best_are_kept(run_config: RunConfig, tmp_path: 
 
 
 def test_the_clock_saves_too(run_config: RunConfig, tmp_path: Path) -> None:
-    last = run_instruct(run_config(tmp_path, "checkpoint.every_steps=null", "checkpoint.every_minutes=1e-9", "epochs=1"))
+    last = run_instruct(run_config(tmp_path, "checkpoint.every_steps=null", "checkpoint.every_minutes=1e-9", "epochs=1")).checkpoint
     assert [step_of(folder) for folder in checkpoints_of(last.parent)] == list(range(1, step_of(last) + 1))
 
 
@@ -252,7 +295,7 @@ def test_weights_alone_begin_another_run(
 ) -> None:
     source = checkpoints_of(undisturbed)[-1]
     still = ("lr=1e-30", "weight_decay=0", "epochs=1", "seed=5")
-    last = run_instruct(run_config(tmp_path, f"load_checkpoint={source}", *still))
+    last = run_instruct(run_config(tmp_path, f"load_checkpoint={source}", *still)).checkpoint
     assert f"beginning with the weights of {source}" in capsys.readouterr().out
     weights, average = load_file(last / "model.safetensors"), load_file(source / "ema.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in weights.items()), "the average, not the last weights"
@@ -338,7 +381,7 @@ def test_a_curriculum_killed_in_its_second_stage_goes_on_bit_for_bit(
         places += [f"dataset.tokenizer_path={short_run_data / 'tokenizer.model'}", f"checkpoint_dir={tmp_path / folder}"]
         return tiny_config(*SHORT_RUN, "experiment=slimorca_then_openorca", "epochs=1", *places, "resume=auto")
 
-    whole = run_instruct(config("whole")).parent
+    whole = run_instruct(config("whole")).checkpoint.parent
     run = tmp_path / "killed/SlimOrca-ACT/run"
 
     def stages_at_work() -> set[int]:

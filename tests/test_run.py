@@ -1,15 +1,25 @@
-"""What a run says of its course, whether or not it was stopped on the way."""
+"""What a run says of its course, when it is evaluated and why it ends, whether or not it was stopped on the way."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from artifacts.checkpoint import checkpoints_of, step_of
-from config.schema import PretrainInstructConfig
-from training.instruct import run_instruct
+from config.compose import compose_as
+from config.errors import UsageError
+from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
+from dataset.text.curriculum import Curriculum
+from tests.puzzle_data import TINY_PUZZLES, write_puzzles
+from training.estimate import count_steps
+from training.instruct import _InstructJob, run_instruct
+from training.puzzle_run import run_puzzles
 from training.text import TextTask
+
+RunConfig = Callable[..., PretrainInstructConfig]
 
 # A loss that falls and wavers; two lines jump, the first before anything is known of the run.
 LOSSES = [3 + 2 * 0.95**line + 0.4 * (line % 3) for line in range(100)]
@@ -17,7 +27,7 @@ LOSSES[5] = LOSSES[30] = 9.0
 
 
 def test_a_jump_of_the_loss_is_told_after_a_restart_as_without(
-    run_config: Callable[..., PretrainInstructConfig],
+    run_config: RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -36,3 +46,124 @@ def test_a_jump_of_the_loss_is_told_after_a_restart_as_without(
         if step_of(checkpoint) > 24:
             shutil.rmtree(checkpoint)
     assert told("stopped", 24) == undisturbed
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations_of(run: Path) -> dict[int, float]:
+    """Held-out loss by step."""
+    return {line["step"]: line["test"]["loss_per_token"] for line in lines_of(run) if "test" in line}
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 4), (2, 2), (5, 1)])
+def test_an_epoch_has_as_many_evaluations_as_it_can_afford(run_config: RunConfig, tmp_path: Path, rows: int, expected: int) -> None:
+    config = run_config(tmp_path, "epochs=1", f"eval_examples={rows}")
+    result = run_instruct(config)
+    assert result is not None
+    losses = evaluations_of(result.checkpoint.parent)
+    assert len(losses) == expected and result.loss == losses[step_of(result.checkpoint)]
+    assert losses.keys() <= {step_of(folder) for folder in checkpoints_of(result.checkpoint.parent)}
+    examples = lines_of(result.checkpoint.parent)[-1]["examples"]
+    planned = count_steps(config, config.arch.halt, Curriculum.of_epochs(examples, config.seed, 1), rows)
+    assert (planned.optimizer_steps, planned.evaluations) == (step_of(result.checkpoint), expected)
+
+
+def test_a_run_is_evaluated_every_so_many_steps_and_after_each_epoch(run_config: RunConfig, tmp_path: Path) -> None:
+    runs = [run_instruct(run_config(tmp_path / every, f"eval_every_steps={every}")) for every in ("null", "7")]
+    by_epoch, by_steps = (set(evaluations_of(result.checkpoint.parent)) for result in runs if result is not None)
+    assert len(by_epoch) == 3
+    assert by_steps == by_epoch | set(range(7, max(by_epoch) + 1, 7))
+
+
+def test_a_run_ends_at_max_steps_and_goes_on_with_more(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = run_config(tmp_path, "max_steps=10", "lr_min_ratio=0.25")
+    first = run_instruct(limited)
+    assert first is not None
+    run, said = first.checkpoint.parent, capsys.readouterr().out
+    assert "the run ends at step 10: max_steps=10 is reached; to go on, raise that and give resume=auto run_name=run" in said
+    assert first.checkpoint == run / "step_10" and evaluations_of(run) == {10: first.loss}
+    last = next(line for line in lines_of(run) if line["step"] == 10)
+    assert last["lr"] == pytest.approx(0.25 * limited.lr), "the schedule ends there, and the steps since the last line are logged"
+    # Again: nothing is trained, nothing written.
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = run_instruct(run_config(tmp_path, "max_steps=10", "lr_min_ratio=0.25", "resume=auto"))
+    assert again == first and {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert "the run has ended already at step 10: max_steps=10" in capsys.readouterr().out
+    # The rows at work go on.
+    more = run_instruct(run_config(tmp_path, "max_steps=15", "lr_min_ratio=0.25", "resume=auto"))
+    assert more is not None and more.checkpoint == run / "step_15" and list(evaluations_of(run)) == [15]
+    assert "not exactly as the run that was begun: max_steps was 10, now 15" in capsys.readouterr().out
+    # A limit that lies behind, at a checkpoint without an evaluation.
+    (run / "step_15").rename(tmp_path / "aside")
+    behind = run_instruct(run_config(tmp_path, "max_steps=5", "resume=auto"))
+    assert behind is not None and behind.checkpoint == run / "step_12" and behind.loss is not None
+    assert "the run has ended already at step 12: max_steps=5" in capsys.readouterr().out
+
+
+def test_a_run_whose_data_ends_with_its_limit_says_nothing_of_it(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_instruct(run_config(tmp_path, "epochs=1"))
+    assert whole is not None
+    for _ in range(2):
+        result = run_instruct(run_config(tmp_path, "epochs=1", f"max_steps={step_of(whole.checkpoint)}", "resume=auto"))
+        assert result == whole
+    assert "max_steps=" not in capsys.readouterr().out
+
+
+def test_early_stopping_ends_a_run_and_keeps_its_best(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.25, 10: 2.1, 12: 1.0, 14: 1.5, 16: 1.5}
+    monkeypatch.setattr(_InstructJob, "evaluate", lambda job, step: {"loss_per_token": losses[step]})
+    settings = ("eval_every_steps=2", "eval_interval=100", "checkpoint.keep_last=1", "checkpoint.keep_best=0")
+    result = run_instruct(run_config(tmp_path, *settings, "early_stopping.patience=2"))
+    run = tmp_path / "SlimOrca-ACT/run"
+    said = capsys.readouterr().out
+    assert result is not None and (result.checkpoint, result.loss) == (run / "step_8", 2.25)
+    assert "ends at step 8: 2 evaluations in a row have not lowered the held-out loss (early_stopping.patience=2)" in said
+    assert f"best checkpoint {run / 'step_4'}" in said
+    assert [folder.name for folder in checkpoints_of(run)] == ["step_4", "step_8"]
+    # More patience goes on, and isn't another run.
+    result = run_instruct(run_config(tmp_path, *settings, "early_stopping.patience=4", "resume=auto", "max_steps=16"))
+    assert result is not None and (result.checkpoint, result.loss) == (run / "step_16", 1.5)
+    said = capsys.readouterr().out
+    assert f"best checkpoint {run / 'step_12'}" in said and "early_stopping.patience" not in said
+    assert [folder.name for folder in checkpoints_of(run)] == ["step_12", "step_16"]
+    assert list(evaluations_of(run)) == list(losses)
+
+
+def test_early_stopping_needs_something_to_watch(run_config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"dataset.test_ratio=0 holds nothing out: raise dataset.test_ratio"):
+        run_instruct(run_config(tmp_path, "dataset.test_ratio=0", "early_stopping.patience=2"))
+    result = run_instruct(run_config(tmp_path, "dataset.test_ratio=0", "max_steps=3"))
+    assert result is not None and result.loss is None and step_of(result.checkpoint) == 3
+
+
+def test_runs_on_puzzles_have_the_same_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def config(*own: str) -> PretrainPuzzleConfig:
+        paths = (f"data_paths=[{tmp_path / 'puzzles'}]", f"checkpoint_dir={tmp_path}", "run_name=run")
+        return compose_as(PretrainPuzzleConfig, "cfg_pretrain", [*paths, *TINY_PUZZLES, *own])
+
+    write_puzzles(tmp_path / "puzzles")
+    settings = ("eval_every_steps=2", "max_steps=5", "early_stopping.patience=9")
+    result = run_puzzles(config(*settings))
+    assert result is not None and step_of(result.checkpoint) == 5
+    lines = lines_of(result.checkpoint.parent)
+    losses = {line["step"]: line["test"]["lm_loss"] for line in lines if "test" in line}
+    assert list(losses) == [2, 4, 5] and result.loss == losses[5]
+    best = min(losses, key=lambda step: losses[step])
+    said = capsys.readouterr().out
+    assert (
+        "the run ends at step 5: max_steps=5" in said and f"best checkpoint {result.checkpoint.with_name(f'step_{best}')}" in said
+    )
+    assert run_puzzles(config(*settings, "resume=auto")) == result
+    # Killed after its second evaluation, it comes to the same.
+    log = (result.checkpoint.parent / "metrics.jsonl").read_bytes()
+    shutil.rmtree(result.checkpoint)
+    assert run_puzzles(config(*settings, "resume=auto")) == result
+    assert (result.checkpoint.parent / "metrics.jsonl").read_bytes() == log

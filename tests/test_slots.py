@@ -166,3 +166,15 @@ def test_late_in_the_run_the_rest_of_the_draw_goes_to_the_last_depth() -> None:
     early, late = np.array(depths[:200]), np.array(depths[200:])
     assert (early == 1).mean() > 0.6 and (late == 4).mean() > 0.6
     assert set(early.tolist()) == set(late.tolist()) == {1, 2, 3, 4}
+
+
+def test_late_by_its_number_of_steps_it_is_the_same() -> None:
+    """Where the run is to end after so many steps, its share of them counts if it is larger."""
+    halt = halting("sampled").model_copy(update={"deepen_at": 0.5})
+    depths = []
+    for share in (0.49, 0.5):
+        slots = Slots(200, passes(400, 0, 1), halt, 4, seed=0, total=10**6)
+        slots.refill(share)
+        depths.append(slots.depth)
+    early, late = depths
+    assert (early == 1).mean() > 0.6 and (late == 4).mean() > 0.6

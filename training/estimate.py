@@ -18,6 +18,7 @@ from config.schema import HaltConfig, PretrainInstructConfig, PretrainPuzzleConf
 from dataset.instruct import RunData
 from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example
+from evaluators.language import rows_evaluated
 from models.act import RecursiveModel
 from models.device import memory_in_all, peak_memory
 from models.layers import Block, BlockStack
@@ -25,6 +26,7 @@ from models.losses import workspace_bytes
 from training.loop import Trainer
 from training.puzzle import PuzzleTask
 from training.slots import Slots
+from training.stopping import Position, automatic_evaluations, is_evaluation_due
 from training.text import TextTask
 
 # Rows whose lengths stand for all, and optimizer steps that are timed after a first one, which warms up.
@@ -166,24 +168,36 @@ class Steps(NamedTuple):
     optimizer_steps: int
     act_steps: int
     """ACT steps of all rows together."""
+    examples: int
+    """Rows that are trained; with `max_steps`, the last of them not to their halt."""
+    evaluations: int
 
 
-def count_steps(config: PretrainInstructConfig, halt: HaltConfig, curriculum: Curriculum) -> Steps:
-    """The steps of a whole run, by letting its examples through the slots without a model.
+def count_steps(config: PretrainInstructConfig, halt: HaltConfig, curriculum: Curriculum, evaluation_rows: int = 0) -> Steps:
+    """The steps of a whole run, up to `max_steps`, by letting its examples through the slots without a model.
 
     Exact where rows halt by a drawn or a fixed depth. For mode "settled" the fewest there can be: each leaves at its least depth.
+    evaluation_rows: what an evaluation measures. Neither `max_minutes` nor `early_stopping` is foreseen.
     """
     slots = Slots(config.global_batch_size, _Draws(curriculum), halt, config.arch.halt_max_steps, config.seed, curriculum.total)
     all_settled = np.ones(config.global_batch_size)
-    optimizer_steps = act_steps = 0
+    last, total = config.max_steps, curriculum.total
+    automatic = automatic_evaluations(config, total, curriculum.rounds_before(total), evaluation_rows)
+    optimizer_steps = act_steps = examples = evaluations = 0
+    before = Position(0, 0, 0)
     slots.refill()
-    while slots.active.any():
+    while slots.active.any() and optimizer_steps != last:
         optimizer_steps += 1
+        examples = slots.admitted
         for _ in range(config.act_steps_per_update):
             act_steps += int(slots.active.sum())
             slots.advance(slots.halted(all_settled))
-        slots.refill()
-    return Steps(optimizer_steps, act_steps)
+        now = Position(optimizer_steps, slots.finished, curriculum.rounds_before(slots.finished))
+        is_last = slots.finished == total or optimizer_steps == last
+        evaluations += is_last or is_evaluation_due(config, automatic, total, before, now)
+        before = now
+        slots.refill(0.0 if last is None else optimizer_steps / last)
+    return Steps(optimizer_steps, act_steps, examples, evaluations)
 
 
 class _Draws:
@@ -210,12 +224,15 @@ def dry_run_instruct(
     kept = (carry.inputs_BT, carry.labels_BT, carry.segments_BT, carry.previous_argmax_BT, *carry.states)
     fits = _say_sizes(config, model, task, kept, config.dataset.seq_len, say)
     halt = config.arch.halt
-    steps = count_steps(config, halt, data.curriculum)
+    rows = 0 if data.test is None else rows_evaluated(data.test, config.eval_examples)
+    steps = count_steps(config, halt, data.curriculum, rows)
     if halt.mode == "settled":
         most = count_steps(config, halt.model_copy(update={"mode": "fixed"}), data.curriculum)
         say(f"optimizer steps   {steps.optimizer_steps:,} to {most.optimizer_steps:,}, as rows settle; below, the fewest")
     else:
-        say(f"optimizer steps   {steps.optimizer_steps:,}, {steps.act_steps / data.curriculum.total:.2f} ACT steps a row")
+        say(f"optimizer steps   {steps.optimizer_steps:,}, {steps.act_steps / steps.examples:.2f} ACT steps a row")
+    if rows:
+        say(f"evaluations       {steps.evaluations:,}, each of {rows:,} held-out rows")
     examples = [data.train[draw.example_id] for draw in itertools.islice(data.curriculum.draws(), _LENGTH_ROWS)]
     lengths = np.array([len(example.ids) - 1 for example in examples])
     everything = config.dataset.supervise == "all"
@@ -235,8 +252,9 @@ def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: P
     tokens_a_row = task.carry.inputs_BT.shape[1]
     positions = model.prefix_len + tokens_a_row
     fits = _say_sizes(config, model, task, carry, tokens_a_row, say)
-    rows = task.total_steps * config.global_batch_size
-    say(f"optimizer steps   {task.total_steps:,} at most, each an ACT step of {config.global_batch_size:,} rows")
+    steps = min(task.total_steps, config.max_steps or task.total_steps)
+    rows = steps * config.global_batch_size
+    say(f"optimizer steps   {steps:,} at most, each an ACT step of {config.global_batch_size:,} rows")
     say(f"positions a row   {positions:,}, {tokens_a_row:,} of them tokens")
     flops = act_step_flops(model, positions)
     total = rows * (positions * flops.per_position + flops.per_halting + tokens_a_row * flops.per_label)

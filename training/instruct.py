@@ -16,22 +16,22 @@ from dataset.instruct import last_exchange, open_run_data, source_configs
 from dataset.text.conversation import Template
 from dataset.text.loader import ExampleStream, TextCorpus
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
-from evaluators.language import evaluate_sources
+from evaluators.language import evaluate_sources, rows_evaluated
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from training.distributed import joined_ranks
 from training.estimate import dry_run_instruct
 from training.resume import find_start
-from training.run import Run, make_ready
+from training.run import Run, RunResult, make_ready
 from training.text import TextTask
 
 # Answers shown during training are for the eye; longer ones only cost time.
 _SHOWN_ANSWER_TOKENS = 48
 
 
-def run_instruct(config: PretrainInstructConfig) -> Path | None:
-    """Train, from scratch or from where `config.resume` finds the run, and return the folder of the last checkpoint.
+def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
+    """Train, from scratch or from where `config.resume` finds the run; returns the last checkpoint and its held-out loss.
 
     A dry run (`config.dry_run`) trains nothing and returns None.
 
@@ -55,6 +55,11 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
                 f"global_batch_size {config.global_batch_size} is larger than the {longest} training rows of an epoch: lower it, "
                 "or use more data (dataset.subset_size, dataset.test_ratio)"
             )
+        if data.test is None and config.early_stopping.patience is not None:
+            raise UsageError(
+                f"early_stopping.patience={config.early_stopping.patience} watches the held-out loss, and dataset.test_ratio=0 "
+                "holds nothing out: raise dataset.test_ratio, or set early_stopping.patience=null"
+            )
         settings = config.model_copy(update={"arch": arch}).model_dump()
         start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
@@ -74,9 +79,11 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
             if config.dry_run:
                 dry_run_instruct(config, model, task, data, ranks.say)
                 return None
-            saved = Run(config, _InstructJob(config, model, task, tokenizer, data.train.data_hash, data.test), start, ranks).train()
-        ranks.say(f"checkpoint {saved}")
-        return saved
+            result = Run(
+                config, _InstructJob(config, model, task, tokenizer, data.train.data_hash, data.test), start, ranks
+            ).train()
+        ranks.say(f"checkpoint {result.checkpoint}")
+        return result
 
 
 def _begin_with(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
@@ -96,6 +103,11 @@ class _InstructJob:
     tokenizer: Tokenizer
     data_hash: str
     test_split: TextCorpus | None
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Test rows of all sources within `eval_examples`."""
+        return 0 if self.test_split is None else rows_evaluated(self.test_split, self.config.eval_examples)
 
     def evaluate(self, step: int) -> dict[str, Any] | None:
         """Teacher-forced measures of the test split, of which each rank takes a share, and a few answers to look at."""

@@ -60,6 +60,10 @@ class Task(Protocol):
         """The names of a part's sums."""
 
     @property
+    def epochs(self) -> int:
+        """Passes over the training split in the whole run."""
+
+    @property
     def epochs_done(self) -> int:
         """Whole passes over the training split that have been trained."""
 
@@ -67,11 +71,11 @@ class Task(Protocol):
     def finished_depths(self) -> list[int]:
         """ACT steps taken by each of this rank's rows that halted in the last optimizer step."""
 
-    def admit(self) -> None:
-        """Fill free slots, if there is anything left to fill them with."""
+    def admit(self, step: int) -> None:
+        """Fill free slots for optimizer step number `step`, from 1, if there is anything left to fill them with."""
 
-    def lr_factor(self) -> float:
-        """The next step's share of the peak learning rate."""
+    def lr_factor(self, step: int) -> float:
+        """Share of the peak learning rate at optimizer step number `step`, from 1, once slots are filled."""
 
     def parts(self) -> Iterator[Part]:
         """This rank's parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
@@ -134,7 +138,7 @@ class Trainer:
 
         Raises UsageError when `skip_limit` steps in a row had to be skipped.
         """
-        self.task.admit()
+        self.task.admit(self.step_number + 1)
         while self.task.busy:
             yield self._step()
             if self.skipped_in_a_row >= self.config.skip_limit:
@@ -143,10 +147,10 @@ class Trainer:
                     "grad_clip, raise lr_warmup_steps, or use arch.forward_dtype=float32; no weight has moved since, and earlier "
                     "checkpoints of the run are kept"
                 )
-            self.task.admit()
+            self.task.admit(self.step_number + 1)
 
     def _step(self) -> StepResult:
-        lr_factor = self.task.lr_factor()
+        lr_factor = self.task.lr_factor(self.step_number + 1)
         lr = self.config.lr * lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -135,18 +135,22 @@ class PuzzleTask:
         return self.steps_done * self.config.global_batch_size if self.busy else self.total
 
     @property
+    def epochs(self) -> int:
+        """As the config says: the loader's iterations, in epochs."""
+        return self.config.epochs
+
+    @property
     def epochs_done(self) -> int:
         """Whole iterations of the loader, in epochs."""
         return self._iterations_done * self.config.eval_interval
 
-    def lr_factor(self) -> float:
-        """Share of the peak learning rates at the next step."""
+    def lr_factor(self, step: int) -> float:
+        """Share of the peak learning rates at that step."""
         config = self.config
-        return learning_rate_at_step(
-            self.steps_done + 1, self.total_steps, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps
-        )
+        last = min(self.total_steps, config.max_steps or self.total_steps)
+        return learning_rate_at_step(step, last, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps)
 
-    def admit(self) -> None:
+    def admit(self, step: int) -> None:
         """Give the next batch's rows, with fresh states, to the free slots of the same place; those for others are discarded."""
         batch, carry = self._batch, self.carry
         if batch is None:

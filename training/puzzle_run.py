@@ -21,11 +21,11 @@ from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
 from training.resume import find_start
-from training.run import Run, make_ready
+from training.run import Run, RunResult, make_ready
 
 
-def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
-    """Train, from scratch or from where `config.resume` finds the run, and return the folder of the last checkpoint.
+def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
+    """Train, from scratch or from where `config.resume` finds the run; returns the last checkpoint and its held-out loss.
 
     A dry run (`config.dry_run`) trains nothing and returns None.
 
@@ -44,6 +44,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
                 raise UsageError(
                     f"data_paths_test: expected {field} {found[0]}, as in training, found {found[1]}: use like puzzles"
                 )
+        test_rows = sum(map(len, test.sets.values()))
         measurement = PuzzleMeasurement(config, test, test_paths)
         settings = config.model_copy(update={"arch": arch}).model_dump()
         start.check(settings, {"data_hash": train.data_hash}, ranks.say)
@@ -62,19 +63,20 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
             model.requires_grad_(False)
         make_ready(model, config, device, start, ranks)
         task = PuzzleTask(config, model, train, ranks)
-        rows = ", ".join(
-            f"{sum(map(len, data.sets.values())):,} {split} rows" for split, data in (("train", train), ("test", test))
-        )
+        train_rows = sum(map(len, train.sets.values()))
         ranks.say(
-            f"data {', '.join(config.data_paths)}: {train.metadata.total_groups:,} puzzles, {rows}; {task.total_steps:,} steps"
+            f"data {', '.join(config.data_paths)}: {train.metadata.total_groups:,} puzzles, {train_rows:,} train rows, "
+            f"{test_rows:,} test rows; {task.total_steps:,} steps"
         )
         if config.dry_run:
             dry_run_puzzles(config, model, task, ranks.say)
             return None
-        job = _PuzzleJob(config, model, task, train, identifiers_sha256(config.data_paths), measurement, start.folder, ranks)
-        saved = Run(config, job, start, ranks).train()
-        ranks.say(f"checkpoint {saved}")
-        return saved
+        job = _PuzzleJob(
+            config, model, task, train, identifiers_sha256(config.data_paths), measurement, test_rows, start.folder, ranks
+        )
+        result = Run(config, job, start, ranks).train()
+        ranks.say(f"checkpoint {result.checkpoint}")
+        return result
 
 
 @dataclass
@@ -87,6 +89,7 @@ class _PuzzleJob:
     data: PuzzleData
     identifiers: str
     measurement: PuzzleMeasurement
+    evaluation_rows: int
     folder: Path
     ranks: Ranks
 

@@ -32,6 +32,9 @@ _FREE = (
     "plot",
     "dry_run",
     "eval_",
+    # When a run ends, not how it gets there; max_steps is none of them, because the learning rate follows it.
+    "max_minutes",
+    "early_stopping.",
     "evaluators",
     "log_interval",
     "sample_answers",

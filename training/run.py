@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, load_weights, prune_checkpoints
+from artifacts.checkpoint import Snapshot, TrainerState, best_checkpoints, held_out_loss, load_weights, prune_checkpoints
 from artifacts.plots import draw_runs
 from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
@@ -31,6 +32,7 @@ from training.distributed import Ranks
 from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
 from training.resume import Start
+from training.stopping import EarlyStopping, Position, automatic_evaluations, is_evaluation_due, reason_to_end
 
 # A loss this much above the median of the last lines is said to be a spike: a factor, and nats beside it for losses near 0.
 _SPIKE_FACTOR, _SPIKE_NATS = 1.5, 0.2
@@ -48,6 +50,10 @@ class Job(Protocol):
     def task(self) -> Task:
         """What it is trained on."""
 
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows of held-out data that an evaluation measures."""
+
     def evaluate(self, step: int) -> dict[str, Any] | None:
         """Measure the model as it stands after `step` on held-out data, and show what there is to see; None: there is none.
 
@@ -56,6 +62,16 @@ class Job(Protocol):
 
     def save(self, folder: Path, snapshot: Snapshot) -> None:
         """Write the checkpoint `folder`, whole or not at all."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has come to."""
+
+    checkpoint: Path
+    """The last one."""
+    loss: float | None
+    """Held-out loss of that checkpoint, `task.loss_name`; None: there is no held-out data."""
 
 
 def make_ready(model: RecursiveModel, config: TrainingConfig, device: torch.device, start: Start, ranks: Ranks) -> None:
@@ -122,7 +138,7 @@ class Run:
         self.ranks = ranks
         self.trainer = Trainer(config, job.model, job.task, ranks)
         self._window = self._new_window()
-        self._evaluated_epochs = 0
+        self._loss: float | None = None
         self._seconds_before = self._logged = 0.0
         self._saved = None if start.saved is None else start.saved.folder
         values: dict[str, Any] = {}
@@ -131,20 +147,29 @@ class Run:
             load_weights(job.model, start.saved.weights, start.saved.folder)
             self.trainer.load_state(start.saved.trainer, start.saved.average)
             self._window.load_state(values["window"], ranks)
-            self._evaluated_epochs = values["evaluated_epochs"]
+            self._loss = held_out_loss(start.saved.folder, job.task.loss_name)
             self._seconds_before, self._logged = values["seconds"], values["seconds_at_line"]
         self._losses = deque[float](values.get("losses", ()), maxlen=_SPIKE_LINES)
-        self._logger = open_logger(config, self.folder, values) if ranks.is_first else None
+        self._early_stopping = EarlyStopping(config.early_stopping, values.get("early_stopping"))
+        step, is_over_time = self.trainer.step_number, self._is_over_time(self._seconds_before)
+        is_through = job.task.done == job.task.total
+        self._end = None if is_through else reason_to_end(config, step, is_over_time, self._early_stopping)
+        # Of a run that has come to its end already, the logs are left as they are.
+        self._logger = open_logger(config, self.folder, values) if ranks.is_first and self._end is None else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < values.get("metrics_log_bytes", 0):
             print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
 
-    def train(self) -> Path:
-        """Train to the end; returns the folder of the last checkpoint.
+    def train(self) -> RunResult:
+        """Train to the end: of the data, or where the config says so before.
 
         Raises StoppedBySignal once SIGTERM or SIGINT has come and what the run needs to go on is saved.
         """
         config, task = self.config, self.job.task
         self._started = self._saved_at = time.perf_counter()
+        if self._end is not None:
+            return self._finished(already=True)
+        automatic = automatic_evaluations(config, task.total, task.epochs, self.job.evaluation_rows)
+        before = self._position()
         with (
             _first_signal() as stop,
             tqdm(
@@ -163,15 +188,23 @@ class Run:
                 if result.step % config.log_interval == 0 or finished_all:
                     bar.set_postfix(self._write_line())
                 metrics = None
-                epochs = task.epochs_done
-                if finished_all or epochs // config.eval_interval > self._evaluated_epochs // config.eval_interval:
-                    self._evaluated_epochs = epochs
+                now = self._position()
+                if finished_all or is_evaluation_due(config, automatic, task.total, before, now):
                     metrics = self._evaluate()
+                    if self._loss is not None:
+                        self._early_stopping.observe(self._loss)
+                before = now
                 # Ranks act as one: on any rank's signal, and by the clock of the first.
-                asked = self.ranks.gather_number(2 * stop.signal_number + self._is_save_due(result.step))
-                stopped_by = max(number // 2 for number in asked)
+                own = 4 * stop.signal_number + 2 * self._is_over_time(self._seconds()) + self._is_save_due(result.step)
+                asked = self.ranks.gather_number(own)
+                stopped_by = max(number // 4 for number in asked)
+                if not finished_all:
+                    self._end = reason_to_end(config, result.step, bool(asked[0] & 2), self._early_stopping)
+                if self._end is not None:
+                    self._close(metrics)
+                    break
                 of_evaluation = metrics is not None and (config.saves_evaluations or finished_all)
-                if of_evaluation or asked[0] % 2 or stopped_by:
+                if of_evaluation or asked[0] & 1 or stopped_by:
                     self._save(metrics or {"step": result.step, "examples": task.done})
                 if stopped_by and not finished_all:
                     if self._logger is not None:
@@ -181,8 +214,38 @@ class Run:
                     raise StoppedBySignal(stopped_by)
         if self._logger is not None:
             self._logger.close()
+        return self._finished()
+
+    def _close(self, metrics: Mapping[str, Any] | None) -> None:
+        """End a run that has data left: its last line, evaluation (unless this step has its own, `metrics`) and checkpoint.
+
+        The checkpoint knows the run as it was before them. So a run that goes on, because it may now take longer, takes them out of
+        its logs, and is the one that never ended here.
+        """
+        state = self._state()
+        if self._window.steps or self._window.skipped:
+            self._write_line()
+        self._save(metrics or self._evaluate(), state)
+
+    def _finished(self, already: bool = False) -> RunResult:
+        """What the run has come to, and say why it ended, if not because its data did."""
         assert self._saved is not None
-        return self._saved
+        if self._end is not None:
+            ended = "has ended already" if already else "ends"
+            self.ranks.say(
+                f"the run {ended} at step {self.trainer.step_number}: {self._end}; to go on, raise that and give "
+                f"resume=auto run_name={self.folder.name}"
+            )
+            if already and self._loss is None:
+                # It was saved there for another reason, before the limit was set or by the clock.
+                self._evaluate()
+        if self.ranks.is_first and self.config.early_stopping.patience is not None:
+            [best, *_] = best_checkpoints(self.folder, self.job.task.loss_name) or [self._saved]
+            self.ranks.say(f"best checkpoint {best}")
+        return RunResult(self._saved, self._loss)
+
+    def _position(self) -> Position:
+        return Position(self.trainer.step_number, self.job.task.done, self.job.task.epochs_done)
 
     def _new_window(self) -> _Window:
         return _Window(tuple(self.job.task.sum_names), self.config.arch.halt_max_steps)
@@ -190,6 +253,9 @@ class Run:
     def _seconds(self) -> float:
         """Since the run began, without the time it was stopped."""
         return self._seconds_before + time.perf_counter() - self._started
+
+    def _is_over_time(self, seconds: float) -> bool:
+        return self.config.max_minutes is not None and seconds >= 60 * self.config.max_minutes
 
     def _is_save_due(self, step: int) -> bool:
         when = self.config.checkpoint
@@ -245,12 +311,14 @@ class Run:
     def _evaluate(self) -> dict[str, Any]:
         """Measure the weights, or their average if there is one; returns what is kept of it."""
         trainer = self.trainer
+        self._loss = None
         metrics: dict[str, Any] = {"step": trainer.step_number, "examples": self.job.task.done}
         averaged = trainer.ema.swapped_in(trainer.model) if trainer.ema is not None else contextlib.nullcontext()
         with averaged:
             report = self.job.evaluate(trainer.step_number)
         if report is not None:
             metrics["test"] = report
+            self._loss = float(report[self.job.task.loss_name])
             if self._logger is not None:
                 self._logger.evaluation(metrics)
         if self._logger is not None and self.config.plot:
@@ -264,22 +332,30 @@ class Run:
         except UsageError as error:
             tqdm.write(str(error))
 
-    def _save(self, metrics: Mapping[str, Any]) -> None:
-        trainer = self.trainer
-        state = trainer.state()
+    def _state(self) -> TrainerState:
+        """What the run goes on from; of ranks but the first, their part of it."""
+        state = self.trainer.state()
         state.values["window"] = self._window.state(self.ranks)
-        folder = self.folder / f"step_{trainer.step_number}"
         if self._logger is not None:
             state.values.update(self._logger.state())
             state.values["seconds"], state.values["seconds_at_line"] = self._seconds(), self._logged
             state.values["forward_dtype"] = self.job.model.config.forward_dtype
-            state.values["evaluated_epochs"] = self._evaluated_epochs
+            state.values["early_stopping"] = self._early_stopping.state()
             state.values["losses"] = list(self._losses)
+        return state
+
+    def _save(self, metrics: Mapping[str, Any], state: TrainerState | None = None) -> None:
+        """Write a checkpoint to go on from `state`, by default the present one, which all ranks gather."""
+        trainer = self.trainer
+        state = state or self._state()
+        folder = self.folder / f"step_{trainer.step_number}"
+        if self._logger is not None:
             average = trainer.ema.average if trainer.ema is not None else None
             self.job.save(folder, Snapshot(trainer.step_number, trainer.model.state_dict(), average, metrics, state))
             keep = self.config.checkpoint
             if keep.keep_last is not None:
-                prune_checkpoints(self.folder, keep.keep_last, keep.keep_best, self.job.task.loss_name)
+                keep_best = max(keep.keep_best, self.config.early_stopping.patience is not None)
+                prune_checkpoints(self.folder, keep.keep_last, keep_best, self.job.task.loss_name)
         self._saved, self._saved_at = folder, time.perf_counter()
 
 

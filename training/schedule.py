@@ -3,7 +3,7 @@
 import math
 
 
-def learning_rate(admitted: int, total: int, *, base: float, min_ratio: float, warmup_steps: int, batch_size: int) -> float:
+def learning_rate(admitted: int, total: float, *, base: float, min_ratio: float, warmup_steps: int, batch_size: int) -> float:
     """Linear warm-up, then a cosine from `base` down to `base * min_ratio` at `admitted == total`.
 
     Warm-up lasts min(warmup_steps * batch_size, total / 10) examples.

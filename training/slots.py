@@ -91,10 +91,15 @@ class Slots:
         self._deepen_from = halt.deepen_at * total
         self._probabilities = [depth_distribution(max_steps, halt.depth_floor, deep) for deep in (False, True)]
 
-    def refill(self) -> list[Entry]:
-        """Give the next examples to the free slots of all ranks, in ascending order; fewer or none at the end of the run."""
+    def refill(self, share_of_steps: float = 0.0) -> list[Entry]:
+        """Give the next examples to the free slots of all ranks, in ascending order; fewer or none at the end of the run.
+
+        share_of_steps: how much of the run is over by its number of steps, if that is limited; `halt.deepen_at` goes by what is
+        further, this or the examples admitted.
+        """
         self.free_below -= self._pass_over(self.free_below)
-        entries = [self._enter(slot) for slot in np.flatnonzero(~self.active)[: self._total - self.admitted].tolist()]
+        is_late = share_of_steps >= self._halt.deepen_at
+        entries = [self._enter(slot, is_late) for slot in np.flatnonzero(~self.active)[: self._total - self.admitted].tolist()]
         self.free_above -= self._pass_over(self.free_above)
         return entries
 
@@ -106,14 +111,14 @@ class Slots:
             self.admitted += count
         return count
 
-    def _enter(self, slot: int) -> Entry:
+    def _enter(self, slot: int, is_late: bool) -> Entry:
         draw, example = next(self._stream)
         self.stage[slot], self.epoch[slot], self.example_id[slot] = draw
         self.act_step[slot] = 0
         if self._halt.mode == "fixed":
             self.depth[slot] = self.max_steps
         else:
-            probabilities = self._probabilities[self.admitted >= self._deepen_from]
+            probabilities = self._probabilities[is_late or self.admitted >= self._deepen_from]
             self.depth[slot] = drawn_depth(self._seed, draw, probabilities)
         self.active[slot] = True
         self.admitted += 1

@@ -96,19 +96,31 @@ class TextTask:
         return self.slots.finished
 
     @property
+    def epochs(self) -> int:
+        """Rounds of all stages."""
+        return self._curriculum.rounds_before(self.total)
+
+    @property
     def epochs_done(self) -> int:
         """Examples that have halted, in epochs; slots flow over epoch ends, so the last few may be of the next one."""
         return self._curriculum.rounds_before(self.slots.finished)
 
-    def lr_factor(self) -> float:
-        """Share of the peak learning rate at the examples admitted so far."""
-        config, admitted, total = self.config, self.slots.admitted, self.total
+    def lr_factor(self, step: int) -> float:
+        """Share of the peak learning rate at the examples admitted so far.
+
+        Where the run ends at `max_steps`, the schedule's end is the number of examples that the pace up to `step` leads to by then:
+        at the last step the number admitted.
+        """
+        config, admitted, begin, end = self.config, self.slots.admitted, 0, float(self.total)
+        if config.max_steps is not None:
+            end = min(end, admitted * max(1.0, config.max_steps / step))
         if config.lr_schedule == "stage":
             stage = self._curriculum.stage_of(admitted - 1)
-            admitted, total = admitted - self._curriculum.begin_of(stage), self._curriculum.stages[stage].total
+            begin = self._curriculum.begin_of(stage)
+            end = min(end, begin + self._curriculum.stages[stage].total)
         return learning_rate(
-            admitted,
-            total,
+            admitted - begin,
+            end - begin,
             base=1.0,
             min_ratio=config.lr_min_ratio,
             warmup_steps=config.lr_warmup_steps,
@@ -180,9 +192,9 @@ class TextTask:
             **{f"slots.{name}": torch.from_numpy(getattr(slots, name)) for name in _SLOT_ARRAYS},
         }
 
-    def admit(self) -> None:
+    def admit(self, step: int) -> None:
         """Give the next examples, with fresh states, to the free slots."""
-        entries = self.slots.refill()
+        entries = self.slots.refill(0.0 if self.config.max_steps is None else (step - 1) / self.config.max_steps)
         if not entries:
             return
         carry = self.carry
