@@ -1,4 +1,4 @@
-"""Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N> --message "..."`.
+"""Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run> --message "..."`.
 
 `--chat` talks on and on instead, `--input FILE --output FILE` answers a file. Everything else comes from the checkpoint; flags and
 --overrides go on top.

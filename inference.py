@@ -1,4 +1,4 @@
-"""Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>/step_<N>`.
+"""Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>`.
 
 With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json.
 """
@@ -65,7 +65,7 @@ def main() -> None:
     data = PuzzleData(data_paths, arguments.split)
     checkpoint.check_data(data, data_paths)
     measurement = PuzzleMeasurement(config, data, data_paths)
-    folder = output_folder(arguments.output_dir or arguments.checkpoint)
+    folder = output_folder(arguments.output_dir or checkpoint.folder)
     device = pick_device(config.device)
     arch = resolve_arch(config.arch, device)
     known = checkpoint.metadata

@@ -1,4 +1,4 @@
-"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N>`.
+"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>`.
 
 Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family; with --generate all generated
 answers as JSON lines. Writes metrics.json.
@@ -96,7 +96,7 @@ def main() -> None:
     config = settings(checkpoint.config, arguments)
     split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load_responder(checkpoint, config)
-    folder = output_folder(arguments.output_dir or arguments.checkpoint)
+    folder = output_folder(arguments.output_dir or checkpoint.folder)
     saved = SavedOutputs(arguments.save_outputs)
 
     def keep(output: DepthOutput) -> None:
