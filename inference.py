@@ -12,7 +12,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from artifacts.checkpoint import load_weights, read_weights
-from artifacts.outputs import output_folder
+from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
 from config.errors import UsageError, one_clear_message
@@ -84,8 +84,14 @@ def main() -> None:
         max_batches=arguments.max_batches,
         progress=partial(tqdm, desc=arguments.split, unit="batch", total=min(batches, arguments.max_batches or batches)),
     )
-    metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "step": checkpoint.step, "split": arguments.split, **report}
-    (folder / f"metrics_{arguments.split}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    metrics: dict[str, Any] = {
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.step,
+        "split": arguments.split,
+        "max_batches": arguments.max_batches,
+        **report,
+    }
+    write_json(folder / f"metrics_{arguments.split}.json", metrics)
     print(json.dumps(metrics, indent=2))
 
 

@@ -1,6 +1,7 @@
 """Answers a model generates for a split: scored by family at every depth, or written down. Knows no training, no flags."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ from generation.answers import Answer, Responder
 from generation.batch import Asked, answers_in_order, positions_needed
 
 
-def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: int) -> dict[str, Any]:
-    """Answer the last turn of the first `rows` rows and score the answers against the references, by the rows' `task`.
+def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int]) -> dict[str, Any]:
+    """Answer the last turn of the split's `rows` and score the answers against the references, by the rows' `task`.
 
     Returns `score_answers`' result at the responder's depth, and beside it `by_act_step` (accuracy of all at 1, 2, ... ACT steps;
     with a halting threshold one entry), `mean_act_steps` of a generated token, and `longer_than_context`: rows whose history
     leaves no room for an answer and that are not scored. Raises UsageError if no row is left.
     """
-    exchanges = [last_exchange(split.conversation(i)) for i in range(rows)]
-    fitting = [i for i, (history, _) in enumerate(exchanges) if responder.fits(history)]
-    histories, references = [exchanges[i][0] for i in fitting], [exchanges[i][1] for i in fitting]
-    families = [str(split.row(i).get("task", "no task")) for i in fitting]
+    exchanges = {row: last_exchange(split.conversation(row)) for row in rows}
+    fitting = [row for row, (history, _) in exchanges.items() if responder.fits(history)]
+    histories, references = [exchanges[row][0] for row in fitting], [exchanges[row][1] for row in fitting]
+    families = [str(split.row(row).get("task", "no task")) for row in fitting]
     options = responder.options
     depths = range(1, options.act_steps + 1) if options.halt_threshold is None else [options.act_steps]
     by_depth, steps = [], []
@@ -38,26 +39,26 @@ def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *,
         **by_depth[-1],
         "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
         "mean_act_steps": sum(steps) / len(steps),
-        "longer_than_context": rows - len(fitting),
+        "longer_than_context": len(rows) - len(fitting),
     }
 
 
-def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: int) -> dict[str, Any]:
-    """Answer the last turn of the first `rows` rows into `path`, one JSON object a line, in the order of the split.
+def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int]) -> dict[str, Any]:
+    """Answer the last turn of the split's `rows` into `path`, one JSON object a line, in their order.
 
     Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split; an `error` stands where the
     history leaves no room for an answer. The file appears whole, in place of one that was there. Returns sums over the answers,
     divided once: `count`, `exact_accuracy`, `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS
     included (None without an answer), and `longer_than_context`.
     """
-    _, positions = positions_needed(responder, (last_exchange(split.conversation(i))[0] for i in range(rows)))
-    asked = (Asked(*last_exchange(split.conversation(i)), sample=i) for i in range(rows))
-    records = answers_in_order(responder, asked, rows=min(responder.rows, max(1, rows)), positions=positions)
+    _, positions = positions_needed(responder, (last_exchange(split.conversation(row))[0] for row in rows))
+    asked = (Asked(*last_exchange(split.conversation(row)), sample=row) for row in rows)
+    records = answers_in_order(responder, asked, rows=min(responder.rows, max(1, len(rows))), positions=positions)
     count = exact = tokens = steps = 0
     log_probability = 0.0
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as lines:
-        for index, record in enumerate(tqdm(records, desc="generated", unit="answer", total=rows)):
+        for index, record in zip(rows, tqdm(records, desc="generated", unit="answer", total=len(rows)), strict=True):
             lines.write(json.dumps({"index": index, **record}, ensure_ascii=False) + "\n")
             if "error" in record:
                 continue
@@ -72,5 +73,5 @@ def write_generated(responder: Responder, split: TextCorpus | TextDataset, path:
         "exact_accuracy": exact / count if count else None,
         "mean_act_steps": steps / tokens if count else None,
         "log_probability_per_token": log_probability / tokens if count else None,
-        "longer_than_context": rows - count,
+        "longer_than_context": len(rows) - count,
     }
