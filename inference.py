@@ -15,7 +15,7 @@ from artifacts.checkpoint import load_weights, read_weights
 from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainPuzzleConfig, PuzzleOutput
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
 from evaluators.puzzles import PuzzleMeasurement
@@ -57,6 +57,7 @@ def settings(trained: PretrainPuzzleConfig, arguments: argparse.Namespace) -> Pr
 def main() -> None:
     """Load, measure, write, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     if arguments.max_batches is not None and arguments.max_batches < 1:
         raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
     checkpoint = open_puzzle_checkpoint(arguments.checkpoint)

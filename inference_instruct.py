@@ -16,7 +16,7 @@ from tqdm import tqdm
 from artifacts.checkpoint import open_checkpoint
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder, write_json
 from config.compose import add_model_arguments, override_config, settings_for_use
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainInstructConfig
 from dataset.instruct import open_run_split
 from evaluators.generated import evaluate_generated, write_generated
@@ -88,6 +88,7 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, 
 def main() -> None:
     """Load, measure, write, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     for flag, value in (("--max-batches", arguments.max_batches), ("--max-generated", arguments.max_generated)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from artifacts.checkpoint import open_checkpoint
 from artifacts.halting import HaltingCalibration, write_halting_calibration
 from config.compose import CHECKPOINT_HELP, override_config
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from dataset.instruct import open_run_split
 from evaluators.calibration import DepthCalibration, calibrate_halting, record_halting
 from generation.loading import load_model
@@ -52,6 +52,7 @@ def table(depths: Sequence[DepthCalibration]) -> str:
 def main() -> None:
     """Measure, fit, write, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     if arguments.max_rows is not None and arguments.max_rows < 2:
         raise UsageError(f"--max-rows {arguments.max_rows}: expected at least 2, one to fit on and one to measure on")
     checkpoint = open_checkpoint(arguments.checkpoint)

@@ -433,6 +433,25 @@ def test_inference_logs_to_wandb_as_the_run_does(checkpoint: Path, tmp_path: Pat
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("door", "arguments"),
+    [
+        ("inference_instruct.py", ("--checkpoint", "unread")),
+        ("generate_instruct.py", ("--checkpoint", "unread", "--message", "Hello")),
+        ("inference.py", ("--checkpoint", "unread")),
+        ("scripts/serve.py", ("--checkpoint", "unread")),
+        ("scripts/calibrate_halting.py", ("--checkpoint", "unread")),
+        ("scripts/prepare_data.py", ("dataset=sample",)),
+    ],
+)
+def test_a_door_that_cannot_share_its_work_refuses_several_ranks(door: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = run_door(door, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="0")
+    assert_told(outcome, "each of 2 ranks would do all of the work", "`python` instead of `torchrun`")
+    with mock.patch("time.sleep") as waited:
+        assert run_door(door, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="1") == Outcome(2, "", "")
+    assert waited.called and not list(tmp_path.iterdir())
+
+
 def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, sample_dir: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint), "--output-dir", "out")
     run_well("inference_instruct.py", *arguments, "--act-steps", "1", "--subset-size", "4", folder=tmp_path)
