@@ -37,14 +37,13 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
         if ranks.size > config.global_batch_size:
             raise UsageError(
                 f"{ranks.size} ranks share global_batch_size {config.global_batch_size} slots: start fewer, or raise it"
             )
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)
-        start = find_start(config, ranks)
         config = config.model_copy(update={"run_name": start.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
         data = open_run_data(config, tokenizer, Template())

@@ -31,10 +31,9 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)
-        start = find_start(config, ranks)
         config = config.model_copy(update={"run_name": start.folder.name})
         test_paths = config.data_paths_test or config.data_paths
         train, test = PuzzleData(config.data_paths, "train"), PuzzleData(test_paths, "test")
