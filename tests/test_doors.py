@@ -266,11 +266,20 @@ def test_a_bad_row_can_be_skipped_and_a_run_is_never_overwritten(train: Callable
     settings = (f"dataset.data_dir={folder}", "dataset.on_bad_row=skip", "run_name=once")
     first = train(*settings)
     assert first.status == 0, first.err
-    assert "'bad_json': 1" in first.out
+    assert "  malformed: bad_json 1\n" in first.out and "WARNING" not in first.out
     run = tmp_path / "checkpoints/SlimOrca-ACT/once"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert_told(train(*settings), "has checkpoints already and is not overwritten", "run_name")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_training_warns_of_rows_that_are_cut_or_lost(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "answer": "blue " * 200} for i in range(30)]
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [*rows, *({"question": f"And {i}?"} for i in range(10))])
+    outcome = train(f"dataset.data_dir={folder}", "dataset.test_ratio=0")
+    assert outcome.status == 0, outcome.err
+    assert "WARNING: 30 of 30 rows (100%) are longer than dataset.seq_len" in outcome.out
+    assert "WARNING: 10 of 40 rows (25%) are not trained on (no_answer 10)" in outcome.out
 
 
 def test_without_a_test_split_training_says_so_and_inference_has_none(train: Callable[..., Outcome], tmp_path: Path) -> None:

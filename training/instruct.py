@@ -14,6 +14,7 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_run_data, source_configs
 from dataset.text.conversation import Template
+from dataset.text.counts import describe_counts, warnings_about
 from dataset.text.loader import ExampleStream, TextCorpus
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_sources
@@ -63,7 +64,11 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
         make_ready(model, config, device, start, ranks)
         for name, source in source_configs(config).items():
             train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0
-            ranks.say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
+            ranks.say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows")
+            for line in describe_counts(train.counts):
+                ranks.say(f"  {line}")
+            for warning in warnings_about(train.counts):
+                ranks.say(f"WARNING: {warning}")
         if data.test is None:
             ranks.say("dataset.test_ratio is 0: training without evaluation")
         # Threads that read ahead can't know which examples other ranks take.
