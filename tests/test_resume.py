@@ -298,7 +298,18 @@ def test_weights_alone_begin_another_run(
     source = checkpoints_of(undisturbed)[-1]
     still = ("lr=1e-30", "weight_decay=0", "epochs=1", "seed=5")
     last = run_instruct(run_config(tmp_path, f"load_checkpoint={source}", *still))
-    assert f"beginning with the weights of {source}" in capsys.readouterr().out
+    said_first = capsys.readouterr().out
+    assert f"beginning with the weights of {source}" in said_first and "not taken over" not in said_first
+    run_instruct(
+        run_config(tmp_path / "again", f"load_checkpoint={undisturbed}", *still, "dataset.seq_len=48", "arch.loss=stablemax")
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert f"{undisturbed}: taking its newest checkpoint, {source.name}" in said
+    # Of all that differs, what the weights were learned under.
+    assert [line for line in said if "not taken over" in line] == [
+        "  not taken over: arch.loss was 'softmax', now 'stablemax'",
+        "  not taken over: dataset.seq_len was 64, now 48",
+    ]
     weights, average = load_file(last / "model.safetensors"), load_file(source / "ema.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in weights.items()), "the average, not the last weights"
     admitted = [json.loads((folder / "trainer/state.json").read_text())["admitted"] for folder in (last, source)]

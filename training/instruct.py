@@ -23,7 +23,7 @@ from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from training.distributed import joined_ranks
 from training.estimate import dry_run_instruct
-from training.resume import find_start
+from training.resume import find_start, weights_to_begin_with
 from training.run import Run, make_ready
 from training.text import TextTask
 
@@ -59,8 +59,7 @@ def run_instruct(config: PretrainInstructConfig) -> Path | None:
         start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
         if config.load_checkpoint is not None and start.saved is None:
-            _begin_with(model, Path(config.load_checkpoint), tokenizer)
-            ranks.say(f"beginning with the weights of {config.load_checkpoint}")
+            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), settings, ranks), tokenizer)
         make_ready(model, config, device, start, ranks)
         for name, source in source_configs(config).items():
             train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0

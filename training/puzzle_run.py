@@ -20,7 +20,7 @@ from models.device import pick_device, resolve_arch
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
-from training.resume import find_start
+from training.resume import find_start, weights_to_begin_with
 from training.run import Run, make_ready
 
 
@@ -54,9 +54,8 @@ def run_puzzles(config: PretrainPuzzleConfig) -> Path | None:
             puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
         )
         if config.load_checkpoint is not None and start.saved is None:
-            source = Path(config.load_checkpoint)
+            source = weights_to_begin_with(Path(config.load_checkpoint), settings, ranks)
             load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
-            ranks.say(f"beginning with the weights of {source}")
         if config.freeze_weights:
             model.requires_grad_(False)
         make_ready(model, config, device, start, ranks)

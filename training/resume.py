@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts.checkpoint import SavedRun, checkpoints_of, clear_remains, read_saved_run, step_of
+from artifacts.checkpoint import (
+    SavedRun,
+    checkpoints_of,
+    clear_remains,
+    newest_checkpoint,
+    read_saved_run,
+    read_settings,
+    step_of,
+)
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import TrainingConfig
@@ -50,6 +58,11 @@ _FREE = (
     "dataset.files",
     "dataset.hub_",
 )
+
+# Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
+_OF_WEIGHTS = ("arch.", "dataset.seq_len", "dataset.default_system_prompt", "dataset.supervise")
+# ... but for those that say how a run computes or when its rows leave.
+_NOT_OF_WEIGHTS = ("arch.forward_dtype", "arch.activation_checkpointing", "arch.halt.")
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,22 @@ def find_start(config: TrainingConfig, ranks: Ranks) -> Iterator[Start]:
             folder, checkpoint = place
             found = Start(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
         yield found
+
+
+def weights_to_begin_with(path: Path, settings: Mapping[str, Any], ranks: Ranks) -> Path:
+    """What `load_checkpoint=path` names: a file of weights or a checkpoint, of a run's folder its newest; rank 0 decides for all.
+
+    settings: the run's, as plain dicts. Says which checkpoint it is, and where its settings differ from the run's, which takes
+    over weights and nothing else. Raises UsageError if none of a run's checkpoints is whole.
+    """
+    source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
+    ranks.say(f"beginning with the weights of {source}")
+    if (source / "config.yaml").is_file():
+        old, new = dict(_flat(read_settings(source))), dict(_flat(settings))
+        for key in sorted(old.keys() & new.keys()):
+            if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
+                ranks.say(f"  not taken over: {key} was {old[key]!r}, now {new[key]!r}")
+    return source
 
 
 def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> Start:
