@@ -153,22 +153,18 @@ def _shown(value: Any) -> str:
 
 def prompt_hash(conversation: Conversation) -> int:
     """64 bits over system text and first user turn, surrounding blanks ignored: what the split goes by."""
-    system = next((turn.text for turn in conversation if turn.role == "system"), "")
-    return _hash(system, _first_question(conversation))
+    system, question = (next((turn.text for turn in conversation if turn.role == role), "") for role in ("system", "user"))
+    return _hash(system, question)
 
 
 def question_hash(conversation: Conversation) -> int:
-    """64 bits over the first user turn alone: equal for a question asked under another system prompt."""
-    return _hash(_first_question(conversation))
+    """64 bits over all user turns and nothing else: equal where the same is asked, whatever the system prompt and the answers."""
+    return _hash(*(turn.text for turn in conversation if turn.role == "user"))
 
 
 def conversation_hash(conversation: Conversation) -> int:
     """64 bits over all turns, for finding rows that are there more than once."""
     return _hash(*(part for turn in conversation for part in (turn.role, turn.text)))
-
-
-def _first_question(conversation: Conversation) -> str:
-    return next((turn.text for turn in conversation if turn.role == "user"), "")
 
 
 def _hash(*texts: str) -> int:

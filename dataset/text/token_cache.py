@@ -32,7 +32,7 @@ from dataset.text.row_encoder import PER_ID, EncodedRows, LongRows, Recipe, colu
 from dataset.text.sources import are_test_hashes
 from dataset.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Split = Literal["train", "test"]
 
 # What is encoded at once: so many rows, or fewer long ones.
