@@ -33,6 +33,7 @@ from torch import Tensor
 
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
+from config.upgrade import upgraded
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
@@ -214,7 +215,7 @@ def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Pa
 def _check_whole(folder: Path) -> None:
     """Raise UsageError if what using a checkpoint needs is damaged, as far as that can be seen without reading its weights."""
     about = read_about(folder, {"step"})
-    settings = read_settings(folder)
+    settings = read_settings(folder, say=lambda _: None)
     if "tokenizer_sha256" in about:
         _read_tokenizer(folder, about)
     path = folder / "ema.safetensors" if settings.get("ema") else _weights_file(folder, ema=True)
@@ -254,14 +255,20 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
     return about
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """config.yaml of a checkpoint folder as it stands. Raises UsageError if there is none."""
+def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict[str, Any]:
+    """config.yaml of a checkpoint folder, as this version would have written it: see config/upgrade.py; what is dropped is said.
+
+    Raises UsageError if there is none.
+    """
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
+    settings, dropped = upgraded(settings)
+    for line in dropped:
+        say(f"{folder}: {line}")
     return settings
 
 
@@ -278,7 +285,7 @@ class SavedRun:
     about: dict[str, Any]
     """checkpoint.json"""
     settings: dict[str, Any]
-    """config.yaml, as it stands"""
+    """config.yaml, see `read_settings`"""
     weights: dict[str, Tensor]
     average: dict[str, Tensor] | None
     trainer: TrainerState

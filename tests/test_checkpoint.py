@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import artifacts.checkpoint
+import config.upgrade as config_upgrade
 from artifacts.checkpoint import (
     Snapshot,
     TrainerState,
@@ -274,6 +275,17 @@ def test_another_format_or_config_is_refused(tmp_path: Path, save: Save) -> None
     config.write_text(config.read_text().replace("hidden_size:", "hiden_size:"))
     with pytest.raises(UsageError, match="did you mean hidden_size"):
         open_checkpoint(folder)
+
+
+def test_a_setting_that_is_gone_is_said_once(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, config = save(tmp_path / "run/step_7")
+    monkeypatch.setattr(config_upgrade, "REMOVED", ("dataset.shuffle",))
+    path = tmp_path / "run/step_7/config.yaml"
+    path.write_text(path.read_text().replace("dataset:\n", "dataset:\n  shuffle: 3\n"))
+    assert open_checkpoint(tmp_path / "run").config == config
+    assert capsys.readouterr().err.count("step_7: dataset.shuffle=3 was dropped: this version has no such setting\n") == 1
 
 
 def test_a_foreign_tokenizer_is_refused_and_an_equal_copy_is_not(tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import artifacts.run_folder
@@ -267,6 +268,30 @@ def test_a_run_does_not_go_on_as_another(killed: Path, run_config: RunConfig, ov
         run_instruct(run_config(killed.parents[1], "resume=auto", override))
     assert message in str(error.value) and "begin another run" in str(error.value)
     assert (killed / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(
+    killed: Path, undisturbed: Path, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key that was not there yet counts as what the program did then."""
+    path = checkpoints_of(killed)[-1] / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for section, key in (
+        (settings, "packing"),
+        (settings, "lr_schedule"),
+        (settings["dataset"], "supervise"),
+        (settings["arch"], "mlp_t"),
+    ):
+        del section[key]
+    path.write_text(yaml.safe_dump(settings))
+    config = run_config(killed.parents[1], "resume=auto")
+    said: list[str] = []
+    with find_start(config, Ranks()) as start:
+        start.check({**config.model_dump(), "lr_schedule": "stage"}, {}, said.append)
+    assert len(said) == 1 and said[0].endswith("begun: lr_schedule was run, now stage")
+    run_instruct(config)
+    assert "other settings" not in capsys.readouterr().out
+    assert_the_same_run(killed, undisturbed)
 
 
 def test_settings_that_change_what_comes_of_a_run_are_said(

@@ -131,7 +131,7 @@ def weights_to_begin_with(path: Path, settings: Mapping[str, Any], ranks: Ranks)
     source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
     ranks.say(f"beginning with the weights of {source}")
     if (source / "config.yaml").is_file():
-        old, new = dict(_flat(read_settings(source))), dict(_flat(settings))
+        old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(settings))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
                 ranks.say(f"  not taken over: {key} was {old[key]!r}, now {new[key]!r}")
