@@ -18,13 +18,16 @@ import artifacts.run_folder
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 
-# A child that stays in the folder must not have this process's locks.
-_SPAWN = multiprocessing.get_context("forkserver")
+# A process that has nothing of this one.
+_APART = multiprocessing.get_context("forkserver")
 
 
-def _stay(folder: Path, ready: Any) -> None:
+def _stay(folder: Path, of_child: Any) -> None:
+    """Hold the folder, with a child as tokenizing in processes has them, which outlives a kill."""
     with owned_folder(folder, print):
-        ready.set()
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        of_child.put(child.pid)
         time.sleep(60)
 
 
@@ -54,10 +57,10 @@ def test_a_second_process_is_refused_and_told_who_has_the_folder(tmp_path: Path)
 
 
 def test_a_killed_process_leaves_no_lock_and_its_successor_waits_for_it(tmp_path: Path) -> None:
-    ready = _SPAWN.Event()
-    process = _SPAWN.Process(target=_stay, args=(tmp_path, ready))
+    of_child = _APART.Queue()
+    process = _APART.Process(target=_stay, args=(tmp_path, of_child))
     process.start()
-    assert ready.wait(60) and process.pid is not None
+    child = of_child.get(timeout=60)
     said: list[str] = []
 
     def kill(text: str) -> None:
@@ -69,7 +72,7 @@ def test_a_killed_process_leaves_no_lock_and_its_successor_waits_for_it(tmp_path
         assert f"in use by process {process.pid} on" in said[0]
     process.join()
     with owned_folder(tmp_path, pytest.fail):
-        pass
+        os.kill(child, signal.SIGKILL)
 
 
 def test_runs_without_a_name_never_share_a_folder(tmp_path: Path) -> None:
