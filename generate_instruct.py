@@ -1,4 +1,4 @@
-"""Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N> --message "..."`.
+"""Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run> --message "..."`.
 
 `--chat` talks on and on instead, `--input FILE --output FILE` answers a file. Everything else comes from the checkpoint; flags and
 --overrides go on top.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from dataset.text.conversation import Conversation, Turn, with_default_system
 from dataset.text.forms import form_options
 from generation.answers import Piece, Responder
@@ -95,6 +95,7 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
 def main() -> None:
     """Load, answer, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings_for_use(checkpoint.config, arguments)
     responder = load_responder(checkpoint, config)

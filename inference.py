@@ -1,4 +1,4 @@
-"""Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>/step_<N>`.
+"""Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>`.
 
 With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json.
 """
@@ -12,10 +12,10 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from artifacts.checkpoint import load_weights, read_weights
-from artifacts.outputs import output_folder
+from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainPuzzleConfig, PuzzleOutput
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
 from evaluators.puzzles import PuzzleMeasurement
@@ -57,6 +57,7 @@ def settings(trained: PretrainPuzzleConfig, arguments: argparse.Namespace) -> Pr
 def main() -> None:
     """Load, measure, write, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     if arguments.max_batches is not None and arguments.max_batches < 1:
         raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
     checkpoint = open_puzzle_checkpoint(arguments.checkpoint)
@@ -65,7 +66,7 @@ def main() -> None:
     data = PuzzleData(data_paths, arguments.split)
     checkpoint.check_data(data, data_paths)
     measurement = PuzzleMeasurement(config, data, data_paths)
-    folder = output_folder(arguments.output_dir or arguments.checkpoint)
+    folder = output_folder(arguments.output_dir or checkpoint.folder)
     device = pick_device(config.device)
     arch = resolve_arch(config.arch, device)
     known = checkpoint.metadata
@@ -84,8 +85,14 @@ def main() -> None:
         max_batches=arguments.max_batches,
         progress=partial(tqdm, desc=arguments.split, unit="batch", total=min(batches, arguments.max_batches or batches)),
     )
-    metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "step": checkpoint.step, "split": arguments.split, **report}
-    (folder / f"metrics_{arguments.split}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    metrics: dict[str, Any] = {
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.step,
+        "split": arguments.split,
+        "max_batches": arguments.max_batches,
+        **report,
+    }
+    write_json(folder / f"metrics_{arguments.split}.json", metrics)
     print(json.dumps(metrics, indent=2))
 
 

@@ -1,29 +1,29 @@
-"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>/step_<N>`.
+"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>`.
 
 Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family; with --generate all generated
-answers as JSON lines. Writes metrics.json.
+answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json.
 """
 
 import argparse
 import json
-import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from artifacts.checkpoint import open_checkpoint
-from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder
+from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder, write_json
 from config.compose import add_model_arguments, override_config, settings_for_use
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainInstructConfig
 from dataset.instruct import open_run_split
 from evaluators.generated import evaluate_generated, write_generated
 from evaluators.language import DepthOutput, evaluate_sources
 from generation.loading import load_responder
 from models.device import keep_freed_memory
+from training.loggers import wandb_mode
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=("train", "test"), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches of each source")
-    add("--output-dir", type=Path, help="where metrics.json and saved tensors go; default: the checkpoint's folder")
+    add("--output-dir", type=Path, help="where metrics and saved tensors go; default: the checkpoint's folder")
     add(
         "--save-outputs",
         nargs="+",
@@ -44,11 +44,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"tensors to keep, of {', '.join(OUTPUT_FILL)}",
     )
     add("--generate", action="store_true", help="also generate an answer to each row, into answers_<split>.jsonl")
-    add("--max-generated", type=int, metavar="N", help="with --generate: the first N rows only")
+    add("--max-generated", type=int, metavar="N", help="with --generate: only the first N rows of each source")
     add("--data-dir", help="folder of the data; default: that of the run")
     add("--subset-size", type=int, help="rows of the split, of each source; default: that of the run")
     add("--seq-len", type=int, help="longest row; default: that of the run")
-    add("--project-name", help="also log the metrics to this W&B project (offline unless WANDB_MODE says otherwise)")
+    add("--project-name", help="also log the metrics to this W&B project, as the run's `wandb` says")
     add("--run-name", help="name of that W&B run; default: that of the training run")
     return parser.parse_args()
 
@@ -74,19 +74,21 @@ def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> 
     return override_config(used, given)
 
 
-def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path) -> None:
-    """Log the plain numbers among `metrics`."""
-    if os.environ.setdefault("WANDB_MODE", "offline") == "disabled":
+def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, mode: str) -> None:
+    """Log the plain numbers among `metrics`; mode: that of `wandb_mode`."""
+    if mode == "disabled":
         return
     import wandb
 
-    with wandb.init(project=project, name=run, job_type="inference", dir=str(folder)) as logged:
+    online: Literal["online", "offline"] = "online" if mode == "online" else "offline"
+    with wandb.init(project=project, name=run, job_type="inference", dir=str(folder), mode=online) as logged:
         logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
 
 
 def main() -> None:
     """Load, measure, write, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     for flag, value in (("--max-batches", arguments.max_batches), ("--max-generated", arguments.max_generated)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
@@ -94,9 +96,10 @@ def main() -> None:
         raise UsageError("--max-generated goes with --generate: give both")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
+    logs_to = wandb_mode(config)
     split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load_responder(checkpoint, config)
-    folder = output_folder(arguments.output_dir or arguments.checkpoint)
+    folder = output_folder(arguments.output_dir or checkpoint.folder)
     saved = SavedOutputs(arguments.save_outputs)
 
     def keep(output: DepthOutput) -> None:
@@ -114,18 +117,28 @@ def main() -> None:
         on_output=keep if saved.keys else None,
         progress=partial(tqdm, desc=arguments.split, unit="batch"),
     )
-    metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "split": arguments.split, **result.report()}
-    rows = min(len(split), (arguments.max_batches or len(split)) * config.global_batch_size)
+    rows = split.first_rows(arguments.max_batches and arguments.max_batches * config.global_batch_size)
+    metrics: dict[str, Any] = {
+        "checkpoint": str(checkpoint.folder),
+        "split": arguments.split,
+        "rows": len(rows),
+        "rows_of_split": len(split),
+        "max_batches": arguments.max_batches,
+        **result.report(),
+    }
     if "sample" in split.parts and not config.stages:
         metrics["answers"] = evaluate_generated(responder, split, rows=rows)
     if arguments.generate:
         path = folder / f"answers_{arguments.split}.jsonl"
-        metrics["generated"] = write_generated(responder, split, path, rows=min(rows, arguments.max_generated or rows))
+        generated = rows if arguments.max_generated is None else sorted({*rows} & {*split.first_rows(arguments.max_generated)})
+        metrics["generated"] = write_generated(responder, split, path, rows=generated)
     if saved.keys:
         saved.write(folder / f"outputs_{arguments.split}.safetensors")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / f"metrics_{arguments.split}.json", metrics)
+    if arguments.split == "test" and arguments.max_batches is None:
+        write_json(folder / "metrics.json", metrics)
     if arguments.project_name is not None:
-        log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder)
+        log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder, logs_to)
     print(json.dumps(metrics, indent=2))
 
 

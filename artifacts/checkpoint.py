@@ -20,19 +20,21 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Set
+import sys
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
+from config.upgrade import upgraded
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
@@ -161,18 +163,15 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
-    """Open a folder written by `save_checkpoint`. Raises UsageError if it is missing, foreign or damaged.
+    """Open a folder written by `save_checkpoint`, or the newest in a run's folder, see `newest_checkpoint`.
 
+    Raises UsageError if it is missing, foreign or damaged.
     The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same content.
     """
+    folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "tokenizer_sha256", "template", "data_hash"})
     settings = read_settings(folder)
-    try:
-        tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
-    except OSError as error:
-        raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
-    if hashlib.sha256(tokenizer_bytes).hexdigest() != about["tokenizer_sha256"]:
-        raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
+    tokenizer_bytes = _read_tokenizer(folder, about)
     if tokenizer_path is not None and (other := Tokenizer(tokenizer_path).sha256) != about["tokenizer_sha256"]:
         raise UsageError(
             f"{tokenizer_path} is another tokenizer than the checkpoint's: sha256 {other[:16]}..., expected "
@@ -188,12 +187,65 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
     )
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Path:
+    """`path`, or where it is the folder of a run, the run's whole checkpoint with the highest step number, which is said.
+
+    Damaged checkpoints are said and passed over. Raises UsageError if none is whole. Anything that is neither is given back as it
+    is, for those who read it to judge.
+    """
+    if (path / "checkpoint.json").is_file():
+        return path
+    folders = checkpoints_of(path)
+    for folder in reversed(folders):
+        try:
+            _check_whole(folder)
+        except UsageError as error:
+            say(f"{error}; looking for an older checkpoint")
+            continue
+        say(f"{path}: taking its newest checkpoint, {folder.name}")
+        return folder
+    if folders:
+        raise UsageError(f"no checkpoint in {path} is whole ({', '.join(folder.name for folder in folders)}): use another run's")
+    return path
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise UsageError if what using a checkpoint needs is damaged, as far as that can be seen without reading its weights."""
+    about = read_about(folder, {"step"})
+    settings = read_settings(folder, say=lambda _: None)
+    if "tokenizer_sha256" in about:
+        _read_tokenizer(folder, about)
+    path = folder / "ema.safetensors" if settings.get("ema") else _weights_file(folder, ema=True)
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+
+
+def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
+    try:
+        content = (folder / "tokenizer.model").read_bytes()
+    except OSError as error:
+        raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
+    if hashlib.sha256(content).hexdigest() != about["tokenizer_sha256"]:
+        raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
+    return content
+
+
 def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
     """checkpoint.json of a checkpoint folder, which with these keys. Raises UsageError if it is missing or another kind's."""
     if not (folder / "checkpoint.json").is_file():
-        runs = sorted(str(p.parent) for p in folder.parent.glob("**/step_*/checkpoint.json")) if folder.parent.is_dir() else []
-        found = f"; found nearby: {', '.join(runs[:5])}" if runs else ""
-        raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json{found}")
+        place = folder if folder.is_dir() else folder.parent
+        # Of a project, or of all projects, the runs; no deeper, or a folder of another kind would be searched to its ends.
+        runs = sorted({p.parents[1] for above in ("*/", "*/*/") for p in place.glob(f"{above}step_*/checkpoint.json")})
+        near = checkpoints_of(place) or runs
+        found = f"; found nearby: {', '.join(map(str, near[:5]))}{', ...' if len(near) > 5 else ''}" if near else ""
+        raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json, or that of a run{found}")
     about = _read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     if missing := sorted(keys - about.keys()):
@@ -204,14 +256,20 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
     return about
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """config.yaml of a checkpoint folder as it stands. Raises UsageError if there is none."""
+def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict[str, Any]:
+    """config.yaml of a checkpoint folder, as this version would have written it: see config/upgrade.py; what is dropped is said.
+
+    Raises UsageError if there is none.
+    """
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
+    settings, dropped = upgraded(settings)
+    for line in dropped:
+        say(f"{folder}: {line}")
     return settings
 
 
@@ -228,7 +286,7 @@ class SavedRun:
     about: dict[str, Any]
     """checkpoint.json"""
     settings: dict[str, Any]
-    """config.yaml, as it stands"""
+    """config.yaml, see `read_settings`"""
     weights: dict[str, Tensor]
     average: dict[str, Tensor] | None
     trainer: TrainerState

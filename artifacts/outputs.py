@@ -1,7 +1,10 @@
-"""Tensors of an inference run, gathered batch by batch and written as one safetensors file."""
+"""What a measurement leaves: its metrics as JSON, and tensors, gathered batch by batch, as one safetensors file."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -43,6 +46,18 @@ class SavedOutputs:
                 parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=OUTPUT_FILL[key]) for part in parts]
             saved[key] = torch.cat(parts)[order].contiguous()
         save_file(saved, path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` in place of what is there: whole, or not at all. Raises UsageError where that can't be."""
+    # A name of its own: two measurements may write at the same time.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written: {error}; free space or name another --output-dir") from error
 
 
 def output_folder(folder: Path) -> Path:

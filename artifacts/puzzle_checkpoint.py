@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from artifacts.checkpoint import Snapshot, read_about, read_settings, write_checkpoint
+from artifacts.checkpoint import Snapshot, newest_checkpoint, read_about, read_settings, write_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig, parse_as
 from dataset.puzzles.loader import PuzzleData
@@ -73,7 +73,11 @@ class PuzzleCheckpoint:
 
 
 def open_puzzle_checkpoint(folder: Path) -> PuzzleCheckpoint:
-    """Open a folder written by `save_puzzle_checkpoint`. Raises UsageError if it is missing, foreign or damaged."""
+    """Open a folder written by `save_puzzle_checkpoint`, or the newest in a run's folder, see `newest_checkpoint`.
+
+    Raises UsageError if it is missing, foreign or damaged.
+    """
+    folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "data_hash", "identifiers_sha256"})
     config = parse_as(PretrainPuzzleConfig, read_settings(folder))
     try:

@@ -1,6 +1,6 @@
 """What depth costs and gives at use: answers of a trained model at fixed numbers of ACT steps and with halting thresholds.
 
-    python benchmarks/depth.py --checkpoint checkpoints/<project>/<run>/step_<N> [--thresholds 0.8 0.9 --rows 300]
+    python benchmarks/depth.py --checkpoint checkpoints/<project>/<run> [--thresholds 0.8 0.9 --rows 300]
 
 All settings answer the same questions of the bundled data's test split, in turns, each round all of them, with the checkpoint's
 other generation settings (greedy unless they say otherwise). Shown are exact answers with 95 % intervals, over all and by family;
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from artifacts.checkpoint import open_checkpoint
 from benchmarks.common import use_threads
-from config.compose import override_config
+from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_instruct_split
@@ -259,7 +259,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="folder checkpoints/<project>/<run>/step_<N>")
+    add("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="halting thresholds, beside the fixed depths")
     add("--rows", type=int, help="only the first rows of the test split, so many of them")
     add("--rounds", type=int, default=3, help="times that every setting answers every question")
@@ -300,7 +300,7 @@ def main() -> None:
     measure(responder, questions, settings, arguments.rounds)
     found = {
         **report(settings, questions, choose(settings, questions), calibration(responder, split, config, rows)),
-        "checkpoint": str(arguments.checkpoint),
+        "checkpoint": str(checkpoint.folder),
         "questions": len(questions.histories),
         "longer_than_context": rows - len(questions.histories),
         "batch_size": responder.rows,

@@ -1,6 +1,6 @@
 """Speculation of a row on itself: the same answers one at a time, with and without drafts of few ACT steps.
 
-    python benchmarks/speculation.py --checkpoint checkpoints/<project>/<run>/step_<N> [--draft-tokens 2 4 8 --rows 100]
+    python benchmarks/speculation.py --checkpoint checkpoints/<project>/<run> [--draft-tokens 2 4 8 --rows 100]
 
 Each number of drafted tokens answers the same questions of the test split in turns, prompts included. Greedy answers must come out
 the same but for rounding (a batch of tokens is multiplied in another order than a single one). Last line: JSON.
@@ -21,7 +21,7 @@ import torch
 
 from artifacts.checkpoint import open_checkpoint
 from benchmarks.common import use_threads
-from config.compose import override_config
+from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import one_clear_message
 from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.conversation import Conversation
@@ -40,7 +40,7 @@ def answer_all(responder: Responder, histories: list[Conversation]) -> tuple[flo
 def main() -> None:
     """Parse, measure in turns, print."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--checkpoint", type=Path, required=True)
+    flags.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
     flags.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4, 8], help="numbers of drafted tokens to try")
     flags.add_argument("--draft-act-steps", type=int, default=1, help="ACT steps behind a drafted token")
     flags.add_argument("--act-steps", type=int, help="depth of the answers; default: the checkpoint's")

@@ -17,6 +17,7 @@ from config.errors import UsageError
 from config.schema import Config, GenerationConfig, PretrainInstructConfig, TrainingConfig, no_such_key, parse_as, parse_config
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
+CHECKPOINT_HELP = "folder checkpoints/<project>/<run>, whose newest checkpoint is taken, or a step_<N> in it"
 
 
 def checked(settings: DictConfig, kind: type[Config]) -> Config:
@@ -85,7 +86,7 @@ def _open_tables(settings: DictConfig, section: BaseModel) -> None:
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every door which uses a checkpoint has."""
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder checkpoints/<project>/<run>/step_<N>")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--config-name", help="take all settings but the architecture's from this config instead of the checkpoint's"
     )

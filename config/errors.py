@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 
@@ -21,6 +22,24 @@ class StoppedBySignal(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
+
+
+# torchrun ends all ranks once one has ended: the first must have had the time to say why.
+_SECONDS_FOR_THE_FIRST_RANK = 10.0
+
+
+def refuse_several_ranks() -> None:
+    """Raise UsageError in a program that can't share its work, if it is one of several ranks; the others end without a word."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
+        sys.exit(2)
+    raise UsageError(
+        f"WORLD_SIZE is {size}, so each of {size} ranks would do all of the work: this program runs as one process, start it with "
+        "`python` instead of `torchrun` (training is what ranks share)"
+    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from generation.answers import Answer, Responder
 from generation.batch import Asked, answers_in_order, positions_needed
 
 
-def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: int) -> dict[str, Any]:
-    """Answer the last turn of the first `rows` rows and score the answers against the references, by the rows' `task`.
+def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int]) -> dict[str, Any]:
+    """Answer the last turn of the split's `rows` and score the answers against the references, by the rows' `task`.
 
     Raw text asks nothing and is left out. Returns `score_answers`' result at the responder's depth, and beside it `by_act_step`
     (accuracy of all at 1, 2, ... ACT steps; with a halting threshold one entry), `mean_act_steps` of a generated token, and
@@ -46,8 +46,8 @@ def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *,
     }
 
 
-def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: int) -> dict[str, Any]:
-    """Answer the last turn of the first `rows` rows into `path`, one JSON object a line, in the order of the split.
+def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int]) -> dict[str, Any]:
+    """Answer the last turn of the split's `rows` into `path`, one JSON object a line, in their order.
 
     Raw text is left out. Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split; an
     `error` stands where the history leaves no room for an answer. The file appears whole, in place of one that was there. Returns
@@ -81,9 +81,9 @@ def write_generated(responder: Responder, split: TextCorpus | TextDataset, path:
     }
 
 
-def _exchanges(split: TextCorpus | TextDataset, rows: int) -> Iterator[tuple[int, Conversation, str]]:
-    """Number, history and last answer of each of the first `rows` rows that has an answer."""
-    for index in range(rows):
+def _exchanges(split: TextCorpus | TextDataset, rows: Sequence[int]) -> Iterator[tuple[int, Conversation, str]]:
+    """Number, history and last answer of each of `rows` that has an answer."""
+    for index in rows:
         exchange = last_exchange(split.conversation(index))
         if exchange is not None:
             yield index, *exchange

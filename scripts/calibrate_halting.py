@@ -1,6 +1,6 @@
 """Calibrate a checkpoint's halting probabilities on held-out text, so that `--halt-threshold 0.9` means nine right in ten.
 
-    python scripts/calibrate_halting.py --checkpoint checkpoints/<project>/<run>/step_<N>
+    python scripts/calibrate_halting.py --checkpoint checkpoints/<project>/<run>
 
 Fits on even rows of the split, prints how far the probabilities were off on odd ones, and writes halting.json into the checkpoint's
 folder, from where every use of the checkpoint takes it. Knows no formula.
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from artifacts.checkpoint import open_checkpoint
 from artifacts.halting import HaltingCalibration, write_halting_calibration
-from config.compose import override_config
-from config.errors import UsageError, one_clear_message
+from config.compose import CHECKPOINT_HELP, override_config
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from dataset.instruct import open_run_split
 from evaluators.calibration import DepthCalibration, calibrate_halting, record_halting
 from generation.loading import load_model
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="folder checkpoints/<project>/<run>/step_<N>")
+    add("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
     add("--split", choices=("train", "test"), default="test", help="train: the model knows it, so it looks surer than it is")
     add("--max-rows", type=int, help="only the first rows of the split, so many of them")
     add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
@@ -52,6 +52,7 @@ def table(depths: Sequence[DepthCalibration]) -> str:
 def main() -> None:
     """Measure, fit, write, print."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     if arguments.max_rows is not None and arguments.max_rows < 2:
         raise UsageError(f"--max-rows {arguments.max_rows}: expected at least 2, one to fit on and one to measure on")
     checkpoint = open_checkpoint(arguments.checkpoint)

@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-data.txt`")
 
 from config.compose import compose_config
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import DatasetConfig
 from dataset.instruct import open_instruct_data, source_configs
 from dataset.text.conversation import Template
@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():
+        refuse_several_ranks()
         if options.near_rows < 0:
             raise UsageError(f"--near-rows: expected 0 or more, found {options.near_rows}")
         print(*prepare(options.overrides, options.output, options.near_rows), sep="\n")

@@ -24,7 +24,7 @@ fi
 
 echo; echo "== inference over the test split"
 python inference_instruct.py --checkpoint "$checkpoint" > /dev/null
-python scripts/show_answers.py "$checkpoint/metrics.json"
+python scripts/show_answers.py "$checkpoint"
 
 echo; echo "== three messages"
 for message in "What is 23 + 45?" "Sort these numbers: 7 2 9 4" "Ben is older than Kate. Kate is older than Max. Is Ben older than Max?"; do

@@ -39,7 +39,7 @@ except ImportError as missing:
 
 from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, settings_for_use
-from config.errors import UsageError, one_clear_message
+from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from generation.loading import load_responder
 from generation.service import Broken, Closed, Full, Part, Service, ServiceError, TimedOut
 from models.device import keep_freed_memory
@@ -452,6 +452,7 @@ def _is_loopback(name: str) -> bool:
 def main() -> None:
     """Load, say what is offered, serve."""
     arguments = parse_arguments()
+    refuse_several_ranks()
     check(arguments)
     listening = bind(arguments.host, arguments.port)
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)

@@ -1,14 +1,41 @@
-"""Print the generated-answer scores of a metrics.json as a table: `python scripts/show_answers.py CHECKPOINT/metrics.json`."""
+"""Print the scores of a checkpoint's generated answers as a table.
 
+    python scripts/show_answers.py checkpoints/<project>/<run> [--split train]
+
+Takes a run's folder (its newest checkpoint), a checkpoint, or a file of metrics that inference_instruct.py has written. Of a folder
+it shows the whole test split, or the split that --split names.
+"""
+
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from artifacts.checkpoint import newest_checkpoint
+from config.errors import UsageError, one_clear_message
 
 
-def table(metrics: dict) -> str:  # type: ignore[type-arg]
-    """One line per family, then all of them, then the accuracy at each depth."""
+def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
+    """Metrics with answers, from a file or from where inference_instruct.py leaves them in a folder. Raises UsageError."""
+    if path.is_dir():
+        path = newest_checkpoint(path) / ("metrics.json" if split is None else f"metrics_{split}.json")
+    try:
+        metrics = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can't be read: {error}; write it with inference_instruct.py") from error
+    if not isinstance(metrics, dict) or "answers" not in metrics:
+        raise UsageError(f"{path} has no generated answers: they are scored for the bundled data alone (dataset=sample)")
+    return metrics
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """What was measured, one line per family, then all of them, then the accuracy at each depth."""
     answers = metrics["answers"]
-    lines = [f"{'family':14s} {'exact':>6s} {'95 % from':>9s} {'baseline':>8s} {'count':>6s}"]
+    lines = [f"{metrics['rows']:,} of {metrics['rows_of_split']:,} rows of the {metrics['split']} split, {metrics['checkpoint']}"]
+    lines += [f"{'family':14s} {'exact':>6s} {'95 % from':>9s} {'baseline':>8s} {'count':>6s}"]
     for name, score in [*answers["families"].items(), ("all", answers["overall"])]:
         lines.append(f"{name:14s} {score['accuracy']:6.1%} {score['lower_95']:9.1%} {score['baseline']:8.1%} {score['count']:6d}")
     depths = ", ".join(f"{accuracy:.1%} at {depth}" for depth, accuracy in enumerate(answers["by_act_step"], 1))
@@ -19,5 +46,15 @@ def table(metrics: dict) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Read, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="folder of a run or of a checkpoint, or a metrics file")
+    parser.add_argument("--split", choices=("train", "test"), help="of a folder, the last measurement of this split")
+    options = parser.parse_args(arguments)
+    with one_clear_message():
+        print(table(read_metrics(options.path, options.split)))
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    main()

@@ -12,7 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import artifacts.checkpoint
-from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, read_weights, save_checkpoint
+import config.upgrade as config_upgrade
+from artifacts.checkpoint import (
+    Snapshot,
+    TrainerState,
+    load_weights,
+    newest_checkpoint,
+    open_checkpoint,
+    read_weights,
+    save_checkpoint,
+)
 from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
 from config.errors import UsageError
 from config.schema import ArchConfig, PretrainInstructConfig
@@ -147,12 +156,62 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, save: Save) -> Non
 
 def test_a_missing_checkpoint_names_those_nearby(tmp_path: Path, save: Save) -> None:
     save(tmp_path / "run/step_7")
-    with pytest.raises(UsageError, match=r"no checkpoint at .*step_8.*found nearby: .*step_7"):
+    save(tmp_path / "run/step_9")
+    save(tmp_path / "other/step_1")
+    with pytest.raises(UsageError, match=r"no checkpoint at .*step_8: .*found nearby: \S+/run/step_7, \S+/run/step_9$"):
         open_checkpoint(tmp_path / "run/step_8")
-    with pytest.raises(UsageError, match=r"no checkpoint at .*run: expected a folder step_<N>"):
-        open_checkpoint(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"no checkpoint at .* or that of a run; found nearby: \S+/other, \S+/run$"):
+        open_checkpoint(tmp_path)
     with pytest.raises(UsageError, match="no checkpoint at"):
         open_checkpoint(tmp_path / "nowhere/at/all")
+
+
+def test_of_a_run_the_newest_whole_checkpoint_is_opened_and_said(
+    tmp_path: Path, save: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for step in (9, 200, 70, 1000):
+        save(run / f"step_{step}")
+    # By number, whatever was touched last; what isn't whole, or not a checkpoint, doesn't count.
+    (run / "step_9/metrics.json").write_text("{}")
+    (run / "step_1000").rename(run / ".step_1000.partial")
+    shutil.copytree(run / "step_200", run / "step_300.damaged")
+    (run / "step_x").mkdir()
+    assert open_checkpoint(run).folder == run / "step_200"
+    shown = capsys.readouterr()
+    assert shown.err == f"{run}: taking its newest checkpoint, step_200\n" and not shown.out
+    assert open_checkpoint(run / "step_9").folder == run / "step_9" and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("checkpoint.json", b""),
+        ("checkpoint.json", None),
+        ("config.yaml", b"- 1"),
+        ("tokenizer.model", b"another"),
+        ("tokenizer.model", None),
+        ("ema.safetensors", None),
+        ("ema.safetensors", b"truncated"),
+    ],
+)
+def test_of_a_run_damaged_checkpoints_are_passed_over(
+    tmp_path: Path, save: Save, capsys: pytest.CaptureFixture[str], file: str, damage: bytes | None
+) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2):
+        save(run / f"step_{step}", "ema=true", ema=True)
+    path = run / "step_2" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(content[:-9] if damage == b"truncated" else damage)
+    assert newest_checkpoint(run) == run / "step_1"
+    said = capsys.readouterr().err
+    assert "step_2" in said and "looking for an older checkpoint" in said
+    (run / "step_1/checkpoint.json").unlink()
+    with pytest.raises(UsageError, match=r"no checkpoint in .* is whole \(step_1, step_2\)"):
+        newest_checkpoint(run)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +275,17 @@ def test_another_format_or_config_is_refused(tmp_path: Path, save: Save) -> None
     config.write_text(config.read_text().replace("hidden_size:", "hiden_size:"))
     with pytest.raises(UsageError, match="did you mean hidden_size"):
         open_checkpoint(folder)
+
+
+def test_a_setting_that_is_gone_is_said_once(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, config = save(tmp_path / "run/step_7")
+    monkeypatch.setattr(config_upgrade, "REMOVED", ("dataset.shuffle",))
+    path = tmp_path / "run/step_7/config.yaml"
+    path.write_text(path.read_text().replace("dataset:\n", "dataset:\n  shuffle: 3\n"))
+    assert open_checkpoint(tmp_path / "run").config == config
+    assert capsys.readouterr().err.count("step_7: dataset.shuffle=3 was dropped: this version has no such setting\n") == 1
 
 
 def test_a_foreign_tokenizer_is_refused_and_an_equal_copy_is_not(tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer) -> None:

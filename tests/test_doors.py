@@ -186,8 +186,8 @@ def nothing_trained(tmp_path: Path) -> Iterator[None]:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def metrics_of(folder: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+def metrics_of(folder: Path, name: str = "metrics") -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return metrics
 
 
@@ -266,11 +266,20 @@ def test_a_bad_row_can_be_skipped_and_a_run_is_never_overwritten(train: Callable
     settings = (f"dataset.data_dir={folder}", "dataset.on_bad_row=skip", "run_name=once")
     first = train(*settings)
     assert first.status == 0, first.err
-    assert "'bad_json': 1" in first.out
+    assert "  malformed: bad_json 1\n" in first.out and "WARNING" not in first.out
     run = tmp_path / "checkpoints/SlimOrca-ACT/once"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert_told(train(*settings), "has checkpoints already and is not overwritten", "run_name")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_training_warns_of_rows_that_are_cut_or_lost(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "answer": "blue " * 200} for i in range(30)]
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [*rows, *({"question": f"And {i}?"} for i in range(10))])
+    outcome = train(f"dataset.data_dir={folder}", "dataset.test_ratio=0")
+    assert outcome.status == 0, outcome.err
+    assert "WARNING: 30 of 30 rows (100%) are longer than dataset.seq_len" in outcome.out
+    assert "WARNING: 10 of 40 rows (25%) are not trained on (no_answer 10)" in outcome.out
 
 
 def test_without_a_test_split_training_says_so_and_inference_has_none(train: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -282,7 +291,7 @@ def test_without_a_test_split_training_says_so_and_inference_has_none(train: Cal
     assert_told(run_door("inference_instruct.py", "--checkpoint", str(found), folder=tmp_path), "test_ratio=0", "train split")
     assert not (found / "metrics.json").exists()
     run_well("inference_instruct.py", "--checkpoint", str(found), "--split", "train", folder=tmp_path)
-    assert metrics_of(found)["counts"]["conversations"] == 8
+    assert metrics_of(found, "metrics_train")["counts"]["conversations"] == 8
 
 
 # What training leaves.
@@ -336,7 +345,13 @@ def test_inference_writes_metrics_beside_the_checkpoint(checkpoint: Path, tmp_pa
     assert json.loads(outcome.out) == metrics
     assert metrics["mean_act_steps"] == 2
     assert metrics["counts"]["conversations"] == TEST_ROWS
-    assert metrics["split"] == "test"
+    assert (metrics["split"], metrics["rows"], metrics["rows_of_split"], metrics["max_batches"]) == (
+        "test",
+        TEST_ROWS,
+        TEST_ROWS,
+        None,
+    )
+    assert metrics_of(checkpoint, "metrics_test") == metrics
     assert len(metrics["by_act_step"]) == 2
     for key in ("loss_per_token", "bits_per_byte", "token_accuracy", "exact_accuracy"):
         assert metrics["by_act_step"][-1][key] == metrics[key] >= 0
@@ -369,9 +384,81 @@ def test_saved_tensors_land_next_to_the_checkpoint(checkpoint: Path, tmp_path: P
     arguments = ("--checkpoint", str(checkpoint), "--split", "train", "--save-outputs", "preds", "--max-batches", "1")
     run_well("inference_instruct.py", *arguments, "--batch-size", "3", folder=tmp_path)
     assert load_file(checkpoint / "outputs_train.safetensors")["preds"].shape[0] == 3
-    metrics = metrics_of(checkpoint)
+    metrics = metrics_of(checkpoint, "metrics_train")
     assert metrics["split"] == "train"
-    assert metrics["counts"]["conversations"] == metrics["answers"]["overall"]["count"] == 3
+    assert metrics["counts"]["conversations"] == metrics["answers"]["overall"]["count"] == metrics["rows"] == 3
+
+
+def test_only_the_whole_test_split_is_the_checkpoints_metrics(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(checkpoint), "--output-dir", str(tmp_path), "--subset-size", "8")
+    whole = json.loads(run_well("inference_instruct.py", *arguments, folder=tmp_path).out)
+    run_well("inference_instruct.py", *arguments, "--split", "train", folder=tmp_path)
+    run_well("inference_instruct.py", *arguments, "--max-batches", "1", "--batch-size", "2", folder=tmp_path)
+    assert metrics_of(tmp_path) == whole
+    assert metrics_of(tmp_path, "metrics_train")["split"] == "train"
+    part = metrics_of(tmp_path, "metrics_test")
+    assert (part["rows"], part["rows_of_split"], part["max_batches"]) == (2, 8, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "metrics_test.json", "metrics_train.json"]
+
+
+def test_of_a_runs_folder_the_newest_checkpoint_is_used(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(checkpoint.parent), "--output-dir", "here", "--subset-size", "2")
+    outcome = run_well("inference_instruct.py", *arguments, folder=tmp_path)
+    assert f"taking its newest checkpoint, {checkpoint.name}" in outcome.err
+    assert metrics_of(tmp_path / "here")["checkpoint"] == str(checkpoint)
+    answered = run_well("generate_instruct.py", "--checkpoint", str(checkpoint.parent), "--message", "Hello", folder=tmp_path)
+    assert checkpoint.name in answered.err and checkpoint.name not in answered.out
+
+
+def test_inference_logs_to_wandb_as_the_run_does(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    class Logged(contextlib.nullcontext[Any]):
+        def log(self, values: dict[str, Any]) -> None:
+            calls[-1]["logged"] = values
+
+    def init(**settings: Any) -> Any:
+        calls.append(settings)
+        return contextlib.nullcontext(Logged())
+
+    monkeypatch.setitem(sys.modules, "wandb", mock.Mock(init=init))
+    arguments = (
+        "--checkpoint",
+        str(checkpoint),
+        "--output-dir",
+        "out",
+        "--subset-size",
+        "2",
+        "--project-name",
+        "p",
+        "--run-name",
+        "r",
+    )
+    for mode in ("disabled", "offline", "online"):
+        run_well("inference_instruct.py", *arguments, "--overrides", f"wandb={mode}", folder=tmp_path, WANDB_MODE="offline")
+    assert [(call["project"], call["name"], call["mode"]) for call in calls] == [("p", "r", "offline"), ("p", "r", "online")]
+    assert calls[0]["logged"]["test/rows"] == 2
+    run_well("inference_instruct.py", *arguments, folder=tmp_path, WANDB_MODE="disabled")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments"),
+    [
+        ("inference_instruct.py", ("--checkpoint", "unread")),
+        ("generate_instruct.py", ("--checkpoint", "unread", "--message", "Hello")),
+        ("inference.py", ("--checkpoint", "unread")),
+        ("scripts/serve.py", ("--checkpoint", "unread")),
+        ("scripts/calibrate_halting.py", ("--checkpoint", "unread")),
+        ("scripts/prepare_data.py", ("dataset=sample",)),
+    ],
+)
+def test_a_door_that_cannot_share_its_work_refuses_several_ranks(door: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = run_door(door, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="0")
+    assert_told(outcome, "each of 2 ranks would do all of the work", "`python` instead of `torchrun`")
+    with mock.patch("time.sleep") as waited:
+        assert run_door(door, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="1") == Outcome(2, "", "")
+    assert waited.called and not list(tmp_path.iterdir())
 
 
 def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, sample_dir: Path, tmp_path: Path) -> None:
@@ -696,5 +783,14 @@ def test_stages_are_trained_and_their_sources_measured_apart(train: Callable[...
     few = ("--checkpoint", str(last), "--subset-size", "1")
     run_well("inference_instruct.py", *few, folder=tmp_path)
     assert json.loads((last / "metrics.json").read_text())["counts"]["conversations"] == 2
+    # Of each source its first rows.
+    part = ("--checkpoint", str(last), "--split", "train", "--max-batches", "1", "--batch-size", "3", "--generate")
+    run_well("inference_instruct.py", *part, "--max-generated", "2", folder=tmp_path)
+    measured = metrics_of(last, "metrics_train")
+    assert (measured["rows"], measured["generated"]["count"]) == (6, 4)
+    assert [part["counts"]["conversations"] for part in measured["by_source"].values()] == [3, 3]
+    answers = [json.loads(line) for line in (last / "answers_train.jsonl").read_text().splitlines()]
+    first, second = answers[0]["index"], answers[2]["index"]
+    assert [answer["index"] for answer in answers] == [first, first + 1, second, second + 1] and first == 0 < second - 2
     told = run_door("inference_instruct.py", *few, "--data-dir", str(slim), folder=tmp_path)
     assert_told(told, "--data-dir: the run has the sources slimorca, openorca", "sources.NAME.data_dir=FOLDER")

@@ -52,7 +52,7 @@ def _responder(split: Any, tokenizer: Tokenizer, context: int) -> _Oracle:
 
 def test_right_answers_score_at_their_depth(tmp_path: Path, tokenizer: Tokenizer) -> None:
     split = _split(tmp_path, tokenizer)
-    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=ROWS)
+    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=range(ROWS))
     assert result["by_act_step"] == [0.5, 1.0] and result["overall"]["accuracy"] == 1.0
     assert result["overall"]["count"] == ROWS and len(result["families"]) == 15
     assert result["mean_act_steps"] == 2.0 and result["longer_than_context"] == 0
@@ -62,11 +62,11 @@ def test_histories_longer_than_the_context_are_counted_not_scored(tmp_path: Path
     split = _split(tmp_path, tokenizer)
     lengths = sorted(len(_responder(split, tokenizer, 10**6).prompt(split.conversation(i)[:-1]).ids) for i in range(len(split)))
     context = lengths[len(lengths) // 2]
-    result = evaluate_generated(_responder(split, tokenizer, context), split, rows=ROWS)
+    result = evaluate_generated(_responder(split, tokenizer, context), split, rows=range(ROWS))
     assert result["longer_than_context"] == sum(length > context for length in lengths) > 0
     assert result["overall"]["count"] == ROWS - result["longer_than_context"]
     with pytest.raises(UsageError, match="at least one answer"):
-        evaluate_generated(_responder(split, tokenizer, 1), split, rows=ROWS)
+        evaluate_generated(_responder(split, tokenizer, 1), split, rows=range(ROWS))
 
 
 @pytest.mark.parametrize("threshold", [None, 0.4])
@@ -90,7 +90,7 @@ def test_written_answers_are_those_of_the_model_and_the_measures_are_theirs(
     split = text_dataset([*rows, {"prompt": "Red " * 60, "response": "gives"}, {"prompt": "not asked", "response": "gives"}])
     path = tmp_path / "answers.jsonl"
     path.write_text("of another run")
-    measured = write_generated(responder, split, path, rows=6)
+    measured = write_generated(responder, split, path, rows=range(6))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(6))
     assert [line["answer"] for line in lines[:5]] == [answer.text for answer in answers]
@@ -109,7 +109,7 @@ def test_without_a_row_that_fits_there_is_nothing_to_measure(
     model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
     responder = Responder(model, tiny_tokenizer, Template(), 8, Options(4, 3), rows=2, kv_budget_gb=1.0)
     split = text_dataset([{"prompt": "Red " * 20, "response": "gives"}])
-    measured = write_generated(responder, split, tmp_path / "answers.jsonl", rows=1)
+    measured = write_generated(responder, split, tmp_path / "answers.jsonl", rows=[0])
     assert measured == {
         "count": 0, "exact_accuracy": None, "mean_act_steps": None, "log_probability_per_token": None, "longer_than_context": 1,
     }  # fmt: skip

@@ -104,7 +104,7 @@ def test_repeats_are_counted_by_conversation_prompt_and_question(tmp_path: Path)
 def test_a_question_under_two_system_prompts_is_seen_on_both_sides(tmp_path: Path) -> None:
     write(tmp_path, [{"system": f"S{n}", "prompt": "The very same question?", "answer": "x"} for n in range(40)])
     card = card_of(tmp_path)
-    assert card.test_prompts_in_train == 0 and card.test_questions_in_train == card.test_rows > 0
+    assert card.test_conversations_in_train == 0 and card.test_questions_in_train == card.test_rows > 0
     assert card.near is not None and card.near.near == card.test_rows
 
 
@@ -116,6 +116,29 @@ def test_forms_ignored_keys_and_raw_text_are_on_the_card(tmp_path: Path) -> None
     assert card.near is not None and card.near.near < card.test_rows, "texts are compared by what they say"
     page = markdown(card, "t", None)
     assert "| of the form pair | 30 (50.00%) |" in page and "| with text ignored under `notes` | 30 (50.00%) |" in page
+
+
+def test_conversations_that_only_begin_alike_are_not_seen(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ["apple", "river", "seven", "window", "slow", "under", "music", "paper", "green", "north"]
+    stories = [" ".join(rng.choice(words, 20)) for _ in range(40)]
+
+    # The system text decides which rows are held out, so the greeting is on both sides.
+    def greeted(system: str, story: str) -> dict[str, Any]:
+        texts = {"system": system, "human": "Hello", "gpt": "Hello!"}
+        turns = [*texts.items(), ("human", story), ("gpt", "No.")]
+        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+    write(tmp_path, [greeted(f"S{n}", story) for n, story in enumerate(stories)])
+    card = card_of(tmp_path, "dataset.seq_len=256")
+    assert card.test_rows > 5 and card.test_questions_in_train == card.repeated_questions == 0
+    assert card.near is not None and card.near.near == 0
+    # The same two questions under another system text.
+    write(tmp_path, [greeted(f"{name}{n}", story) for name in "ST" for n, story in enumerate(stories)])
+    card = card_of(tmp_path, "dataset.seq_len=256")
+    assert card.repeated_questions == 40 and card.test_questions_in_train > 5 and card.test_conversations_in_train == 0
+    assert card.near is not None and card.near.near == card.test_questions_in_train
+    assert any("Hello / " in text for _, text, *_ in card.near_texts)
 
 
 def test_near_questions_are_found_and_far_ones_are_not(tmp_path: Path) -> None:
@@ -147,6 +170,10 @@ def test_the_bundled_data_brings_both_its_files(tmp_path: Path) -> None:
     card = measure(train, test, TOKENIZER, Template(), 0)
     assert [name for name, _, _ in card.files] == ["train.jsonl", "test.jsonl"]
     assert (card.counts["read"], card.train_rows, card.test_rows) == (9, 6, 3)
+    assert card.test_conversations_in_train == 0
+    (tmp_path / "test.jsonl").write_text(f"{lines[0]}\n{(tmp_path / 'train.jsonl').read_text()}")
+    card = measure(*open_instruct_data(config, TOKENIZER, Template()), TOKENIZER, Template(), 0)
+    assert card.test_conversations_in_train == 6 and "| same conversation in training | 6 (85.71%) |" in markdown(card, "t", None)
 
 
 @pytest.mark.parametrize(

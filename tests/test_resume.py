@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from artifacts.checkpoint import checkpoints_of, step_of
+import artifacts.run_folder
+from artifacts.checkpoint import checkpoints_of, newest_checkpoint, step_of
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.tokenizer import Tokenizer
@@ -189,6 +191,50 @@ def test_without_resume_a_run_is_never_overwritten_nor_without_a_name_gone_on_wi
     assert "has no checkpoint yet: beginning at step 0" in capsys.readouterr().out
 
 
+def test_a_run_that_is_at_work_is_left_alone(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts.run_folder, "WAIT_SECONDS", 0.1)
+    config = run_config(tmp_path, "resume=auto", "epochs=1000")
+    run = tmp_path / "SlimOrca-ACT/run"
+    with Child(config, tmp_path / "out") as child:
+        while not checkpoints_of(run):
+            assert child.phase != "finished"
+            time.sleep(0.001)
+        for resume in ("auto", run, checkpoints_of(run)[-1]):
+            # A folder step_<N> may be the newest no more, which is told first.
+            with pytest.raises(UsageError, match=r"in use by process|has newer checkpoints"):
+                run_instruct(run_config(tmp_path, f"resume={resume}", "epochs=1000"))
+        # Who only reads isn't kept out.
+        assert newest_checkpoint(run, lambda _: None).parent == run
+        assert child.phase != "finished"
+        child.kill()
+        assert "Traceback" not in child.text
+    with find_start(config, Ranks()) as start:
+        assert start.saved is not None
+
+
+def test_runs_without_a_name_that_start_together_have_a_folder_each(run_config: RunConfig, tmp_path: Path) -> None:
+    config = run_config(tmp_path, "run_name=null", "epochs=1")
+    children = [Child(config, tmp_path / f"out{number}") for number in range(2)]
+    assert [child.end() for child in children] == [0, 0]
+    folders = list((tmp_path / "SlimOrca-ACT").iterdir())
+    assert len(folders) == 2 and all(checkpoints_of(folder) for folder in folders)
+
+
+@pytest.mark.parametrize("override", ["run_name=../x", "project_name=/tmp/x", "run_name=step_3", "project_name=a/b"])
+def test_a_run_stays_where_it_belongs(run_config: RunConfig, tmp_path: Path, override: str) -> None:
+    with pytest.raises(UsageError, match=f"{override.split('=')[0]}=.*expected the name of one folder"):
+        run_instruct(run_config(tmp_path / "runs", override))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "x").exists()
+
+
+def test_a_dry_run_changes_nothing(killed: Path, run_config: RunConfig) -> None:
+    (checkpoints_of(killed)[-1] / "model.safetensors").write_bytes(b"")
+    before = sorted(killed.rglob("*"))
+    for overrides in (("resume=auto",), ("run_name=another",), ("run_name=null",)):
+        run_instruct(run_config(killed.parents[1], "dry_run=true", *overrides))
+    assert sorted(killed.rglob("*")) == before and list(killed.parent.iterdir()) == [killed]
+
+
 class Code:
     """Unpickled, it runs."""
 
@@ -222,8 +268,8 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     (newest / file).unlink()
     if content is not None:
         (newest / file).write_bytes(content)
-    start = find_start(run_config(killed.parents[1], "resume=auto"), Ranks())
-    assert start.saved is not None and start.saved.folder == older
+    with find_start(run_config(killed.parents[1], "resume=auto"), Ranks()) as start:
+        assert start.saved is not None and start.saved.folder == older
     said = capsys.readouterr().out
     assert str(newest) in said and "looking for an older checkpoint" in said and f"going on from {older}" in said
     assert f"{newest} is moved to {newest}.damaged" in said and Path(f"{newest}.damaged").is_dir()
@@ -267,6 +313,30 @@ def test_a_run_does_not_go_on_as_another(killed: Path, run_config: RunConfig, ov
     assert (killed / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on(
+    killed: Path, undisturbed: Path, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key that was not there yet counts as what the program did then."""
+    path = checkpoints_of(killed)[-1] / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for section, key in (
+        (settings, "packing"),
+        (settings, "lr_schedule"),
+        (settings["dataset"], "supervise"),
+        (settings["arch"], "mlp_t"),
+    ):
+        del section[key]
+    path.write_text(yaml.safe_dump(settings))
+    config = run_config(killed.parents[1], "resume=auto")
+    said: list[str] = []
+    with find_start(config, Ranks()) as start:
+        start.check({**config.model_dump(), "lr_schedule": "stage"}, {}, said.append)
+    assert len(said) == 1 and said[0].endswith("begun: lr_schedule was run, now stage")
+    run_instruct(config)
+    assert "other settings" not in capsys.readouterr().out
+    assert_the_same_run(killed, undisturbed)
+
+
 def test_settings_that_change_what_comes_of_a_run_are_said(
     killed: Path, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,7 +366,18 @@ def test_weights_alone_begin_another_run(
     source = checkpoints_of(undisturbed)[-1]
     still = ("lr=1e-30", "weight_decay=0", "epochs=1", "seed=5")
     last = run_instruct(run_config(tmp_path, f"load_checkpoint={source}", *still)).checkpoint
-    assert f"beginning with the weights of {source}" in capsys.readouterr().out
+    said_first = capsys.readouterr().out
+    assert f"beginning with the weights of {source}" in said_first and "not taken over" not in said_first
+    run_instruct(
+        run_config(tmp_path / "again", f"load_checkpoint={undisturbed}", *still, "dataset.seq_len=48", "arch.loss=stablemax")
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert f"{undisturbed}: taking its newest checkpoint, {source.name}" in said
+    # Of all that differs, what the weights were learned under.
+    assert [line for line in said if "not taken over" in line] == [
+        "  not taken over: arch.loss was 'softmax', now 'stablemax'",
+        "  not taken over: dataset.seq_len was 64, now 48",
+    ]
     weights, average = load_file(last / "model.safetensors"), load_file(source / "ema.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in weights.items()), "the average, not the last weights"
     admitted = [json.loads((folder / "trainer/state.json").read_text())["admitted"] for folder in (last, source)]
@@ -445,5 +526,5 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
 
 def test_a_folder_that_cannot_be_written_is_told(run_config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "SlimOrca-ACT").write_text("a file where the run's folder should be")
-    with pytest.raises(UsageError, match=r"the logs in .* can't be written"):
+    with pytest.raises(UsageError, match=r"the run's folder .* can't be written"):
         run_instruct(run_config(tmp_path))

@@ -41,6 +41,10 @@ def test_hashes_tell_what_is_equal() -> None:
     one, other_system, other_answer = asked("Q"), asked("Q", "Sys"), (*asked("Q")[:-1], Turn("assistant", "B"))
     assert prompt_hash(one) == prompt_hash(other_answer) != prompt_hash(other_system)
     assert question_hash(one) == question_hash(other_system) != question_hash(asked("R"))
+    # A conversation that goes on asks something else, though it begins alike, and is still held out with it.
+    further = (*one, Turn("user", "R"), Turn("assistant", "A"))
+    assert question_hash(further) != question_hash(one) and prompt_hash(further) == prompt_hash(one)
+    assert question_hash(further) == question_hash((*other_answer, *further[len(one) :])) != question_hash(asked("QR"))
     assert conversation_hash(one) == conversation_hash(asked(" Q ")) != conversation_hash(other_answer)
     assert conversation_hash((Turn("user", "Q"),)) != conversation_hash((Turn("assistant", "Q"),))
 

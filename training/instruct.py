@@ -14,6 +14,7 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_run_data, source_configs
 from dataset.text.conversation import Template
+from dataset.text.counts import describe_counts, warnings_about
 from dataset.text.loader import ExampleStream, TextCorpus
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_sources, rows_evaluated
@@ -22,7 +23,7 @@ from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from training.distributed import joined_ranks
 from training.estimate import dry_run_instruct
-from training.resume import find_start
+from training.resume import find_start, weights_to_begin_with
 from training.run import Run, RunResult, make_ready
 from training.text import TextTask
 
@@ -37,14 +38,13 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
         if ranks.size > config.global_batch_size:
             raise UsageError(
                 f"{ranks.size} ranks share global_batch_size {config.global_batch_size} slots: start fewer, or raise it"
             )
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)
-        start = find_start(config, ranks)
         config = config.model_copy(update={"run_name": start.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
         data = open_run_data(config, tokenizer, Template())
@@ -64,12 +64,15 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
         if config.load_checkpoint is not None and start.saved is None:
-            _begin_with(model, Path(config.load_checkpoint), tokenizer)
-            ranks.say(f"beginning with the weights of {config.load_checkpoint}")
+            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), settings, ranks), tokenizer)
         make_ready(model, config, device, start, ranks)
         for name, source in source_configs(config).items():
             train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0
-            ranks.say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows; {train.counts}")
+            ranks.say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows")
+            for line in describe_counts(train.counts):
+                ranks.say(f"  {line}")
+            for warning in warnings_about(train.counts):
+                ranks.say(f"WARNING: {warning}")
         if data.test is None:
             ranks.say("dataset.test_ratio is 0: training without evaluation")
         # Threads that read ahead can't know which examples other ranks take.

@@ -20,7 +20,7 @@ from models.device import pick_device, resolve_arch
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
-from training.resume import find_start
+from training.resume import find_start, weights_to_begin_with
 from training.run import Run, RunResult, make_ready
 
 
@@ -31,10 +31,9 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)
-        start = find_start(config, ranks)
         config = config.model_copy(update={"run_name": start.folder.name})
         test_paths = config.data_paths_test or config.data_paths
         train, test = PuzzleData(config.data_paths, "train"), PuzzleData(test_paths, "test")
@@ -56,9 +55,8 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
         )
         if config.load_checkpoint is not None and start.saved is None:
-            source = Path(config.load_checkpoint)
+            source = weights_to_begin_with(Path(config.load_checkpoint), settings, ranks)
             load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
-            ranks.say(f"beginning with the weights of {source}")
         if config.freeze_weights:
             model.requires_grad_(False)
         make_ready(model, config, device, start, ranks)

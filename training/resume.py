@@ -4,13 +4,23 @@ A run is only gone on with where that is safe: damage is told and an older check
 starts from zero that was begun before, unless it is asked to.
 """
 
+import contextlib
 import datetime
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts.checkpoint import SavedRun, checkpoints_of, clear_remains, read_saved_run, step_of
+from artifacts.checkpoint import (
+    SavedRun,
+    checkpoints_of,
+    clear_remains,
+    newest_checkpoint,
+    read_saved_run,
+    read_settings,
+    step_of,
+)
+from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import TrainingConfig
 from training.distributed import Ranks
@@ -57,6 +67,11 @@ _FREE = (
     "dataset.cache_dir",
 )
 
+# Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
+_OF_WEIGHTS = ("arch.", "dataset.seq_len", "dataset.default_system_prompt", "dataset.supervise")
+# ... but for those that say how a run computes or when its rows leave.
+_NOT_OF_WEIGHTS = ("arch.forward_dtype", "arch.activation_checkpointing", "arch.halt.")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -99,40 +114,65 @@ class Start:
             say(f"under other settings, so not exactly as the run that was begun: {'; '.join(differences.values())}")
 
 
-def find_start(config: TrainingConfig, ranks: Ranks) -> Start:
+@contextlib.contextmanager
+def find_start(config: TrainingConfig, ranks: Ranks) -> Iterator[Start]:
     """The run's folder, and its newest whole checkpoint if `config.resume` asks for it; rank 0 decides for all.
 
-    Damaged checkpoints that are newer are moved aside, out of the way of those to come. Raises UsageError if the run can't begin.
+    Within the block the folder belongs to this run: rank 0 holds its lock. Damaged checkpoints that are newer are moved aside,
+    out of the way of those to come. A dry run takes no lock and changes nothing. Raises UsageError if the run can't begin.
     """
-    found = _find(config, ranks.say) if ranks.is_first else None
-    place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
-    if found is not None:
-        return found
-    folder, checkpoint = place
-    return Start(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
+    with contextlib.ExitStack() as held:
+        found = _find(config, ranks.say, held) if ranks.is_first else None
+        place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
+        if found is None:
+            folder, checkpoint = place
+            found = Start(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
+        yield found
 
 
-def _find(config: TrainingConfig, say: Callable[[str], None]) -> Start:
-    runs = Path(config.checkpoint_dir) / config.project_name
-    if config.resume is None:
-        folder = runs / (config.run_name or f"{config.arch.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        if checkpoints_of(folder):
-            raise UsageError(
-                f"{folder} has checkpoints already and is not overwritten: go on with resume=auto, choose another run_name, or "
-                "delete it"
-            )
-        return Start(folder)
-    if config.resume == "auto":
-        if config.run_name is None:
-            raise UsageError("resume=auto goes on with the run of a name: set run_name, or name a folder (resume=PATH)")
-        folder = runs / config.run_name
-        candidates = checkpoints_of(folder)
-        if not candidates:
-            say(f"{folder} has no checkpoint yet: beginning at step 0")
-            return Start(folder)
+def weights_to_begin_with(path: Path, settings: Mapping[str, Any], ranks: Ranks) -> Path:
+    """What `load_checkpoint=path` names: a file of weights or a checkpoint, of a run's folder its newest; rank 0 decides for all.
+
+    settings: the run's, as plain dicts. Says which checkpoint it is, and where its settings differ from the run's, which takes
+    over weights and nothing else. Raises UsageError if none of a run's checkpoints is whole.
+    """
+    source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
+    ranks.say(f"beginning with the weights of {source}")
+    if (source / "config.yaml").is_file():
+        old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(settings))
+        for key in sorted(old.keys() & new.keys()):
+            if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
+                ranks.say(f"  not taken over: {key} was {old[key]!r}, now {new[key]!r}")
+    return source
+
+
+def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> Start:
+    check_folder_name("project_name", config.project_name)
+    if config.run_name is not None:
+        check_folder_name("run_name", config.run_name)
+    elif config.resume == "auto":
+        raise UsageError("resume=auto goes on with the run of a name: set run_name, or name a folder (resume=PATH)")
+    is_unnamed = config.resume is None and config.run_name is None
+    if config.resume in (None, "auto"):
+        name = config.run_name or f"{config.arch.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path(config.checkpoint_dir) / config.project_name / name
     else:
-        folder, candidates = _named(config, Path(config.resume))
-    clear_remains(folder)
+        folder, _ = _named(config, Path(config.resume))
+    if config.resume is None and not is_unnamed:
+        _refuse_to_overwrite(folder)
+    if not config.dry_run:
+        folder = held.enter_context(owned_folder(folder, say, is_new=is_unnamed))
+    # Only now can no other process change what is in it.
+    if config.resume is None:
+        if not is_unnamed:
+            _refuse_to_overwrite(folder)
+        return Start(folder)
+    candidates = checkpoints_of(folder) if config.resume == "auto" else _named(config, Path(config.resume))[1]
+    if not candidates:
+        say(f"{folder} has no checkpoint yet: beginning at step 0")
+        return Start(folder)
+    if not config.dry_run:
+        clear_remains(folder)
     damaged: list[Path] = []
     for checkpoint in reversed(candidates):
         try:
@@ -141,7 +181,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None]) -> Start:
             say(f"{error}; looking for an older checkpoint")
             damaged.append(checkpoint)
             continue
-        for path in damaged:
+        for path in damaged if not config.dry_run else ():
             say(f"{path} is moved to {_move_aside(path)}")
         say(f"going on from {checkpoint}")
         return Start(folder, saved)
@@ -149,6 +189,14 @@ def _find(config: TrainingConfig, say: Callable[[str], None]) -> Start:
         f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)}), and a run that was begun is not "
         "begun again unasked: put a whole one there, or delete the folder to begin at step 0"
     )
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if checkpoints_of(folder):
+        raise UsageError(
+            f"{folder} has checkpoints already and is not overwritten: go on with resume=auto, choose another run_name, or "
+            "delete it"
+        )
 
 
 def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:

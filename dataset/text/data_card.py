@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from dataset.text.conversation import Template
 from dataset.text.loader import TextDataset
 from dataset.text.row_encoder import ROLES
-from dataset.text.splits import first_question
+from dataset.text.splits import questions
 from dataset.text.tokenizer import Tokenizer
 
-# Two questions are called near when their sets of five consecutive ids overlap this much (Jaccard), as estimated.
+# Two rows' questions are called near when their sets of five consecutive ids overlap this much (Jaccard), as estimated.
 NEAR_SIMILARITY = 0.8
 _SHINGLE_IDS = 5
 _PERMUTATIONS = 128
@@ -32,7 +32,10 @@ _PERCENTILES = (5, 50, 95, 99)
 
 @dataclass(frozen=True)
 class NearOverlap:
-    """How many of `test_rows` test rows have a question near one of `train_rows` training rows; the totals say what was sampled."""
+    """How many of `test_rows` test rows have questions near those of one of `train_rows` training rows.
+
+    The totals say what was sampled.
+    """
 
     test_rows: int
     test_total: int
@@ -70,12 +73,12 @@ class DataCard:
     repeated_conversations: int
     repeated_prompts: int
     repeated_questions: int
-    test_prompts_in_train: int
+    test_conversations_in_train: int
     test_questions_in_train: int
     tags: dict[str, int]
     near: NearOverlap | None
     near_texts: list[tuple[str, str, str, str, float]]
-    """Test row's place and question, training row's place and question, similarity."""
+    """Test row's place and questions, training row's place and questions, similarity."""
 
 
 def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, template: Template, near_rows: int) -> DataCard:
@@ -110,7 +113,7 @@ def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, 
         repeated_conversations=repeated["conversation_hash"],
         repeated_prompts=repeated["prompt_hash"],
         repeated_questions=repeated["question_hash"],
-        test_prompts_in_train=in_train["prompt_hash"],
+        test_conversations_in_train=in_train["conversation_hash"],
         test_questions_in_train=in_train["question_hash"],
         tags={template.tag(role).strip(): int(np.count_nonzero(tags & (1 << bit))) for bit, role in enumerate(ROLES)},
         near=near,
@@ -152,18 +155,20 @@ def _histogram(lengths: npt.NDArray[np.int64], is_cut: npt.NDArray[np.bool_]) ->
 
 
 def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, template: Template, rows: int) -> NearOverlap:
-    """Test rows whose first question is near one in training, by MinHash over shingles of five ids (Broder 1997).
+    """Test rows whose questions are near those of a training row, by MinHash over shingles of five ids (Broder 1997).
 
     Looks at `rows` test rows and five times as many training rows, evenly spaced over each split, so a share measured on a part is
-    a lower bound. Questions are taken as they are cached, so of a prompt that was cut, what is left; of raw text, the whole row.
+    a lower bound. A row's questions are all of its user turns, or of raw text all, as they are cached: of a prompt that was cut,
+    what is left.
     """
     opening = np.array([tokenizer.bos_id, *tokenizer.encode(template.user)], np.int32)
 
     def sketch(split: TextDataset, index: int) -> Any:
         row = split[index].ids
         turns = np.split(row, np.flatnonzero(row == tokenizer.bos_id))
-        ids = next((turn[len(opening) :] for turn in turns if np.array_equal(turn[: len(opening)], opening)), row)
-        # A question shorter than a shingle is one shingle, and near only to itself.
+        asked = [turn[len(opening) :] for turn in turns if np.array_equal(turn[: len(opening)], opening)]
+        ids = np.concatenate(asked or [row])
+        # Questions shorter than a shingle are one shingle, and near only to themselves.
         shingles = {ids[at : at + _SHINGLE_IDS].tobytes() for at in range(max(1, len(ids) - _SHINGLE_IDS + 1))}
         minhash = MinHash(_PERMUTATIONS)
         minhash.update_batch(shingles)
@@ -192,10 +197,10 @@ def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, te
 def _shown_pairs(
     train: TextDataset, test: TextDataset, pairs: Sequence[tuple[int, int, float]]
 ) -> list[tuple[str, str, str, str, float]]:
-    def question(split: TextDataset, index: int) -> str:
-        return " ".join(first_question(split.conversation(index)).split())[:_TEXT_SHOWN]
+    def asked(split: TextDataset, index: int) -> str:
+        return " ".join(" / ".join(questions(split.conversation(index))).split())[:_TEXT_SHOWN]
 
-    return [(test.place(a), question(test, a), train.place(b), question(train, b), similarity) for a, b, similarity in pairs]
+    return [(test.place(a), asked(test, a), train.place(b), asked(train, b), similarity) for a, b, similarity in pairs]
 
 
 def markdown(card: DataCard, title: str, picture: str | None) -> str:
@@ -236,14 +241,14 @@ def markdown(card: DataCard, title: str, picture: str | None) -> str:
     lines += [f"| {low} to {high - 1} | {whole:,} | {cut:,} |" for low, high, whole, cut in bins if whole or cut]
     lines += ["", "## Rows that repeat", "", "| | rows beyond the first of their kind (share of those kept) |", "|---|---|"]
     lines += [f"| same conversation | {share(card.repeated_conversations, rows)} |"]
-    lines += [f"| same system text and question | {share(card.repeated_prompts, rows)} |"]
-    lines += [f"| same question | {share(card.repeated_questions, rows)} |"]
+    lines += [f"| same system text and first question, which are held out together | {share(card.repeated_prompts, rows)} |"]
+    lines += [f"| same questions, in all turns | {share(card.repeated_questions, rows)} |"]
     lines += ["", "## Test rows that training has seen", "", "| | test rows |", "|---|---|"]
-    lines += [f"| same system text and question in training | {share(card.test_prompts_in_train, card.test_rows)} |"]
-    lines += [f"| same question in training | {share(card.test_questions_in_train, card.test_rows)} |"]
+    lines += [f"| same conversation in training | {share(card.test_conversations_in_train, card.test_rows)} |"]
+    lines += [f"| same questions in training, in all turns | {share(card.test_questions_in_train, card.test_rows)} |"]
     if card.near is not None:
         near = card.near
-        lines += [f"| near question in training | {share(near.near, near.test_rows)} |", ""]
+        lines += [f"| near questions in training | {share(near.near, near.test_rows)} |", ""]
         sampled = near.test_rows < near.test_total or near.train_rows < near.train_total
         lines += [
             f"Near: at least {NEAR_SIMILARITY:.0%} of the questions' {_SHINGLE_IDS}-id shingles agree, as MinHash estimates. "

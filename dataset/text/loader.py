@@ -134,6 +134,11 @@ class TextCorpus:
         number = bisect_right(self._ends, index)
         return self._splits[number], index - (self._ends[number - 1] if number else 0)
 
+    def first_rows(self, count: int | None) -> list[int]:
+        """Numbers of the first `count` examples of each source; None: of all."""
+        begins = [0, *self._ends]
+        return [begin + row for begin, split in zip(begins, self._splits, strict=False) for row in range(len(split))[:count]]
+
     def row(self, index: int) -> dict[str, Any]:
         """See `TextDataset.row`."""
         split, index = self._at(index)

@@ -9,14 +9,14 @@ from dataset.text.conversation import Conversation
 
 
 def prompt_hash(conversation: Conversation) -> int:
-    """64 bits over system text and first user turn, surrounding blanks ignored: what the split goes by."""
+    """64 bits over system text and first question, surrounding blanks ignored: what the split goes by."""
     system = next((turn.text for turn in conversation if turn.role == "system"), "")
-    return _hash(system, first_question(conversation))
+    return _hash(system, next(iter(questions(conversation)), ""))
 
 
 def question_hash(conversation: Conversation) -> int:
-    """64 bits over the first user turn alone: equal for a question asked under another system prompt."""
-    return _hash(first_question(conversation))
+    """64 bits over all questions: equal where the same is asked, whatever the system prompt and the answers."""
+    return _hash(*questions(conversation))
 
 
 def conversation_hash(conversation: Conversation) -> int:
@@ -24,9 +24,9 @@ def conversation_hash(conversation: Conversation) -> int:
     return _hash(*(part for turn in conversation for part in (turn.role, turn.text)))
 
 
-def first_question(conversation: Conversation) -> str:
-    """The first user turn; of raw text, all of it."""
-    return next((turn.text for turn in conversation if turn.role in ("user", "text")), "")
+def questions(conversation: Conversation) -> list[str]:
+    """The texts of all user turns; of raw text, all of it."""
+    return [turn.text for turn in conversation if turn.role in ("user", "text")]
 
 
 def _hash(*texts: str) -> int:

@@ -1,0 +1,111 @@
+"""Settings that an earlier version saved with a checkpoint, as today's schema has them. Knows no Hydra and no checkpoints.
+
+Whoever gives the schema a key needs nothing here unless the program did otherwise before it had the key; whoever renames or removes
+one adds it below. tests/test_upgrade.py holds settings as they were once saved.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from config.schema import PretrainInstructConfig, PretrainPuzzleConfig, SourceConfig, TrainingConfig
+
+_FOLDER = Path(__file__).resolve().parent
+# Keys of `dataset` stand for those of each of `sources`, too. A key counts as renamed once the schema has the new one alone.
+RENAMED: dict[str, str] = {
+    "dataset.hub_repo": "dataset.repo",
+    "dataset.hub_revision": "dataset.revision",
+}
+# Keys that mean nothing any more; what stood there is said.
+REMOVED: tuple[str, ...] = ()
+# What the program did before it had a key, where the shipped default is something else.
+BEFORE: dict[str, Any] = {}
+
+
+def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Saved settings with keys that are new since then filled in, and a line for each key that was dropped.
+
+    A new key gets the value of BEFORE, else the one that the YAML files here ship for this kind of run. Unknown keys stay as they
+    are: the schema refuses them.
+    """
+    values = copy.deepcopy(dict(settings))
+    kind: type[TrainingConfig] = PretrainPuzzleConfig if "data_paths" in values else PretrainInstructConfig
+    dropped: list[str] = []
+    _upgrade(values, kind, _shipped(values, kind), "", "", dropped)
+    return values, dropped
+
+
+def _upgrade(
+    values: dict[str, Any], section: type[BaseModel], shipped: Mapping[str, Any], where: str, known_as: str, dropped: list[str]
+) -> None:
+    """`where`: how the keys of this section begin; `known_as`: how they do in the tables above."""
+    for key in list(values):
+        if key in section.model_fields:
+            continue
+        name = RENAMED.get(known_as + key, "").rpartition(".")[2]
+        if name in section.model_fields and name not in values:
+            values[name] = values.pop(key)
+        elif known_as + key in REMOVED:
+            dropped.append(f"{where}{key}={values.pop(key)} was dropped: this version has no such setting")
+    for key, field in section.model_fields.items():
+        if key not in values:
+            default = BEFORE.get(known_as + key, shipped.get(key, ...))
+            # Only Hydra could say what an interpolation stands for.
+            if default is not ... and "${" not in str(default):
+                values[key] = copy.deepcopy(default)
+        elif key == "sources" and isinstance(values[key], dict):
+            for name, source in values[key].items():
+                if isinstance(source, dict):
+                    _upgrade(source, SourceConfig, _shipped_source(source), f"{where}sources.{name}.", "dataset.", dropped)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(values[key], dict):
+            of_section = shipped.get(key)
+            _upgrade(
+                values[key],
+                field.annotation,
+                of_section if isinstance(of_section, Mapping) else {},
+                f"{where}{key}.",
+                f"{known_as}{key}.",
+                dropped,
+            )
+
+
+def _shipped(settings: Mapping[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
+    """What Hydra composes for this kind of run from the same files."""
+    if kind is PretrainPuzzleConfig:
+        shipped = _read(_FOLDER, "cfg_pretrain")
+    else:
+        shipped = _read(_FOLDER, "cfg_pretrain_instruct")
+        shipped["dataset"] = _read(_FOLDER / "tokens", "default") | _shipped_source(_section(settings, "dataset"))
+    arch = _merged(_read(_FOLDER / "arch", "trm"), _read(_FOLDER / "arch", _section(settings, "arch").get("name")))
+    shipped["arch"] = _merged(arch, _section(shipped, "arch"))
+    return shipped
+
+
+def _shipped_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    return _read(_FOLDER / "source", source.get("source")) or _read(_FOLDER / "source", "jsonl")
+
+
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = values.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _read(folder: Path, name: object) -> dict[str, Any]:
+    """The YAML file of that name in `folder`; empty if there is none, as where the name is what a damaged file says."""
+    path = folder / f"{name}.yaml"
+    if path.parent != folder or not path.is_file():
+        return {}
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
