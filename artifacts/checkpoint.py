@@ -3,7 +3,7 @@
     model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
     ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use
     config.yaml              the resolved configuration
-    tokenizer.model          the tokenizer itself; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
+    tokenizer.model          or tokenizer.json: the tokenizer; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
     checkpoint.json          format, step, vocabulary, tokenizer hash, template, data hash
     train_metrics.json       metrics at this step
     trainer/                 state.json and tensors.safetensors: optimizer, slots, carry, cursor, length of the metrics log
@@ -33,7 +33,7 @@ from torch import Tensor
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from dataset.text.conversation import Template
-from dataset.text.tokenizer import Tokenizer
+from dataset.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from models.act import RecursiveModel
 
 FORMAT_VERSION = 1
@@ -78,7 +78,7 @@ def save_checkpoint(
         folder,
         snapshot,
         config=config,
-        files={"tokenizer.model": tokenizer.model_bytes},
+        files={tokenizer.file_name: tokenizer.model_bytes},
         about={
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
@@ -166,12 +166,13 @@ def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoi
     """
     about = read_about(folder, {"step", "tokenizer_sha256", "template", "data_hash"})
     settings = read_settings(folder)
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()] or TOKENIZER_FILES
     try:
-        tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
+        tokenizer_bytes = (folder / names[0]).read_bytes()
     except OSError as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
     if hashlib.sha256(tokenizer_bytes).hexdigest() != about["tokenizer_sha256"]:
-        raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
+        raise UsageError(f"the checkpoint {folder} is damaged: its {names[0]} is not the one it was trained with")
     if tokenizer_path is not None and (other := Tokenizer(tokenizer_path).sha256) != about["tokenizer_sha256"]:
         raise UsageError(
             f"{tokenizer_path} is another tokenizer than the checkpoint's: sha256 {other[:16]}..., expected "
