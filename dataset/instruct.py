@@ -1,20 +1,27 @@
 """The conversations a config asks for, as data sets. Knows no command line and no model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from config.errors import UsageError
 from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
 from dataset.source_files import Hub, find_files
-from dataset.text.conversation import Conversation, Template
+from dataset.text.conversation import Conversation, Template, with_default_system
 from dataset.text.curriculum import Curriculum
+from dataset.text.files import BadRow, open_data_file
 from dataset.text.loader import TextCorpus, TextDataset
+from dataset.text.sources import NothingToLearn, are_test_hashes, parse_row, prompt_hash, to_conversation
 from dataset.text.token_cache import HashSplit, Split, load_split
-from dataset.text.tokenizer import Tokenizer
+from dataset.text.tokenizer import Tokenizer, check_reversible
 
 SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
 _CACHE_FOLDER = ".token_cache"
+_ROWS_TRIED = 1000
 
 
 def open_instruct_data(
@@ -26,8 +33,11 @@ def open_instruct_data(
     These are split by hash. "sample": train.jsonl and test.jsonl (or .jsonl.zst), a split made by their builder; `subset_size`
     takes the first rows of each, and a `test_ratio` above 0 only says that there is a test split. Under a hash split, `subset_size`
     counts training rows, and test has its proportional share: see `token_cache.load_split`. cache_dir: where the token cache goes;
-    a folder inside `data_dir` by default. Raises `UsageError` for missing files, malformed rows, and a split without a usable row.
+    a folder inside `data_dir` by default. Raises `UsageError` for missing files, malformed rows, a split without a usable row, and
+    a tokenizer that loses text of the first 1,000 training rows.
     """
+    first_rows = islice(split_conversations(config, "train"), _ROWS_TRIED)
+    check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
     train = _open(config, tokenizer, template, "train", cache_dir)
     return train, _open(config, tokenizer, template, "test", cache_dir) if config.test_ratio > 0 else None
 
@@ -107,6 +117,29 @@ def _open(
         names = ", ".join(str(path) for path in loaded.files[:3]) + (", ..." if len(loaded.files) > 3 else "")
         raise UsageError(f"the {split} split of {names} is empty (rows: {dataset.counts}); {remedy}")
     return dataset
+
+
+def split_conversations(config: DatasetConfig, split: Split) -> Iterator[Conversation]:
+    """The conversations of a split in the order of the files, without any tokens; rows that can't be used are passed over.
+
+    `subset_size` ends the train split. Raises `UsageError` for missing and damaged files.
+    """
+    found = 0
+    for path in _files(config, split):
+        for row, _ in open_data_file(path).rows():
+            if split == "train" and found == config.subset_size:
+                return
+            try:
+                if isinstance(row.data, BadRow):
+                    continue
+                conversation = to_conversation(row.data if isinstance(row.data, dict) else parse_row(row.data))
+            except (BadRow, NothingToLearn):  # told and counted where rows are tokenized
+                continue
+            conversation = with_default_system(conversation, config.default_system_prompt)
+            hashes = np.array([prompt_hash(conversation)], np.uint64)
+            if config.source == "sample" or are_test_hashes(hashes, config.seed, config.test_ratio)[0] == (split == "test"):
+                found += 1
+                yield conversation
 
 
 def _files(config: DatasetConfig, split: Split) -> list[Path]:

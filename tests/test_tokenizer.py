@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from config.errors import UsageError
 from dataset.text import tokenizer as tokenizer_module
-from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
+from dataset.text.tokenizer import Tokenizer, check_reversible, resolve_tokenizer_path
 from tests import tokenizer_files
 
 MODEL = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
@@ -130,10 +130,48 @@ def test_ids_that_hold_parts_of_characters() -> None:
     assert JSON["byte level"].raw_bytes(JSON["byte level"].encode(" a")[0]) == b" a"
 
 
+def test_texts_that_come_back_are_counted_apart_from_those_that_read_the_same() -> None:
+    for tokenizer in (TOKENIZER, *JSON.values()):
+        assert check_reversible(tokenizer, ["  two\n\n lines \r\n", "\x00\t", "", "e\u0301 \U0001fae0\u2028"]) == 0
+    assert check_reversible(TOKENIZER, ["a\u2581b", "a b", "\u2581"]) == 2
+    composing = Tokenizer.from_bytes(tokenizer_files.byte_level(tokenizers.normalizers.NFC()))
+    assert check_reversible(composing, ["e\u0301", "\u212b", "plain"]) == 2
+
+
+LOSSY = {
+    "newlines": (tokenizer_files.sentencepiece_model(byte_fallback=True), "a\nb", r"'a\\nb'.*'a b'"),
+    "blanks": (
+        tokenizer_files.sentencepiece_model(byte_fallback=True, normalization_rule_name="identity"),
+        "a  b",
+        "'a  b'.*'a b'",
+    ),
+    "unknown characters": (tokenizer_files.sentencepiece_model(normalization_rule_name="identity"), "a\u2603", r"'a\\u2603'"),
+    "compatible characters": (tokenizer_files.byte_level(tokenizers.normalizers.NFKC()), "\u2026", r"'\\u2026'.*'\.\.\.'"),
+    "capitals": (tokenizer_files.byte_level(tokenizers.normalizers.Lowercase()), "so What", "'so What'.*'so what'"),
+    "a blank in front": (tokenizer_files.byte_level(prefix=True), "few", "'few words'.*' few words'"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_tokenizer_that_loses_text_is_refused_with_what_it_lost(name: str) -> None:
+    content, text, shown = LOSSY[name]
+    with pytest.raises(UsageError, match=f"loses text: expected to get back {shown}.*train_tokenizer"):
+        check_reversible(Tokenizer.from_bytes(content), ["few words", text])
+
+
+def test_what_was_lost_is_shown_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_files.byte_level(tokenizers.normalizers.Lowercase()))
+    with pytest.raises(UsageError) as caught:
+        check_reversible(Tokenizer(tmp_path / "tokenizer.json"), ["a" * 500 + "B" + "c" * 500])
+    assert str(caught.value).startswith(f"the tokenizer {tmp_path / 'tokenizer.json'} loses text")
+    excerpt = f"...'{'a' * 20}B{'c' * 39}'..."
+    assert f"get back {excerpt}, found {excerpt.replace('B', 'b')};" in str(caught.value)
+
+
 def test_text_without_ids_is_told() -> None:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="missing"))
     with pytest.raises(UsageError, match=r"no ids for the text 'b'"):
-        Tokenizer.from_bytes(model.to_str().encode()).encode("b")
+        check_reversible(Tokenizer.from_bytes(model.to_str().encode()), ["b"])
 
 
 def test_missing_files_are_told(tmp_path: Path) -> None:

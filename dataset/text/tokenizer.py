@@ -1,4 +1,4 @@
-"""The tokenizer: its file, its hash, and ids that text alone can't forge.
+"""The tokenizer: its file, its hash, ids that text alone can't forge, and whether text survives it.
 
 Which tokenizer file is used is decided in `resolve_tokenizer_path`. This file must not know templates,
 conversations or models.
@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -195,7 +196,7 @@ class _TokenizerJson:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # some models have no id for what they don't know
             raise UsageError(
-                f"the tokenizer.json has no ids for the text {_excerpt(text, 0)}: {error}; use another; {_HOW_TO_GET_ONE}"
+                f"the tokenizer.json has no ids for the text {_excerpt(text, 0)}: {error}; use another: {_REVERSIBLE}"
             ) from error
         return ids
 
@@ -228,6 +229,33 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 TOKENIZER_FILES = (_SentencePiece.file_name, _TokenizerJson.file_name)
 """What a tokenizer is called where it is kept."""
+
+
+def check_reversible(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
+    """Raise `UsageError` if a text doesn't come back from its ids, with what was lost; a model can't learn to say it.
+
+    Two changes are no loss, because the text reads the same: U+2581, which is SentencePiece's sign for a blank, comes back as a
+    blank, and characters come back in another canonical form (NFC). Returns how many texts changed so.
+    """
+    changed = 0
+    for text, found in zip(texts, tokenizer.decode_batch(tokenizer.encode_batch(texts)), strict=True):
+        if text == found:
+            continue
+        if _as_read(text) != _as_read(found):
+            at = next((at for at, (a, b) in enumerate(zip(text, found, strict=False)) if a != b), min(len(text), len(found)))
+            raise UsageError(
+                f"the tokenizer{f' {tokenizer.path}' if tokenizer.path else ''} loses text: expected to get back "
+                f"{_excerpt(text, at)}, found {_excerpt(found, at)}; use one that keeps text as it is: {_REVERSIBLE}"
+            )
+        changed += 1
+    return changed
+
+
+_REVERSIBLE = "`python scripts/train_tokenizer.py` trains one, `python scripts/fetch_tokenizer.py` gets one"
+
+
+def _as_read(text: str) -> str:
+    return unicodedata.normalize("NFC", text.replace("\u2581", " "))
 
 
 def _excerpt(text: str, at: int) -> str:
