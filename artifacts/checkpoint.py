@@ -3,7 +3,7 @@
     model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
     ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use
     config.yaml              the resolved configuration
-    tokenizer.model          the tokenizer itself; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
+    tokenizer.model          or tokenizer.json: the tokenizer; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
     checkpoint.json          format, step, vocabulary, tokenizer hash, template, data hash
     train_metrics.json       metrics at this step
     trainer/                 state.json and tensors.safetensors: optimizer, slots, carry, cursor, length of the metrics log
@@ -36,7 +36,7 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from config.upgrade import upgraded
 from dataset.text.conversation import Template
-from dataset.text.tokenizer import Tokenizer
+from dataset.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from models.act import RecursiveModel
 
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ def save_checkpoint(
         folder,
         snapshot,
         config=config,
-        files={"tokenizer.model": tokenizer.model_bytes},
+        files={tokenizer.file_name: tokenizer.model_bytes},
         about={
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
@@ -228,12 +228,13 @@ def _check_whole(folder: Path) -> None:
 
 
 def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()] or TOKENIZER_FILES
     try:
-        content = (folder / "tokenizer.model").read_bytes()
+        content = (folder / names[0]).read_bytes()
     except OSError as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
     if hashlib.sha256(content).hexdigest() != about["tokenizer_sha256"]:
-        raise UsageError(f"the checkpoint {folder} is damaged: its tokenizer.model is not the one it was trained with")
+        raise UsageError(f"the checkpoint {folder} is damaged: its {names[0]} is not the one it was trained with")
     return content
 
 

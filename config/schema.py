@@ -224,7 +224,7 @@ class DatasetConfig(SourceConfig):
     """Which conversations, how they become tokens, and how they are split."""
 
     tokenizer_path: str
-    """SentencePiece model file."""
+    """SentencePiece model, or tokenizer.json of Hugging Face tokenizers."""
     seq_len: int = Field(ge=2)
     """Most input positions of a row."""
     test_ratio: float = Field(ge=0, lt=1)

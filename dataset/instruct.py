@@ -1,6 +1,8 @@
 """The conversations a config asks for, as data sets. Knows no command line and no model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,18 @@ from config.errors import UsageError
 from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
 from dataset.source_files import Hub, SourceFiles, find_files, is_saved, saved_split
-from dataset.text.conversation import Conversation, Template
+from dataset.text.conversation import Conversation, Template, with_default_system
 from dataset.text.curriculum import Curriculum
-from dataset.text.forms import form_options
+from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset
+from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row
+from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
-from dataset.text.tokenizer import Tokenizer
+from dataset.text.tokenizer import Tokenizer, check_reversible
 
 SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
+_ROWS_TRIED = 1000
 
 
 def open_instruct_data(
@@ -28,11 +33,15 @@ def open_instruct_data(
     Rows to measure on are those of `validation_files` or `validation_split`, or of files beside the others whose names say that
     they are held out (not in_stages, where all sources are split alike); "sample" has those of its builder. `subset_size` then
     takes the first rows of each. All others are split by hash, where `subset_size` counts training rows, and test has its
-    proportional share: see `token_cache.load_split`. Raises `UsageError` for missing files, malformed rows, and a split without
-    a usable row.
+    proportional share: see `token_cache.load_split`. Raises `UsageError` for missing files, malformed rows, a split without a
+    usable row, and a tokenizer that loses text of the first 1,000 training rows.
     """
     files = _files(config, in_stages)
+    first_rows = islice(_conversations(config, "train", files), _ROWS_TRIED)
+    inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
     train = _open(config, tokenizer, template, "train", files)
+    if inexact:
+        train.counts["not given back exactly by the tokenizer, of the first 1,000"] = inexact
     return train, _open(config, tokenizer, template, "test", files) if config.test_ratio > 0 else None
 
 
@@ -127,6 +136,34 @@ def _open(
         names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         raise UsageError(f"the {split} split of {names} is empty (rows: {dataset.counts}); {remedy}")
     return dataset
+
+
+def split_conversations(config: DatasetConfig, split: Split, in_stages: bool = False) -> Iterator[Conversation]:
+    """The conversations of a split in the order of the files, without any tokens; rows that can't be used are passed over.
+
+    `subset_size` ends the train split. Raises `UsageError` for missing and damaged files.
+    """
+    return _conversations(config, split, _files(config, in_stages))
+
+
+def _conversations(config: DatasetConfig, split: Split, files: SourceFiles) -> Iterator[Conversation]:
+    found = 0
+    for path in files.validation if split == "test" and files.validation else files.train:
+        for _, data in open_row_file(path).rows():
+            if split == "train" and found == config.subset_size:
+                return
+            try:
+                if isinstance(data, BadRow):
+                    continue
+                row = data if isinstance(data, dict) else parse_row(data)
+                conversation, _ = to_conversation(row, form_options(config))
+            except (BadRow, NothingToLearn):  # told and counted where rows are tokenized
+                continue
+            conversation = with_default_system(conversation, config.default_system_prompt)
+            hashes = np.array([prompt_hash(conversation)], np.uint64)
+            if files.validation or are_test_hashes(hashes, config.seed, config.test_ratio)[0] == (split == "test"):
+                found += 1
+                yield conversation
 
 
 def _cache_dir(config: DatasetConfig) -> Path:

@@ -3,14 +3,10 @@
 Knows the tokenizer, nothing of models or sampling.
 """
 
-import codecs
-import re
 from collections.abc import Sequence
 
 from config.errors import UsageError
 from dataset.text.tokenizer import Tokenizer
-
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextStream:
@@ -38,7 +34,6 @@ class TextStream:
         self._context_text = ""
         self._pending: list[int] = []
         """Ids that are not in the text yet."""
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         """Text that may be the beginning of a stop string."""
 
@@ -47,23 +42,13 @@ class TextStream:
         if self.stopped:
             return ""
         self._pending.append(token)
-        return self._release(self._decode(len(self._pending) - self._bytes_of_open_character(token)), is_last=False)
+        return self._release(self._decode(len(self._pending) - self._tokenizer.unsettled(self._pending)), is_last=False)
 
     def finish(self) -> str:
         """End the answer: the rest of the text. Bytes of a character that never became whole are U+FFFD."""
         if self.stopped:
             return ""
         return self._release(self._decode(len(self._pending)), is_last=True)
-
-    def _bytes_of_open_character(self, token: int) -> int:
-        """How many of the last ids are bytes of a character that lacks bytes, now that `token` has come."""
-        match = _BYTE_PIECE.fullmatch(self._tokenizer.piece(token))
-        # A model without byte fallback may have a plain piece of this spelling.
-        if match is None or self._tokenizer.decode([token]) == match[0]:
-            self._utf8.reset()
-            return 0
-        self._utf8.decode(bytes.fromhex(match[1]))
-        return len(self._utf8.getstate()[0])
 
     def _decode(self, count: int) -> str:
         """The text of the first `count` pending ids, which are pending no more."""

@@ -4,7 +4,6 @@ Knows nothing of HTTP, threads or queues; scripts/serve.py does. docs/serving.md
 """
 
 import dataclasses
-import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -251,17 +250,16 @@ class Completion:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens, "total_tokens": total}
 
 
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
-
-
 def token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
     """A token and its rivals with their log p, in nats, before temperature and cuts."""
 
     def shown(token_id: int, logp: float) -> dict[str, Any]:
-        piece = tokenizer.piece(token_id)
-        byte = _BYTE_PIECE.fullmatch(piece)
         # SentencePiece writes a blank as U+2581.
-        text = f"\\x{byte[1].lower()}" if byte else piece.replace("\u2581", " ")
-        return {"token": text, "logprob": logp, "bytes": [int(byte[1], 16)] if byte else list(text.encode())}
+        content = tokenizer.raw_bytes(token_id) or tokenizer.piece(token_id).replace("\u2581", " ").encode()
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            text = "".join(f"\\x{byte:02x}" for byte in content)
+        return {"token": text, "logprob": logp, "bytes": list(content)}
 
     return {**shown(token.id, token.logp), "top_logprobs": [shown(*candidate) for candidate in token.candidates]}

@@ -123,9 +123,9 @@ def test_raw_text_among_the_rows_is_left_out(
     split = text_dataset(
         [{"text": "Red"}, {"prompt": "blue 1", "response": "gives"}, {"text": "Red"}, {"prompt": "2", "answer": "3"}]
     )
-    measured = write_generated(responder, split, tmp_path / "answers.jsonl", rows=4)
+    measured = write_generated(responder, split, tmp_path / "answers.jsonl", rows=range(4))
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(line["index"], line["reference"]) for line in lines] == [(1, "gives"), (3, "3")]
     assert measured["count"] == 2 and measured["longer_than_context"] == 0
-    scored = evaluate_generated(responder, split, rows=4)
+    scored = evaluate_generated(responder, split, rows=range(4))
     assert scored["overall"]["count"] == 2 and scored["longer_than_context"] == 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from config.errors import UsageError
 from dataset.text.tokenizer import Tokenizer
 from generation.text_stream import TextStream
+from tests import tokenizer_files
 
 
 def trained(**options: object) -> Tokenizer:
@@ -37,6 +38,9 @@ TOKENIZERS = {
     "tidied": trained(byte_fallback=True, remove_extra_whitespaces=True),
     "no dummy prefix": trained(byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False),
     "no bytes": trained(user_defined_symbols=["<0xE2>"]),
+    "json, byte level": Tokenizer.from_bytes(tokenizer_files.byte_level()),
+    "json, byte fallback": Tokenizer.from_bytes(tokenizer_files.byte_fallback()),
+    "json, unigram": Tokenizer.from_bytes(tokenizer_files.unigram()),
 }
 BYTES = {LLAMA.piece(token): token for token in range(LLAMA.vocab_size) if LLAMA.piece(token).startswith("<0x")}
 
@@ -60,7 +64,7 @@ def of_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     """Ids that are hard on a stream: any at all, bytes, blanks, control ids, and real text."""
     rare = [i for i in range(min(600, tokenizer.vocab_size)) if not tokenizer.piece(i).strip("\u2581") or i < 3]
     text = st.text(st.sampled_from("ab \n☃🫠\ufffdé"), max_size=6).map(tokenizer.encode)
-    a_byte = st.sampled_from([i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) in BYTES])
+    a_byte = st.sampled_from([i for i in range(tokenizer.vocab_size) if tokenizer.raw_bytes(i)] or rare)
     any_id = st.integers(0, tokenizer.vocab_size - 1)
     parts = st.lists(st.one_of(text, *(s.map(lambda i: [i]) for s in (any_id, a_byte, st.sampled_from(rare)))), max_size=12)
     return parts.map(lambda lists: [token for ids in lists for token in ids])
@@ -96,6 +100,11 @@ def test_text_is_out_as_soon_as_it_is_whole(text: str) -> None:
 
 def test_a_character_of_several_bytes_comes_out_once_and_whole() -> None:
     assert pushed(byte_ids("🫠é".encode()))[0] == ["", "", "", "🫠", "", "é", ""]
+    level = TOKENIZERS["json, byte level"]
+    assert pushed(level.encode("🫠é"), tokenizer=level)[0] == ["", "", "", "🫠", "", "é", ""]
+    # A byte that follows could take the whole run back, as its library decodes it.
+    fallback = TOKENIZERS["json, byte fallback"]
+    assert pushed(fallback.encode("🫠é few"), tokenizer=fallback)[0] == ["", "", "", "", "", "", "", "🫠é few", ""]
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
 def _begin_with(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
     """Fill `model` with the weights of `source`. Raises UsageError if they don't fit, or were trained with another tokenizer."""
-    if (source / "checkpoint.json").is_file() and open_checkpoint(source).tokenizer.sha256 != tokenizer.sha256:
-        raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / 'tokenizer.model'})")
+    if (source / "checkpoint.json").is_file() and (own := open_checkpoint(source).tokenizer).sha256 != tokenizer.sha256:
+        raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / own.file_name})")
     load_weights(model, read_weights(source), source)
 
 

@@ -1,14 +1,18 @@
-"""The SentencePiece tokenizer: its file, its hash, and ids that text alone can't forge.
+"""The tokenizer: its file, its hash, ids that text alone can't forge, and whether text survives it.
 
 Which tokenizer file is used is decided in `resolve_tokenizer_path`. This file must not know templates,
 conversations or models.
 """
 
+import codecs
 import hashlib
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from config.errors import UsageError
@@ -16,7 +20,7 @@ from config.errors import UsageError
 TOKENIZER_VARIABLE = "LLAMA_TOKENIZER"
 DEFAULT_TOKENIZER = Path("tokenizers/llama-32k/tokenizer.model")
 _REPOSITORY = Path(__file__).resolve().parents[2]
-_HOW_TO_GET_ONE = "run `python scripts/fetch_tokenizer.py`, or name a SentencePiece model file"
+_HOW_TO_GET_ONE = "run `python scripts/fetch_tokenizer.py`, or name a SentencePiece model or a tokenizer.json"
 
 
 def resolve_tokenizer_path(explicit: str | None) -> Path:
@@ -42,9 +46,9 @@ def resolve_tokenizer_path(explicit: str | None) -> Path:
 
 
 class Tokenizer:
-    """A SentencePiece model with BOS and EOS. `encode` never yields these two, whatever the text.
+    """A SentencePiece model or a tokenizer.json, with BOS and EOS. `encode` never yields these two, whatever the text.
 
-    Raises `UsageError` when the file is missing, is no SentencePiece model, or has no BOS or EOS piece.
+    Raises `UsageError` when the file is missing or neither of the two, and for a SentencePiece model without BOS or EOS.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer bytes") -> "Tokenizer":
-        """A tokenizer from a model held in memory (a checkpoint keeps one); its `path` is None."""
+        """A tokenizer from a file's content held in memory (a checkpoint keeps one); its `path` is None."""
         tokenizer = cls.__new__(cls)
         tokenizer.path = None
         tokenizer._load(model_bytes, name)
@@ -68,12 +72,68 @@ class Tokenizer:
     def _load(self, model_bytes: bytes, name: str) -> None:
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self._backend = (_TokenizerJson if model_bytes.startswith(b"{") else _SentencePiece)(model_bytes, name)
+        self.file_name = self._backend.file_name
+        self.vocab_size = self._backend.vocab_size
+        self.bos_id, self.eos_id = self._backend.bos_id, self._backend.eos_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS and EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, as `encode`. One thread: a caller decides how many cores tokenization may take."""
+        return self._backend.encode_batch(texts) if texts else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; BOS and EOS are left out, incomplete UTF-8 becomes U+FFFD."""
+        return self.decode_batch([[int(token) for token in ids]])[0]
+
+    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
+        """Text of each row, as `decode`."""
+        return self._backend.decode_batch(rows) if rows else []
+
+    def piece(self, token: int) -> str:
+        """The piece behind an id, for showing a token to a person."""
+        return self._backend.piece(int(token))
+
+    def raw_bytes(self, token: int) -> bytes | None:
+        """The bytes of an id that may hold part of a character; None for an id that stands for whole characters."""
+        return self._backend.raw_bytes(int(token))
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """How many of the last ids may become other text when more follow, because they hold part of a character.
+
+        ids: those since `unsettled` last gave 0, or since the last ones that it counted.
+        """
+        raw = [self.raw_bytes(token) for token in ids]
+        run = raw[len(raw) - next((back for back, piece in enumerate(reversed(raw)) if piece is None), len(raw)) :]
+        if self._backend.bytes_stay_open:
+            return len(run)
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(b"".join(piece for piece in run if piece is not None))
+        lacking = len(utf8.getstate()[0])
+        if not lacking:
+            return 0
+        sizes = [len(piece) for piece in run if piece is not None]
+        # A character may begin within an id, which then waits with all before it that ended within one, too.
+        return next((count for count in range(1, len(sizes)) if sum(sizes[-count:]) == lacking), len(sizes))
+
+
+class _SentencePiece:
+    """A SentencePiece model."""
+
+    file_name = "tokenizer.model"
+    bytes_stay_open = False
+
+    def __init__(self, model_bytes: bytes, name: str) -> None:
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model_bytes)
         except RuntimeError as error:
             raise UsageError(
-                f"{name}: expected a SentencePiece model, found {len(model_bytes)} bytes of something else; {_HOW_TO_GET_ONE}"
+                f"{name}: expected a SentencePiece model or a tokenizer.json, found {len(model_bytes)} bytes of something else; "
+                f"{_HOW_TO_GET_ONE}"
             ) from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
@@ -83,23 +143,121 @@ class Tokenizer:
             if token < 0:
                 raise UsageError(f"{name}: the model has no {kind} piece; use one trained with both BOS and EOS")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS and EOS. With byte fallback (LLaMA's kind) never the unknown id."""
-        return list(self._processor.encode(text))
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as `encode`."""
-        # One thread: a caller decides how many cores tokenization may take.
-        return list(self._processor.encode(list(texts), num_threads=1)) if texts else []
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; BOS and EOS are left out, incomplete UTF-8 becomes U+FFFD."""
-        return str(self._processor.decode([int(token) for token in ids]))
+        return list(self._processor.encode(list(texts), num_threads=1))
 
     def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        """Text of each row, as `decode`."""
-        return list(self._processor.decode(list(rows), num_threads=1)) if rows else []
+        return list(self._processor.decode(list(rows), num_threads=1))
 
     def piece(self, token: int) -> str:
-        """The piece behind an id, for showing a token to a person."""
-        return str(self._processor.id_to_piece(int(token)))
+        return str(self._processor.id_to_piece(token))
+
+    def raw_bytes(self, token: int) -> bytes | None:
+        # Such a piece is spelled "<0xE2>".
+        return bytes.fromhex(self.piece(token)[3:5]) if self._processor.is_byte(token) else None
+
+
+class _TokenizerJson:
+    """A tokenizer.json of Hugging Face `tokenizers`.
+
+    BOS and EOS are two ids of our own behind the file's. Those in the file, if it names any, can be out of reach of text in one
+    kind of model and within it in another; some files have only one of the two, and most don't say which token it is.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model_bytes: bytes, name: str) -> None:
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(model_bytes.decode("utf-8"))
+        except Exception as error:  # the library raises no narrower class
+            raise UsageError(
+                f"{name}: expected a tokenizer.json of Hugging Face tokenizers, found something else: {error}"
+            ) from error
+        # Nothing is added to text and nothing taken from it; special tokens in it are plain text; the same text has the same ids.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None
+        self.bos_id = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.eos_id = self.bos_id + 1
+        self.vocab_size = self.eos_id + 1
+        decoder = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b""
+        self._is_byte_level = b'"ByteLevel"' in decoder
+        # The library decodes a run of byte pieces as one: a byte that makes it invalid takes its whole characters away, too.
+        self.bytes_stay_open = b'"ByteFallback"' in decoder
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # The library's batches take all cores.
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # some models have no id for what they don't know
+            raise UsageError(
+                f"the tokenizer.json has no ids for the text {_excerpt(text, 0)}: {error}; use another: {_REVERSIBLE}"
+            ) from error
+        return ids
+
+    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
+        known = [[token for token in row if token < self.bos_id] for row in rows]
+        return [self._backend.decode(row, skip_special_tokens=False) for row in known]
+
+    def piece(self, token: int) -> str:
+        controls = {self.bos_id: "<s>", self.eos_id: "</s>"}
+        return controls.get(token) or self._backend.id_to_token(token) or ""
+
+    def raw_bytes(self, token: int) -> bytes | None:
+        if token >= self.bos_id:
+            return b""  # decoding joins what stands around it
+        piece = self.piece(token)
+        if self._is_byte_level:
+            # An added token may be spelled in other characters than the 256; it stands for itself.
+            return bytes(_BYTE_OF[char] for char in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece) if self.bytes_stay_open else None
+        return bytes.fromhex(byte[1]) if byte else None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte behind each character that a byte-level BPE spells its pieces with: visible ones of Latin-1 stand for themselves."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+TOKENIZER_FILES = (_SentencePiece.file_name, _TokenizerJson.file_name)
+"""What a tokenizer is called where it is kept."""
+
+
+def check_reversible(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
+    """Raise `UsageError` if a text doesn't come back from its ids, with what was lost; a model can't learn to say it.
+
+    Two changes are no loss, because the text reads the same: U+2581, which is SentencePiece's sign for a blank, comes back as a
+    blank, and characters come back in another canonical form (NFC). Returns how many texts changed so.
+    """
+    changed = 0
+    for text, found in zip(texts, tokenizer.decode_batch(tokenizer.encode_batch(texts)), strict=True):
+        if text == found:
+            continue
+        if _as_read(text) != _as_read(found):
+            at = next((at for at, (a, b) in enumerate(zip(text, found, strict=False)) if a != b), min(len(text), len(found)))
+            raise UsageError(
+                f"the tokenizer{f' {tokenizer.path}' if tokenizer.path else ''} loses text: expected to get back "
+                f"{_excerpt(text, at)}, found {_excerpt(found, at)}; use one that keeps text as it is: {_REVERSIBLE}"
+            )
+        changed += 1
+    return changed
+
+
+_REVERSIBLE = "`python scripts/train_tokenizer.py` trains one, `python scripts/fetch_tokenizer.py` gets one"
+
+
+def _as_read(text: str) -> str:
+    return unicodedata.normalize("NFC", text.replace("\u2581", " "))
+
+
+def _excerpt(text: str, at: int) -> str:
+    begin, end = max(0, at - 20), at + 40
+    return ("..." if begin else "") + ascii(text[begin:end]) + ("..." if end < len(text) else "")

@@ -1,0 +1,155 @@
+"""Train a SentencePiece tokenizer on the training rows of conversation data, and compare it to the default one.
+
+    python scripts/train_tokenizer.py --vocab-size 4096 --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
+
+Settings are those of a training run (dataset=slimorca, dataset.seed=1, ...); with the same ones, no held-out row is trained on.
+--data is short for dataset=jsonl with this folder or file. A run uses the model by dataset.tokenizer_path=FILE.
+"""
+
+import argparse
+import hashlib
+import heapq
+import io
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from sentencepiece import SentencePieceTrainer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from config.compose import compose_config  # noqa: E402
+from config.errors import UsageError, one_clear_message  # noqa: E402
+from config.schema import PretrainInstructConfig  # noqa: E402
+from dataset.instruct import source_configs, split_conversations  # noqa: E402
+from dataset.text.token_cache import Split  # noqa: E402
+from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path  # noqa: E402
+from models.act import RecursiveModel  # noqa: E402
+from scripts.fetch_tokenizer import write_atomically  # noqa: E402
+from training.estimate import count_parameters  # noqa: E402
+
+_HELD_OUT_ROWS = 2000
+# SentencePiece passes over a sentence that holds one of these: it marks borders and unknown characters by them.
+_RESERVED = re.compile("[\t\0\u2585]")
+Row = tuple[str, ...]
+
+
+def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
+    """A BPE model that gives back every text as it was, U+2581 apart. The same rows give the same model, byte for byte.
+
+    rows: texts of the turns. Characters too rare for a piece of their own are spelled in bytes. BOS and EOS are control pieces.
+    Raises `UsageError` for no text, and for a vocabulary that is too large or too small for it.
+    """
+    sentences = (part for row in rows for text in row for part in _RESERVED.split(text) if part)
+    first = next(sentences, None)
+    if first is None:
+        raise UsageError("expected training rows, found none: check the data and dataset.test_ratio")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=chain([first], sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            # A unigram model took 20 times as long to train, and made no fewer tokens.
+            model_type="bpe",
+            byte_fallback=True,
+            # Text stays as it is: no Unicode form is changed, no blank or newline taken away.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            # A text's first word has the ids that it has elsewhere; decoding takes the blank before it away.
+            add_dummy_prefix=True,
+            # A number is read digit by digit, whichever numbers the data has.
+            split_digits=True,
+            max_sentence_length=1 << 30,  # longer ones would be passed over
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        found = re.search(r"Vocabulary size (?:too high .*<= (\d+)|is smaller than required_chars\. \d+ vs (\d+))", str(error))
+        if found is None:
+            raise UsageError(f"SentencePiece can't train on this data: {error}") from error
+        limit = f"at most {found[1]}" if found[1] else f"at least {found[2]}"
+        raise UsageError(f"--vocab-size {vocab_size}: expected {limit} for this data") from error
+    return Tokenizer.from_bytes(model.getvalue())
+
+
+def rows_of(config: PretrainInstructConfig, split: Split) -> Iterable[Row]:
+    """The texts of each row of a split, source after source."""
+    for source in source_configs(config).values():
+        for conversation in split_conversations(source, split, bool(config.stages)):
+            yield tuple(turn.text for turn in conversation)
+
+
+def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows at random, or all if there are no more; a row's chance depends on the seed and its place. Holds `count` rows."""
+    keyed = ((hashlib.blake2b(f"{seed} {index}".encode()).digest(), row) for index, row in enumerate(rows))
+    return [row for _, row in heapq.nsmallest(count, keyed)]
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """UTF-8 bytes of the texts for each of their tokens."""
+    return sum(len(text.encode()) for text in texts) / sum(map(len, tokenizer.encode_batch(texts)))
+
+
+def report(config: PretrainInstructConfig, path: Path) -> None:
+    """Print what a tokenizer costs and saves, beside the default one if there is one."""
+    rows = draw_rows(rows_of(config, "test"), _HELD_OUT_ROWS, config.seed) if config.dataset.test_ratio else []
+    held_out = [text for row in rows for text in row]
+    tokenizers = [Tokenizer(path)]
+    try:
+        tokenizers.append(Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path)))
+    except UsageError as error:
+        print(f"nothing to compare with: {error}")
+    arch = config.arch.model_copy(update={"forward_dtype": "float32"})
+    for tokenizer in tokenizers:
+        size = f"{bytes_per_token(tokenizer, held_out):.3f} bytes a token on held-out rows" if held_out else "no held-out rows"
+        parameters = count_parameters(RecursiveModel(arch, tokenizer.vocab_size)) / 1e6
+        print(
+            f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, {size}, arch={config.arch.name} has {parameters:.1f} M parameters"
+        )
+
+
+def settings(data: Path | None, overrides: Sequence[str]) -> PretrainInstructConfig:
+    """The settings of a training run on `data`, a folder or file, or on what the overrides name. Raises `UsageError`."""
+    config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", *overrides] if data is not None else overrides)
+    if data is None:
+        return config
+    if config.stages or any(override.startswith("dataset=") for override in overrides):
+        raise UsageError(f"--data {data} names the data already: leave it out, or dataset= and stages")
+    place = {"data_dir": str(data)} if data.is_dir() else {"data_dir": str(data.parent), "files": [data.name]}
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update=place)})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exit status 2 and one message when no tokenizer could be trained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, of which 256 are bytes and 3 stand for no text")
+    parser.add_argument("--data", type=Path, help="folder or file of conversations; default: what the settings name")
+    parser.add_argument("--output", type=Path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
+    parser.add_argument("--max-rows", type=int, default=100_000, help="train on so many rows at most, drawn by `seed`")
+    options = parser.parse_intermixed_args(arguments)
+    with one_clear_message():
+        for flag, value in (("--max-rows", options.max_rows), ("--vocab-size", options.vocab_size)):
+            if value < 1:
+                raise UsageError(f"{flag}: expected 1 or more, found {value}")
+        config = settings(options.data, options.overrides)
+        output = options.output or REPOSITORY / f"tokenizers/{config.dataset.source}-{options.vocab_size}/tokenizer.model"
+        if output.exists():
+            raise UsageError(f"{output} exists already, and what was trained with it needs it: use another --output, or delete it")
+        rows = draw_rows(rows_of(config, "train"), options.max_rows, config.seed)
+        tokenizer = train_tokenizer(rows, options.vocab_size)
+        try:
+            write_atomically(output, tokenizer.model_bytes)
+        except OSError as error:
+            raise UsageError(f"{output} can't be written: {error}; use another --output") from error
+        print(f"trained on {len(rows):,} rows")
+        report(config, output)
+
+
+if __name__ == "__main__":
+    main()
