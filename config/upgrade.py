@@ -19,6 +19,7 @@ _FOLDER = Path(__file__).resolve().parent
 RENAMED: dict[str, str] = {
     "dataset.hub_repo": "dataset.repo",
     "dataset.hub_revision": "dataset.revision",
+    "dataset.hub_sha256": "dataset.sha256",
 }
 # Keys that mean nothing any more; what stood there is said.
 REMOVED: tuple[str, ...] = ()
