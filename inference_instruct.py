@@ -117,7 +117,8 @@ def main() -> None:
         on_output=keep if saved.keys else None,
         progress=partial(tqdm, desc=arguments.split, unit="batch"),
     )
-    rows = split.first_rows(arguments.max_batches and arguments.max_batches * config.global_batch_size)
+    most = arguments.max_batches and arguments.max_batches * config.global_batch_size
+    rows = split.first_rows(most)
     metrics: dict[str, Any] = {
         "checkpoint": str(checkpoint.folder),
         "split": arguments.split,
@@ -130,8 +131,8 @@ def main() -> None:
         metrics["answers"] = evaluate_generated(responder, split, rows=rows)
     if arguments.generate:
         path = folder / f"answers_{arguments.split}.jsonl"
-        generated = rows if arguments.max_generated is None else sorted({*rows} & {*split.first_rows(arguments.max_generated)})
-        metrics["generated"] = write_generated(responder, split, path, rows=generated)
+        fewest = min((number for number in (most, arguments.max_generated) if number is not None), default=None)
+        metrics["generated"] = write_generated(responder, split, path, rows=split.first_rows(fewest))
     if saved.keys:
         saved.write(folder / f"outputs_{arguments.split}.safetensors")
     write_json(folder / f"metrics_{arguments.split}.json", metrics)

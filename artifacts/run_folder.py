@@ -10,7 +10,6 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,7 +18,7 @@ from config.errors import UsageError
 
 # The kernel's lock on this file goes with the process that holds it, however that ends; the file itself means nothing.
 _LOCK_FILE = ".lock"
-# Who holds it. A file of its own: filelock empties the locked one.
+# Who holds it. A file of its own: before version 4, filelock empties the locked one.
 _OWNER_FILE = ".lock.json"
 # torchrun and Slurm start a run again while its predecessor may still be dying.
 WAIT_SECONDS = 10.0
@@ -30,10 +29,11 @@ _LONGEST_NAME_BYTES = 255
 
 def check_folder_name(key: str, name: str) -> None:
     """Raise UsageError unless `name`, the value of the setting `key`, is the name of one folder inside its parent."""
-    if name.strip() and name.isprintable() and name not in (".", "..") and "/" not in name:
-        is_checkpoint = name.startswith("step_") and name[5:].isdecimal()
-        if len(name.encode()) <= _LONGEST_NAME_BYTES and not is_checkpoint:
-            return
+    is_text = name.strip() != "" and name.isprintable()
+    is_elsewhere = name in (".", "..") or "/" in name
+    is_checkpoint = name.startswith("step_") and name[5:].isdecimal()
+    if is_text and not is_elsewhere and not is_checkpoint and len(name.encode()) <= _LONGEST_NAME_BYTES:
+        return
     shown = ascii(name) if len(name) <= 60 else ascii(name[:60]) + "..."
     raise UsageError(
         f"{key}={shown}: expected the name of one folder: printable characters without a slash, at most {_LONGEST_NAME_BYTES} "
@@ -81,14 +81,14 @@ def owned_folder(folder: Path, say: Callable[[str], None], *, is_new: bool = Fal
 
 def _make_new(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for number in count(1):
-        candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+    candidate, number = folder, 1
+    while True:
         try:
             candidate.mkdir()
+            return candidate
         except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError("count() doesn't end")
+            number += 1
+            candidate = folder.with_name(f"{folder.name}-{number}")
 
 
 def _acquire(folder: Path, say: Callable[[str], None]) -> FileLock:

@@ -47,10 +47,10 @@ def _upgrade(
     for key in list(values):
         if key in section.model_fields:
             continue
-        name = RENAMED.get(known_as + key, "").rpartition(".")[2]
+        name = RENAMED.get(f"{known_as}{key}", "").rpartition(".")[2]
         if name in section.model_fields and name not in values:
             values[name] = values.pop(key)
-        elif known_as + key in REMOVED:
+        elif f"{known_as}{key}" in REMOVED:
             dropped.append(f"{where}{key}={values.pop(key)} was dropped: this version has no such setting")
     for key, field in section.model_fields.items():
         if key not in values:

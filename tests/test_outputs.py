@@ -1,11 +1,14 @@
 """Saved tensors stand in the order of the split, whatever batches they came in."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from artifacts.outputs import OUTPUT_FILL, SavedOutputs
+from artifacts.outputs import OUTPUT_FILL, SavedOutputs, write_json
+from config.errors import UsageError
 
 
 def test_batches_of_any_order_and_width_become_one_table(tmp_path: Path) -> None:
@@ -34,3 +37,19 @@ def test_what_is_kept_does_not_change_with_the_batch(tmp_path: Path) -> None:
     values.zero_()
     saved.write(tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["halt_logits"].tolist() == [[1.0, 1.0]]
+
+
+def test_metrics_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics_test.json"
+    write_json(path, {"loss": 1})
+    write_json(path, {"loss": 2})
+    write = Path.write_text
+
+    def full_disk(self: Path, text: str) -> int:
+        write(self, text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(UsageError, match=r"can't be written: .*No space left.*--output-dir"):
+        write_json(path, {"loss": 3})
+    assert json.loads(path.read_text()) == {"loss": 2} and list(tmp_path.iterdir()) == [path]

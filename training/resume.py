@@ -152,20 +152,19 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
         check_folder_name("run_name", config.run_name)
     elif config.resume == "auto":
         raise UsageError("resume=auto goes on with the run of a name: set run_name, or name a folder (resume=PATH)")
-    is_unnamed = config.resume is None and config.run_name is None
-    if config.resume in (None, "auto"):
+    if config.resume is None or config.resume == "auto":
         name = config.run_name or f"{config.arch.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(config.checkpoint_dir) / config.project_name / name
     else:
         folder, _ = _named(config, Path(config.resume))
+    is_unnamed = config.resume is None and config.run_name is None
     if config.resume is None and not is_unnamed:
         _refuse_to_overwrite(folder)
     if not config.dry_run:
         folder = held.enter_context(owned_folder(folder, say, is_new=is_unnamed))
-    # Only now can no other process change what is in it.
+    # From here on no other process changes what is in it; one may have until now.
     if config.resume is None:
-        if not is_unnamed:
-            _refuse_to_overwrite(folder)
+        _refuse_to_overwrite(folder)
         return Start(folder)
     candidates = checkpoints_of(folder) if config.resume == "auto" else _named(config, Path(config.resume))[1]
     if not candidates:

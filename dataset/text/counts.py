@@ -45,7 +45,7 @@ def warnings_about(counts: Mapping[str, Any]) -> list[str]:
     read = counts["read"] - reasons.pop(_NOT_A_ROW, 0)
     lost = sum(reasons.values())
     if lost > DROPPED_SHARE * read:
-        remedy = "look at some of these rows"
+        remedy = "see which forms rows may have in docs/data.md"
         if 2 * sum(reasons.get(reason, 0) for reason in _TOO_LONG) > lost:
             remedy = "raise dataset.seq_len, or keep what fits of them (dataset.long_rows=keep_prompt_end)"
         warnings.append(f"{lost:,} of {read:,} rows ({lost / read:.0%}) are not trained on ({_list(reasons)}): {remedy}")
