@@ -122,7 +122,10 @@ def test_steps_are_those_of_the_run(tiny_config: ConfigFactory, random_examples:
     assert counted.act_steps == sum(sum(result.finished_depths) for result in results)
 
 
-def test_steps_up_to_a_limit_are_those_of_the_run(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
+def test_steps_up_to_a_limit_are_those_of_the_run(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.stopping._LEAST_TRAINED_BETWEEN", 1)
     config, examples = tiny_config("max_steps=9", "arch.halt.depth_floor=0.25", "arch.halt.deepen_at=0.4"), random_examples(60)
     model, task = make_task(config, examples)
     results = list(itertools.islice(Trainer(config, model, task).steps(), 9))

@@ -126,7 +126,10 @@ def test_a_run_goes_on_bit_for_bit(
         (("eval_every_steps=auto", "eval_examples=1", "eval_interval=9", "max_steps=23"), 23),
     ],
 )
-def test_a_run_with_limits_goes_on_bit_for_bit(run_config: RunConfig, tmp_path: Path, settings: tuple[str, ...], last: int) -> None:
+def test_a_run_with_limits_goes_on_bit_for_bit(
+    run_config: RunConfig, tmp_path: Path, settings: tuple[str, ...], last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.stopping._LEAST_TRAINED_BETWEEN", 1)
     whole = run_instruct(run_config(tmp_path / "whole", *settings)).checkpoint.parent
     folders = checkpoints_of(whole)
     assert step_of(folders[-1]) == last and sum('"test"' in line for line in (whole / "metrics.jsonl").open()) >= 4

@@ -58,7 +58,10 @@ def evaluations_of(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 4), (2, 2), (5, 1)])
-def test_an_epoch_has_as_many_evaluations_as_it_can_afford(run_config: RunConfig, tmp_path: Path, rows: int, expected: int) -> None:
+def test_an_epoch_has_as_many_evaluations_as_it_can_afford(
+    run_config: RunConfig, tmp_path: Path, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.stopping._LEAST_TRAINED_BETWEEN", 1)
     config = run_config(tmp_path, "epochs=1", f"eval_examples={rows}")
     result = run_instruct(config)
     assert result is not None

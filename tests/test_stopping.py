@@ -28,6 +28,10 @@ def evaluated_at(config: PretrainInstructConfig, finished: list[int], epoch: int
         ((), 40_000, 1, 500, 10),
         ((), 500_000, 1, 500, 10),
         ((), 20_000, 1, 500, 5),
+        # Few rows to evaluate: a thousand to train between.
+        ((), 10_000, 1, 5, 10),
+        ((), 2_000, 1, 5, 2),
+        ((), 1_999, 1, 5, 0),
         # As many as by epochs: these are enough.
         ((), 4_000, 1, 500, 0),
         ((), 500_000, 10, 500, 0),
@@ -47,20 +51,20 @@ def test_automatic_evaluations_are_ten_or_what_the_run_can_afford(
 
 
 def test_a_run_is_evaluated_by_epochs_and_by_steps(tiny_config: ConfigFactory) -> None:
-    finished = list(range(4, 84, 4))
+    finished = list(range(1000, 21_000, 1000))
     none, every = tiny_config("eval_every_steps=null", "eval_interval=2"), tiny_config("eval_every_steps=6", "eval_interval=2")
-    assert evaluated_at(none, finished, 20, 1) == [10, 20]
-    assert evaluated_at(every, finished, 20, 1) == [6, 10, 12, 18, 20]
+    assert evaluated_at(none, finished, 5000, 1) == [10, 20]
+    assert evaluated_at(every, finished, 5000, 1) == [6, 10, 12, 18, 20]
     # Ten in one epoch, and each epoch's end besides.
-    assert evaluated_at(tiny_config(), finished, 80, 1) == list(range(2, 22, 2))
-    assert evaluated_at(tiny_config(), finished, 28, 1) == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20]
+    assert evaluated_at(tiny_config(), finished, 20_000, 1) == list(range(2, 22, 2))
+    assert evaluated_at(tiny_config(), finished, 7000, 1) == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20]
     # Fewer where it ends sooner.
-    assert evaluated_at(tiny_config("max_steps=10"), finished, 80, 1)[:5] == [2, 4, 6, 8, 10]
+    assert evaluated_at(tiny_config("max_steps=10", "global_batch_size=500"), finished, 20_000, 1)[:5] == [2, 4, 6, 8, 10]
 
 
 @given(steps=st.lists(st.integers(0, 300), min_size=50, max_size=400))
 def test_a_long_epoch_has_ten_evaluations_however_its_examples_come(tiny_config: ConfigFactory, steps: list[int]) -> None:
-    finished = [sum(steps[: i + 1]) + 80 * (i + 1) for i in range(len(steps))]
+    finished = [sum(steps[: i + 1]) + 200 * (i + 1) for i in range(len(steps))]
     at = evaluated_at(tiny_config(), finished, finished[-1], 1)
     # A step may jump over more than one tenth; each is evaluated once.
     tenths = {10 * done // finished[-1] for done in finished}

@@ -157,7 +157,7 @@ def test_a_run_from_tokenizer_to_answer(
     rows = script.rows_of(script.settings(short_run_data, ["dataset.files=[rows.jsonl]"]), "train")
     model = script.train_tokenizer(rows, 330).model_bytes if kind == "tokenizer.model" else tokenizer_files.byte_level()
     path.write_bytes(model)
-    folder = run_instruct(run_config(tmp_path / "runs", f"dataset.tokenizer_path={path}"))
+    folder = run_instruct(run_config(tmp_path / "runs", f"dataset.tokenizer_path={path}")).checkpoint
     assert folder is not None and int(folder.name.removeprefix("step_")) >= 20
     path.unlink()  # the checkpoint is enough
     assert (folder / kind).read_bytes() == model and len(list(folder.glob("tokenizer.*"))) == 1

@@ -10,6 +10,8 @@ from config.schema import EarlyStoppingConfig, TrainingConfig
 # about 0.7 of a trained one to evaluate, so that evaluations take less than a tenth of the run.
 _AUTOMATIC_EVALUATIONS = 10
 _TRAINED_PER_EVALUATED = 8
+# However few rows are evaluated, so many are trained in between: answers, checkpoint and picture take their time, too.
+_LEAST_TRAINED_BETWEEN = 1000
 
 
 class Position(NamedTuple):
@@ -26,14 +28,14 @@ class Position(NamedTuple):
 def automatic_evaluations(config: TrainingConfig, examples: int, epochs: int, rows: int) -> int:
     """How many evaluations, evenly spaced over the run, `eval_every_steps=auto` adds to those of `eval_interval`; 0: none.
 
-    Ten, or fewer where they would measure more than an eighth as many rows as the run trains. examples, epochs: of the whole run.
-    rows: what one evaluation measures.
+    Ten, or fewer: a thousand examples are trained between two of them at least, and eight for each row that one measures.
+    examples, epochs: of the whole run. rows: what one evaluation measures.
     """
     if config.eval_every_steps != "auto" or rows == 0:
         return 0
     # With max_steps, the most that can be trained until then.
     trained = examples if config.max_steps is None else min(examples, config.max_steps * config.global_batch_size)
-    count = min(_AUTOMATIC_EVALUATIONS, trained // (_TRAINED_PER_EVALUATED * rows))
+    count = min(_AUTOMATIC_EVALUATIONS, trained // max(_LEAST_TRAINED_BETWEEN, _TRAINED_PER_EVALUATED * rows))
     by_epochs = epochs * trained // (examples * config.eval_interval)
     return count if count > by_epochs else 0
 
