@@ -230,12 +230,12 @@ def test_training_tells_a_variable_that_names_no_file(train: Callable[..., Outco
     ("bad_row", "fragment"),
     [
         ('{"question": "What is 3?", "answer"', "expected a JSON object"),
-        ({"question": "What is 3?", "answer": None}, "answer: expected a string, found 'null'"),
+        ({"question": "What is 3?", "answer": "3.", "notes": "Prime."}, "dataset.ignore=[notes]"),
         ({"question": 3, "answer": "3."}, "question: expected a string, found '3'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0].value: expected a string"),
         ({"conversations": [{"from": "robot", "value": "Hi"}]}, "robot"),
     ],
-    ids=["broken-json", "null-value", "integer-value", "integer-in-conversation", "unknown-role"],
+    ids=["broken-json", "unread-text", "integer-value", "integer-in-conversation", "unknown-role"],
 )
 def test_training_tells_a_bad_row_with_its_line(train: Callable[..., Outcome], tmp_path: Path, bad_row: Any, fragment: str) -> None:
     folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [*pairs(30), bad_row])
