@@ -75,8 +75,9 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     template: Template,
     data_hash: str,
+    data_report: Mapping[str, Any] | None = None,
 ) -> None:
-    """`write_checkpoint` of a language model, with its tokenizer and template."""
+    """`write_checkpoint` of a language model, with its tokenizer and template. data_report: what became of its rows."""
     write_checkpoint(
         folder,
         snapshot,
@@ -87,6 +88,7 @@ def save_checkpoint(
             "tokenizer_sha256": tokenizer.sha256,
             "template": template.to_dict(),
             "data_hash": data_hash,
+            "data": data_report,
         },
     )
 

@@ -24,7 +24,7 @@ RENAMED: dict[str, str] = {
 # Keys that mean nothing any more; what stood there is said.
 REMOVED: tuple[str, ...] = ()
 # What the program did before it had a key, where the shipped default is something else.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"eval_every_steps": None}
 
 
 def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

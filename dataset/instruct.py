@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,9 @@ def open_instruct_data(
     first_rows = islice(_conversations(config, "train", files), _ROWS_TRIED)
     inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
     train = _open(config, tokenizer, template, "train", files)
+    train.left_out = tuple(files.left_out)
     if inexact:
-        train.counts["not given back exactly by the tokenizer, of the first 1,000"] = inexact
+        train.counts["texts of the first 1,000 rows that the tokenizer gives back in another spelling"] = inexact
     return train, _open(config, tokenizer, template, "test", files) if config.test_ratio > 0 else None
 
 
@@ -61,6 +63,15 @@ class RunData:
     train: TextCorpus
     test: TextCorpus | None
     curriculum: Curriculum
+
+    def report(self) -> dict[str, Any]:
+        """What a run keeps of its data, as plain values: files and counts of each source's splits, and the splits' overlap."""
+        splits = {"train": self.train, "test": self.test}
+        sources = {
+            name: {split: corpus.parts[name].report() for split, corpus in splits.items() if corpus is not None}
+            for name in self.train.parts
+        }
+        return {"sources": sources, "overlap": overlap(self.train, self.test) if self.test is not None else None}
 
 
 def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template) -> RunData:

@@ -3,6 +3,7 @@
 What runs share is in training/run.py. Knows no Hydra.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_run_data, source_configs
 from dataset.text.conversation import Template
-from dataset.text.counts import describe_counts, warnings_about
+from dataset.text.counts import describe_counts, describe_files, warnings_about
 from dataset.text.loader import ExampleStream, TextCorpus
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from evaluators.language import evaluate_sources, rows_evaluated
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
-from training.distributed import joined_ranks
+from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_instruct
 from training.resume import find_start, weights_to_begin_with
 from training.run import Run, RunResult, make_ready
@@ -66,15 +67,8 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         if config.load_checkpoint is not None and start.saved is None:
             _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), settings, ranks), tokenizer)
         make_ready(model, config, device, start, ranks)
-        for name, source in source_configs(config).items():
-            train, test_rows = data.train.parts[name], len(data.test.parts[name]) if data.test is not None else 0
-            ranks.say(f"data {source.data_dir}: {len(train):,} training rows, {test_rows:,} test rows")
-            for line in describe_counts(train.counts):
-                ranks.say(f"  {line}")
-            for warning in warnings_about(train.counts):
-                ranks.say(f"WARNING: {warning}")
-        if data.test is None:
-            ranks.say("dataset.test_ratio is 0: training without evaluation")
+        report = data.report()
+        _say_data(config, report, ranks)
         # Threads that read ahead can't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
         with ExampleStream(data.train, data.curriculum, workers, start=start.position) as stream:
@@ -82,11 +76,33 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
             if config.dry_run:
                 dry_run_instruct(config, model, task, data, ranks.say)
                 return None
-            result = Run(
-                config, _InstructJob(config, model, task, tokenizer, data.train.data_hash, data.test), start, ranks
-            ).train()
+            job = _InstructJob(config, model, task, tokenizer, data.train.data_hash, report, data.test)
+            result = Run(config, job, start, ranks).train()
         ranks.say(f"checkpoint {result.checkpoint}")
         return result
+
+
+def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: Ranks) -> None:
+    """What the run reads, and what of it a user should know before it goes on."""
+    for name, source in source_configs(config).items():
+        train, test = report["sources"][name]["train"], report["sources"][name].get("test")
+        rows, test_rows = train["counts"]["kept"], test["counts"]["kept"] if test is not None else 0
+        place = source.repo if source.source == "hub" else source.data_dir
+        ranks.say(f"data {place}: {rows:,} training rows, {test_rows:,} test rows")
+        ranks.say(f"  files: {describe_files(train['files'])}")
+        if test is not None and test["files"] != train["files"]:
+            ranks.say(f"  held-out files: {describe_files(test['files'])}")
+        if "left_out" in train:
+            ranks.say(f"  not read, being named as held out: {describe_files(train['left_out'])}")
+        for line in describe_counts(train["counts"]):
+            ranks.say(f"  {line}")
+        for warning in warnings_about(train["counts"]):
+            ranks.say(f"WARNING: {warning}")
+    if report["overlap"] is None:
+        ranks.say("dataset.test_ratio is 0: training without evaluation")
+    elif report["overlap"]["questions"]:
+        asked, equal = report["overlap"]["questions"], report["overlap"]["conversations"]
+        ranks.say(f"  of the test rows, {asked:,} ask what training rows ask; {equal:,} equal one as a whole")
 
 
 def _begin_with(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
@@ -105,6 +121,7 @@ class _InstructJob:
     task: TextTask
     tokenizer: Tokenizer
     data_hash: str
+    data_report: Mapping[str, Any]
     test_split: TextCorpus | None
 
     @property
@@ -148,6 +165,7 @@ class _InstructJob:
             tokenizer=self.tokenizer,
             template=Template(),
             data_hash=self.data_hash,
+            data_report=self.data_report,
         )
 
     def _show_answers(self, split: TextCorpus) -> None:

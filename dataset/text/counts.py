@@ -3,7 +3,7 @@
 Knows no files and no tokens, only the counts that reading has left (`TextDataset.counts`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Above these shares a run says that its data may not be what its user thinks.
@@ -12,6 +12,7 @@ TRUNCATED_SHARE = 0.5
 DROPPED_SHARE = 0.2
 """Of the rows read, blank lines left out."""
 
+_FILES_NAMED = 8
 _NOT_A_ROW = "blank_line"
 _TOO_LONG = ("too_long", "answer_beyond_seq_len")
 
@@ -24,12 +25,24 @@ def describe_counts(counts: Mapping[str, Any]) -> list[str]:
     lines = [f"rows read: {read:,}, of these in this split: {kept:,}"]
     if truncated:
         lines.append(f"cut to dataset.seq_len: {truncated:,} ({_list(cut)})")
-    titles = {"dropped": "left out", "bad": "malformed", "beyond_subset": "beyond subset_size"}
+    titles = {
+        "forms": "forms",
+        "ignored": "with text ignored under",
+        "dropped": "left out",
+        "bad": "malformed",
+        "beyond_subset": "beyond subset_size",
+    }
     for key in [*titles, *(key for key in named if key not in titles)]:
         value = named.get(key)
         if value:
             lines.append(f"{titles.get(key, key)}: {_list(value) if isinstance(value, Mapping) else _number(value)}")
     return lines
+
+
+def describe_files(names: Sequence[str]) -> str:
+    """The names of files, of many the first ones."""
+    more = len(names) - _FILES_NAMED
+    return ", ".join(names[:_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def warnings_about(counts: Mapping[str, Any]) -> list[str]:

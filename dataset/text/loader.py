@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
@@ -53,8 +54,10 @@ class TextDataset:
     counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut"; over the rows read of the
     files: "read", "dropped" and "bad" by reason, "beyond_subset" (whole rows that `subset_size` left out), "forms" (rows by their
     form), and "ignored" (rows by each key whose text was left out).
-    loaded: what it was made of.
+    loaded: what it was made of. left_out: files beside its own that aren't trained on, because of their names.
     """
+
+    left_out: tuple[Path, ...] = ()
 
     def __init__(self, loaded: LoadedSplit) -> None:
         self.loaded = loaded
@@ -90,6 +93,11 @@ class TextDataset:
         """A column of numbers of `row_encoder.token_schema`, [examples]."""
         values: npt.NDArray[Any] = self.loaded.tokens.column(name)[self._rows]
         return values
+
+    def report(self) -> dict[str, Any]:
+        """Files and counts, as plain values."""
+        left_out = {"left_out": [path.name for path in self.left_out]} if self.left_out else {}
+        return {"files": [file.path.name for file in self.loaded.files], **left_out, "counts": self.counts}
 
     def row(self, index: int) -> dict[str, Any]:
         """The source's own row behind an example, with whatever further fields it has."""
