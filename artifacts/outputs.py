@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,7 +43,10 @@ class SavedOutputs:
                 width = max(part.shape[1] for part in parts)
                 parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=OUTPUT_FILL[key]) for part in parts]
             saved[key] = torch.cat(parts)[order].contiguous()
-        save_file(saved, path)
+        try:
+            save_file(saved, path)
+        except SafetensorError as error:
+            raise UsageError(f"{path} can't be written: {error}; free some space, or choose another folder") from None
 
 
 def output_folder(folder: Path) -> Path:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs
+from config.errors import UsageError
 
 
 def test_batches_of_any_order_and_width_become_one_table(tmp_path: Path) -> None:
@@ -34,3 +36,10 @@ def test_what_is_kept_does_not_change_with_the_batch(tmp_path: Path) -> None:
     values.zero_()
     saved.write(tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["halt_logits"].tolist() == [[1.0, 1.0]]
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    saved = SavedOutputs(["preds"])
+    saved.add(torch.tensor([0]), {"preds": torch.ones(1, 2)})
+    with pytest.raises(UsageError, match=r"gone/out\.safetensors can't be written"):
+        saved.write(tmp_path / "gone/out.safetensors")
