@@ -8,7 +8,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from config.compose import checked, without_needless_plus
+from config.compose import checked, plain_overrides
 from config.errors import one_clear_message
 from config.schema import PretrainPuzzleConfig
 from models.device import keep_freed_memory
@@ -24,5 +24,5 @@ def main(settings: DictConfig) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    sys.argv[1:] = without_needless_plus(sys.argv[1:], PretrainPuzzleConfig)
+    sys.argv[1:] = plain_overrides(sys.argv[1:], PretrainPuzzleConfig)
     main()

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from config.schema import user_path
 from dataset.build_sample_dataset import build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="some of the variants")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings changed in every variant")
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    parser.add_argument("--output", type=user_path, help="also write the JSON here")
     arguments = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.parallel) as pool:
