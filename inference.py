@@ -86,7 +86,7 @@ def main() -> None:
         progress=partial(tqdm, desc=arguments.split, unit="batch", total=min(batches, arguments.max_batches or batches)),
     )
     metrics: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "step": checkpoint.step, "split": arguments.split, **report}
-    (folder / f"metrics_{arguments.split}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / f"metrics_{arguments.split}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(metrics, indent=2))
 
 

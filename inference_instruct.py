@@ -123,7 +123,7 @@ def main() -> None:
         metrics["generated"] = write_generated(responder, split, path, rows=min(rows, arguments.max_generated or rows))
     if saved.keys:
         saved.write(folder / f"outputs_{arguments.split}.safetensors")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if arguments.project_name is not None:
         log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder)
     print(json.dumps(metrics, indent=2))

@@ -312,7 +312,7 @@ def main() -> None:
     print(markdown(found))
     print(json.dumps(found))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found) + "\n")
+        arguments.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main() -> None:
         print(f"{row['recursion']:22} {row['steps']:6} steps  {row['seconds']:6.0f} s  exact {row['exact_accuracy']:.3f}")
     report = {"tera_flops": options.tera_flops, "threads": threads, "rows": rows}
     if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report))
 
 

@@ -137,7 +137,9 @@ def _memory_of_tree(root: int) -> int:
     parents, memory = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+            status = dict(
+                line.split(":", 1) for line in (folder / "status").read_text(encoding="utf-8").splitlines() if ":" in line
+            )
             pid = int(folder.name)
             parents[pid], memory[pid] = int(status["PPid"]), int(status["RssAnon"].split()[0]) * 1024
         except (OSError, KeyError, ValueError):

@@ -20,4 +20,4 @@ def table(metrics: dict) -> str:  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -408,7 +408,7 @@ def _only_builder(lock: Path) -> Iterator[bool]:
 
     False where the file system has no locks: building twice is slower, not wrong.
     """
-    with lock.open("w") as handle:
+    with lock.open("w", encoding="utf-8") as handle:
         alone = False
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
