@@ -10,16 +10,16 @@ import functools
 import json
 import math
 import sys
-from pathlib import Path
 
 from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
+from config.schema import user_path
 from dataset.text.conversation import Conversation, Turn, with_default_system
 from dataset.text.forms import form_options
 from generation.answers import Piece, Responder
 from generation.batch import Asked, answer_file, answers_in_order, positions_needed
-from generation.chat import Chat, is_text
+from generation.chat import Chat
 from generation.loading import load_responder
 from models.device import keep_freed_memory
 
@@ -33,9 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--message", help="what the user says; the answer is printed as it forms")
     what.add_argument("--chat", action="store_true", help="talk, with a history; /help tells the commands")
-    what.add_argument("--input", type=Path, metavar="FILE", help="answer each row of a .jsonl, .json, .jsonl.zst or .parquet file")
+    what.add_argument(
+        "--input", type=user_path, metavar="FILE", help="answer each row of a .jsonl, .json, .jsonl.zst or .parquet file"
+    )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="with --input: the answers, as JSON lines; resumes after a kill"
+        "--output", type=user_path, metavar="FILE", help="with --input: the answers, as JSON lines; resumes after a kill"
     )
     parser.add_argument("--samples", type=int, metavar="N", help="with --message: answer it N times")
     shown = parser.add_mutually_exclusive_group()
@@ -53,9 +55,6 @@ def parse_arguments() -> argparse.Namespace:
         raise UsageError(f"--samples {arguments.samples}: expected at least 1")
     if arguments.message is not None and not arguments.message.strip():
         raise UsageError("--message is empty: there is nothing to answer")
-    for flag, text in (("--message", arguments.message), ("--system-message", arguments.system_message)):
-        if not is_text(text or ""):
-            raise UsageError(f"{flag} is not valid UTF-8 text: check the terminal's encoding")
     return arguments
 
 

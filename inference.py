@@ -5,8 +5,8 @@ With the run's data and batch size its figures are those of the evaluation in tr
 
 import argparse
 import json
+import os
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
-from config.schema import PretrainPuzzleConfig, PuzzleOutput
+from config.schema import PretrainPuzzleConfig, PuzzleOutput, user_path
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
 from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--data-paths",
         "--data-dir",
+        type=os.path.expanduser,
         nargs="+",
         metavar="DIR",
         help="folders of puzzle data; default: those the run was measured on",
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=("train", "test"), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches")
-    add("--output-dir", type=Path, help="where metrics and saved tensors go; default: the checkpoint's folder")
+    add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
     names = get_args(PuzzleOutput)
     add("--save-outputs", nargs="+", default=[], choices=names, metavar="KEY", help=f"tensors to keep, of {', '.join(names)}")
     return parser.parse_args()

@@ -6,6 +6,7 @@ answers as JSON lines. Writes metrics_<split>.json, and of the whole test split 
 
 import argparse
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from artifacts.checkpoint import open_checkpoint
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder, write_json
 from config.compose import add_model_arguments, override_config, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
-from config.schema import PretrainInstructConfig
+from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import open_run_split
 from evaluators.generated import evaluate_generated, write_generated
 from evaluators.language import DepthOutput, evaluate_sources
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=("train", "test"), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches of each source")
-    add("--output-dir", type=Path, help="where metrics and saved tensors go; default: the checkpoint's folder")
+    add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
     add(
         "--save-outputs",
         nargs="+",
@@ -45,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--generate", action="store_true", help="also generate an answer to each row, into answers_<split>.jsonl")
     add("--max-generated", type=int, metavar="N", help="with --generate: only the first N rows of each source")
-    add("--data-dir", help="folder of the data; default: that of the run")
+    add("--data-dir", type=os.path.expanduser, help="folder of the data; default: that of the run")
     add("--subset-size", type=int, help="rows of the split, of each source; default: that of the run")
     add("--seq-len", type=int, help="longest row; default: that of the run")
     add("--project-name", help="also log the metrics to this W&B project, as the run's `wandb` says")

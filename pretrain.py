@@ -1,28 +1,30 @@
 """Train a recursive model on puzzles: `python pretrain.py [key=value ...]`, with the original's keys.
 
 Settings stand in config/cfg_pretrain.yaml and are explained in config/schema.py; `--help` and `--cfg job` show them.
+`-m key=a,b` trains with each of several values.
 """
-
-import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from config.compose import checked, without_needless_plus
-from config.errors import one_clear_message
+from config.doors import run_door, run_job
 from config.schema import PretrainPuzzleConfig
 from models.device import keep_freed_memory
 from training.puzzle_run import run_puzzles
 
 
+def train(config: PretrainPuzzleConfig) -> float | None:
+    """Train; returns the held-out loss at the end, if there is one."""
+    result = run_puzzles(config)
+    return None if result is None else result.loss
+
+
 @hydra.main(version_base=None, config_path="config", config_name="cfg_pretrain")
-def main(settings: DictConfig) -> None:
-    """Compose, check, train."""
-    with one_clear_message():
-        run_puzzles(checked(settings, PretrainPuzzleConfig))
+def main(settings: DictConfig) -> float | None:
+    """One run, or one job of a sweep."""
+    keep_freed_memory()
+    return run_job(settings, PretrainPuzzleConfig, train)
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    sys.argv[1:] = without_needless_plus(sys.argv[1:], PretrainPuzzleConfig)
-    main()
+    run_door(main, PretrainPuzzleConfig)

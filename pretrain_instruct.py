@@ -1,25 +1,30 @@
 """Train a recursive model to follow instructions: `python pretrain_instruct.py [key=value ...]`.
 
 Settings stand in config/cfg_pretrain_instruct.yaml and are explained in config/schema.py; `--help` and `--cfg job` show them.
+`-m key=a,b` trains with each of several values.
 """
 
 import hydra
 from omegaconf import DictConfig
 
-from config.compose import checked
-from config.errors import one_clear_message
+from config.doors import run_door, run_job
 from config.schema import PretrainInstructConfig
 from models.device import keep_freed_memory
 from training.instruct import run_instruct
 
 
+def train(config: PretrainInstructConfig) -> float | None:
+    """Train; returns the held-out loss at the end, nats a token, if there is one."""
+    result = run_instruct(config)
+    return None if result is None else result.loss
+
+
 @hydra.main(version_base=None, config_path="config", config_name="cfg_pretrain_instruct")
-def main(settings: DictConfig) -> None:
-    """Compose, check, train."""
-    with one_clear_message():
-        run_instruct(checked(settings, PretrainInstructConfig))
+def main(settings: DictConfig) -> float | None:
+    """One run, or one job of a sweep."""
+    keep_freed_memory()
+    return run_job(settings, PretrainInstructConfig, train)
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    main()
+    run_door(main, PretrainInstructConfig)

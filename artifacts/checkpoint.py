@@ -110,7 +110,7 @@ def write_checkpoint(
         if snapshot.ema is not None:
             # Buffers have no average.
             _save_weights(partial / "ema.safetensors", {**snapshot.weights, **snapshot.ema}, config.arch.tie_embeddings)
-        (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         for name, content in files.items():
             (partial / name).write_bytes(content)
         _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
@@ -265,7 +265,7 @@ def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict
     Raises UsageError if there is none.
     """
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the checkpoint {folder} is damaged: {error}") from error
     if not isinstance(settings, dict):
@@ -446,12 +446,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
     if not isinstance(values, dict):

@@ -34,7 +34,7 @@ def read_halting_calibration(checkpoint: Checkpoint) -> HaltingCalibration | Non
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}; {_MAKE_IT_AGAIN}") from error
     if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
@@ -66,7 +66,7 @@ def write_halting_calibration(
     try:
         with tempfile.TemporaryDirectory(dir=checkpoint.folder, prefix=f".{FILE_NAME}-") as folder:
             partial = Path(folder) / FILE_NAME
-            with partial.open("w") as handle:
+            with partial.open("w", encoding="utf-8") as handle:
                 handle.write(text)
                 handle.flush()
                 os.fsync(handle.fileno())

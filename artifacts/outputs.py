@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,7 +46,10 @@ class SavedOutputs:
                 width = max(part.shape[1] for part in parts)
                 parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=OUTPUT_FILL[key]) for part in parts]
             saved[key] = torch.cat(parts)[order].contiguous()
-        save_file(saved, path)
+        try:
+            save_file(saved, path)
+        except SafetensorError as error:
+            raise UsageError(f"{path} can't be written: {error}; free some space, or choose another folder") from None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from artifacts.checkpoint import open_checkpoint
 from benchmarks.common import use_threads
 from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import UsageError, one_clear_message
-from config.schema import PretrainInstructConfig
+from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextDataset
@@ -259,13 +259,13 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
+    add("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="halting thresholds, beside the fixed depths")
     add("--rows", type=int, help="only the first rows of the test split, so many of them")
     add("--rounds", type=int, default=3, help="times that every setting answers every question")
     add("--threads", type=int, help="threads of a computation; default: torch's own choice")
     add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
-    add("--output", type=Path, help="also write the JSON to this file")
+    add("--output", type=user_path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds}: expected at least 1")
@@ -312,7 +312,7 @@ def main() -> None:
     print(markdown(found))
     print(json.dumps(found))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found) + "\n")
+        arguments.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

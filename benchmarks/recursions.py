@@ -12,8 +12,8 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import use_threads
 from config.compose import compose_as
 from config.errors import one_clear_message
-from config.schema import PretrainPuzzleConfig
+from config.schema import PretrainPuzzleConfig, user_path
 from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import evaluate_puzzles
 from models.act import RecursiveModel
@@ -94,12 +94,14 @@ def measure(name: str, data_path: str, overrides: list[str], flops: float) -> di
 def main() -> None:
     """One recursion after the other; a table, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", default="data/sudoku6", help="folder of dataset/build_small_puzzles.py")
+    parser.add_argument(
+        "--data-path", type=os.path.expanduser, default="data/sudoku6", help="folder of dataset/build_small_puzzles.py"
+    )
     parser.add_argument("--tera-flops", type=float, default=30.0, help="operations of each training, in 10^12")
     parser.add_argument("--recursions", nargs="+", choices=RECURSIONS, default=list(RECURSIONS), metavar="NAME")
     parser.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all of them")
-    parser.add_argument("--output", type=Path, help="file for the JSON of the last line")
+    parser.add_argument("--output", type=user_path, help="file for the JSON of the last line")
     options = parser.parse_args()
     threads = use_threads(options.threads)
     rows = [measure(name, options.data_path, options.overrides, 1e12 * options.tera_flops) for name in options.recursions]
@@ -107,7 +109,7 @@ def main() -> None:
         print(f"{row['recursion']:22} {row['steps']:6} steps  {row['seconds']:6.0f} s  exact {row['exact_accuracy']:.3f}")
     report = {"tera_flops": options.tera_flops, "threads": threads, "rows": rows}
     if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report))
 
 

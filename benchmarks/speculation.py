@@ -23,6 +23,7 @@ from artifacts.checkpoint import open_checkpoint
 from benchmarks.common import use_threads
 from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import one_clear_message
+from config.schema import user_path
 from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.conversation import Conversation
 from generation.answers import Responder
@@ -40,7 +41,7 @@ def answer_all(responder: Responder, histories: list[Conversation]) -> tuple[flo
 def main() -> None:
     """Parse, measure in turns, print."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
+    flags.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     flags.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4, 8], help="numbers of drafted tokens to try")
     flags.add_argument("--draft-act-steps", type=int, default=1, help="ACT steps behind a drafted token")
     flags.add_argument("--act-steps", type=int, help="depth of the answers; default: the checkpoint's")

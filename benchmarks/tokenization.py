@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config.compose import compose_config
+from config.schema import user_path
 from dataset.instruct import open_instruct_split
 from dataset.text.conversation import Template
 from dataset.text.forms import to_conversation
@@ -143,7 +144,9 @@ def _memory_of_tree(root: int) -> int:
     parents, memory = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+            status = dict(
+                line.split(":", 1) for line in (folder / "status").read_text(encoding="utf-8").splitlines() if ":" in line
+            )
             pid = int(folder.name)
             parents[pid], memory[pid] = int(status["PPid"]), int(status["RssAnon"].split()[0]) * 1024
         except (OSError, KeyError, ValueError):
@@ -196,15 +199,17 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--rows", type=int, default=100_000, help="rows to generate")
     flags.add_argument("--naive-rows", type=int, default=20_000, help="rows that the naive side reads")
-    flags.add_argument("--source", type=Path, help="a file to read instead")
+    flags.add_argument("--source", type=user_path, help="a file to read instead")
     flags.add_argument("--seq-len", type=int, default=512)
     flags.add_argument("--compared", type=int, nargs="+", default=[1, 2], help="numbers of processes")
-    flags.add_argument("--folder", type=Path, help="where the rows and caches go for the time of the run; default: the system's")
-    flags.add_argument("--tokenizer-path", help="default: as a training run's")
+    flags.add_argument(
+        "--folder", type=user_path, help="where the rows and caches go for the time of the run; default: the system's"
+    )
+    flags.add_argument("--tokenizer-path", type=os.path.expanduser, help="default: as a training run's")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--side", help=argparse.SUPPRESS)
     flags.add_argument("--processes", type=int, help=argparse.SUPPRESS)
-    flags.add_argument("--cache-dir", type=Path, help=argparse.SUPPRESS)
+    flags.add_argument("--cache-dir", type=user_path, help=argparse.SUPPRESS)
     arguments = flags.parse_args()
     if arguments.side is not None:
         print(json.dumps(_side(arguments)))

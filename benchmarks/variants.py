@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from config.schema import user_path
 from dataset.build_sample_dataset import build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def _call(script: str, arguments: list[str], threads: int) -> None:
 
 def _seconds(run: Path) -> float:
     """Time spent in training steps by a finished run."""
-    return float(json.loads((run / "timing.jsonl").read_text().splitlines()[-1])["seconds"])
+    return float(json.loads((run / "timing.jsonl").read_text(encoding="utf-8").splitlines()[-1])["seconds"])
 
 
 def measure(name: str, overrides: list[str], *, seconds: float, threads: int, data_dir: Path, folder: Path) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def measure(name: str, overrides: list[str], *, seconds: float, threads: int, da
         ["--checkpoint", str(checkpoint), "--subset-size", "100000", "--overrides", "generation.max_output_tokens=24"],
         threads,
     )
-    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     by_depth = metrics["by_act_step"] or [{"loss_per_token": metrics["loss_per_token"]}]
     return {
         "variant": name,
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="some of the variants")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings changed in every variant")
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    parser.add_argument("--output", type=user_path, help="also write the JSON here")
     arguments = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.parallel) as pool:
@@ -120,7 +121,7 @@ def main() -> None:
         rows = list(pool.map(one, arguments.only))
     result = json.dumps({"seconds": time.perf_counter() - started, "threads": arguments.threads, "variants": rows})
     if arguments.output is not None:
-        arguments.output.write_text(result + "\n")
+        arguments.output.write_text(result + "\n", encoding="utf-8")
     print(result)
 
 

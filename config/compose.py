@@ -1,20 +1,35 @@
 """From Hydra and command lines to a checked config. For doors, scripts and benchmarks only: rooms get the result."""
 
 import argparse
+import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, OverrideType, Quote, QuotedString, Sweep
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
-from pydantic import BaseModel
+from omegaconf.errors import OmegaConfBaseException
 
 from config.errors import UsageError
-from config.schema import Config, GenerationConfig, PretrainInstructConfig, TrainingConfig, no_such_key, parse_as, parse_config
+from config.schema import (
+    Config,
+    GenerationConfig,
+    PretrainInstructConfig,
+    TextType,
+    TrainingConfig,
+    no_such_key,
+    parse_as,
+    parse_config,
+    text_type,
+    type_of_key,
+    user_path,
+)
+from config.upgrade import RENAMED
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
 CHECKPOINT_HELP = "folder checkpoints/<project>/<run>, whose newest checkpoint is taken, or a step_<N> in it"
@@ -25,19 +40,139 @@ def checked(settings: DictConfig, kind: type[Config]) -> Config:
     try:
         values = OmegaConf.to_container(settings, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(f"the configuration can't be resolved: {_first_line(error)}") from None
+        raise UsageError(f"the configuration can't be resolved: {told(error)}") from None
     assert isinstance(values, dict)
     # The experiment group only names a preset; what it sets stands in the other keys.
     return parse_as(kind, {str(key): value for key, value in values.items() if key != "experiment"})
 
 
-def without_needless_plus(overrides: Sequence[str], kind: type[TrainingConfig]) -> list[str]:
-    """Hydra overrides with `+key=value` as `key=value` where a config of `kind` has the key, which Hydra would refuse.
+def plain_overrides(overrides: Sequence[str], kind: type[TrainingConfig], *, is_sweep: bool = False) -> list[str]:
+    """Hydra overrides as they are meant, so that Hydra reads them so.
 
-    The original's commands say `+run_name=...`, a key that its config file doesn't have.
+    - What is given to a key of text is text: run_name=007 and run_name=1e5 keep their characters. A value that Hydra can't read
+      is taken as it stands.
+    - In generation.stop, \\n, \\r, \\t and \\\\ stand for newline, return, tab and backslash.
+    - Keys that were renamed have their present names.
+    - `+key=value` is `key=value` where a config of `kind` has the key: the original's commands say `+run_name=...`.
+
+    is_sweep: commas outside brackets and quotes separate the values of jobs. Raises UsageError for a key that doesn't exist.
     """
-    known = {*kind.model_fields, "experiment"}
-    return [text[1:] if re.match(r"\+\w", text) and re.split(r"[.=@]", text[1:])[0] in known else text for text in overrides]
+    return [_plain_override(text, kind, is_sweep) for text in overrides]
+
+
+def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> str:
+    # Groups that aren't keys too, packages, deletions and Hydra's own settings are Hydra's affair.
+    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", text, re.DOTALL)
+    if match is None or re.match(r"(hydra|experiment)\b", match[2]):
+        return text[1:] if re.match(r"\+experiment\b", text) else text
+    plus, key, value = match.groups()
+    key = _renamed(key)
+    found = type_of_key(key.split("."), kind)
+    if found is None:
+        if plus:
+            return text  # adds a key for a file of the user's to refer to, or one that the schema refuses
+        raise UsageError(f"override {text!r}: {no_such_key(key.split('.'), kind)}")
+    kind_of_text = text_type(found)
+    if kind_of_text is not None:
+        has_escapes = key == "generation.stop"
+        value = _plain_texts(value, kind_of_text, is_sweep, has_escapes)
+        if has_escapes:
+            value = _without_escapes(value)
+    return f"{'' if plus == '+' else plus}{key}={value}"
+
+
+def _renamed(key: str) -> str:
+    """The present name of a key that has another one in commands of earlier versions."""
+    of_source = re.fullmatch(r"(sources\.\w+)(\.\w+)", key)
+    section, rest = of_source.groups() if of_source else ("dataset", key.removeprefix("dataset"))
+    return key if f"dataset{rest}" not in RENAMED else RENAMED[f"dataset{rest}"].replace("dataset", section, 1)
+
+
+def _parsed(value: str) -> Any:
+    """What Hydra reads in an override's value. Raises HydraException."""
+    return OverridesParser.create().parse_override(f"key={value}").value()
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _plain_texts(value: str, kind: TextType, is_sweep: bool, has_escapes: bool) -> str:
+    """`value` with quotes around what Hydra would read as something else than text, or with escapes of its own."""
+    try:
+        parsed = _parsed(value)
+    except HydraException:
+        if not (kind.is_list and value.startswith("[")):
+            return _quoted(value)
+        parsed = []
+    if isinstance(parsed, str):
+        return value if not has_escapes or value.startswith(("'", '"')) else _quoted(value)
+    if parsed is None and kind.takes_null:
+        return value
+    if isinstance(parsed, ChoiceSweep) and parsed.simple_form and not is_sweep and not kind.is_list:
+        return _quoted(value)
+    is_function = isinstance(parsed, Sweep) and not (isinstance(parsed, ChoiceSweep) and parsed.simple_form)
+    if is_function or (isinstance(parsed, list | dict) and not kind.is_list):
+        return value
+
+    def plain(match: re.Match[str]) -> str:
+        word = match[0].strip(" ")
+        return match[0] if not word or word.startswith(("'", '"')) or _is_text(word, has_escapes) else _quoted(word)
+
+    # By itself, in a list, or as one of the values of a sweep.
+    return re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^][,'"]+""", plain, value)
+
+
+def _is_text(word: str, has_escapes: bool) -> bool:
+    try:
+        return not has_escapes and isinstance(_parsed(word), str)
+    except HydraException:
+        return False
+
+
+def unescaped(text: str) -> str:
+    """`text` with a newline, return, tab or backslash for \\n, \\r, \\t or \\\\; another backslash stands for itself."""
+    return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[match[1]], text)
+
+
+def _without_escapes(value: str) -> str:
+    """An override's text or list of texts with its escapes read."""
+    try:
+        texts = _parsed(value)
+    except HydraException:
+        return value  # Hydra tells
+    if isinstance(texts, str):
+        return _quoted(unescaped(texts))
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return f"[{','.join(_quoted(unescaped(text)) for text in texts)}]"
+    return value
+
+
+_PLUGINS = {
+    "hydra/launcher": "hydra-joblib-launcher or hydra-submitit-launcher",
+    "hydra/sweeper": "hydra-optuna-sweeper",
+}
+
+
+def told(error: Exception) -> str:
+    """What a person needs to know of an error of Hydra's: a line or two, without advice that doesn't hold here."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        near = difflib.get_close_matches(name, error.options, n=1)
+        options = f"did you mean {near[0]}? There are" if near else "there are"
+        more = f"; more come with pip install {_PLUGINS[group]}" if group in _PLUGINS else ""
+        return f"{group}={name}: no file {error.missing_cfg_file}.yaml in config/; {options} {', '.join(error.options)}{more}"
+    if isinstance(error, OverrideParseException):
+        found = str(error).removeprefix(f"Error parsing override '{error.override}'").strip().splitlines()[0]
+        return f"override {error.override!r}: expected key=value; {found.partition(' expecting ')[0]}"
+    lines = [line.strip() for part in (error, error.__cause__) if part for line in str(part).splitlines()]
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", lines[0]) if lines else None
+    if ambiguous:
+        return f"{ambiguous[1]!r} has several values: write a list as key=[a,b], text with commas as key=\"'a,b'\", a sweep with -m"
+    unknown = re.match(r"Could not override '(.*?)'", lines[0]) if lines else None
+    if unknown:
+        return f"{unknown[1]!r}: no such key or group"
+    return "\n".join([line for line in lines if line and not line.startswith("See http")][:2]) or type(error).__name__
 
 
 def compose_config(name: str, overrides: Sequence[str] = ()) -> PretrainInstructConfig:
@@ -49,44 +184,38 @@ def compose_as(kind: type[Config], name: str, overrides: Sequence[str] = ()) -> 
     """The config `name` of this folder with Hydra overrides. Raises UsageError for an unknown name or a wrong override."""
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return checked(compose(name, overrides=without_needless_plus(overrides, kind)), kind)
+            return checked(compose(name, overrides=plain_overrides(overrides, kind)), kind)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        unknown = re.match(r"Could not override '([\w.]+)'", str(error))
-        problem = no_such_key(unknown[1].split("."), kind) if unknown else _first_line(error)
-        raise UsageError(f"config {name!r} can't be composed: {problem}") from None
+        raise UsageError(f"config {name!r} can't be composed: {told(error)}") from None
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with `key=value` overrides on top. Raises UsageError for a key that doesn't exist or a value that doesn't fit."""
+    """`config` with `key=value` overrides on top, written as Hydra's.
+
+    Raises UsageError for a key that doesn't exist or a value that doesn't fit.
+    """
     settings = OmegaConf.create(config.model_dump())
-    OmegaConf.set_struct(settings, True)
-    _open_tables(settings, config)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UsageError(f"override {override!r}: expected key=value")
+        [plain] = plain_overrides([override], type(config))
         try:
-            OmegaConf.update(settings, key, _scalar(value), merge=True, force_add=False)
-        except ConfigAttributeError:
-            raise UsageError(f"override {override!r}: {no_such_key(key.split('.'), type(config))}") from None
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UsageError(f"override {override!r}: {_first_line(error)}") from None
+            [parsed] = OverridesParser.create().parse_overrides([plain])
+            if parsed.type is not OverrideType.CHANGE or parsed.package is not None:
+                raise UsageError(f"override {override!r}: expected key=value")
+            key = parsed.key_or_group
+            if type_of_key(key.split("."), type(config)) is None:
+                raise UsageError(f"override {override!r}: {no_such_key(key.split('.'), type(config))}")
+            if parsed.is_sweep_override():
+                raise UsageError(f"override {override!r} has several values: write a list as key=[a,b]")
+            OmegaConf.update(settings, key, parsed.value(), merge=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            found = told(error)
+            raise UsageError(found if repr(override) in found else f"override {override!r}: {found}") from None
     return checked(settings, type(config))
-
-
-def _open_tables(settings: DictConfig, section: BaseModel) -> None:
-    """Let overrides add keys where the schema has a table of any, such as dataset.fields; the schema checks them."""
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, dict):
-            OmegaConf.set_struct(settings[name], False)
-        elif isinstance(value, BaseModel):
-            _open_tables(settings[name], value)
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every door which uses a checkpoint has."""
-    parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--config-name", help="take all settings but the architecture's from this config instead of the checkpoint's"
     )
@@ -96,7 +225,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every door which uses a language model has."""
     add_checkpoint_arguments(parser)
-    parser.add_argument("--tokenizer-path", help="must be the tokenizer of the checkpoint, which is the default")
+    parser.add_argument(
+        "--tokenizer-path", type=os.path.expanduser, help="must be the tokenizer of the checkpoint, which is the default"
+    )
     parser.add_argument("--act-steps", type=int, help="ACT steps a token takes; default: generation.act_steps, else all")
     parser.add_argument("--halt-threshold", type=float, help="a token stops early when its halting probability passes this")
 
@@ -111,7 +242,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, metavar="P", help="draw among tokens of at least this share of the most probable one's probability")
     add("--repetition-penalty", type=float, help="above 1: makes tokens less probable that were there before")
     add("--seed", type=int, help="seed of the draws")
-    add("--stop", action="append", metavar="TEXT", help="the answer ends before this text; may be given again")
+    add(
+        "--stop",
+        action="append",
+        type=unescaped,
+        metavar="TEXT",
+        help=r"the answer ends before this text; may be given again; \n, \r, \t and \\ are newline, return, tab and backslash",
+    )
 
 
 def settings_of_checkpoint(trained: Config, arguments: argparse.Namespace) -> Config:
@@ -130,11 +267,3 @@ def settings_for_use(trained: PretrainInstructConfig, arguments: argparse.Namesp
     # A flag named like a key generation.* sets it, as it stands: a text given to --stop may look like anything.
     flags = {key: value for key, value in vars(arguments).items() if key in GenerationConfig.model_fields and value is not None}
     return parse_config({**values, "generation": {**values["generation"], **flags}})
-
-
-def _scalar(text: str) -> Any:
-    return OmegaConf.from_dotlist([f"value={text}"])["value"]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -4,7 +4,11 @@ Rooms raise `UsageError` where the cause is known; doors turn it into one messag
 """
 
 import contextlib
+import errno
+import io
+import itertools
 import os
+import re
 import select
 import signal
 import sys
@@ -20,8 +24,33 @@ class StoppedBySignal(Exception):
     """A run has saved all it needs to go on and ends because a signal asked it to."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
+        # The number, not the name, so that it can be pickled.
+        super().__init__(signal_number)
         self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.signal_number).name
+
+
+# What the machine refuses, with what to do about it. Nothing of it is a fault of the program.
+_REFUSED = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your disk quota is used up: free some space",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "no permission: choose another folder, or change its rights",
+    errno.EPERM: "no permission: choose another folder, or change its rights",
+    errno.ENAMETOOLONG: "the name is too long: shorten it",
+}
+
+
+_ENCODING_ADVICE = "use UTF-8 names in a UTF-8 locale (export LC_ALL=C.UTF-8, or PYTHONUTF8=1)"
+
+
+def print_anything() -> None:
+    """Let no text fail to be printed: what the terminal's encoding lacks is shown as an escape, such as \\u2603."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 # torchrun ends all ranks once one has ended: the first must have had the time to say why.
@@ -46,16 +75,17 @@ def refuse_several_ranks() -> None:
 def one_clear_message() -> Iterator[None]:
     """Print a `UsageError` as `error: ...` on stderr and exit with status 2, without a traceback.
 
+    So it is with what the machine refuses, such as a write to a full disk, and with text that isn't valid UTF-8.
+
     A run that a signal has stopped ends with 128 and the signal's number: 143 for SIGTERM, 130 for SIGINT. Ctrl-C elsewhere, and a
     stdout that nobody reads any more (`... | head -1`), end the program without a word, with the status that the signals SIGINT and
     SIGPIPE have in a shell.
     """
+    print_anything()
     try:
+        _check_arguments()
         yield
         print(end="", flush=True)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except StoppedBySignal as stop:
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
@@ -63,9 +93,44 @@ def one_clear_message() -> Iterator[None]:
     except BrokenPipeError:
         if not _is_closed_at_the_other_end(sys.stdout.fileno()):
             raise
-        # Or the interpreter would try once more on its way out, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        message = message_of(error)
+        if message is None:
+            raise
+        try:
+            print(end="", flush=True)
+        except OSError:
+            _print_no_more()
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def message_of(error: Exception) -> str | None:
+    """What to tell about an error that is no fault of the program; None: it is one."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename or error.strerror}: {_REFUSED[error.errno]}"
+    # Bytes of names that aren't UTF-8 come as U+DC80 to U+DCFF; where the locale's encoding is ASCII, no other letter fits either.
+    if isinstance(error, UnicodeEncodeError) and (error.encoding != "utf-8" or "\udc80" <= error.object[error.start] <= "\udcff"):
+        return f"{ascii(error.object)[:200]} can't be written as {error.encoding}: {_ENCODING_ADVICE}"
+    return None
+
+
+def _check_arguments() -> None:
+    for before, argument in itertools.pairwise(sys.argv):
+        if re.search("[\ud800-\udfff]", argument):
+            after = f" after {before}" if before.startswith("--") else ""
+            encoding = sys.getfilesystemencoding()
+            wrong = "is not valid UTF-8" if encoding == "utf-8" else f"can't be read, because this locale's encoding is {encoding}"
+            raise UsageError(f"argument {argument!a}{after} {wrong}: {_ENCODING_ADVICE}")
+
+
+def _print_no_more() -> None:
+    """Or the interpreter would try once more to flush stdout on its way out, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_closed_at_the_other_end(pipe: int) -> bool:

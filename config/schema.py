@@ -5,10 +5,25 @@ this one; a value that is wrong, or a key that does not exist, is a `UsageError`
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from config.errors import UsageError
 
@@ -19,12 +34,62 @@ FieldName = Literal[
     "messages", "prompt", "input", "context", "response", "system", "history", "text",
     "role", "content", "weight", "train", "loss", "mask",
 ]  # fmt: skip
+# A file or folder; a leading ~ is the home folder.
+PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def user_path(text: str) -> Path:
+    """A path that a person has typed: the `type=` of every flag that is one. A leading ~ is the home folder."""
+    return Path(os.path.expanduser(text))  # pathlib's own raises for a user that there isn't
+
+
+class TextType(NamedTuple):
+    """What a field of text takes beside text."""
+
+    is_list: bool
+    takes_null: bool
+
+
+def text_type(annotation: Any) -> TextType | None:
+    """Whether a field of this type holds text, or a list of texts; None: something else, choices among fixed words included."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = {get_args(option)[0] if get_origin(option) is Annotated else option for option in options} - {NoneType}
+    if kinds == {str}:
+        return TextType(False, NoneType in options)
+    [kind] = kinds if len(kinds) == 1 else [None]
+    if get_origin(kind) in (list, tuple):
+        item = get_args(kind)[0]
+        if text_type(item) == TextType(False, False) or get_origin(item) is Literal:
+            return TextType(True, NoneType in options)
+    return None
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_may_look_like_anything(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` as a boolean where a text is meant, and one text stands for a list of one."""
+        text = text_type(cls.model_fields[str(info.field_name)].annotation)
+        if text is None:
+            return value
+        if text.is_list and isinstance(value, str | bool | int | float):
+            value = [value]
+        if isinstance(value, list | tuple):
+            return [_without_booleans(item) for item in value]
+        return _without_booleans(value)
+
+
+def _without_booleans(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 class HaltConfig(_Section):
@@ -163,9 +228,9 @@ class SourceConfig(_Section):
 
     source: Literal["slimorca", "openorca", "jsonl", "hub", "sample"]
     """slimorca, openorca, jsonl: files in data_dir. hub: a data set of the Hugging Face hub. sample: the bundled task families."""
-    data_dir: str
+    data_dir: PathStr
     """Folder of the data; or one that `datasets` has saved to."""
-    files: tuple[str, ...]
+    files: tuple[PathStr, ...]
     """openorca, jsonl: names or globs in data_dir (docs/data.md has the formats); none: all files there that can be read."""
     shards: PositiveInt | None
     """openorca, jsonl: so many of these files, drawn by seed; null: all."""
@@ -181,7 +246,7 @@ class SourceConfig(_Section):
     """hub, and folders that `datasets` has saved to: the split to train on."""
     validation_split: str | None
     """hub, and folders that `datasets` has saved to: the split to measure on, in place of test_ratio; null: none."""
-    validation_files: tuple[str, ...]
+    validation_files: tuple[PathStr, ...]
     """openorca, jsonl: files to measure on, in place of test_ratio; as `files`."""
     fields: Annotated[dict[FieldName, str], BeforeValidator(_none_given)]
     """What rows call a field, where that isn't one of its usual names (docs/data.md): {prompt: pregunta, response: respuesta}."""
@@ -203,8 +268,6 @@ class SourceConfig(_Section):
     def _fits_the_source(self) -> Self:
         if self.source not in ("openorca", "jsonl") and (self.files or self.shards or self.validation_files):
             raise ValueError(f"source {self.source} knows its files: files, shards and validation_files are for openorca and jsonl")
-        if self.source == "hub" and self.repo is None:
-            raise ValueError("source hub needs a data set: set repo=OWNER/NAME")
         if self.source not in ("hub", "jsonl") and (self.config or self.validation_split):
             raise ValueError(f"source {self.source} has no splits of its own: config and validation_split are for hub and jsonl")
         if self.validation_split and self.validation_files:
@@ -223,7 +286,7 @@ class SourceConfig(_Section):
 class DatasetConfig(SourceConfig):
     """Which conversations, how they become tokens, and how they are split."""
 
-    tokenizer_path: str
+    tokenizer_path: PathStr
     """SentencePiece model, or tokenizer.json of Hugging Face tokenizers."""
     seq_len: int = Field(ge=2)
     """Most input positions of a row."""
@@ -241,7 +304,7 @@ class DatasetConfig(SourceConfig):
     """Train on the assistant's text and its EOS, or on every token."""
     processes: PositiveInt | None
     """Processes that tokenize; the tokens are the same for any number. null: one for each CPU, at most 16."""
-    cache_dir: str | None
+    cache_dir: PathStr | None
     """Where rows and tokens are kept for later runs, and a hub data set's files; null: where `datasets` keeps its (HF_HOME)."""
 
 
@@ -340,12 +403,12 @@ class TrainingConfig(_Section):
     """Folder of the run under checkpoint_dir, and its W&B project."""
     run_name: str | None
     """Name of the run; null: generated."""
-    checkpoint_dir: str
+    checkpoint_dir: PathStr
     """Where runs are kept: <checkpoint_dir>/<project_name>/<run_name>/step_<N>."""
     checkpoint: CheckpointConfig
-    resume: str | None
+    resume: PathStr | None
     """auto: go on from the newest whole checkpoint of run_name, if there is one. A folder, step_<N> or a run's: from there."""
-    load_checkpoint: str | None
+    load_checkpoint: PathStr | None
     """Begin with the weights of this checkpoint (their moving average, if it has one) instead of drawn ones, at step 0."""
     seed: int = Field(ge=0)
     """Seed of weights, order and drawn depths."""
@@ -516,9 +579,9 @@ class EvaluatorConfig(_Section):
 class PretrainPuzzleConfig(TrainingConfig):
     """One run on puzzles, under the original's names."""
 
-    data_paths: tuple[str, ...] = Field(min_length=1)
+    data_paths: tuple[PathStr, ...] = Field(min_length=1)
     """Folders of puzzle data sets, trained on one after the other."""
-    data_paths_test: tuple[str, ...]
+    data_paths_test: tuple[PathStr, ...]
     """Folders whose test split is measured; none: those of data_paths."""
     evaluators: tuple[EvaluatorConfig, ...]
     """Measures beyond the metrics of rows."""
@@ -568,19 +631,58 @@ class PretrainPuzzleConfig(TrainingConfig):
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
+# Keys of the original TRM that this program has another way for.
+_ORIGINAL_KEYS = {
+    "checkpoint_path": "the folder of a run is <checkpoint_dir>/<project_name>/<run_name>: set these three",
+    "min_eval_interval": "a run is evaluated from its first eval_interval on",
+    "arch.loss.name": "set arch.loss to stablemax or softmax",
+    "arch.loss.loss_type": "set arch.loss to stablemax or softmax",
+    "arch.rms_norm_eps": "it is fixed, at the original's value",
+}
+
+
+def type_of_key(path: Sequence[str], kind: type[TrainingConfig]) -> Any:
+    """The type of a key of a config of `kind`, given as the key's parts; None if there is no such key."""
+    found: Any = kind
+    for part in path:
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            field = found.model_fields.get(part)
+            found = None if field is None else field.annotation
+        else:
+            # The names in a dict are the user's.
+            found = get_args(found)[1] if get_origin(found) is dict else None
+    return found
+
+
 def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
     """What to tell about a key that a config of `kind` doesn't have, given as its parts, with the nearest one that it has."""
-    section: type[BaseModel] = kind
-    near: list[str] = []
-    for key in map(str, path):
-        if key not in section.model_fields:
-            near = difflib.get_close_matches(key, section.model_fields, n=1)
-            break
-        annotation = section.model_fields[key].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        section = annotation
-    return f"{'.'.join(map(str, path))}: no such key" + (f", did you mean {near[0]}?" if near else "")
+    parts = [str(part) for part in path]
+    key = ".".join(parts)
+    if key in _ORIGINAL_KEYS:
+        return f"{key}: no such key here, {_ORIGINAL_KEYS[key]}"
+    known = 0
+    while known < len(parts) - 1 and type_of_key(parts[: known + 1], kind) is not None:
+        known += 1
+    section = type_of_key(parts[:known], kind)
+    beside = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    if not known:
+        beside.append("experiment")  # a group of presets, and no key of the result
+    elsewhere: dict[str, list[str]] = {}
+    for other in _keys(kind):
+        elsewhere.setdefault(other.rpartition(".")[2], []).append(other)
+    near = (
+        elsewhere.get(parts[-1])
+        or difflib.get_close_matches(parts[known], beside, n=1)
+        or [other for name in difflib.get_close_matches(parts[-1], elsewhere, n=1) for other in elsewhere[name]]
+    )
+    return f"{key}: no such key" + (f", did you mean {' or '.join(near[:3])}?" if near else "")
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
 def parse_config(values: Mapping[str, Any]) -> PretrainInstructConfig:

@@ -11,6 +11,7 @@ grids.
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -244,8 +245,12 @@ def _bar(results: Iterable[Result], tasks: Sequence[object], what: str) -> Itera
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message when the input can't be used."""
     parser = argparse.ArgumentParser(description="Build an ARC data set.")
-    parser.add_argument("--input-file-prefix", required=True, help="what stands before _<subset>_challenges.json")
-    parser.add_argument("--output-dir", required=True, help="folder of the data set; must not be there yet")
+    parser.add_argument(
+        "--input-file-prefix", type=os.path.expanduser, required=True, help="what stands before _<subset>_challenges.json"
+    )
+    parser.add_argument(
+        "--output-dir", type=os.path.expanduser, required=True, help="folder of the data set; must not be there yet"
+    )
     parser.add_argument("--subsets", required=True, nargs="+", help="subsets to read")
     parser.add_argument("--test-set-name", required=True, help="subset whose test pairs are the test split")
     parser.add_argument("--test-set-name2", default="evaluation2", help="a second one, if it is among the subsets")

@@ -8,6 +8,7 @@ train.csv and test.csv are taken from --source-dir, and fetched there from the h
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,8 +97,15 @@ def _in_forms(mazes: npt.NDArray[np.uint8], forms: int) -> npt.NDArray[np.uint8]
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message when the input can't be used."""
     parser = argparse.ArgumentParser(description="Build a maze data set.")
-    parser.add_argument("--output-dir", default="data/maze-30x30-hard-1k", help="folder of the data set; must not be there yet")
-    parser.add_argument("--source-dir", default="data/maze-30x30-hard", help="folder of train.csv and test.csv")
+    parser.add_argument(
+        "--output-dir",
+        type=os.path.expanduser,
+        default="data/maze-30x30-hard-1k",
+        help="folder of the data set; must not be there yet",
+    )
+    parser.add_argument(
+        "--source-dir", type=os.path.expanduser, default="data/maze-30x30-hard", help="folder of train.csv and test.csv"
+    )
     parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set they are fetched from if they aren't there")
     parser.add_argument("--subsample-size", type=int, help="training mazes, drawn by seed; default: all")
     parser.add_argument("--aug", action=argparse.BooleanOptionalAction, default=False, help="add the eight dihedral forms")

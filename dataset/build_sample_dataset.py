@@ -218,7 +218,9 @@ def build(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, build, and say what lies where."""
     parser = argparse.ArgumentParser(description="Build the bundled instruction data set.")
-    parser.add_argument("--output-dir", default="data/sample", help="folder for train.jsonl, test.jsonl, dataset.json")
+    parser.add_argument(
+        "--output-dir", type=os.path.expanduser, default="data/sample", help="folder for train.jsonl, test.jsonl, dataset.json"
+    )
     parser.add_argument("--train-size", type=int, default=88_000, help="training rows over all families")
     parser.add_argument("--test-per-family", type=int, default=100, help="held-out rows of each family")
     parser.add_argument("--seed", type=int, default=0, help="decides the split and every row")

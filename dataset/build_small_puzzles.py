@@ -8,6 +8,7 @@ single shortest path each. It knows the files, `dataset/puzzles/small_*.py` the 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sudoku_options = kinds.add_parser("sudoku", help="6x6 Sudoku")
     maze_options = kinds.add_parser("maze", help="mazes with a single shortest path")
     for options_of_kind in (sudoku_options, maze_options):
-        options_of_kind.add_argument("--output-dir", required=True, help="folder of the data set; must not be there yet")
+        options_of_kind.add_argument(
+            "--output-dir", type=os.path.expanduser, required=True, help="folder of the data set; must not be there yet"
+        )
         options_of_kind.add_argument("--train-size", type=int, default=20_000, help="training puzzles")
         options_of_kind.add_argument("--test-size", type=int, default=1_000, help="test puzzles")
         options_of_kind.add_argument("--seed", type=int, default=0, help="decides the split and every puzzle")

@@ -7,6 +7,7 @@ train.csv and test.csv are taken from --source-dir, and fetched there from the h
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,8 +91,15 @@ def build(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message when the input can't be used."""
     parser = argparse.ArgumentParser(description="Build a Sudoku data set.")
-    parser.add_argument("--output-dir", default="data/sudoku-extreme-full", help="folder of the data set; must not be there yet")
-    parser.add_argument("--source-dir", default="data/sudoku-extreme", help="folder of train.csv and test.csv")
+    parser.add_argument(
+        "--output-dir",
+        type=os.path.expanduser,
+        default="data/sudoku-extreme-full",
+        help="folder of the data set; must not be there yet",
+    )
+    parser.add_argument(
+        "--source-dir", type=os.path.expanduser, default="data/sudoku-extreme", help="folder of train.csv and test.csv"
+    )
     parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set they are fetched from if they aren't there")
     parser.add_argument("--subsample-size", type=int, help="training puzzles, drawn by seed; default: all")
     parser.add_argument("--num-aug", type=int, default=0, help="augmented forms of each training puzzle")

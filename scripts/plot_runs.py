@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from artifacts.plots import draw_runs
 from config.errors import one_clear_message
+from config.schema import user_path
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; exit status 2 and one message where a folder holds no run or the picture can't be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder checkpoints/<project>/<run>")
-    parser.add_argument("--output", type=Path, default=Path("runs.png"), help="the picture; one that is there is replaced")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder checkpoints/<project>/<run>")
+    parser.add_argument("--output", type=user_path, default=Path("runs.png"), help="the picture; one that is there is replaced")
     options = parser.parse_args(arguments)
     with one_clear_message():
         draw_runs(options.runs, options.output)

@@ -21,7 +21,7 @@ except ModuleNotFoundError as missing:
 
 from config.compose import compose_config
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
-from config.schema import DatasetConfig
+from config.schema import DatasetConfig, user_path
 from dataset.instruct import open_instruct_data, source_configs
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command; exit status 2 and one message when the data can't be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
-    parser.add_argument("--output", type=Path, help="folder for the card; default: dataset.data_dir")
+    parser.add_argument("--output", type=user_path, help="folder for the card; default: dataset.data_dir")
     parser.add_argument(
         "--near-rows",
         type=int,

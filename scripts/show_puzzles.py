@@ -9,6 +9,7 @@ both. A wrong cell has a red frame. It needs `pip install -r requirements-data.t
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from config.errors import UsageError, one_clear_message
+from config.schema import user_path
 from dataset.puzzles import arc_grids, maze, sudoku
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleData
 from dataset.puzzles.storage import PuzzleMetadata
@@ -146,11 +148,11 @@ def _draw_grid(axis: Any, tokens: Tokens, wrong: npt.NDArray[np.bool_], seen: np
 def main(arguments: list[str] | None = None) -> None:
     """The command; exit status 2 and one message when the input can't be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", required=True, help="folder of a puzzle data set")
+    parser.add_argument("--data-path", type=os.path.expanduser, required=True, help="folder of a puzzle data set")
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 1, 2], help="numbers of examples")
-    parser.add_argument("--outputs", type=Path, help="saved outputs (safetensors) with predictions for these rows")
-    parser.add_argument("--output", type=Path, default=Path("puzzles.png"), help="picture to write")
+    parser.add_argument("--outputs", type=user_path, help="saved outputs (safetensors) with predictions for these rows")
+    parser.add_argument("--output", type=user_path, default=Path("puzzles.png"), help="picture to write")
     options = parser.parse_args(arguments)
     with one_clear_message():
         draw(PuzzleData([options.data_path], options.split), options.rows, options.outputs, options.output)

@@ -5,11 +5,24 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from config.compose import CONFIG_FOLDER, add_model_arguments, compose_as, compose_config, override_config, settings_for_use
+from config.compose import (
+    CONFIG_FOLDER,
+    add_model_arguments,
+    add_sampling_arguments,
+    compose_as,
+    compose_config,
+    override_config,
+    plain_overrides,
+    settings_for_use,
+)
 from config.errors import UsageError
-from config.schema import ArchConfig, PretrainInstructConfig, PretrainPuzzleConfig
+from config.schema import ArchConfig, PretrainInstructConfig, PretrainPuzzleConfig, parse_config
 from tests.puzzle_data import PUZZLE_PRESETS
 
 MAIN = "cfg_pretrain_instruct"
@@ -86,14 +99,135 @@ def test_overrides_of_a_command_line_are_parsed() -> None:
     assert config.arch.halt.mode == "settled" and config.arch.halt.bias == -1.0
 
 
+# What is typed for a key of text, and what becomes of it.
+TEXTS = {
+    "12345": "12345",
+    "007": "007",
+    "1e5": "1e5",
+    "0x10": "0x10",
+    "2_000": "2_000",
+    "-1.50": "-1.50",
+    "on": "on",
+    "true": "true",
+    "2026-01-01": "2026-01-01",
+    "'null'": "null",
+    "null": None,
+    "": "",
+    "'quoted'": "quoted",
+    '"1e5"': "1e5",
+    "it's": "it's",
+    "a\\": "a\\",
+    "a: b (c), {d}": "a: b (c), {d}",
+    "a,b": "a,b",
+    "lr${lr}": "lr0.0001",
+}
+
+
+@pytest.mark.parametrize("typed", TEXTS)
+def test_what_is_typed_for_text_is_text(typed: str) -> None:
+    assert compose_config(MAIN, [f"run_name={typed}"]).run_name == TEXTS[typed]
+    assert compose_config(MAIN, [f"+run_name={typed}"]).run_name == TEXTS[typed]
+    assert override_config(compose_config(MAIN), [f"run_name={typed}"]).run_name == TEXTS[typed]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$"), min_size=1))
+def test_any_text_in_quotes_is_itself(text: str) -> None:
+    [plain] = plain_overrides([f"project_name={QuotedString(text, Quote.single).with_quotes()}"], PretrainInstructConfig)
+    assert OverridesParser.create().parse_override(plain).value() == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "expected"),
+    [
+        (["project_name=2026"], "project_name", "2026"),
+        (["project_name=null"], "project_name", "null"),
+        (["dataset.revision=1234567"], "dataset.revision", "1234567"),
+        (["dataset.hub_revision=1234567"], "dataset.revision", "1234567"),
+        (["dataset={revision: 1234567}"], "dataset.revision", "1234567"),
+        (["dataset=jsonl", "dataset.files=my.jsonl"], "dataset.files", ("my.jsonl",)),
+        (["dataset=jsonl", "dataset.files=7"], "dataset.files", ("7",)),
+        (["dataset=jsonl", "dataset.files=[007,1e5,true,'a,b',c d.jsonl,e(1).jsonl]"], "dataset.files",
+         ("007", "1e5", "true", "a,b", "c d.jsonl", "e(1).jsonl")),
+        (["dataset=jsonl", "dataset.files=~/a.jsonl"], "dataset.files", ("/home/me/a.jsonl",)),
+        (["dataset.data_dir=~/data"], "dataset.data_dir", "/home/me/data"),
+        (["dataset.tokenizer_path=~/t.model"], "dataset.tokenizer_path", "/home/me/t.model"),
+        (["checkpoint_dir=~"], "checkpoint_dir", "/home/me"),
+        (["resume=~/run"], "resume", "/home/me/run"),
+        (["load_checkpoint=~/run"], "load_checkpoint", "/home/me/run"),
+        (["run_name=a~b"], "run_name", "a~b"),
+    ],
+)  # fmt: skip
+def test_text_lists_and_paths_are_forgiven(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], key: str, expected: object
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    values: object = compose_config(MAIN, overrides)
+    for part in key.split("."):
+        values = getattr(values, part)
+    assert values == expected
+
+
+def test_lists_of_puzzle_runs_take_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    overrides = ["data_paths=~/arc", "data_paths_test=[~/a,2]", "eval_save_outputs=preds", "evaluators=[]"]
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", overrides)
+    assert (config.data_paths, config.data_paths_test) == (("/home/me/arc",), ("/home/me/a", "2"))
+    assert config.eval_save_outputs == ("preds",)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (r"\n", ["\n"]),
+        (r"'\n'", ["\n"]),
+        (r'"\n"', ["\n"]),
+        (r"[\n]", ["\n"]),
+        (r"['\n']", ["\n"]),
+        (r'["\n", "a\tb", \r\n]', ["\n", "a\tb", "\r\n"]),
+        ("'\n'", ["\n"]),
+        ("[\n,x]", ["\n", "x"]),
+        (r"[\\n,'\\n']", [r"\n", r"\n"]),
+        (r"[\d]", [r"\d"]),
+        ("[1,</s>]", ["1", "</s>"]),
+        ("[]", []),
+    ],
+)
+def test_a_stop_text_may_have_escapes(typed: str, expected: list[str]) -> None:
+    override = f"generation.stop={typed}"
+    config = compose_config(MAIN, [override])
+    assert config.generation.stop == override_config(compose_config(MAIN), [override]).generation.stop == expected
+    assert parse_config(config.model_dump()) == config, "nothing is read as an escape twice"
+
+
+def test_values_of_a_sweep_stay_apart_and_are_text() -> None:
+    swept = ["run_name=007,1e5,a b,'c,d'", "run_name=choice(1,2)", "dataset.files=a,1", "lr=1e-3,1e-4"]
+    assert plain_overrides(swept, PretrainInstructConfig, is_sweep=True) == [
+        "run_name=007,'1e5',a b,'c,d'",
+        "run_name=choice(1,2)",
+        "dataset.files=a,'1'",
+        "lr=1e-3,1e-4",
+    ]
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean hidden_size?"),
         (["+arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean hidden_size?"),
         (["lrr=3"], "lrr: no such key, did you mean lr?"),
-        (["arhc.hidden_size=3"], "arhc.hidden_size: no such key, did you mean arch?"),
+        (["arhc.hidden_size=3"], "arhc.hidden_size: no such key, did you mean arch.hidden_size?"),
+        (["hidden_size=3"], "hidden_size: no such key, did you mean arch.hidden_size?"),
+        (["seq_len=3"], "seq_len: no such key, did you mean dataset.seq_len?"),
+        (["experimnt=quickstart"], "experimnt: no such key, did you mean experiment?"),
+        (
+            ["checkpoint_path=a"],
+            "checkpoint_path: no such key here, the folder of a run is <checkpoint_dir>/<project_name>/",
+        ),
         (["dataset=nope"], "dataset/nope"),
+        (["arch=trn"], "did you mean trm? There are hrm, transformers_baseline, trm"),
+        (["experiment=quickstrat"], "did you mean quickstart?"),
+        (["lr=1,2"], "'lr=1,2' has several values: write a list as key=[a,b]"),
+        (["dataset.files=[a"], "'dataset.files=[a': expected key=value; no viable alternative"),
         (["arch=null"], "must be a string"),
         (["nonsense"], "nonsense"),
         (["seed=["], "no viable alternative"),
@@ -130,6 +264,10 @@ def test_overriding_changes_what_is_named_and_nothing_else() -> None:
         ("arch.hiden_size=3", "arch.hiden_size: no such key, did you mean hidden_size?"),
         ("lr.x=3", "lr.x: no such key"),
         ("=3", "no such key"),
+        ("lr=1,2", "has several values"),
+        ("+lrr=3", "expected key=value"),
+        ("~lr", "expected key=value"),
+        ("experiment=quickstart", "no such key"),
         ("seed=[", "seed=["),
         ("lr=abc", "lr: Input should be a valid number"),
         ("arch=null", "arch: Input should be a valid dictionary"),
@@ -145,6 +283,7 @@ def test_a_wrong_override_of_a_checkpoint_is_one_clear_message(override: str, to
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
+    add_sampling_arguments(parser)
     return parser.parse_args(["--checkpoint", "somewhere", *words])
 
 
@@ -162,3 +301,11 @@ def test_flags_go_over_overrides_and_those_over_the_checkpoint() -> None:
     for wrong in ("--act-steps=7", "--act-steps=0", "--halt-threshold=1.5"):
         with pytest.raises(UsageError):
             settings_for_use(trained, arguments(wrong))
+
+
+def test_flags_know_home_and_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = arguments("--tokenizer-path=~/t.model", "--checkpoint=~/run", "--stop", r"\n", "--stop", r"\\n")
+    assert (given.checkpoint, given.tokenizer_path) == (Path("/home/me/run"), "/home/me/t.model")
+    assert settings_for_use(compose_config(MAIN), given).generation.stop == ["\n", r"\n"]
+    assert arguments("--checkpoint=~no_such_user/x").checkpoint == Path("~no_such_user/x")

@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 from safetensors.torch import load_file
 
 from dataset.build_sample_dataset import build
@@ -67,8 +68,20 @@ class Terminal(io.StringIO):
         self.flushed.append(self.getvalue())
 
 
+class OldTerminal(io.TextIOWrapper):
+    """Standard output in an encoding that lacks most letters."""
+
+    def __init__(self, encoding: str) -> None:
+        self._shown = io.BytesIO()
+        super().__init__(self._shown, encoding)
+
+    def getvalue(self) -> str:
+        self.flush()
+        return self._shown.getvalue().decode(self.encoding)
+
+
 def run_door(
-    door: str, *arguments: str, folder: Path, lines: str = "", out: io.StringIO | None = None, **environment: str
+    door: str, *arguments: str, folder: Path, lines: str = "", out: io.StringIO | OldTerminal | None = None, **environment: str
 ) -> Outcome:
     """Run a door as a script in `folder`, with `lines` on its standard input.
 
@@ -166,7 +179,7 @@ def checkpoint(tokenizer_path: str, sample_dir: Path, tmp_path_factory: pytest.T
 def train(tokenizer_path: str, tmp_path: Path) -> Callable[..., Outcome]:
     """`train("key=value", ...)`: the training door on SlimOrca-form rows, in an empty folder."""
 
-    def call(*overrides: str, **environment: str) -> Outcome:
+    def call(*overrides: str, out: OldTerminal | None = None, **environment: str) -> Outcome:
         given = {TOKENIZER_VARIABLE: tokenizer_path, **environment}
         settings = (
             *SMALL,
@@ -175,7 +188,7 @@ def train(tokenizer_path: str, tmp_path: Path) -> Callable[..., Outcome]:
             "dataset.test_ratio=0.2",
             "dataset.default_system_prompt=null",
         )
-        return run_door("pretrain_instruct.py", *settings, *overrides, folder=tmp_path, **given)
+        return run_door("pretrain_instruct.py", *settings, *overrides, folder=tmp_path, out=out, **given)
 
     return call
 
@@ -201,6 +214,74 @@ def test_help_shows_the_groups_and_where_keys_are_explained(tmp_path: Path) -> N
     assert "global_batch_size: 32" in settings and "hydra:" not in settings
 
 
+# Flags of Hydra, with and without overrides; what is said, on stdout if the status is 0.
+HYDRA_FLAGS: list[tuple[str, int, str]] = [
+    ("--hydra-help", 0, "Hydra"),
+    ("lr=1 --hydra-help", 0, "Hydra"),
+    ("--hydra-help nonsense", 0, "Hydra"),
+    ("--help lr=7", 0, "lr: 7"),
+    ("lr=7 -h --resolve", 0, "lr: 7"),
+    ("--version lr=7", 0, "Hydra 1."),
+    ("--resolve", 2, "can only be used in conjunction with --cfg or --help"),
+    ("lr=1 --resolve", 2, "can only be used in conjunction with --cfg or --help"),
+    ("--cfg job --resolve run_name=007", 0, "run_name: '007'"),
+    ("run_name=1e5 --cfg job -p run_name", 0, "1e5"),
+    ("lr=7 --cfg all", 0, "hydra:"),
+    ("--cfg job --package=arch.halt lr=1", 0, "bias: "),
+    ("--cfg nope lr=1", 2, "invalid choice: 'nope'"),
+    ("--cfg job -p nope", 1, "package 'nope' not found"),
+    ("--cfg job lrr=1", 2, "lrr: no such key, did you mean lr?"),
+    ("--cfg job hydra.nope=1", 2, "hydra.nope"),
+    ("--cfg job ~nope", 2, "'nope' does not exist"),
+    ("--cfg job dataset@x=sample", 2, "no such key or group"),
+    ("--info lr=1", 2, "invalid choice: 'lr=1'"),
+    ("lr=1 --info", 0, "lr: 1"),
+    ("--info plugins lr=1", 0, "Plugins"),
+    ("lr=1 --info defaults-tree", 0, "experiment: null"),
+    ("--info searchpath", 0, "main"),
+    ("--info nope", 2, "invalid choice: 'nope'"),
+    ("--config-name nope", 2, "'nope'"),
+    ("lr=1 --config-name", 2, "expected one argument"),
+    ("-cn nope --cfg job lr=1", 2, "'nope'"),
+    ("--config-path nope", 2, "Primary config directory not found"),
+    ("-cp x.yaml lr=1", 2, "config_path"),
+    ("-cd nope --cfg job lr=1", 2, "config directory"),
+    ("--config-dir . --cfg job lr=7", 0, "lr: 7"),
+    ("--config-dir a=b --cfg job", 2, "config directory"),
+    ("--shell-completion", 2, "Expecting one subcommand"),
+    ("-sc install=nope", 2, "No completion plugin"),
+    ("--experimental-rerun nope.pickle lr=1", 2, "nope.pickle does not exist"),
+    ("--run --multirun lr=1", 2, "Only one of --run, --multirun"),
+    ("-m --cfg job", 2, "Only one of --run, --multirun"),
+    ("--nope lr=1", 2, "unrecognized arguments: --nope"),
+    ("hydra.mode=x lr=1", 2, "Invalid value 'x'"),
+    ("hydra/launcher=jobib lr=1", 2, "did you mean joblib? There are basic, joblib"),
+    ("hydra.run.dir=${nope}", 2, "nope"),
+    ("hydra.searchpath=x", 2, "hydra.searchpath must be a list of strings"),
+    ("-m lr=interval(1,2)", 2, "INTERVAL_SWEEP"),
+    ("-m lr=1,", 2, "expected key=value"),
+    ("lr=1,2", 2, "a sweep with -m"),
+    ("=", 2, "no such key or group"),
+    ("lr", 2, "expected key=value"),
+]
+
+
+@pytest.mark.usefixtures("nothing_trained")
+@pytest.mark.parametrize("door", ["pretrain_instruct.py", "pretrain.py"])
+@pytest.mark.parametrize(("arguments", "status", "said"), HYDRA_FLAGS, ids=lambda value: str(value)[:40])
+@pytest.mark.filterwarnings("ignore:Experimental rerun")
+def test_flags_of_hydra_do_what_they_say_or_are_told(door: str, arguments: str, status: int, said: str, tmp_path: Path) -> None:
+    outcome = run_door(door, *arguments.split(), folder=tmp_path)
+    assert outcome.status == status, outcome.err
+    assert said in (outcome.err if status else outcome.out)
+    assert "Traceback" not in outcome.out + outcome.err and "HYDRA_FULL_ERROR" not in outcome.err
+
+
+def test_hydra_shows_its_own_traceback_where_it_is_asked_to(tmp_path: Path) -> None:
+    with pytest.raises(ConfigCompositionException):
+        run_door("pretrain.py", "hydra.nope=1", folder=tmp_path, HYDRA_FULL_ERROR="1")
+
+
 # Training, wrong input.
 
 
@@ -214,6 +295,10 @@ def test_help_shows_the_groups_and_where_keys_are_explained(tmp_path: Path) -> N
         ("arch.attention=full", ("arch.attention=full", "choose causal or prefix")),
         ("dataset.tokenizer_path=nowhere.model", ("nowhere.model", "scripts/fetch_tokenizer.py")),
         ("dataset=nowhere", ("dataset/nowhere",)),
+        ("arch=trn", ("did you mean trm?",)),
+        ("seq_len=32", ("seq_len: no such key, did you mean dataset.seq_len?",)),
+        ("checkpoint_path=runs/a", ("checkpoint_path: no such key here, the folder of a run is <checkpoint_dir>/",)),
+        ("run_name=\udcff", ("run_name=", "is not valid UTF-8")),
     ],
 )
 def test_training_tells_wrong_settings(train: Callable[..., Outcome], override: str, fragments: tuple[str, ...]) -> None:
@@ -334,6 +419,23 @@ def test_a_run_does_not_end_for_want_of_its_picture(
     assert outcome.status == 0, outcome.err
     run = tmp_path / "checkpoints/SlimOrca-ACT/plain"
     assert list(run.glob("step_*")) and not (run / "run.png").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf8_ends_no_run(train: Callable[..., Outcome], tmp_path: Path, encoding: str) -> None:
+    folder = jsonl(tmp_path / "d\xe4t\xe4/SlimOrca.jsonl", [{"question": f"{i} \u2603?", "answer": "\u2603"} for i in range(30)])
+    outcome = train(f"dataset.data_dir={folder}", "run_name=\xf1\u2603", out=OldTerminal(encoding))
+    assert outcome.status == 0, outcome.err
+    assert r" \u2603?" in outcome.out, "a held-out question is shown"
+    assert list((tmp_path / "checkpoints/SlimOrca-ACT/\xf1\u2603").glob("step_*"))
+
+
+def test_a_full_disk_under_the_log_is_one_message(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = jsonl(tmp_path / "data/SlimOrca.jsonl", pairs(8))
+    run = tmp_path / "checkpoints/SlimOrca-ACT/full"
+    run.mkdir(parents=True)
+    (run / "timing.jsonl").symlink_to("/dev/full")
+    assert_told(train(f"dataset.data_dir={folder}", "dataset.test_ratio=0", "run_name=full"), "full")
 
 
 # Inference.

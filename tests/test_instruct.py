@@ -218,7 +218,6 @@ def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["dataset=hub"], "set repo=OWNER/NAME"),
         (["dataset=slimorca", "dataset.validation_files=[a.jsonl]"], "knows its files"),
         (["dataset=openorca", "dataset.validation_split=test"], "no splits of its own"),
         (["dataset=jsonl", "dataset.validation_split=test", "dataset.validation_files=[a.jsonl]"], "choose one"),
@@ -228,6 +227,11 @@ def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
 def test_settings_of_sources_that_do_not_fit_are_told(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         compose_config("cfg_pretrain_instruct", overrides)
+
+
+def test_a_hub_without_a_name_is_told() -> None:
+    with pytest.raises(UsageError, match=r"dataset\.repo=OWNER/NAME"):
+        opened("dataset=hub")
 
 
 def test_without_a_hub_nothing_is_fetched(tmp_path: Path) -> None:

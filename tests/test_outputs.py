@@ -53,3 +53,10 @@ def test_metrics_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     with pytest.raises(UsageError, match=r"can't be written: .*No space left.*--output-dir"):
         write_json(path, {"loss": 3})
     assert json.loads(path.read_text()) == {"loss": 2} and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    saved = SavedOutputs(["preds"])
+    saved.add(torch.tensor([0]), {"preds": torch.ones(1, 2)})
+    with pytest.raises(UsageError, match=r"gone/out\.safetensors can't be written"):
+        saved.write(tmp_path / "gone/out.safetensors")

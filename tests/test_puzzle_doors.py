@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from config.compose import compose_as, without_needless_plus
+from config.compose import compose_as, plain_overrides
 from config.schema import PretrainPuzzleConfig
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from tests.test_doors import assert_told, run_door, run_well
@@ -58,7 +58,7 @@ def test_the_originals_command_line_is_understood() -> None:
     assert (config.puzzle_emb_lr, config.puzzle_emb_weight_decay, config.ema_rate) == (1e-2, 0.1, 0.999)
     assert [evaluator.name for evaluator in config.evaluators] == ["arc@ARC"]
     # Only a needless plus goes: of a key that isn't there, and of one forced, Hydra and the schema speak.
-    assert without_needless_plus(["+lrr=1", "++lr=2", "+lr=2", "~ema"], PretrainPuzzleConfig) == [
+    assert plain_overrides(["+lrr=1", "++lr=2", "+lr=2", "~ema"], PretrainPuzzleConfig) == [
         "+lrr=1",
         "++lr=2",
         "lr=2",
@@ -166,7 +166,10 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
     ("overrides", "told"),
     [
         (["data_paths=[data/none]"], "data/none"),
-        (["lrr=1"], "Could not override 'lrr'"),
+        (["lrr=1"], "lrr: no such key, did you mean lr?"),
+        (["checkpoint_path=runs"], "checkpoint_path: no such key here, the folder of a run is <checkpoint_dir>/"),
+        (["min_eval_interval=0"], "min_eval_interval: no such key here"),
+        (["arch.loss.loss_type=softmax_cross_entropy"], "set arch.loss to stablemax or softmax"),
         (["+lrr=1"], "lrr: no such key, did you mean lr?"),
         (["eval_interval=3"], "epochs 4 must be a multiple of eval_interval 3"),
         (["early_stopping.patience=2", "checkpoint_every_eval=false"], "set checkpoint_every_eval=true"),

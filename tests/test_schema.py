@@ -1,5 +1,6 @@
 """Wrong settings are told with their key, what was found, and what is meant (contract 8)."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
         ("dataset.test_ratio", 1.0),
         ("dataset.subset_size", -5),
         ("dataset.data_dir", None),
-        ("dataset.data_dir", 7),
+        ("dataset.data_dir", [7]),
         ("project_name", ""),
         ("epochs", 0),
         ("epochs", 1.5),
@@ -218,3 +219,31 @@ def test_every_knob_is_explained() -> None:
         return missing
 
     assert fields(PretrainInstructConfig, "") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("run_name", 12345, "12345"),
+        ("run_name", 1.5, "1.5"),
+        ("run_name", True, "true"),
+        ("dataset.sha256", {"a": 12}, {"a": "12"}),
+        ("generation.stop", "x", ["x"]),
+        ("generation.stop", [1, False, "x"], ["1", "false", "x"]),
+        ("generation.stop", 7, ["7"]),
+    ],
+)
+def test_yaml_may_give_text_another_type(values: dict[str, Any], key: str, value: Any, expected: Any) -> None:
+    put(values, key, value)
+    found = parse_config(values).model_dump()
+    for part in key.split("."):
+        found = found[part]
+    assert found == expected
+
+
+def test_choices_and_numbers_are_not_taken_for_text(values: dict[str, Any]) -> None:
+    for key, value in (("arch.name", True), ("lr", [1]), ("resume", {"a": 1})):
+        wrong = copy.deepcopy(values)
+        put(wrong, key, value)
+        with pytest.raises(UsageError, match=key):
+            parse_config(wrong)
