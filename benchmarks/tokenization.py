@@ -98,7 +98,7 @@ def cached(path: Path, tokenizer: Tokenizer, seq_len: int, processes: int, cache
     seconds = time.perf_counter() - started
     return {
         "rows": data.counts["read"],
-        "tokens": int(data.column("full_length").sum()),
+        "tokens": int(data.column("length").sum()),
         "seconds": seconds,
         "data_hash": data.data_hash,
     }

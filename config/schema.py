@@ -649,8 +649,9 @@ def type_of_key(path: Sequence[str], kind: type[TrainingConfig]) -> Any:
             field = found.model_fields.get(part)
             found = None if field is None else field.annotation
         else:
-            # The names in a dict are the user's.
-            found = get_args(found)[1] if get_origin(found) is dict else None
+            # The names in a dict are the user's; in a list sections are known by their numbers.
+            is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
+            found = get_args(found)[1] if get_origin(found) is dict else get_args(found)[0] if is_item else None
     return found
 
 
