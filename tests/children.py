@@ -1,6 +1,7 @@
 """Training runs in processes of their own, to be killed, stopped, or run as ranks. Not a test.
 
-They are forked from a server that has the imports done already, so each starts in milliseconds.
+They are forked from a server that has the imports done already, so each starts in milliseconds. Among them are those that a run
+does only when it needs them.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import datasets  # noqa: F401  token caches are made with it
 import torch
+import torch._dynamo  # noqa: F401  an optimizer's first step imports it
 
 import training.run
 from config.errors import one_clear_message
