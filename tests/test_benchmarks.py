@@ -17,16 +17,15 @@ from benchmarks.decoding import Setting
 from benchmarks.naive import stablemax_cross_entropy
 from benchmarks.train_step import CHANGES, Naive, Ours, compare, settings, taken_away
 from config.errors import UsageError
+from tests.test_doors import run_door, run_well
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_ARCH = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2"]
 TINY = ["--vocabulary", "70", "--threads", "1", "--repeats", "1", "--overrides", *TINY_ARCH]
 
 
-def run(*command: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+def report_in(said: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
     return report
 
 
@@ -37,7 +36,12 @@ def train_arguments(**changes: Any) -> argparse.Namespace:
 
 def test_train_step_prints_its_figures() -> None:
     sizes = ("--batch", "2", "--seq-len", "16", "--warmup", "1", "--loss-batch", "3")
-    report = run("benchmarks/train_step.py", *sizes, "--same-allocator", "--without", "kept_memory", "--loss-memory", *TINY)
+    flags = (*sizes, "--same-allocator", "--without", "kept_memory", "--loss-memory", *TINY)
+    # A process of its own: the peak memory of one that it starts counts from its own.
+    command = [sys.executable, "benchmarks/train_step.py", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report = report_in(done.stdout)
     assert report["ratio"] == pytest.approx(report["seconds_naive"] / report["seconds_ours"])
     assert report["ratio_same_allocator"] == pytest.approx(
         report["seconds_naive_same_allocator"] / report["seconds_ours_same_allocator"]
@@ -59,7 +63,8 @@ def test_train_step_prints_its_figures() -> None:
 
 def test_decoding_prints_its_figures() -> None:
     sizes = ["--positions", "9", "--act-steps", "3", "--batch", "2", "--batch-act-steps", "2"]
-    report = run("-m", "benchmarks.decoding", *sizes, "--flat-positions", "5", "--near", "8", "--far", "64", "--no-compile", *TINY)
+    flags = (*sizes, "--flat-positions", "5", "--near", "8", "--far", "64", "--no-compile", *TINY)
+    report = report_in(run_well("benchmarks/decoding.py", *flags, folder=REPOSITORY).out)
     alone, batch = report["alone"], report["batch"]
     assert report["ratio"] == pytest.approx(alone["ms_per_token_naive"] / alone["ms_per_token_ours"])
     assert report["ratio_best"] == pytest.approx(alone["ms_per_token_naive"] / alone["ms_per_token_best"])
@@ -137,10 +142,9 @@ def test_what_the_naive_way_is_not_written_for_is_refused(overrides: list[str], 
 
 @pytest.mark.parametrize("benchmark", ["train_step", "decoding"])
 def test_wrong_settings_are_told_without_a_traceback(benchmark: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *TINY, "arch=hrm", "arch.H_layers=1"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the naive way is written for arch=trm") and "Traceback" not in done.stderr
+    told = run_door(f"benchmarks/{benchmark}.py", *TINY, "arch=hrm", "arch.H_layers=1", folder=REPOSITORY)
+    assert told.status == 2
+    assert told.err.startswith("error: the naive way is written for arch=trm") and "Traceback" not in told.err
 
 
 def test_synthetic_rows_are_repeatable_and_half_supervised() -> None:

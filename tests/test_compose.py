@@ -26,6 +26,7 @@ from config.schema import ArchConfig, PretrainInstructConfig, PretrainPuzzleConf
 from tests.puzzle_data import PUZZLE_PRESETS
 
 MAIN = "cfg_pretrain_instruct"
+PLAIN = compose_config(MAIN)
 
 
 def choices(group: str) -> list[str]:
@@ -125,9 +126,9 @@ TEXTS = {
 
 @pytest.mark.parametrize("typed", TEXTS)
 def test_what_is_typed_for_text_is_text(typed: str) -> None:
-    assert compose_config(MAIN, [f"run_name={typed}"]).run_name == TEXTS[typed]
-    assert compose_config(MAIN, [f"+run_name={typed}"]).run_name == TEXTS[typed]
-    assert override_config(compose_config(MAIN), [f"run_name={typed}"]).run_name == TEXTS[typed]
+    override = f"run_name={typed}"
+    assert compose_config(MAIN, [override]).run_name == override_config(PLAIN, [override]).run_name == TEXTS[typed]
+    assert plain_overrides([f"+{override}"], PretrainInstructConfig) == plain_overrides([override], PretrainInstructConfig)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$"), min_size=1))
@@ -195,7 +196,7 @@ def test_lists_of_puzzle_runs_take_one_text(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_stop_text_may_have_escapes(typed: str, expected: list[str]) -> None:
     override = f"generation.stop={typed}"
     config = compose_config(MAIN, [override])
-    assert config.generation.stop == override_config(compose_config(MAIN), [override]).generation.stop == expected
+    assert config.generation.stop == override_config(PLAIN, [override]).generation.stop == expected
     assert parse_config(config.model_dump()) == config, "nothing is read as an escape twice"
 
 
@@ -276,7 +277,7 @@ def test_overriding_changes_what_is_named_and_nothing_else() -> None:
 )
 def test_a_wrong_override_of_a_checkpoint_is_one_clear_message(override: str, told: str) -> None:
     with pytest.raises(UsageError) as error:
-        override_config(compose_config(MAIN), [override])
+        override_config(PLAIN, [override])
     assert told in str(error.value)
 
 

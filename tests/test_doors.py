@@ -266,9 +266,21 @@ HYDRA_FLAGS: list[tuple[str, int, str]] = [
 ]
 
 
+# Both doors come to them by the same way; one of each kind shows that the second one takes it.
+HYDRA_FLAGS_OF_PUZZLES = [
+    flag for flag in HYDRA_FLAGS if flag[0] in ("lr=7 -h --resolve", "--cfg job lrr=1", "--nope lr=1", "lr=1,2")
+]
+
+
 @pytest.mark.usefixtures("nothing_trained")
-@pytest.mark.parametrize("door", ["pretrain_instruct.py", "pretrain.py"])
-@pytest.mark.parametrize(("arguments", "status", "said"), HYDRA_FLAGS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("door", "arguments", "status", "said"),
+    [
+        *(("pretrain_instruct.py", *flag) for flag in HYDRA_FLAGS),
+        *(("pretrain.py", *flag) for flag in HYDRA_FLAGS_OF_PUZZLES),
+    ],
+    ids=lambda value: str(value)[:40],
+)
 @pytest.mark.filterwarnings("ignore:Experimental rerun")
 def test_flags_of_hydra_do_what_they_say_or_are_told(door: str, arguments: str, status: int, said: str, tmp_path: Path) -> None:
     outcome = run_door(door, *arguments.split(), folder=tmp_path)

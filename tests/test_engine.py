@@ -150,7 +150,7 @@ def test_64_uneven_requests_in_any_order_equal_one_by_one(
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance", "recursion"),
     [
-        *(("aot_eager", "float64", 1e-9, recursion) for recursion in ("trm", "hrm")),
+        ("aot_eager", "float64", 1e-9, "hrm"),
         ("inductor", "float64", 1e-9, "trm"),
         *(pytest.param("inductor", *case, "hrm", marks=pytest.mark.slow) for case in (("float32", 1e-4), ("bfloat16", 0.3))),
     ],
@@ -424,10 +424,10 @@ def test_tokens_that_halt_early_cost_fewer_ticks(tiny_model: ModelFactory) -> No
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("draft", [{"draft_tokens": 1}, {"draft_tokens": 3}, {"draft_tokens": 4, "draft_act_steps": 2}])
 def test_a_row_that_speculates_says_the_same(tiny_model: ModelFactory, sampling: dict[str, float], draft: dict[str, int]) -> None:
-    model = tiny_model("arch.attention=prefix")
+    model = tiny_model("arch.attention=prefix", "arch.H_cycles=1", "arch.L_cycles=1")
     said = decode(model, requests_for(make_prompts((9,)), 12), act_steps=4)[0][7].id
     accepted = 0
-    for prompt, eos in itertools.product(make_prompts((9, 4, 1, 6, 2)), (NEVER, said)):
+    for prompt, eos in itertools.product(make_prompts((9, 4, 1)), (NEVER, said)):
         request = dataclasses.replace(requests_for([prompt], 12)[0], sampling=Sampling(**sampling))  # type: ignore[arg-type]
         (expected,) = decode(model, [request], act_steps=4, eos_id=eos)
         # It runs beside others first, in any row, then alone.

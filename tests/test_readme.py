@@ -167,7 +167,11 @@ def fresh_copy(folder: Path) -> Path:
 def run_bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `script` with bash in `folder`, no network. Fails with everything it printed."""
     settings = {
-        **{key: value for key, value in os.environ.items() if key not in ("LLAMA_TOKENIZER", "VENV", "HF_HUB_OFFLINE")},
+        **{
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("LLAMA_TOKENIZER", "VENV", "HF_HUB_OFFLINE", "PYTHONDONTWRITEBYTECODE")
+        },
         # An environment that was moved activates the place where it was made.
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
         "HF_ENDPOINT": "http://127.0.0.1:9",

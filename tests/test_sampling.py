@@ -61,7 +61,7 @@ logits_of_nine = st.lists(st.sampled_from([-7.5, -1.0, 0.0, 0.25, 1.0, 3.0]), mi
 
 @pytest.mark.parametrize("loss", LOSSES)
 @given(logits=st.lists(logits_of_nine, min_size=1, max_size=4), sampling=samplings, prompt=st.lists(st.integers(0, 8), max_size=4))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_a_token_is_where_the_uniform_falls_in_the_stated_distribution(
     loss: str, logits: list[list[float]], sampling: Sampling, prompt: list[int]
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_token_is_where_the_uniform_falls_in_the_stated_distribution(
     vocab_size=st.sampled_from([2, 7, 33, 259]),
     answers=st.lists(st.tuples(samplings, st.integers(0, 3)), min_size=1, max_size=5),
 )
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_a_row_never_feels_the_others(data: st.DataObject, loss: str, vocab_size: int, answers: list[tuple[Sampling, int]]) -> None:
     """Alone in every call, and in calls of random rows in random order: the same ids, and log p to the last bit."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -123,7 +123,7 @@ def test_a_row_never_feels_the_others(data: st.DataObject, loss: str, vocab_size
 )
 def test_many_draws_come_close_to_the_distribution(sampling: Sampling, loss: str) -> None:
     logits = [1.5, -0.5, 0.0, 2.0, 0.7, -3.0]
-    draws = 4000
+    draws = 2000
     counts = np.bincount(chosen_ids(logits, sampling, draws, loss=loss), minlength=len(logits))
     expected = draws * np.array(plain_distribution(logits, sampling, set(), loss))
     possible = expected > 0

@@ -72,7 +72,7 @@ def of_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_pieces_joined_are_the_decoded_ids_up_to_the_first_stop_string(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = data.draw(of_ids(tokenizer))
