@@ -1,12 +1,13 @@
-"""Building a token cache with one and two processes against the naive way: encode row by row into tensors, keep them all.
+"""Tokenizing with one and two processes against the naive way: encode row by row into tensors, keep them all.
 
     python benchmarks/tokenization.py [--rows 100000 --naive-rows 20000]
     python benchmarks/tokenization.py --source data/slimorca/SlimOrca.jsonl
+    python benchmarks/tokenization.py --before ../earlier-checkout
 
 Each side runs in a process of its own, on the same file, which is generated unless one is named: words that the tokenizer
 knows, as often as in real text, in rows as long as SlimOrca's. Peak memory is that of a side's process and its workers together,
 without what it maps from files. The naive side may read fewer rows (its memory grows with them); rates compare. "second_start_s"
-is opening what is cached already. Last line: JSON.
+is opening what is kept already. --before adds the same of an earlier version of the program. Last line: JSON.
 """
 
 import argparse
@@ -112,14 +113,17 @@ def _side(arguments: argparse.Namespace) -> dict[str, Any]:
     return cached(arguments.source, tokenizer, arguments.seq_len, arguments.processes, arguments.cache_dir)
 
 
-def _run(arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """One side in a new process; adds the most memory that it and its workers held together, and the whole process's time."""
+def _run(arguments: argparse.Namespace, *more: str, repository: Path = REPOSITORY) -> dict[str, Any]:
+    """One side in a new process, of this version of the program or another.
+
+    Adds the most memory that it and its workers held together, and the time of the whole process.
+    """
     shared = ["--source", arguments.source, "--seq-len", arguments.seq_len, "--naive-rows", arguments.naive_rows]
     shared += ["--tokenizer-path", arguments.tokenizer_path] if arguments.tokenizer_path else []
-    command = [sys.executable, str(Path(__file__).resolve()), *map(str, shared), *more]
+    command = [sys.executable, str(repository / "benchmarks/tokenization.py"), *map(str, shared), *more]
     started = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, cwd=repository, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     peak, ended = [0], threading.Event()
 
@@ -174,12 +178,15 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     print("naive", flush=True)
     sides = {"naive": rates(_run(arguments, "--side", "naive"))}
+    versions = [("", REPOSITORY), *([("before, ", arguments.before)] if arguments.before else [])]
     for processes in arguments.compared:
-        print(f"{processes} process(es)", flush=True)
-        flags = ["--side", "cached", "--processes", str(processes), "--cache-dir", str(folder / f"cache{processes}")]
-        sides[str(processes)] = rates(_run(arguments, *flags))
-        second = _run(arguments, *flags)
-        sides[str(processes)] |= {"second_start_s": second["seconds"], "second_start_process_s": second["process_seconds"]}
+        for version, repository in versions:
+            name = f"{version}{processes}"
+            print(f"{name} process(es)", flush=True)
+            flags = ["--side", "cached", "--processes", str(processes), "--cache-dir", str(folder / f"cache {name}")]
+            sides[name] = rates(_run(arguments, *flags, repository=repository))
+            second = _run(arguments, *flags, repository=repository)
+            sides[name] |= {"second_start_s": second["seconds"], "second_start_process_s": second["process_seconds"]}
     hashes = {sides[str(processes)].pop("data_hash") for processes in arguments.compared}
     one, several = (sides[str(arguments.compared[index])]["rows_per_second"] for index in (0, -1))
     return {
@@ -206,6 +213,9 @@ def main() -> None:
         "--folder", type=user_path, help="where the rows and caches go for the time of the run; default: the system's"
     )
     flags.add_argument("--tokenizer-path", type=os.path.expanduser, help="default: as a training run's")
+    flags.add_argument(
+        "--before", type=Path, metavar="FOLDER", help="an earlier version of the program, measured in turns with this one"
+    )
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--side", help=argparse.SUPPRESS)
     flags.add_argument("--processes", type=int, help=argparse.SUPPRESS)

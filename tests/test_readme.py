@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from config.compose import compose_as, compose_config
@@ -193,12 +195,14 @@ def test_the_commands_run_in_the_readmes_order(tmp_path: Path) -> None:
     turns = [("human", "What is {}?"), ("gpt", "It is {}.")]
     rows = [{"conversations": [{"from": who, "value": text.format(i)} for who, text in turns]} for i in range(64)]
     (slimorca / "SlimOrca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data/mine").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data/mine/rows.parquet")
 
     script = []
     for command in COMMANDS:
         words = words_of(command)
         program = words[0] if words else ""
-        if program.startswith(RUN_ELSEWHERE):
+        if program.startswith(RUN_ELSEWHERE) or "dataset=hub" in words:  # tests/test_hub.py has a stand-in for it
             continue
         is_training = program in ("pretrain_instruct.py", "scripts/pretrain_instruct_smoke.sh")
         script.append(f"{command} {TINY}" if is_training else command)
@@ -208,9 +212,10 @@ def test_the_commands_run_in_the_readmes_order(tmp_path: Path) -> None:
     assert "using the bundled data instead" in done.stdout
     assert "ACT steps)" in done.stdout  # generation with -V
     checkpoints = sorted((folder / "checkpoints/SlimOrca-ACT").glob("*/step_*"), key=lambda path: path.stat().st_mtime)
-    assert len(checkpoints) == 2
-    smoke_metrics, full_metrics = (json.loads((path / "train_metrics.json").read_text()) for path in checkpoints)
+    assert len(checkpoints) == 3
+    smoke_metrics, own_metrics, full_metrics = (json.loads((path / "train_metrics.json").read_text()) for path in checkpoints)
     assert smoke_metrics["examples"] == 16
+    assert own_metrics["test"]["counts"] == full_metrics["test"]["counts"]
     # Without a subset, every row is trained on or tested.
     assert full_metrics["examples"] + full_metrics["test"]["counts"]["conversations"] == 64
     measured = json.loads((checkpoints[-1] / "metrics.json").read_text())
