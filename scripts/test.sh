@@ -10,8 +10,9 @@ if [ "${1:-}" = --slow ]; then
     selection=(-m slow --timeout 3600)
     shift
 elif [ $# = 0 ]; then
-    # The whole suite in two processes, file by file: the tests of a file share what they have trained.
-    selection+=(-n 2 --dist loadfile)
+    # The whole suite in two processes, file by file: the tests of a file share what they have trained. In the order of
+    # tests/conftest.py, not by the number of tests.
+    selection+=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi
 ruff format --check .
 ruff check .

@@ -27,8 +27,8 @@ from training.puzzle_run import run_puzzles
 
 PHASES = ("starting", "training", "evaluating", "saving", "finished")
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.children"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.children"])
 
 
 class Child:
@@ -36,8 +36,8 @@ class Child:
 
     def __init__(self, config: TrainingConfig, out: Path, **environment: str) -> None:
         self.out = out
-        self._phase = _CONTEXT.Value("i", 0, lock=False)
-        self._process = _CONTEXT.Process(target=_train, args=(config, str(out), environment, self._phase))
+        self._phase = CONTEXT.Value("i", 0, lock=False)
+        self._process = CONTEXT.Process(target=_train, args=(config, str(out), environment, self._phase))
         self._process.start()
 
     @property

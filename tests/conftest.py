@@ -85,6 +85,14 @@ SHORT_RUN = (
     "run_name=run",
 )
 
+# What takes longest begins first, so that of two processes none is left with much at the end.
+LONG_FILES = ("distributed", "readme", "resume", "benchmarks", "engine", "doors", "act", "loop", "sweeps", "recursive_reasoning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> PretrainInstructConfig:

@@ -449,8 +449,9 @@ def checkpoint(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Tokenizer,
 ) -> Path:
-    config = tiny_config("dataset.seq_len=128", "generation.max_output_tokens=16", "generation.batch_size=2")
-    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    small = ("arch.H_cycles=1", "arch.L_cycles=1")
+    config = tiny_config(*small, "dataset.seq_len=128", "generation.max_output_tokens=16", "generation.batch_size=2")
+    model = tiny_model(*small, vocab_size=tiny_tokenizer.vocab_size)
     snapshot = Snapshot(step=1, weights=model.state_dict(), ema=None, metrics={}, trainer=TrainerState({}, {}))
     folder = tmp_path / "step_1"
     save_checkpoint(folder, snapshot, config=config, tokenizer=tiny_tokenizer, template=Template(), data_hash="")

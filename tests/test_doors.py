@@ -789,7 +789,10 @@ def test_ctrl_c_at_the_prompt_leaves_cleanly(checkpoint: Path) -> None:
     shown = b""
     while b"> " not in shown:
         shown += os.read(terminal, 1024)
-    # CPython doesn't notice a signal between showing the prompt and waiting for a key.
+    # CPython doesn't notice a signal between showing the prompt and waiting for a key, when the process sleeps.
+    state = Path(f"/proc/{process.pid}/stat")
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from models.sparse_embedding import SparseEmbedding, sign_sgd_
+from tests.children import CONTEXT
 
 LR, DECAY = 0.1, 0.5
 
@@ -78,6 +78,11 @@ def step_of_a_rank(rank: int, meeting_point: str, results: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="needs torch.distributed")
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
-    mp.spawn(step_of_a_rank, args=(str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    ranks = [CONTEXT.Process(target=step_of_a_rank, args=(rank, str(tmp_path / "meet"), str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected_after(filled().weights))
