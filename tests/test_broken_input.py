@@ -21,6 +21,7 @@ from dataset.text import rows
 from dataset.text.conversation import Template
 from dataset.text.loader import TextDataset
 from dataset.text.tokenizer import Tokenizer
+from tests.test_forms import UNKNOWN
 
 TOKENIZER = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
 GOOD = b'{"prompt": "Why?", "answer": "So."}'
@@ -131,6 +132,15 @@ def test_a_broken_line_is_read_or_counted_or_told(tmp_path: Path, monkeypatch: p
             open_file(tmp_path / name, "error")
     else:
         assert len(open_file(tmp_path / name, "error")) == counts["kept"]
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_run_stops_at_a_row_with_something_unknown(tmp_path: Path, kind: str) -> None:
+    row, key = UNKNOWN[kind]
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + json.dumps(row).encode() + b"\n" + GOOD + b"\n")
+    with pytest.raises(UsageError) as caught:
+        open_file(tmp_path / "a.jsonl", "error")
+    assert f"{tmp_path / 'a.jsonl'}:2: " in str(caught.value) and key in str(caught.value)
 
 
 def parquet(**columns: Any) -> bytes:

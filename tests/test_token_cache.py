@@ -1,6 +1,7 @@
 """Tokens on disk: reuse, their key, crashes, several processes at once, counts by reason, splits and subsets."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import mistral_common
 import numpy as np
 import pytest
@@ -467,3 +469,14 @@ def test_a_cache_folder_that_can_not_be_written_is_told(source: Path, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="make it writable"):
         load(source, cache_dir=tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("step", ["from_generator", "map"])
+def test_a_full_disk_is_told(source: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"No space left.*dataset\.cache_dir"):
+        patch.setattr(datasets.Dataset, step, full)
+        load(source)
+    assert len(load(source).rows) == 40
