@@ -228,7 +228,12 @@ def test_collapsed_halting_is_told(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(
-        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.2", "arch.halt_max_steps=6", *FROZEN
+        "arch.halt.mode=settled",
+        "arch.halt.settled_share=0.6",
+        "arch.halt.depth_floor=0.2",
+        "arch.halt_max_steps=6",
+        "arch.L_layers=1",
+        *FROZEN,
     )
     told = []
     # What is settled: everything, nothing, or what the weights happen to say.
@@ -249,7 +254,12 @@ def test_a_collapse_is_told_after_usual_halting_too(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(
-        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.2", "arch.halt_max_steps=6", *FROZEN
+        "arch.halt.mode=settled",
+        "arch.halt.settled_share=0.6",
+        "arch.halt.depth_floor=0.2",
+        "arch.halt_max_steps=6",
+        "arch.L_layers=1",
+        *FROZEN,
     )
     trainer = make_trainer(config, random_examples(60), halt_scale=3.0)
     run(trainer, 25)
