@@ -651,7 +651,12 @@ def test_the_average_follows_every_step(tiny_config: ConfigFactory, random_examp
 
 def test_settled_rows_leave_without_a_look_at_labels(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
     config = tiny_config(
-        "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.halt.depth_floor=0.25", "arch.halt_max_steps=6", *FROZEN
+        "arch.halt.mode=settled",
+        "arch.halt.settled_share=0.6",
+        "arch.halt.depth_floor=0.25",
+        "arch.halt_max_steps=6",
+        "arch.L_layers=1",
+        *FROZEN,
     )
     depths = []
     for shift in (0, 5):
