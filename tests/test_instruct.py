@@ -216,10 +216,32 @@ def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("is_saved", "override", "message"),
+    [
+        (False, "dataset.validation_split=test", "neither: name files"),
+        (False, "dataset.split=test", "neither: name files"),
+        (True, "dataset.validation_files=[a.jsonl]", "choose of its splits"),
+        (True, "dataset.shards=1", "choose of its splits"),
+        (True, "dataset.validation_split=train dataset.test_ratio=0", "leave out one of them"),
+        (False, "dataset.validation_files=[a.jsonl] dataset.test_ratio=0", "leave out one of them"),
+    ],
+)
+def test_settings_that_this_data_has_no_use_for_are_told(tmp_path: Path, is_saved: bool, override: str, message: str) -> None:
+    if is_saved:
+        datasets.Dataset.from_list([chat(0)]).save_to_disk(tmp_path)
+    else:
+        write(tmp_path / "a.jsonl", [chat(0)])
+    with pytest.raises(UsageError, match=message):
+        opened("dataset=jsonl", f"dataset.data_dir={tmp_path}", *override.split())
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["dataset=slimorca", "dataset.validation_files=[a.jsonl]"], "knows its files"),
         (["dataset=openorca", "dataset.validation_split=test"], "no splits of its own"),
+        (["dataset=openorca", "dataset.split=test"], "no splits of its own"),
+        (["dataset=jsonl", "dataset.config=x"], "config is for hub"),
         (["dataset=jsonl", "dataset.validation_split=test", "dataset.validation_files=[a.jsonl]"], "choose one"),
         (["experiment=slimorca_then_openorca", "sources.openorca.validation_files=[a.parquet]"], "give all of them"),
     ],
