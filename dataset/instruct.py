@@ -17,7 +17,7 @@ from dataset.text.curriculum import Curriculum
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset
-from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row
+from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, to_json
 from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
@@ -166,8 +166,7 @@ def _conversations(config: DatasetConfig, split: Split, files: SourceFiles) -> I
             try:
                 if isinstance(data, BadRow):
                     continue
-                row = data if isinstance(data, dict) else parse_row(data)
-                conversation, _ = to_conversation(row, form_options(config))
+                conversation, _ = to_conversation(parse_row(to_json(data)), form_options(config))
             except (BadRow, NothingToLearn):  # told and counted where rows are tokenized
                 continue
             conversation = with_default_system(conversation, config.default_system_prompt)
