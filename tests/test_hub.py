@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import mistral_common
 import pyarrow
 import pyarrow.parquet
@@ -23,7 +25,7 @@ from config.compose import compose_config
 from config.errors import UsageError
 from dataset.instruct import open_instruct_data, open_run_data
 from dataset.text.conversation import Template
-from dataset.text.hub import download
+from dataset.text.hub import download, split_files
 from dataset.text.loader import TextDataset
 from dataset.text.tokenizer import Tokenizer
 
@@ -379,6 +381,17 @@ def test_a_data_set_of_the_hub_by_name(stand_in: StandIn, tmp_path: Path) -> Non
     assert [request[1] for request in stand_in.requests if request[0] == address] == [None, "bytes=1000-"]
     stand_in.status = 500
     assert open_hub(stand_in, hashed, own, HF_HUB_OFFLINE="1") == found[:2]
+
+
+def test_a_note_of_what_was_found_that_was_cut_off_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": []}))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    (tmp_path / "hub").mkdir()
+    for _ in range(2):
+        assert split_files("own/set", None, "train", "main", tmp_path) == []
+        [note] = (tmp_path / "hub").iterdir()
+        assert note.read_text() == "[]"
+        note.write_text("")
 
 
 def test_a_private_data_set_is_told(stand_in: StandIn, tmp_path: Path) -> None:

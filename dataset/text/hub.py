@@ -80,7 +80,9 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
 
     name = json.dumps([repo, config, split, revision])
     note = cache_dir / "hub" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
-    known = [Path(path) for path in json.loads(note.read_text("utf-8"))] if note.is_file() else []
+    known: list[Path] = []
+    with contextlib.suppress(OSError, ValueError):  # not written yet, or cut off by a full disk
+        known = [Path(path) for path in json.loads(note.read_text("utf-8"))]
     if known and constants.HF_HUB_OFFLINE and all(path.is_file() for path in known):
         return known
     what = f"the data set {repo} (revision {revision})"
