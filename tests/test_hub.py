@@ -394,6 +394,22 @@ def test_a_note_of_what_was_found_that_was_cut_off_is_written_again(tmp_path: Pa
         note.write_text("")
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"set.py": b"import datasets\n"}, "scripts are no longer supported"),
+        ({"data/train.ndjson": b"{"}, "error occurred while generating"),
+        ({"README.md": b"nothing else"}, "doesn't contain any data files"),
+    ],
+)
+def test_a_data_set_that_datasets_can_not_read_is_told(
+    stand_in: StandIn, tmp_path: Path, files: dict[str, bytes], found: str
+) -> None:
+    stand_in.files = files
+    [error] = open_hub(stand_in, ["dataset.repo=own/set", f"dataset.cache_dir={tmp_path}"], HF_HOME=str(tmp_path))
+    assert "own/set" in error and found in error and "by hand" in error
+
+
 def test_a_private_data_set_is_told(stand_in: StandIn, tmp_path: Path) -> None:
     stand_in.status = 401
     [error] = open_hub(stand_in, ["dataset.repo=own/set", f"dataset.cache_dir={tmp_path}"])

@@ -75,6 +75,7 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
     formats are converted to Arrow by `datasets`.
     """
     from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfFileSystem, constants
     from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
 
@@ -87,7 +88,8 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
         return known
     what = f"the data set {repo} (revision {revision})"
     by_hand = "or fetch its files by hand and name them: dataset=jsonl dataset.data_dir=FOLDER"
-    with _told(what, "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand):
+    otherwise = "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand
+    with _told(what, otherwise, DatasetsError, RuntimeError):  # RuntimeError: it has code of its own, which isn't run
         builder = load_dataset_builder(repo, config, revision=revision, cache_dir=str(cache_dir / "converted"))
         splits = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
         if split not in splits:
@@ -106,10 +108,14 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
 
 
 @contextlib.contextmanager
-def _told(what: str, otherwise: str) -> Iterator[None]:
-    """Turns all that a transfer can meet with into a `UsageError` about `what`, which ends in another way to get there."""
+def _told(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[None]:
+    """Turns all that a transfer can meet with into a `UsageError` about `what`, which ends in another way to get there.
+
+    wrong_use: errors that say that `what` can't be used as it is asked for, beside ValueError.
+    """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    of_use: tuple[type[Exception], ...] = (ValueError, *wrong_use)
     # HfHubHTTPError is an error of the HTTP library that huggingface_hub uses, and an OSError.
     of_the_network: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     try:
@@ -126,7 +132,7 @@ def _told(what: str, otherwise: str) -> Iterator[None]:
             f"{what}: {_first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "
             f"mirror in HF_ENDPOINT, {otherwise}"
         ) from error
-    except ValueError as error:
+    except of_use as error:
         raise UsageError(f"{what}: {_first_line(error)}; check repository, config and file names, {otherwise}") from error
 
 
