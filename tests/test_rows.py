@@ -127,6 +127,13 @@ def test_values_of_a_table_are_text_as_it_stands(tmp_path: Path) -> None:
     assert list(tabs.rows()) == [(2, {"q": "Why, so?", "a": "So."})]
 
 
+def test_two_tables_can_be_read_at_once(tmp_path: Path) -> None:
+    """Python's limit on the length of a value, which is too low, is one for all readers."""
+    one, other = (write(tmp_path / name, f"a\n1\n{'x' * 200_000}\n".encode()).rows() for name in ("a.csv", "b.csv"))
+    next(one), next(other)
+    assert [len(list(reader)) for reader in (one, other)] == [1, 1]
+
+
 def test_a_table_without_a_line_has_no_rows(tmp_path: Path) -> None:
     assert list(write(tmp_path / "a.csv", b"").rows()) == []
 

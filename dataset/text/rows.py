@@ -276,7 +276,7 @@ def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Rows of CSV or TSV; all values are text, as they stand. A row's number is the line that it ends on."""
     with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter="\t" if file.format == ".tsv" else ",", strict=True)
-        before = csv.field_size_limit(_MOST_READ_FOR_A_ROW)
+        csv.field_size_limit(_MOST_READ_FOR_A_ROW)  # of the whole process, and never lowered: another file may be open
         try:
             header = next(reader, None)
             if header is None:
@@ -299,8 +299,6 @@ def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
             raise UsageError(
                 f"{file.path}:{reader.line_num}: expected a row of {file.format[1:].upper()}, found {error}"
             ) from error
-        finally:
-            csv.field_size_limit(before)
 
 
 def _parquet(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
