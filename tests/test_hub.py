@@ -417,24 +417,25 @@ def test_a_private_data_set_is_told(stand_in: StandIn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "advice"),
+    ("call", "environment", "advice"),
     [
-        ({}, "check names, network and proxy"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ("download('me/repo', 'f', folder / 'f')", {}, "check names, network and proxy"),
+        ("download('me/repo', 'f', folder / 'f')", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
+        ("split_files('me/repo', None, 'train', 'main', folder)", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
     ],
 )
-def test_without_a_network_it_says_so_within_seconds(tmp_path: Path, environment: dict[str, str], advice: str) -> None:
+def test_without_a_network_it_says_so_within_seconds(tmp_path: Path, call: str, environment: dict[str, str], advice: str) -> None:
     with socket.socket() as closed:  # bound and not listening: connections are refused
         closed.bind(("127.0.0.1", 0))
         script = (
-            "import sys; from config.errors import one_clear_message; from dataset.text.hub import download\n"
-            "with one_clear_message(): download('me/repo', 'f', sys.argv[1])"
+            "import pathlib, sys; from config.errors import one_clear_message; from dataset.text.hub import download, split_files\n"
+            f"folder = pathlib.Path(sys.argv[1])\nwith one_clear_message(): {call}"
         )
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         inherited = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
         start = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "f")],
+            [sys.executable, "-c", script, str(tmp_path)],
             env={**inherited, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", **environment},
             cwd=REPOSITORY,
             check=False,

@@ -113,7 +113,10 @@ def _told(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[No
 
     wrong_use: errors that say that `what` can't be used as it is asked for, beside ValueError.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    offline = f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}"
 
     of_use: tuple[type[Exception], ...] = (ValueError, *wrong_use)
     # HfHubHTTPError is an error of the HTTP library that huggingface_hub uses, and an OSError.
@@ -121,13 +124,15 @@ def _told(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[No
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise UsageError(f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}") from error
+        raise UsageError(offline) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise UsageError(f"{what}: {_advice(status)} (HTTP {status}), {otherwise}") from error
     except of_the_network as error:
         if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise UsageError(f"{what} can't be written: {error}") from error
+        if constants.HF_HUB_OFFLINE:  # `datasets` has an error of its own for it
+            raise UsageError(offline) from error
         raise UsageError(
             f"{what}: {_first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "
             f"mirror in HF_ENDPOINT, {otherwise}"
