@@ -268,8 +268,10 @@ class SourceConfig(_Section):
     def _fits_the_source(self) -> Self:
         if self.source not in ("openorca", "jsonl") and (self.files or self.shards or self.validation_files):
             raise ValueError(f"source {self.source} knows its files: files, shards and validation_files are for openorca and jsonl")
-        if self.source not in ("hub", "jsonl") and (self.config or self.validation_split):
-            raise ValueError(f"source {self.source} has no splits of its own: config and validation_split are for hub and jsonl")
+        if self.source != "hub" and self.config:
+            raise ValueError(f"source {self.source} has no configurations: config is for hub")
+        if self.source not in ("hub", "jsonl") and (self.split != "train" or self.validation_split):
+            raise ValueError(f"source {self.source} has no splits of its own: split and validation_split are for hub and jsonl")
         if self.validation_split and self.validation_files:
             raise ValueError("validation_split and validation_files both say what to measure on: choose one")
         return self

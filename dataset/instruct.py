@@ -17,7 +17,7 @@ from dataset.text.curriculum import Curriculum
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset
-from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row
+from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, to_json
 from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
@@ -166,8 +166,7 @@ def _conversations(config: DatasetConfig, split: Split, files: SourceFiles) -> I
             try:
                 if isinstance(data, BadRow):
                     continue
-                row = data if isinstance(data, dict) else parse_row(data)
-                conversation, _ = to_conversation(row, form_options(config))
+                conversation, _ = to_conversation(parse_row(to_json(data)), form_options(config))
             except (BadRow, NothingToLearn):  # told and counted where rows are tokenized
                 continue
             conversation = with_default_system(conversation, config.default_system_prompt)
@@ -182,6 +181,11 @@ def _cache_dir(config: DatasetConfig) -> Path:
 
 
 def _files(config: DatasetConfig, in_stages: bool) -> SourceFiles:
+    if config.test_ratio == 0 and (config.validation_files or config.validation_split):
+        raise UsageError(
+            "dataset.test_ratio=0 trains without evaluation, and dataset.validation_files or validation_split says what to "
+            "measure on: leave out one of them"
+        )
     folder = Path(config.data_dir).expanduser()
     hub = Hub(config.repo, config.revision, config.sha256) if config.repo is not None else None
     if config.source == "sample":
@@ -190,14 +194,23 @@ def _files(config: DatasetConfig, in_stages: bool) -> SourceFiles:
     if config.source == "slimorca":
         return SourceFiles([locate(folder, hub)])
     if config.source == "hub" or (not config.files and is_saved(folder)):
+        if config.shards or config.validation_files:
+            raise UsageError(
+                f"{folder} is a folder of save_to_disk, whose files have no names of their own: choose of its splits with "
+                "dataset.split and dataset.validation_split, and leave shards and validation_files out"
+            )
         return SourceFiles(
             *([] if split is None else _split_files(config, split) for split in (config.split, config.validation_split))
         )
-    found = find_files(folder, config.files, hub, config.shards, config.seed)
-    if config.validation_files:
-        named = find_files(folder, config.validation_files, hub)
-        return SourceFiles(found.train, [*named.train, *named.validation, *named.left_out])
-    return SourceFiles(found.train, left_out=[*found.validation, *found.left_out]) if in_stages else found
+    if config.split != "train" or config.validation_split:
+        raise UsageError(
+            f"dataset.split and dataset.validation_split choose of a hub data set or a folder of save_to_disk, and {str(folder)!r} "
+            "is neither: name files with dataset.files and dataset.validation_files"
+        )
+    found = find_files(folder, config.files, hub, config.shards, config.seed, config.validation_files)
+    # A file that a stage's source holds out by its name alone could be trained on by another.
+    in_parts = in_stages and not config.validation_files
+    return SourceFiles(found.train, left_out=[*found.validation, *found.left_out]) if in_parts else found
 
 
 def _split_files(config: DatasetConfig, split: str) -> list[Path]:

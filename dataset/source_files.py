@@ -48,60 +48,74 @@ class SourceFiles:
 
 
 def find_files(
-    data_dir: str | Path, names: Sequence[str], hub: Hub | None = None, shards: int | None = None, seed: int = 0
+    data_dir: str | Path,
+    names: Sequence[str],
+    hub: Hub | None = None,
+    shards: int | None = None,
+    seed: int = 0,
+    validation_names: Sequence[str] = (),
 ) -> SourceFiles:
     """The files that `names` name: paths or globs, relative to `data_dir` or absolute; none twice, a glob's in order of name.
 
     A folder that `datasets` has saved to stands for its files. Without names: the files in `data_dir` of a format that can be
     read. What a glob finds, or the folder has, isn't trained on if its name says test, eval, validation, valid, val or dev; those
-    named for validation, else those for a test, can be measured on.
+    named for validation, else those for a test, can be measured on. Where `validation_names` say what to measure on, instead of
+    those, nothing of it is trained on that `names` don't name exactly.
     shards: so many of the training files, drawn by `seed`; drawn before anything is fetched. A name without a file is fetched from
     `hub`, to the same name in `data_dir`. Raises `UsageError` for a name without a file, and too few of them.
     """
     folder = Path(data_dir).expanduser()
-    found: dict[Path, str] = {}
-    is_found_by_glob: dict[Path, bool] = {}
-    for name in names or ["*"]:
+    named = _named(folder, validation_names, "dataset.validation_files")
+    own = {path.resolve() for path in named}
+    found = _named(folder, names or ["*"], "dataset.files")
+    train: list[Path] = []
+    of_validation: list[Path] = []
+    of_test: list[Path] = []
+    for path, (_, by_glob) in found.items():
+        if by_glob and path.resolve() in own:
+            continue
+        name = path.name.lower() if by_glob and not _NAMES_OF_TRAINING.search(path.name.lower()) else ""
+        group = of_validation if _NAMES_OF_VALIDATION.search(name) else of_test if _NAMES_OF_TEST.search(name) else train
+        group.append(path)
+    if not train:
+        raise UsageError(
+            f"dataset.files: all files in {str(folder)!r} are held out, by their names or by dataset.validation_files "
+            f"({', '.join(path.name for path in found)}): name those to train on exactly"
+        )
+    if shards is not None:
+        if shards > len(train):
+            raise UsageError(
+                f"dataset.shards is {shards}, and dataset.files names {len(train)} file(s): lower the one or add to the other"
+            )
+        # Raw bits, as for the order of examples: NumPy keeps their stream over versions.
+        bits = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64)).random_raw(len(train))
+        train = [train[index] for index in sorted(np.argsort(bits, kind="stable")[:shards])]
+    validation = list(named) or of_validation or of_test
+    left_out = [path for path in (*of_validation, *of_test) if path not in validation]
+    for path in (*train, *named):
+        if path.exists():
+            continue
+        name, _ = found.get(path) or named[path]
+        if hub is None or PurePosixPath(name).is_absolute():
+            raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and dataset.files")
+        hub.fetch(name, path)
+    return SourceFiles(_expanded(train), _expanded(validation), left_out)
+
+
+def _named(folder: Path, names: Sequence[str], setting: str) -> dict[Path, tuple[str, bool]]:
+    """The files that `names` name, each with the first name that does and whether globs alone do."""
+    found: dict[Path, tuple[str, bool]] = {}
+    for name in names:
         is_glob = glob.has_magic(name) and not (folder / name).exists()
         matches = sorted(glob.glob(name, root_dir=folder, recursive=True)) if is_glob else [str(Path(name).expanduser())]  # noqa: PTH207
         files = [folder / match for match in matches if not (is_glob and not _is_data(folder / match))]
         if not files:
-            what = f"files like {name!r}" if names else f"files that end in {', '.join(FORMATS)}"
-            raise UsageError(
-                f"dataset.files: expected {what} in {str(folder)!r}, found none; check dataset.data_dir and dataset.files"
-            )
+            what = f"files that end in {', '.join(FORMATS)}" if name == "*" else f"files like {name!r}"
+            raise UsageError(f"{setting}: expected {what} in {str(folder)!r}, found none; check dataset.data_dir and {setting}")
         for path in files:
-            found.setdefault(path, name)
-            is_found_by_glob[path] = is_glob and is_found_by_glob.get(path, True)
-    paths: list[Path] = []
-    of_validation: list[Path] = []
-    of_test: list[Path] = []
-    for path in found:
-        name = path.name.lower() if is_found_by_glob[path] and not _NAMES_OF_TRAINING.search(path.name.lower()) else ""
-        group = of_validation if _NAMES_OF_VALIDATION.search(name) else of_test if _NAMES_OF_TEST.search(name) else paths
-        group.append(path)
-    if not paths:
-        raise UsageError(
-            f"dataset.files: all files in {str(folder)!r} are named as held out ({', '.join(path.name for path in found)}): "
-            "name those to train on exactly"
-        )
-    if shards is not None:
-        if shards > len(paths):
-            raise UsageError(
-                f"dataset.shards is {shards}, and dataset.files names {len(paths)} file(s): lower the one or add to the other"
-            )
-        # Raw bits, as for the order of examples: NumPy keeps their stream over versions.
-        bits = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64)).random_raw(len(paths))
-        paths = [paths[index] for index in sorted(np.argsort(bits, kind="stable")[:shards])]
-    for path in paths:
-        if path.exists():
-            continue
-        if hub is None or PurePosixPath(found[path]).is_absolute():
-            raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and dataset.files")
-        hub.fetch(found[path], path)
-    validation = of_validation or of_test
-    left_out = [path for path in (*of_validation, *of_test) if path not in validation]
-    return SourceFiles(_expanded(paths), _expanded(validation), left_out)
+            first, by_glob = found.get(path, (name, True))
+            found[path] = (first, by_glob and is_glob)
+    return found
 
 
 def saved_split(folder: Path, split: str) -> list[Path]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
-from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row
+from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
 from generation.answers import Responder, Speaker
 from generation.engine import cache_bytes, rows_that_fit
 
@@ -131,8 +131,9 @@ def read_asked(file: RowFile, system: str | None, forms: FormOptions = USUAL) ->
         try:
             if isinstance(data, BadRow):
                 raise data
-            row = parse_row(data) if isinstance(data, bytes) else data
-            asked = _asked(row, system, forms)
+            plain = parse_row(to_json(data))
+            row = data if isinstance(data, dict) else plain
+            asked = _asked(row, plain, system, forms)
         except NothingToLearn:  # a blank line
             continue
         except BadRow as error:
@@ -141,15 +142,18 @@ def read_asked(file: RowFile, system: str | None, forms: FormOptions = USUAL) ->
         count += 1
 
 
-def _asked(row: Mapping[str, Any], system: str | None, forms: FormOptions) -> Asked:
-    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow if nothing is asked."""
-    body = row.get("body")
+def _asked(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | None, forms: FormOptions) -> Asked:
+    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow if nothing is asked.
+
+    plain: the row as JSON has it.
+    """
+    body = plain.get("body")
     if isinstance(body, Mapping):
         parsed = parse_turns(body, dataclasses.replace(forms, ignore=(*forms.ignore, *_REQUEST_SETTINGS)))
         settings = {key: value for key, value in body.items() if key not in parsed.columns and value is not None}
         keys = {key: settings if key == "body" else value for key, value in row.items()}
     else:
-        parsed, settings = parse_turns(row, forms), {}
+        parsed, settings = parse_turns(plain, forms), {}
         keys = {key: value for key, value in row.items() if key not in parsed.columns}
     turns = list(parsed.turns)
     answer = turns.pop().text if turns and turns[-1].role == "assistant" else ""

@@ -32,14 +32,16 @@ def prepare(overrides: list[str], output: Path | None, near_rows: int) -> list[P
     config = compose_config("cfg_pretrain_instruct", overrides)
     tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
     return [
-        _prepare(source, tokenizer, output / name if output is not None and config.stages else output, near_rows)
+        _prepare(
+            source, tokenizer, output / name if output is not None and config.stages else output, near_rows, bool(config.stages)
+        )
         for name, source in source_configs(config).items()
     ]
 
 
-def _prepare(config: DatasetConfig, tokenizer: Tokenizer, output: Path | None, near_rows: int) -> Path:
+def _prepare(config: DatasetConfig, tokenizer: Tokenizer, output: Path | None, near_rows: int, in_stages: bool) -> Path:
     started = time.perf_counter()
-    train, test = open_instruct_data(config, tokenizer, Template())
+    train, test = open_instruct_data(config, tokenizer, Template(), in_stages)
     print(f"{len(train):,} training rows, {len(test) if test else 0:,} test rows in {time.perf_counter() - started:.1f} s")
     folder = output or Path(config.data_dir)
     try:

@@ -263,9 +263,10 @@ def test_a_batch_file_of_requests_is_answered(responder: Callable[..., Responder
 
 def test_values_that_json_lacks_are_written(responder: Callable[..., Responder], tmp_path: Path) -> None:
     day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["blue 1"], "made": [day]}), tmp_path / "in.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [b"blue 1"], "made": [day]}), tmp_path / "in.parquet")
     answer_file(responder(), tmp_path / "in.parquet", tmp_path / "a.jsonl", system=None)
-    assert read(tmp_path / "a.jsonl")[0]["made"] == str(day)
+    [answered] = read(tmp_path / "a.jsonl")
+    assert answered["made"] == str(day) and answered["prompt"] == [{"role": "user", "content": "blue 1"}], "bytes can be text, too"
     answer_file(
         responder(), write(tmp_path / "in.jsonl", [{"prompt": "blue 1", "id": "\ud800"}]), tmp_path / "b.jsonl", system=None
     )

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from typing import Any, get_args
 
 import pytest
@@ -185,6 +186,22 @@ def test_unread_text_is_told_with_an_excerpt_and_both_ways_out() -> None:
     read = parse_turns(row, FormOptions(fields=(("context", "notes"),)))
     assert "Because of rain." in read.turns[0].text and read.ignored == ()
     assert parse_turns(row, FormOptions(ignore=("notes",))).ignored == ("notes",)
+
+
+@pytest.mark.parametrize(
+    "key", ["notes", "my notes", "a,b", "odd: key", "blank ", "br[0]", "{x}", "it's", "dot.ted", "007", "null", "für"]
+)
+def test_the_way_out_that_is_told_is_one(key: str) -> None:
+    """On a command line; and for text within a value, where the key of a part would leave the others, or be a form's own."""
+    config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl"])
+    for value in ("Rain.", {"text": ["Rain."], "role": "Snow."}):
+        for row in ({**PAIR, key: value}, chat({**HUMAN, key: value}, GPT)):
+            with pytest.raises(BadRow) as caught:
+                parse_turns(row)
+            told = re.search(r"else leave it out with (.*)$", str(caught.value))
+            assert told is not None
+            options = form_options(override_config(config, [told[1]]).dataset)
+            assert options.ignore == (key,) and same(parse_turns(row, options).turns, WHY_SO)
 
 
 def test_labels_and_repeats_are_known_and_counted() -> None:

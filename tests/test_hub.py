@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import mistral_common
 import pyarrow
 import pyarrow.parquet
@@ -23,7 +25,7 @@ from config.compose import compose_config
 from config.errors import UsageError
 from dataset.instruct import open_instruct_data, open_run_data
 from dataset.text.conversation import Template
-from dataset.text.hub import download
+from dataset.text.hub import download, split_files
 from dataset.text.loader import TextDataset
 from dataset.text.tokenizer import Tokenizer
 
@@ -381,6 +383,33 @@ def test_a_data_set_of_the_hub_by_name(stand_in: StandIn, tmp_path: Path) -> Non
     assert open_hub(stand_in, hashed, own, HF_HUB_OFFLINE="1") == found[:2]
 
 
+def test_a_note_of_what_was_found_that_was_cut_off_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": []}))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    (tmp_path / "hub").mkdir()
+    for _ in range(2):
+        assert split_files("own/set", None, "train", "main", tmp_path) == []
+        [note] = (tmp_path / "hub").iterdir()
+        assert note.read_text() == "[]"
+        note.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"set.py": b"import datasets\n"}, "scripts are no longer supported"),
+        ({"data/train.ndjson": b"{"}, "error occurred while generating"),
+        ({"README.md": b"nothing else"}, "doesn't contain any data files"),
+    ],
+)
+def test_a_data_set_that_datasets_can_not_read_is_told(
+    stand_in: StandIn, tmp_path: Path, files: dict[str, bytes], found: str
+) -> None:
+    stand_in.files = files
+    [error] = open_hub(stand_in, ["dataset.repo=own/set", f"dataset.cache_dir={tmp_path}"], HF_HOME=str(tmp_path))
+    assert "own/set" in error and found in error and "by hand" in error
+
+
 def test_a_private_data_set_is_told(stand_in: StandIn, tmp_path: Path) -> None:
     stand_in.status = 401
     [error] = open_hub(stand_in, ["dataset.repo=own/set", f"dataset.cache_dir={tmp_path}"])
@@ -388,24 +417,25 @@ def test_a_private_data_set_is_told(stand_in: StandIn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "advice"),
+    ("call", "environment", "advice"),
     [
-        ({}, "check names, network and proxy"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ("download('me/repo', 'f', folder / 'f')", {}, "check names, network and proxy"),
+        ("download('me/repo', 'f', folder / 'f')", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
+        ("split_files('me/repo', None, 'train', 'main', folder)", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
     ],
 )
-def test_without_a_network_it_says_so_within_seconds(tmp_path: Path, environment: dict[str, str], advice: str) -> None:
+def test_without_a_network_it_says_so_within_seconds(tmp_path: Path, call: str, environment: dict[str, str], advice: str) -> None:
     with socket.socket() as closed:  # bound and not listening: connections are refused
         closed.bind(("127.0.0.1", 0))
         script = (
-            "import sys; from config.errors import one_clear_message; from dataset.text.hub import download\n"
-            "with one_clear_message(): download('me/repo', 'f', sys.argv[1])"
+            "import pathlib, sys; from config.errors import one_clear_message; from dataset.text.hub import download, split_files\n"
+            f"folder = pathlib.Path(sys.argv[1])\nwith one_clear_message(): {call}"
         )
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         inherited = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
         start = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "f")],
+            [sys.executable, "-c", script, str(tmp_path)],
             env={**inherited, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", **environment},
             cwd=REPOSITORY,
             check=False,

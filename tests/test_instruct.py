@@ -1,5 +1,6 @@
 """Sources as configured: which files, the split and subset of each kind, and sources that can't be used."""
 
+import datetime
 import gzip
 import json
 from pathlib import Path
@@ -16,7 +17,15 @@ import zstandard
 from config.compose import compose_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import last_exchange, open_instruct_data, open_instruct_split, open_run_data, open_run_split, overlap
+from dataset.instruct import (
+    last_exchange,
+    open_instruct_data,
+    open_instruct_split,
+    open_run_data,
+    open_run_split,
+    overlap,
+    split_conversations,
+)
 from dataset.text.conversation import Template, Turn
 from dataset.text.curriculum import Curriculum, Stage
 from dataset.text.loader import TextCorpus, TextDataset
@@ -209,10 +218,45 @@ def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
     texts = [[turn["value"] for turn in row["conversations"]] for row in rows]
     (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"{','.join(pair)}\n" for pair in texts))
     (tmp_path / "a.tsv").write_text("question\tanswer\n" + "".join("\t".join(pair) + "\n" for pair in texts))
-    names = ("a.jsonl.zst", "a.json.gz", "a.parquet", "a.arrow", "saved", "a.csv", "a.tsv")
+    pairs = {"question": [question.encode() for question, _ in texts], "answer": [answer for _, answer in texts]}
+    pyarrow.parquet.write_table(pyarrow.table(pairs), tmp_path / "bytes.parquet")
+    names = ("a.jsonl.zst", "a.json.gz", "a.parquet", "a.arrow", "saved", "a.csv", "a.tsv", "bytes.parquet")
     where = ("dataset=jsonl", f"dataset.data_dir={tmp_path}", "dataset.test_ratio=0.3")
     found = [opened(*where, f"dataset.files=[{name}]") for name in names]
     assert len({(train.data_hash, test.data_hash) for train, test in found if test is not None}) == 1
+    configs = [compose_config("cfg_pretrain_instruct", [*where, f"dataset.files=[{name}]"]).dataset for name in names]
+    train, _ = found[0]
+    of_train = [[turn.text for turn in train.conversation(i)] for i in range(len(train))]
+    for config in configs:
+        assert [[turn.text for turn in conversation] for conversation in split_conversations(config, "train")] == of_train
+
+
+def test_a_value_that_is_no_text_where_text_belongs_is_told(tmp_path: Path) -> None:
+    for name, value in (("a", "café".encode("latin-1")), ("b", datetime.date(2020, 1, 1))):
+        table = pyarrow.table({"question": ["Q"], "context": [value], "answer": ["A"], "made": [value]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(UsageError, match=r"row 1: context: expected a string, found '\{\"(bytes|date)\": true\}'"):
+            opened("dataset=jsonl", f"dataset.data_dir={tmp_path}", f"dataset.files=[{name}.parquet]")
+
+
+@pytest.mark.parametrize(
+    ("is_saved", "override", "message"),
+    [
+        (False, "dataset.validation_split=test", "neither: name files"),
+        (False, "dataset.split=test", "neither: name files"),
+        (True, "dataset.validation_files=[a.jsonl]", "choose of its splits"),
+        (True, "dataset.shards=1", "choose of its splits"),
+        (True, "dataset.validation_split=train dataset.test_ratio=0", "leave out one of them"),
+        (False, "dataset.validation_files=[a.jsonl] dataset.test_ratio=0", "leave out one of them"),
+    ],
+)
+def test_settings_that_this_data_has_no_use_for_are_told(tmp_path: Path, is_saved: bool, override: str, message: str) -> None:
+    if is_saved:
+        datasets.Dataset.from_list([chat(0)]).save_to_disk(tmp_path)
+    else:
+        write(tmp_path / "a.jsonl", [chat(0)])
+    with pytest.raises(UsageError, match=message):
+        opened("dataset=jsonl", f"dataset.data_dir={tmp_path}", *override.split())
 
 
 @pytest.mark.parametrize(
@@ -220,6 +264,8 @@ def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
     [
         (["dataset=slimorca", "dataset.validation_files=[a.jsonl]"], "knows its files"),
         (["dataset=openorca", "dataset.validation_split=test"], "no splits of its own"),
+        (["dataset=openorca", "dataset.split=test"], "no splits of its own"),
+        (["dataset=jsonl", "dataset.config=x"], "config is for hub"),
         (["dataset=jsonl", "dataset.validation_split=test", "dataset.validation_files=[a.jsonl]"], "choose one"),
         (["experiment=slimorca_then_openorca", "sources.openorca.validation_files=[a.parquet]"], "give all of them"),
     ],

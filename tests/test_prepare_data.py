@@ -56,6 +56,7 @@ def test_a_run_with_stages_has_a_card_for_each_source(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
         write(folder, [{"prompt": f"What is {folder.name} {n}?", "answer": "x"} for n in range(20)])
+        (folder / "test.jsonl").write_text('{"prompt": "Why?", "answer": "So."}\n')  # no stage trains or measures on it
     sources = [f"+source@sources.{folder.name}=jsonl" for folder in folders]
     sources += [f"sources.{folder.name}.data_dir={folder}" for folder in folders]
     stages = "stages=[{mix: {a: null, b: null}, epochs: 1}]"
@@ -63,7 +64,7 @@ def test_a_run_with_stages_has_a_card_for_each_source(tmp_path: Path) -> None:
     assert cards == [folder / "data_card.md" for folder in folders]
     cards = prepare_data.prepare([*overrides(tmp_path), *sources, stages], tmp_path / "cards", 0)
     assert cards == [tmp_path / "cards" / folder.name / "data_card.md" for folder in folders]
-    assert all("| read | 20 |" in card.read_text() for card in cards)
+    assert all("| read | 20 |" in card.read_text() and "test.jsonl" not in card.read_text() for card in cards)
 
 
 def test_every_row_read_is_on_the_card(tmp_path: Path) -> None:

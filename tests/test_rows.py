@@ -87,7 +87,7 @@ def test_more_than_one_array_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
-@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"nothing of the kind"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"nothing of the kind", lambda data: b""])
 def test_a_damaged_compressed_file_is_told(tmp_path: Path, damage: Any, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(damage(compressed(b'{"a": 1}\n' * 100, suffix)))
@@ -127,7 +127,18 @@ def test_values_of_a_table_are_text_as_it_stands(tmp_path: Path) -> None:
     assert list(tabs.rows()) == [(2, {"q": "Why, so?", "a": "So."})]
 
 
-@pytest.mark.parametrize("content", [b"", b"a,a\n1,2\n", b"a,\n1,2\n", b'a\n"1"x\n', b'a\n"1', b"a\n\xff\n"])
+def test_two_tables_can_be_read_at_once(tmp_path: Path) -> None:
+    """Python's limit on the length of a value, which is too low, is one for all readers."""
+    one, other = (write(tmp_path / name, f"a\n1\n{'x' * 200_000}\n".encode()).rows() for name in ("a.csv", "b.csv"))
+    next(one), next(other)
+    assert [len(list(reader)) for reader in (one, other)] == [1, 1]
+
+
+def test_a_table_without_a_line_has_no_rows(tmp_path: Path) -> None:
+    assert list(write(tmp_path / "a.csv", b"").rows()) == []
+
+
+@pytest.mark.parametrize("content", [b"a,a\n1,2\n", b"a,\n1,2\n", b'a\n"1"x\n', b'a\n"1', b"a\n\xff\n"])
 def test_a_table_that_can_not_be_read_is_told(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match=r"a\.csv"):
         list(write(tmp_path / "a.csv", content).rows())
@@ -172,6 +183,22 @@ def test_a_value_that_is_no_text_spoils_its_own_row_only(tmp_path: Path) -> None
     assert isinstance(data[1], BadRow) and data[1].reason == "bad_utf8"
 
 
+@pytest.mark.parametrize("name", COLUMNAR)
+def test_a_column_that_is_there_twice_is_told(tmp_path: Path, name: str) -> None:
+    """A row as a dict would keep the last one, and lose the other in silence."""
+    table = pyarrow.Table.from_arrays([pyarrow.array(["Q"]), pyarrow.array(["A"])], names=["answer", "answer"])
+    write_columns(tmp_path / name, table)
+    with pytest.raises(UsageError, match=r"each column once, found \['answer', 'answer'\]"):
+        list(open_row_file(tmp_path / name).rows())
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_text_that_is_not_utf8_is_told_with_a_way_to_convert_it(tmp_path: Path, name: str) -> None:
+    content = "q\ncafé\n" if name == "a.csv" else '[{"q": "café"}]'
+    with pytest.raises(UsageError, match=r"expected UTF-8, found byte 0xe9; convert the file.*iconv"):
+        list(write(tmp_path / name, content.encode("latin-1")).rows())
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: data[:200], lambda data: b"", lambda data: b"[1, 2]"])
 @pytest.mark.parametrize("name", COLUMNAR)
 def test_a_damaged_file_of_columns_is_told(tmp_path: Path, damage: Any, name: str) -> None:
@@ -185,8 +212,9 @@ def test_a_damaged_file_of_columns_is_told(tmp_path: Path, damage: Any, name: st
 def test_values_become_json(tmp_path: Path) -> None:
     when = datetime.datetime(2020, 1, 1)
     assert json.loads(to_json({"a": "ü\u2028", "b": b"text", "c": b"\xff", "d": when, "e": [1.5, None]})) == {
-        "a": "ü\u2028", "b": "text", "c": None, "d": None, "e": [1.5, None],
+        "a": "ü\u2028", "b": "text", "c": {"bytes": True}, "d": {"datetime": True}, "e": [1.5, None],
     }  # fmt: skip
+    assert to_json(b'{"a": 1}') == b'{"a": 1}'
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.zip", "a.jsonl.lz4", "a.gz"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from artifacts.checkpoint import checkpoints_of, step_of
@@ -170,3 +171,21 @@ def test_runs_on_puzzles_have_the_same_limits(tmp_path: Path, capsys: pytest.Cap
     shutil.rmtree(result.checkpoint)
     assert run_puzzles(config(*settings, "resume=auto")) == result
     assert (result.checkpoint.parent / "metrics.jsonl").read_bytes() == log
+
+
+def test_what_is_held_out_by_name_is_said_with_what_became_of_it(
+    run_config: Callable[..., PretrainInstructConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in a folder of save_to_disk, where the files of two splits have the same names."""
+    rows = [{"question": f"What is {n}?", "answer": "Red."} for n in range(20)]
+    test = [*rows[:2], {"question": "Why?", "answer": " "}]
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(split) for name, split in (("train", rows), ("test", test))}
+    ).save_to_disk(tmp_path / "data")
+    places = (f"dataset.data_dir={tmp_path / 'data'}", "dataset.files=[]", "dataset.validation_split=test")
+    run_instruct(run_config(tmp_path / "runs", *places, "dry_run=true", "global_batch_size=4"))
+    said = capsys.readouterr().out.splitlines()
+    assert f"data {tmp_path / 'data'}: 20 training rows, 2 test rows" in said
+    begin = said.index("  held-out files: data-00000-of-00001.arrow")
+    assert said[begin + 1] == "    rows read: 3, of these in this split: 2" and "    left out: empty_answer 1" in said[begin:]
+    assert "  of the test rows, 2 ask what training rows ask; 2 equal one as a whole" in said

@@ -49,8 +49,8 @@ def test_only_drawn_and_missing_files_are_fetched(folder: Path, monkeypatch: pyt
     find_files(folder, ["a.jsonl", "x/d.parquet"], hub)
     assert asked == [("me/repo", "x/d.parquet", folder / "x/d.parquet", "v1", "ab")]
     asked.clear()
-    drawn = find_files(folder, [f"{n}.parquet" for n in range(9)], hub, shards=1).train
-    assert [entry[2] for entry in asked] == drawn
+    drawn = find_files(folder, [f"{n}.parquet" for n in range(9)], hub, shards=1, validation_names=["v.parquet"])
+    assert [entry[2] for entry in asked] == [*drawn.train, folder / "v.parquet"] == [*drawn.train, *drawn.validation]
 
 
 def test_without_names_all_files_that_can_be_read_are_taken(folder: Path) -> None:
@@ -89,6 +89,29 @@ def test_files_named_as_held_out_are_not_trained_on(
             left_out,
         ]
     assert names(find_files(tmp_path, present).train, tmp_path) == present, "what is named exactly is what is meant"
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured", "train", "validation", "left_out"),
+    [
+        ([], ["val-*.jsonl"], ["a.jsonl", "b.jsonl"], ["val-1.jsonl", "val-2.jsonl"], ["test.jsonl"]),
+        ([], ["b.jsonl"], ["a.jsonl"], ["b.jsonl"], ["val-1.jsonl", "val-2.jsonl", "test.jsonl"]),
+        (["*.jsonl"], ["{folder}/b.jsonl", "test*"], ["a.jsonl"], ["b.jsonl", "test.jsonl"], ["val-1.jsonl", "val-2.jsonl"]),
+        (["a.jsonl", "b.jsonl"], ["b.jsonl"], ["a.jsonl", "b.jsonl"], ["b.jsonl"], []),
+    ],
+)
+def test_what_is_named_to_measure_on_is_measured_on_and_trained_on_only_if_named_for_that_too(
+    tmp_path: Path, asked: list[str], measured: list[str], train: list[str], validation: list[str], left_out: list[str]
+) -> None:
+    for name in ("a.jsonl", "b.jsonl", "test.jsonl", "val-1.jsonl", "val-2.jsonl"):
+        (tmp_path / name).write_text("")
+    measured = [name.format(folder=tmp_path) for name in measured]
+    found = find_files(tmp_path, asked, validation_names=measured)
+    assert [names(paths, tmp_path) for paths in (found.train, found.validation, found.left_out)] == [train, validation, left_out]
+    with pytest.raises(UsageError, match=r"dataset\.validation_files: expected files like 'no\*'"):
+        find_files(tmp_path, asked, validation_names=["no*"])
+    with pytest.raises(UsageError, match=r"held out.*name those to train on exactly"):
+        find_files(tmp_path, ["*"], validation_names=["*.jsonl"])
 
 
 def test_a_folder_with_nothing_but_held_out_files_is_told(tmp_path: Path) -> None:

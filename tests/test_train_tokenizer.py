@@ -139,14 +139,15 @@ def test_a_run_refuses_a_tokenizer_that_loses_text_before_it_tokenizes(
     run_config: Callable[..., PretrainInstructConfig], short_run_data: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    shutil.copytree(short_run_data, data, ignore=shutil.ignore_patterns(".token_cache"))
+    shutil.copytree(short_run_data, data)
     with (data / "rows.jsonl").open("a") as rows:
         rows.write(json.dumps({"prompt": "Two lines, please.", "answer": "one\ntwo"}) + "\n")
     (data / "lossy.model").write_bytes(tokenizer_files.sentencepiece_model(byte_fallback=True))
+    cache = tmp_path / "cache"
     places = (f"dataset.data_dir={data}", f"dataset.tokenizer_path={data / 'lossy.model'}", "dataset.test_ratio=0.01")
     with pytest.raises(UsageError, match=r"lossy\.model loses text: expected to get back 'one\\ntwo', found 'one two'"):
-        run_instruct(run_config(tmp_path / "runs", *places))
-    assert not (data / ".token_cache").exists()
+        run_instruct(run_config(tmp_path / "runs", *places, f"dataset.cache_dir={cache}"))
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])

@@ -90,12 +90,15 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
         place = source.repo if source.source == "hub" else source.data_dir
         ranks.say(f"data {place}: {rows:,} training rows, {test_rows:,} test rows")
         ranks.say(f"  files: {describe_files(train['files'])}")
-        if test is not None and test["files"] != train["files"]:
-            ranks.say(f"  held-out files: {describe_files(test['files'])}")
         if "left_out" in train:
             ranks.say(f"  not read, being named as held out: {describe_files(train['left_out'])}")
         for line in describe_counts(train["counts"]):
             ranks.say(f"  {line}")
+        # In a folder of save_to_disk, files of two splits have the same names.
+        if test is not None and (source.has_own_validation or test["files"] != train["files"]):
+            ranks.say(f"  held-out files: {describe_files(test['files'])}")
+            for line in describe_counts(test["counts"]):
+                ranks.say(f"    {line}")
         for warning in warnings_about(train["counts"]):
             ranks.say(f"WARNING: {warning}")
     if report["overlap"] is None:

@@ -6,6 +6,7 @@ This file must not know files, tokens or caches.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -291,7 +292,7 @@ class _RowReader:
             raise BadRow(
                 "two_systems",
                 f"expected one system text, found {shown(said[0])} among the turns and {shown(text)} under {key!r}; "
-                f"leave that out with dataset.ignore=[{key}], or correct the row",
+                f"leave that out with dataset.ignore=[{_given(key)}], or correct the row",
             )
         return turns
 
@@ -421,7 +422,7 @@ class _RowReader:
                 raise BadRow(
                     "wrong_type",
                     f"{where}{key}: expected 0, 1, false, true or null, found {shown(value)}; if it doesn't say whether the text "
-                    f"is trained on, name it in dataset.ignore=[{key}]",
+                    f"is trained on, name it in dataset.ignore=[{_given(key)}]",
                 )
             said[key] = truth == trained_if
         if len(set(said.values())) > 1:
@@ -439,8 +440,8 @@ class _RowReader:
                 raise BadRow(
                     "unread_key",
                     f"{where}.{key}: expected the keys of a turn, found one of no known meaning, with {shown(value)}; if it says "
-                    f"whether the turn is trained on, use dataset.fields={{train: {key}}} (or mask, for the opposite), else "
-                    f"dataset.ignore=[{key}]",
+                    f"whether the turn is trained on, use dataset.fields={{train: {_given(key)}}} (or mask, for the opposite), "
+                    f"else dataset.ignore=[{_given(key)}]",
                 )
             self._rest.append(_Unread(f"{where}.{key}", f"{counted_as}.{key}", key, value))
 
@@ -452,25 +453,25 @@ class _RowReader:
         for unread in (*of_row, *self._rest):
             if not _holds_text(unread.value):
                 continue
-            for where, key, text in self._unknown_texts(unread.where, unread.key, unread.value):
+            for where, text in self._unknown_texts(unread.where, unread.key, unread.value):
                 said = {turn.text.strip() for turn in turns} if said is None else said
                 if text.strip() not in said:
                     raise BadRow(
                         "unread_text",
                         f"{where}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
-                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {key}}} (FIELD: "
-                        f"{', '.join(FIELDS)}), else leave it out with dataset.ignore=[{key}]",
+                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {_given(unread.key)}}} "
+                        f"(FIELD: {', '.join(FIELDS)}), else leave it out with dataset.ignore=[{_given(unread.key)}]",
                     )
             self._ignored.add(unread.counted_as)
 
-    def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str, str]]:
-        """Place, nearest key and text of every string in a value that isn't a label or ignored."""
+    def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str]]:
+        """Place and text of every string in a value that isn't a label or ignored. key: the nearest one around the value."""
         if key in self._ignore:
             return
         if isinstance(value, str):
             is_label = _is_label_name(key) and len(value) <= _LABEL_CHARS and "\n" not in value
             if value.strip() and not is_label:
-                yield where, key, value
+                yield where, value
         elif isinstance(value, Mapping):
             for name, member in value.items():
                 yield from self._unknown_texts(f"{where}.{name}", str(name), member)
@@ -514,6 +515,11 @@ def _is_empty(value: Any) -> bool:
 
 def _is_label_name(key: str) -> bool:
     return key.lower() in METADATA or key.lower().endswith("_id")
+
+
+def _given(key: str) -> str:
+    """A key as an override has to spell it: in quotes, if it holds what means something to Hydra."""
+    return key if re.fullmatch(r"[\w-]+( [\w-]+)*", key) else "'" + key.replace("'", r"\'") + "'"
 
 
 def _is_list(value: Any) -> bool:

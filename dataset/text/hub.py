@@ -75,17 +75,21 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
     formats are converted to Arrow by `datasets`.
     """
     from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfFileSystem, constants
     from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
 
     name = json.dumps([repo, config, split, revision])
     note = cache_dir / "hub" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
-    known = [Path(path) for path in json.loads(note.read_text("utf-8"))] if note.is_file() else []
+    known: list[Path] = []
+    with contextlib.suppress(OSError, ValueError):  # not written yet, or cut off by a full disk
+        known = [Path(path) for path in json.loads(note.read_text("utf-8"))]
     if known and constants.HF_HUB_OFFLINE and all(path.is_file() for path in known):
         return known
     what = f"the data set {repo} (revision {revision})"
     by_hand = "or fetch its files by hand and name them: dataset=jsonl dataset.data_dir=FOLDER"
-    with _told(what, "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand):
+    otherwise = "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand
+    with _told(what, otherwise, DatasetsError, RuntimeError):  # RuntimeError: it has code of its own, which isn't run
         builder = load_dataset_builder(repo, config, revision=revision, cache_dir=str(cache_dir / "converted"))
         splits = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
         if split not in splits:
@@ -104,27 +108,36 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
 
 
 @contextlib.contextmanager
-def _told(what: str, otherwise: str) -> Iterator[None]:
-    """Turns all that a transfer can meet with into a `UsageError` about `what`, which ends in another way to get there."""
+def _told(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[None]:
+    """Turns all that a transfer can meet with into a `UsageError` about `what`, which ends in another way to get there.
+
+    wrong_use: errors that say that `what` can't be used as it is asked for, beside ValueError.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    offline = f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}"
+
+    of_use: tuple[type[Exception], ...] = (ValueError, *wrong_use)
     # HfHubHTTPError is an error of the HTTP library that huggingface_hub uses, and an OSError.
     of_the_network: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise UsageError(f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}") from error
+        raise UsageError(offline) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise UsageError(f"{what}: {_advice(status)} (HTTP {status}), {otherwise}") from error
     except of_the_network as error:
         if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise UsageError(f"{what} can't be written: {error}") from error
+        if constants.HF_HUB_OFFLINE:  # `datasets` has an error of its own for it
+            raise UsageError(offline) from error
         raise UsageError(
             f"{what}: {_first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "
             f"mirror in HF_ENDPOINT, {otherwise}"
         ) from error
-    except ValueError as error:
+    except of_use as error:
         raise UsageError(f"{what}: {_first_line(error)}; check repository, config and file names, {otherwise}") from error
 
 

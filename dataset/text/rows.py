@@ -69,7 +69,12 @@ class RowFile:
         """Each row with its number, from 1: its undecoded JSON, or its values, or why it can't be read."""
         try:
             yield from _READERS[self.format](self)
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{self.path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}; convert the file, for example with "
+                "`iconv -f LATIN1 -t UTF-8`"
+            ) from error
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
             found = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UsageError(
                 f"{self.path}: expected a complete {self.format[1:]} file, found a damaged or cut-off one ({found}); fetch it again"
@@ -83,6 +88,8 @@ class RowFile:
     @contextlib.contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
         """The bytes of the file, uncompressed. An end that comes too soon is an error, and frames may follow each other."""
+        if self.compression and self.path.stat().st_size == 0:
+            raise EOFError("no bytes at all")
         if self.compression == ".xz":
             with lzma.open(self.path) as handle:
                 yield handle
@@ -137,15 +144,22 @@ def format_of(path: Path) -> tuple[str, str] | None:
     return (suffixes[-1], compression) if suffixes and suffixes[-1] in FORMATS else None
 
 
-def to_json(values: dict[str, Any]) -> bytes:
-    """A row's values as JSON. Bytes that are text count as text; other values that JSON lacks become null."""
+def to_json(values: bytes | dict[str, Any]) -> bytes:
+    """A row of `RowFile.rows` as JSON, for `parse_row`.
+
+    Bytes that are text count as text; other values that JSON lacks become {name of their type: true}.
+    """
+    if isinstance(values, bytes):
+        return values
     return json.dumps(values, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
 
 
-def _plain(value: object) -> str | None:
+def _plain(value: object) -> str | dict[str, bool]:
     with contextlib.suppress(UnicodeDecodeError):
-        return value.decode() if isinstance(value, bytes) else None
-    return None
+        if isinstance(value, bytes):
+            return value.decode()
+    # Neither text nor null, which would be absent: where text belongs it is told, elsewhere it is metadata.
+    return {type(value).__name__: True}
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -262,11 +276,16 @@ def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Rows of CSV or TSV; all values are text, as they stand. A row's number is the line that it ends on."""
     with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter="\t" if file.format == ".tsv" else ",", strict=True)
-        before = csv.field_size_limit(_MOST_READ_FOR_A_ROW)
+        csv.field_size_limit(_MOST_READ_FOR_A_ROW)  # of the whole process, and never lowered: another file may be open
         try:
             header = next(reader, None)
+            if header is None:
+                return
             if not header or len(set(header)) < len(header) or not all(header):
-                raise UsageError(f"{file.path}:1: expected the columns' names, each once, found {header}")
+                raise UsageError(
+                    f"{file.path}:1: expected the columns' names, each once, found {header}; name them all, or write the file "
+                    "without its index (pandas: index=False)"
+                )
             for values in reader:
                 if not values:
                     continue
@@ -280,15 +299,13 @@ def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
             raise UsageError(
                 f"{file.path}:{reader.line_num}: expected a row of {file.format[1:].upper()}, found {error}"
             ) from error
-        finally:
-            csv.field_size_limit(before)
 
 
 def _parquet(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     import pyarrow.parquet
 
     with file.seekable() as path, pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as opened:
-        yield from _numbered(opened.iter_batches(_ROWS_AT_ONCE, use_threads=False))
+        yield from _numbered(file, opened.iter_batches(_ROWS_AT_ONCE, use_threads=False))
 
 
 def _arrow(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -307,12 +324,15 @@ def _arrow(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
             source.seek(0)
             batches = pa.ipc.open_stream(source)
         parts = (batch.slice(begin, _ROWS_AT_ONCE) for batch in batches for begin in range(0, len(batch), _ROWS_AT_ONCE))
-        yield from _numbered(parts)
+        yield from _numbered(file, parts)
 
 
-def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+def _numbered(file: RowFile, batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     number = 0
     for batch in batches:
+        names = batch.schema.names
+        if len(set(names)) < len(names):  # a row as a dict would keep the last of two equal names
+            raise UsageError(f"{file.path}: expected each column once, found {names}; rename one of them")
         for values in _values(batch):
             number += 1
             yield number, values

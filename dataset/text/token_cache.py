@@ -352,7 +352,7 @@ def _rows_of(files: Sequence[RowFile], stamps: Sequence[Any], limit: int | None)
         if isinstance(data, BadRow):
             yield {"file": number, "number": place, "row": None, "bad": json.dumps([data.reason, str(data)])}
         else:
-            yield {"file": number, "number": place, "row": to_json(data) if isinstance(data, dict) else data, "bad": None}
+            yield {"file": number, "number": place, "row": to_json(data), "bad": None}
     for file, stamp in zip(files, stamps, strict=True):
         if _stamp(file.path) != stamp:
             raise UsageError(f"{file.path} was changed while it was read: start again when it is complete")
