@@ -52,7 +52,7 @@ METADATA = frozenset(
 # What the turns after the last answer, of which nothing can be learned, are counted as among the ignored keys.
 UNANSWERED = "turns after the last answer"
 _LABEL_CHARS = 200
-_TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+_TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -452,25 +452,27 @@ class _RowReader:
         for unread in (*of_row, *self._rest):
             if not _holds_text(unread.value):
                 continue
-            for where, key, text in self._unknown_texts(unread.where, unread.key, unread.value):
+            for where, text in self._unknown_texts(unread.where, unread.key, unread.value):
                 said = {turn.text.strip() for turn in turns} if said is None else said
                 if text.strip() not in said:
+                    # Not the key nearest to the text: `fields` names keys of rows and messages, and `role` or `text` may be
+                    # read elsewhere in the row.
                     raise BadRow(
                         "unread_text",
                         f"{where}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
-                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {key}}} (FIELD: "
-                        f"{', '.join(FIELDS)}), else leave it out with dataset.ignore=[{key}]",
+                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {unread.key}}} (FIELD: "
+                        f"{', '.join(FIELDS)}), else leave it out with dataset.ignore=[{unread.key}]",
                     )
             self._ignored.add(unread.counted_as)
 
-    def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str, str]]:
-        """Place, nearest key and text of every string in a value that isn't a label or ignored."""
+    def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str]]:
+        """Place and text of every string in a value that isn't a label or ignored."""
         if key in self._ignore:
             return
         if isinstance(value, str):
             is_label = _is_label_name(key) and len(value) <= _LABEL_CHARS and "\n" not in value
             if value.strip() and not is_label:
-                yield where, key, value
+                yield where, value
         elif isinstance(value, Mapping):
             for name, member in value.items():
                 yield from self._unknown_texts(f"{where}.{name}", str(name), member)
