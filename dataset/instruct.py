@@ -13,6 +13,7 @@ from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
 from dataset.source_files import Hub, SourceFiles, find_files, is_saved, saved_split
 from dataset.text.conversation import Conversation, Template, with_default_system
+from dataset.text.counts import describe_counts
 from dataset.text.curriculum import Curriculum
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
@@ -145,7 +146,7 @@ def _open(
         if split == "train":
             remedy = "check the rows, raise dataset.seq_len, or use more data"
         names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-        raise UsageError(f"the {split} split of {names} is empty (rows: {dataset.counts}); {remedy}")
+        raise UsageError(f"the {split} split of {names} is empty ({'; '.join(describe_counts(dataset.counts))}): {remedy}")
     return dataset
 
 
@@ -193,10 +194,11 @@ def _files(config: DatasetConfig, in_stages: bool) -> SourceFiles:
         return SourceFiles(
             *([] if split is None else _split_files(config, split) for split in (config.split, config.validation_split))
         )
-    found = find_files(folder, config.files, hub, config.shards, config.seed)
     if config.validation_files:
-        named = find_files(folder, config.validation_files, hub)
-        return SourceFiles(found.train, [*named.train, *named.validation, *named.left_out])
+        named = find_files(folder, config.validation_files, hub, setting="dataset.validation_files")
+        validation = [*named.train, *named.validation, *named.left_out]
+        return SourceFiles(find_files(folder, config.files, hub, config.shards, config.seed, validation).train, validation)
+    found = find_files(folder, config.files, hub, config.shards, config.seed)
     return SourceFiles(found.train, left_out=[*found.validation, *found.left_out]) if in_stages else found
 
 

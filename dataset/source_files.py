@@ -48,17 +48,25 @@ class SourceFiles:
 
 
 def find_files(
-    data_dir: str | Path, names: Sequence[str], hub: Hub | None = None, shards: int | None = None, seed: int = 0
+    data_dir: str | Path,
+    names: Sequence[str],
+    hub: Hub | None = None,
+    shards: int | None = None,
+    seed: int = 0,
+    held_out: Sequence[Path] = (),
+    setting: str = "dataset.files",
 ) -> SourceFiles:
     """The files that `names` name: paths or globs, relative to `data_dir` or absolute; none twice, a glob's in order of name.
 
     A folder that `datasets` has saved to stands for its files. Without names: the files in `data_dir` of a format that can be
     read. What a glob finds, or the folder has, isn't trained on if its name says test, eval, validation, valid, val or dev; those
     named for validation, else those for a test, can be measured on.
+    held_out: files found already to measure on, which are no training files, either. setting: where `names` stand.
     shards: so many of the training files, drawn by `seed`; drawn before anything is fetched. A name without a file is fetched from
     `hub`, to the same name in `data_dir`. Raises `UsageError` for a name without a file, and too few of them.
     """
     folder = Path(data_dir).expanduser()
+    measured = [path.resolve() for path in held_out]
     found: dict[Path, str] = {}
     is_found_by_glob: dict[Path, bool] = {}
     for name in names or ["*"]:
@@ -67,10 +75,10 @@ def find_files(
         files = [folder / match for match in matches if not (is_glob and not _is_data(folder / match))]
         if not files:
             what = f"files like {name!r}" if names else f"files that end in {', '.join(FORMATS)}"
-            raise UsageError(
-                f"dataset.files: expected {what} in {str(folder)!r}, found none; check dataset.data_dir and dataset.files"
-            )
+            raise UsageError(f"{setting}: expected {what} in {str(folder)!r}, found none; check dataset.data_dir and {setting}")
         for path in files:
+            if any(path.resolve() in (file, *file.parents) for file in measured):
+                continue
             found.setdefault(path, name)
             is_found_by_glob[path] = is_glob and is_found_by_glob.get(path, True)
     paths: list[Path] = []
@@ -82,8 +90,8 @@ def find_files(
         group.append(path)
     if not paths:
         raise UsageError(
-            f"dataset.files: all files in {str(folder)!r} are named as held out ({', '.join(path.name for path in found)}): "
-            "name those to train on exactly"
+            f"{setting}: all files in {str(folder)!r} are held out ({', '.join(path.name for path in [*found, *held_out])}): "
+            "name others to train on, exactly"
         )
     if shards is not None:
         if shards > len(paths):
@@ -97,7 +105,7 @@ def find_files(
         if path.exists():
             continue
         if hub is None or PurePosixPath(found[path]).is_absolute():
-            raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and dataset.files")
+            raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and {setting}")
         hub.fetch(found[path], path)
     validation = of_validation or of_test
     left_out = [path for path in (*of_validation, *of_test) if path not in validation]

@@ -93,8 +93,17 @@ def test_files_named_as_held_out_are_not_trained_on(
 
 def test_a_folder_with_nothing_but_held_out_files_is_told(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("")
-    with pytest.raises(UsageError, match=r"test\.jsonl.*name those to train on exactly"):
+    with pytest.raises(UsageError, match=r"test\.jsonl.*name others to train on, exactly"):
         find_files(tmp_path, [])
+
+
+def test_files_to_measure_on_are_not_trained_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for held_out in (Path("b.jsonl"), folder / "b.jsonl"):
+        for asked in ([], ["*.jsonl"], ["a.jsonl", "b.jsonl", "odd[1].jsonl"]):
+            assert names(find_files(folder, asked, held_out=[held_out]).train, folder) == ["a.jsonl", "odd[1].jsonl"]
+        with pytest.raises(UsageError, match=r"b\.jsonl.*name others"):
+            find_files(folder, ["b*"], held_out=[held_out])
 
 
 def test_a_folder_that_datasets_has_saved_stands_for_its_files(tmp_path: Path) -> None:
@@ -119,6 +128,7 @@ def test_a_folder_that_datasets_has_saved_stands_for_its_files(tmp_path: Path) -
         (["*.parquet"], {}, "expected files like"),
         (["deep*"], {}, "expected files like"),
         (["*.jsonl"], {"shards": 4}, "dataset.shards is 4"),
+        (["none.jsonl"], {"setting": "dataset.validation_files"}, "check dataset.data_dir and dataset.validation_files"),
         (["/nowhere/a.jsonl"], {"hub": Hub("me/repo")}, "expected a data file"),
     ],
 )
