@@ -64,6 +64,9 @@ def test_a_run_with_stages_has_a_card_for_each_source(tmp_path: Path) -> None:
     cards = prepare_data.prepare([*overrides(tmp_path), *sources, stages], tmp_path / "cards", 0)
     assert cards == [tmp_path / "cards" / folder.name / "data_card.md" for folder in folders]
     assert all("| read | 20 |" in card.read_text() for card in cards)
+    (folders[0] / "test.jsonl").write_text((folders[0] / "a.jsonl").read_text())
+    prepare_data.prepare([*overrides(tmp_path), *sources, stages], None, 0)
+    assert "test.jsonl" not in (folders[0] / "data_card.md").read_text(), "in stages, sources are split alike"
 
 
 def test_every_row_read_is_on_the_card(tmp_path: Path) -> None:
