@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -78,6 +78,9 @@ def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> st
         value = _plain_texts(value, kind_of_text, is_sweep, has_escapes)
         if has_escapes:
             value = _without_escapes(value)
+    # Hydra adds no key to a table of the user's own without being told to.
+    if dict in (get_origin(found), get_origin(type_of_key(key.split(".")[:-1], kind))):
+        plus = "++"
     return f"{'' if plus == '+' else plus}{key}={value}"
 
 
@@ -199,7 +202,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
         [plain] = plain_overrides([override], type(config))
         try:
             [parsed] = OverridesParser.create().parse_overrides([plain])
-            if parsed.type is not OverrideType.CHANGE or parsed.package is not None:
+            if parsed.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or parsed.package is not None:
                 raise UsageError(f"override {override!r}: expected key=value")
             key = parsed.key_or_group
             if type_of_key(key.split("."), type(config)) is None:

@@ -219,10 +219,6 @@ class ArchConfig(_Section):
         return self
 
 
-def _none_given(value: object) -> object:
-    return {} if value is None else value  # Hydra's overrides can put keys in the place of null, but not into a table without them
-
-
 class SourceConfig(_Section):
     """Where conversations come from."""
 
@@ -248,9 +244,9 @@ class SourceConfig(_Section):
     """hub, and folders that `datasets` has saved to: the split to measure on, in place of test_ratio; null: none."""
     validation_files: tuple[PathStr, ...]
     """openorca, jsonl: files to measure on, in place of test_ratio; as `files`."""
-    fields: Annotated[dict[FieldName, str], BeforeValidator(_none_given)]
+    fields: dict[FieldName, str]
     """What rows call a field, where that isn't one of its usual names (docs/data.md): {prompt: pregunta, response: respuesta}."""
-    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], BeforeValidator(_none_given)]
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]]
     """Names of roles beside the usual ones, and whose turns theirs are."""
     tool_turns: Literal["error", "drop", "as_user"]
     """A tool's turn or call: stop; leave it out; or read what a tool says as the user's, and a call as the assistant's, in JSON."""

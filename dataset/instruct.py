@@ -13,6 +13,7 @@ from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
 from dataset.source_files import Hub, SourceFiles, find_files, is_saved, saved_split
 from dataset.text.conversation import Conversation, Template, with_default_system
+from dataset.text.counts import describe_counts
 from dataset.text.curriculum import Curriculum
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
@@ -145,7 +146,7 @@ def _open(
         if split == "train":
             remedy = "check the rows, raise dataset.seq_len, or use more data"
         names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-        raise UsageError(f"the {split} split of {names} is empty (rows: {dataset.counts}); {remedy}")
+        raise UsageError(f"the {split} split of {names} is empty ({'; '.join(describe_counts(dataset.counts))}): {remedy}")
     return dataset
 
 

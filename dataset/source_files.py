@@ -97,7 +97,8 @@ def find_files(
             continue
         name, _ = found.get(path) or named[path]
         if hub is None or PurePosixPath(name).is_absolute():
-            raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and dataset.files")
+            setting = "dataset.files" if path in found else "dataset.validation_files"
+            raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and {setting}")
         hub.fetch(name, path)
     return SourceFiles(_expanded(train), _expanded(validation), left_out)
 

@@ -31,15 +31,14 @@ def prepare(overrides: list[str], output: Path | None, near_rows: int) -> list[P
     """Build the cache of each source and write its card. Returns the cards' paths. Raises UsageError."""
     config = compose_config("cfg_pretrain_instruct", overrides)
     tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
+    in_stages = bool(config.stages)
     return [
-        _prepare(
-            source, tokenizer, output / name if output is not None and config.stages else output, near_rows, bool(config.stages)
-        )
+        _prepare(source, tokenizer, in_stages, output / name if output is not None and in_stages else output, near_rows)
         for name, source in source_configs(config).items()
     ]
 
 
-def _prepare(config: DatasetConfig, tokenizer: Tokenizer, output: Path | None, near_rows: int, in_stages: bool) -> Path:
+def _prepare(config: DatasetConfig, tokenizer: Tokenizer, in_stages: bool, output: Path | None, near_rows: int) -> Path:
     started = time.perf_counter()
     train, test = open_instruct_data(config, tokenizer, Template(), in_stages)
     print(f"{len(train):,} training rows, {len(test) if test else 0:,} test rows in {time.perf_counter() - started:.1f} s")

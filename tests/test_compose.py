@@ -34,6 +34,22 @@ def choices(group: str) -> list[str]:
     return sorted({path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")} - {*PUZZLE_PRESETS})
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset.sha256={a.parquet: abc, b: def}"],
+        ["dataset.sha256={a.parquet: abc}", "dataset.sha256={b: def}"],
+        ["dataset.sha256={a.parquet: abc}", "dataset.sha256.b=def"],
+    ],
+)
+def test_tables_take_names_of_the_users_own(overrides: list[str]) -> None:
+    expected = {"a.parquet": "abc", "b": "def"}
+    assert compose_config(MAIN, overrides).dataset.sha256 == expected
+    assert override_config(compose_config(MAIN), overrides).dataset.sha256 == expected
+    fields = ["dataset.fields.prompt=pregunta", "dataset.fields.response=respuesta"]
+    assert compose_config(MAIN, fields).dataset.fields == {"prompt": "pregunta", "response": "respuesta"}
+
+
 @pytest.mark.parametrize("preset", [f"{group}={name}" for group in ("arch", "dataset", "experiment") for name in choices(group)])
 def test_every_preset_composes(preset: str) -> None:
     assert isinstance(compose_config(MAIN, [preset]), PretrainInstructConfig)

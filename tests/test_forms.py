@@ -204,6 +204,16 @@ def test_the_way_out_that_is_told_is_one(key: str) -> None:
             assert options.ignore == (key,) and same(parse_turns(row, options).turns, WHY_SO)
 
 
+@pytest.mark.parametrize("field", ["history", "ignore"])
+def test_the_ways_out_of_text_deep_within_a_key_work(field: str) -> None:
+    """`past` is what `fields` can name; and to ignore `content` would be to read no message."""
+    row = {**PAIR, "past": openai(("user", "A?"), ("assistant", "B."))["messages"]}
+    with pytest.raises(BadRow, match=r"past\[0\]\.role: .*dataset\.fields=\{FIELD: past\}.*dataset\.ignore=\[past\]"):
+        parse_turns(row)
+    options = FormOptions(ignore=("past",)) if field == "ignore" else FormOptions(fields=((field, "past"),))
+    assert parse_turns(row, options).turns == (WHY_SO if field == "ignore" else (*turns("u:A?", "a:B."), *WHY_SO))
+
+
 def test_labels_and_repeats_are_known_and_counted() -> None:
     row = {
         **openai(("user", "Why?"), ("assistant", "So.")), "id": "a", "Source": "web", "prompt_id": "x", "category": ["qa", "short"],
@@ -241,6 +251,7 @@ def test_ignored_keys_within_turns() -> None:
     ("flag", "trained"),
     [
         ({"weight": 1}, True), ({"weight": 0}, False), ({"weight": "0"}, False), ({"weight": 1.0}, True),
+        ({"weight": "0.0"}, False), ({"weight": "1.0"}, True),
         ({"weight": False}, False), ({"train": True}, True),
         ({"train": False}, False), ({"train": "False"}, False), ({"train": "TRUE"}, True),
         ({"loss": 1}, True), ({"loss": "0"}, False), ({"loss": None}, True), ({"loss": ""}, True),

@@ -416,6 +416,26 @@ def test_a_private_data_set_is_told(stand_in: StandIn, tmp_path: Path) -> None:
     assert "own/set" in error and "HF_TOKEN" in error
 
 
+def test_the_door_shows_the_error_and_not_each_request(stand_in: StandIn, tmp_path: Path) -> None:
+    stand_in.status = 401
+    inherited = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    result = subprocess.run(
+        [sys.executable, "pretrain_instruct.py", "dataset=hub", "dataset.repo=own/set", f"dataset.cache_dir={tmp_path}"],
+        env={
+            **inherited,
+            "HF_ENDPOINT": stand_in.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "LLAMA_TOKENIZER": str(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"),
+        },
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "HF_TOKEN" in result.stderr
+    assert "HTTP Request" not in result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     ("call", "environment", "advice"),
     [

@@ -142,6 +142,7 @@ def test_a_folder_that_datasets_has_saved_stands_for_its_files(tmp_path: Path) -
         (["*.parquet"], {}, "expected files like"),
         (["deep*"], {}, "expected files like"),
         (["*.jsonl"], {"shards": 4}, "dataset.shards is 4"),
+        (["a.jsonl"], {"validation_names": ["none.jsonl"]}, "check dataset.data_dir and dataset.validation_files"),
         (["/nowhere/a.jsonl"], {"hub": Hub("me/repo")}, "expected a data file"),
     ],
 )

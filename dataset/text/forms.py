@@ -53,7 +53,7 @@ METADATA = frozenset(
 # What the turns after the last answer, of which nothing can be learned, are counted as among the ignored keys.
 UNANSWERED = "turns after the last answer"
 _LABEL_CHARS = 200
-_TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+_TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -456,6 +456,8 @@ class _RowReader:
             for where, text in self._unknown_texts(unread.where, unread.key, unread.value):
                 said = {turn.text.strip() for turn in turns} if said is None else said
                 if text.strip() not in said:
+                    # Not the key nearest to the text: `fields` names keys of rows and messages, and `role` or `text` may be
+                    # read elsewhere in the row.
                     raise BadRow(
                         "unread_text",
                         f"{where}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
