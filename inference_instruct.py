@@ -9,7 +9,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder, write_js
 from config.compose import add_model_arguments, override_config, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainInstructConfig, user_path
-from dataset.instruct import open_run_split
+from dataset.instruct import MeasuredSplit, open_run_split
 from evaluators.generated import evaluate_generated, write_generated
 from evaluators.language import DepthOutput, evaluate_sources
 from generation.loading import load_responder
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--split", choices=("train", "test"), default="test", help="which split to run over")
+    add("--split", choices=get_args(MeasuredSplit), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches of each source")
     add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")

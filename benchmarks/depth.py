@@ -33,7 +33,7 @@ from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextDataset
-from evaluators.answers import Score, is_exact, score_answers, wilson_lower_bound
+from evaluators.answers import Score, is_exact, score_answers, wilson_upper_bound
 from evaluators.calibration import record_halting, reliability
 from generation.answers import Answer, Responder
 from generation.loading import load_responder
@@ -156,14 +156,9 @@ def calibration(responder: Responder, split: TextDataset, config: PretrainInstru
     return found
 
 
-def upper_95(score: Score) -> float:
-    """The upper end of Wilson's interval: the lower one of the wrong answers, seen from 1."""
-    return 1 - wilson_lower_bound(round((1 - score["accuracy"]) * score["count"]), score["count"])
-
-
 def with_interval(score: Score) -> str:
     """Percent exact and the ends of its 95 % interval."""
-    return f"{score['accuracy']:.1%} [{score['lower_95']:.1%}, {upper_95(score):.1%}]".replace("%", "")
+    return f"{score['accuracy']:.1%} [{score['lower_95']:.1%}, {wilson_upper_bound(score):.1%}]".replace("%", "")
 
 
 def speed_ratio(setting: Setting, to: Setting) -> list[float]:
@@ -182,8 +177,8 @@ def report(settings: Sequence[Setting], questions: Questions, choice: Choice, by
                 "name": setting.name,
                 "act_steps": setting.act_steps,
                 "threshold": setting.threshold,
-                "overall": {**scores["overall"], "upper_95": upper_95(scores["overall"])},
-                "families": {name: {**score, "upper_95": upper_95(score)} for name, score in scores["families"].items()},
+                "overall": {**scores["overall"], "upper_95": wilson_upper_bound(scores["overall"])},
+                "families": {name: {**score, "upper_95": wilson_upper_bound(score)} for name, score in scores["families"].items()},
                 "mean_act_steps": setting.mean_act_steps,
                 "tokens": setting.tokens,
                 "tokens_per_second": setting.tokens_per_second,

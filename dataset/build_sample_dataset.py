@@ -1,8 +1,9 @@
 """Command: writes the bundled data set, SlimOrca-form JSONL with checkable answers, split by operands.
 
     python -m dataset.build_sample_dataset --output-dir data/sample --train-size 88000 --test-per-family 100 --seed 0
+    python -m dataset.build_sample_dataset --families deep --max-hops 6
 
-It knows the families of `sample_tasks` and the row form, nothing of tokenizers, training or models.
+It knows the families of `sample_tasks` and `deep_tasks` and the row form, nothing of tokenizers, training or models.
 """
 
 import argparse
@@ -13,13 +14,18 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from config.errors import UsageError, one_clear_message
+from dataset.deep_tasks import DEEP_FAMILIES, DEEP_TEST_FRACTION, MOST_HOPS
 from dataset.sample_tasks import FAMILIES, TEST_FRACTION, Example, stated_sums
 
 GENERATOR = "sample-tasks"
-SOURCES = ("build_sample_dataset.py", "sample_tasks.py", "sample_words.py")
+SOURCES = ("build_sample_dataset.py", "sample_tasks.py", "sample_words.py", "deep_tasks.py")
+
+# How many numbers of hops beyond those of training test_deeper asks.
+DEEPER = 2
+HELD_OUT_FRACTION = TEST_FRACTION | dict.fromkeys(DEEP_FAMILIES, DEEP_TEST_FRACTION)
 
 # Rows of a family in training, relative to the others, by how many of them the quickstart's model needed: arithmetic wants most,
 # sorting, units and places in a list are learned from few.
@@ -47,21 +53,22 @@ def generator_version() -> str:
 def is_held_out(key: str, seed: int) -> bool:
     """Whether the operands `key` ("<space>:<operands>") belong to the test split; depends on nothing but both."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < TEST_FRACTION[key.split(":", 1)[0]]
+    return int.from_bytes(digest, "big") / 2**64 < HELD_OUT_FRACTION[key.split(":", 1)[0]]
 
 
 def _belongs(example: Example, split: str, seed: int) -> bool:
-    """Test asks held-out operands. Training neither asks them nor states a held-out sum in its working."""
-    if split == "test":
+    """Test splits ask held-out operands. Training neither asks them nor states a held-out sum in its working."""
+    if split != "train":
         return is_held_out(example.key, seed)
     return not any(is_held_out(key, seed) for key in {example.key, *stated_sums(example)})
 
 
-def draw_family(family: str, split: str, rows: int, seed: int) -> tuple[list[Example], int]:
-    """Draw `rows` examples of one family whose operands belong to `split` ("train" or "test").
+def draw_family(family: str, split: str, rows: int, seed: int, hops: Sequence[int] = ()) -> tuple[list[Example], int]:
+    """Draw `rows` examples of one family whose operands belong to `split` ("train", "test" or "test_deeper").
 
-    Returns the examples and how many of them repeat an earlier question (never in test, where new operands are also
-    preferred to a new wording). Raises UsageError if the test split has too few questions.
+    `hops`: of a deep family, the numbers of hops that its rows have in turn. Returns the examples and how many of them repeat
+    an earlier question (never in a test split, where new operands are also preferred to a new wording). Raises UsageError if a
+    test split has too few questions.
     """
     examples: list[Example] = []
     seen_questions: set[tuple[str, ...]] = set()
@@ -71,7 +78,7 @@ def draw_family(family: str, split: str, rows: int, seed: int) -> tuple[list[Exa
         rng = random.Random(f"{seed}/{split}/{family}/{row}")
         met = 0
         for _ in range(MAX_ATTEMPTS):
-            example = FAMILIES[family](rng)
+            example = DEEP_FAMILIES[family](rng, hops[row % len(hops)]) if hops else FAMILIES[family](rng)
             if not _belongs(example, split, seed):
                 continue
             new_question = example.questions not in seen_questions
@@ -102,14 +109,14 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def to_row(family: str, example: Example, rng: random.Random) -> dict[str, Any]:
-    """The SlimOrca-form row of one example, with a system prompt on a share of the rows."""
+    """The SlimOrca-form row of one example, with a system prompt on a share of the rows; none with hops, which are equally long."""
     conversations = []
-    if rng.random() < SYSTEM_PROMPT_SHARE:
+    if example.hops is None and rng.random() < SYSTEM_PROMPT_SHARE:
         conversations.append({"from": "system", "value": rng.choice(SYSTEM_PROMPTS)})
     for question, answer in example.turns:
         conversations.append({"from": "human", "value": question})
         conversations.append({"from": "gpt", "value": answer})
-    return {"conversations": conversations, "task": family}
+    return {"conversations": conversations, "task": family, **({} if example.hops is None else {"hops": example.hops})}
 
 
 def _as_rows(split: str, family: str, examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
@@ -150,24 +157,38 @@ def build(
     test_per_family: int,
     seed: int = 0,
     weights: Mapping[str, float] | None = None,
+    families: Literal["shallow", "deep"] = "shallow",
+    max_hops: int = MOST_HOPS - DEEPER,
 ) -> dict[str, Any]:
     """Write `train.jsonl`, `test.jsonl` and `dataset.json` into `output_dir`; reuse them if they are there already.
 
-    `weights` are the families' relative numbers of training rows (default TRAIN_WEIGHTS); the test split has
-    `test_per_family` rows of each. Returns dataset.json's content with `"reused"` added. Raises UsageError for
-    impossible sizes and for a folder that holds somebody else's data.
+    `weights` are the families' relative numbers of training rows (default TRAIN_WEIGHTS, or equal ones for deep families); the
+    test split has `test_per_family` rows of each. Rows of deep families have 1 to `max_hops` hops, as many rows of each number,
+    and as many again, with more hops, stand in `test_deeper.jsonl`. Returns dataset.json's content with `"reused"` added.
+    Raises UsageError for impossible sizes and for a folder that holds somebody else's data.
     """
-    weights = dict(TRAIN_WEIGHTS if weights is None else weights)
-    if set(weights) != set(FAMILIES) or any(not 0 < weight < math.inf for weight in weights.values()):
-        raise UsageError(f"expected a positive weight for each of {sorted(FAMILIES)}, found {weights}")
-    weights = {family: weights[family] for family in FAMILIES}  # one order, whatever the caller's: rows depend on it
+    names = list(DEEP_FAMILIES if families == "deep" else FAMILIES)
+    if weights is None:
+        weights = TRAIN_WEIGHTS if families == "shallow" else dict.fromkeys(names, 1.0)
+    if set(weights) != set(names) or any(not 0 < weight < math.inf for weight in weights.values()):
+        raise UsageError(f"expected a positive weight for each of {sorted(names)}, found {weights}")
+    if not 1 <= max_hops <= MOST_HOPS - DEEPER:
+        raise UsageError(
+            f"expected 1 to {MOST_HOPS - DEEPER} hops in training, so that up to {MOST_HOPS} can be tested, found {max_hops}; "
+            "change --max-hops"
+        )
+    weights = {family: weights[family] for family in names}  # one order, whatever the caller's: rows depend on it
     if train_size < 1 or test_per_family < 1:
         raise UsageError(f"expected at least 1 training row and 1 test row a family, found {train_size} and {test_per_family}")
     folder = Path(output_dir)
-    files = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
+    hops: dict[str, Sequence[int]] = {"train": (), "test": ()}
+    if families == "deep":
+        trained, deeper = range(1, max_hops + 1), range(max_hops + 1, max_hops + DEEPER + 1)
+        hops = {"train": trained, "test": trained, "test_deeper": deeper}
+    files = {split: folder / f"{split}.jsonl" for split in hops}
     arguments = {
         "generator": GENERATOR, "version": generator_version(), "seed": seed, "train_size": train_size,
-        "test_per_family": test_per_family, "weights": weights,
+        "test_per_family": test_per_family, "weights": weights, "hops": {split: list(asked) for split, asked in hops.items()},
     }  # fmt: skip
 
     manifest = _read_manifest(folder / "dataset.json")
@@ -181,13 +202,14 @@ def build(
         if found == manifest.get("sha256"):
             return {**manifest, "reused": True}
 
-    sizes = {"train": apportion(train_size, weights), "test": dict.fromkeys(FAMILIES, test_per_family)}
+    earlier: dict[str, str] = (manifest or {}).get("sha256", {})
+    sizes = {split: dict.fromkeys(names, test_per_family) for split in hops} | {"train": apportion(train_size, weights)}
     repeats: dict[str, int] = {}
     contents: dict[str, bytes] = {}
     for split, counts in sizes.items():
         per_family: list[list[dict[str, Any]]] = []
         for family, rows in counts.items():
-            examples, repeated = draw_family(family, split, rows, seed)
+            examples, repeated = draw_family(family, split, rows, seed, hops[split])
             if repeated:
                 repeats[family] = repeated
             per_family.append(_as_rows(split, family, examples, seed))
@@ -201,7 +223,7 @@ def build(
 
     manifest = {
         **arguments,
-        "test_size": test_per_family * len(FAMILIES),
+        "test_size": test_per_family * len(names),
         "counts": sizes,
         "repeated_train_questions": repeats,
         "note": "A training question repeats an earlier one where its family has few different questions left.",
@@ -212,24 +234,39 @@ def build(
     _write_atomically(folder / "dataset.json", (json.dumps(manifest, indent=2) + "\n").encode())
     for split, path in files.items():
         _write_atomically(path, contents[split])
+    for split in earlier.keys() - contents.keys():  # of a data set of deep families that was here
+        (folder / f"{split}.jsonl").unlink(missing_ok=True)
     return {**manifest, "reused": False}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, build, and say what lies where."""
     parser = argparse.ArgumentParser(description="Build the bundled instruction data set.")
+    parser.add_argument("--families", choices=("shallow", "deep"), default="shallow", help="deep: answers in many dependent steps")
     parser.add_argument(
-        "--output-dir", type=os.path.expanduser, default="data/sample", help="folder for train.jsonl, test.jsonl, dataset.json"
-    )
+        "--output-dir", type=os.path.expanduser,
+        help="folder for train.jsonl, test.jsonl, dataset.json; default: data/sample, of deep families data/deep",
+    )  # fmt: skip
     parser.add_argument("--train-size", type=int, default=88_000, help="training rows over all families")
     parser.add_argument("--test-per-family", type=int, default=100, help="held-out rows of each family")
     parser.add_argument("--seed", type=int, default=0, help="decides the split and every row")
+    parser.add_argument(
+        "--max-hops", type=int,
+        help=f"deep families: most dependent steps of a training row, by default {MOST_HOPS - DEEPER}, which is also the most",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
+    deep = arguments.families == "deep"
+    folder = arguments.output_dir or ("data/deep" if deep else "data/sample")
     with one_clear_message():
-        made = build(arguments.output_dir, arguments.train_size, arguments.test_per_family, arguments.seed)
+        if arguments.max_hops is not None and not deep:
+            raise UsageError("--max-hops goes with --families deep: give both")
+        max_hops = {} if arguments.max_hops is None else {"max_hops": arguments.max_hops}
+        made = build(
+            folder, arguments.train_size, arguments.test_per_family, arguments.seed, families=arguments.families, **max_hops
+        )
         print(
-            f"{'reused' if made['reused'] else 'wrote'} {arguments.output_dir}: {made['train_size']} training rows and "
-            f"{made['test_size']} test rows of {len(FAMILIES)} families, seed {made['seed']}"
+            f"{'reused' if made['reused'] else 'wrote'} {folder}: {made['train_size']} training rows and "
+            f"{made['test_size']} test rows of {len(made['weights'])} families, seed {made['seed']}"
         )
 
 

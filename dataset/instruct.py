@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
 
+# What a trained model can be measured on: test_deeper has questions of the bundled deep families with more hops than training.
+MeasuredSplit = Literal[Split, "test_deeper"]
 SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
 _ROWS_TRIED = 1000
 
@@ -49,9 +51,14 @@ def open_instruct_data(
 
 
 def open_instruct_split(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, in_stages: bool = False
+    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: MeasuredSplit, in_stages: bool = False
 ) -> TextDataset:
     """One split by itself, with `subset_size` rows of its own. Raises `UsageError` as `open_instruct_data` does."""
+    if split == "test_deeper":
+        if config.source != "sample":
+            raise UsageError(f"only the bundled deep families have a split test_deeper, found dataset={config.source}: use test")
+        files = SourceFiles([], [_sample_file(Path(config.data_dir).expanduser(), split)])
+        return _open(config, tokenizer, template, "test", files, alone=True)
     if split == "test" and config.test_ratio == 0:
         raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
     return _open(config, tokenizer, template, split, _files(config, in_stages), alone=True)
@@ -93,7 +100,7 @@ def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template
     return RunData(train, TextCorpus(held_out) if held_out else None, curriculum)
 
 
-def open_run_split(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template, split: Split) -> TextCorpus:
+def open_run_split(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template, split: MeasuredSplit) -> TextCorpus:
     """One split of every source of a run, for measuring; see `open_instruct_split`."""
     return TextCorpus(
         {
@@ -222,13 +229,13 @@ def _split_files(config: DatasetConfig, split: str) -> list[Path]:
     return saved_split(Path(config.data_dir).expanduser(), split)
 
 
-def _sample_file(folder: Path, split: Split) -> Path:
+def _sample_file(folder: Path, split: MeasuredSplit) -> Path:
     for name in (f"{split}.jsonl", f"{split}.jsonl.zst"):
         if (folder / name).is_file():
             return folder / name
     raise UsageError(
         f"expected {split}.jsonl in {str(folder)!r}, found none; build the sample data first: "
-        f"`{SAMPLE_BUILDER} --output-dir {folder}`"
+        f"`{SAMPLE_BUILDER} {'--families deep ' if split == 'test_deeper' else ''}--output-dir {folder}`"
     )
 
 

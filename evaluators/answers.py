@@ -48,6 +48,11 @@ def wilson_lower_bound(correct: int, count: int, z: float = Z_95) -> float:
     return (centre - margin) / (1 + z * z / count)
 
 
+def wilson_upper_bound(score: Score) -> float:
+    """The upper end of Wilson's interval: the lower one of the wrong answers, seen from 1."""
+    return 1 - wilson_lower_bound(round((1 - score["accuracy"]) * score["count"]), score["count"])
+
+
 def score_answers(families: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> AnswerScores:
     """Accuracy by `is_exact`, baseline and Wilson 95 % lower bound, for each family and over all.
 
@@ -77,6 +82,20 @@ def score_answers(families: Sequence[str], references: Sequence[str], answers: S
     return {
         "overall": _score(sum(correct.values()), sum(baseline_correct.values()), len(families)),
         "families": {family: _score(correct[family], baseline_correct[family], counts[family]) for family in references_of},
+    }
+
+
+def score_by_hops(
+    hops: Sequence[int | None], families: Sequence[str], references: Sequence[str], answers: Sequence[str]
+) -> dict[int, AnswerScores]:
+    """`score_answers` of the questions with each number of hops by themselves, in ascending order; those without are left out."""
+    rows_of = {
+        number: [i for i, found in enumerate(hops) if found == number]
+        for number in sorted({found for found in hops if found is not None})
+    }
+    return {
+        number: score_answers(*([column[i] for i in rows] for column in (families, references, answers)))
+        for number, rows in rows_of.items()
     }
 
 

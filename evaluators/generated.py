@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
-from evaluators.answers import is_exact, score_answers
+from evaluators.answers import is_exact, score_answers, score_by_hops
 from generation.answers import Answer, Responder
 from generation.batch import Asked, answers_in_order, positions_needed
 
@@ -21,29 +21,46 @@ def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *,
 
     Raw text asks nothing and is left out. Returns `score_answers`' result at the responder's depth, and beside it `by_act_step`
     (accuracy of all at 1, 2, ... ACT steps; with a halting threshold one entry), `mean_act_steps` of a generated token, and
-    `longer_than_context`: rows whose history leaves no room for an answer and that are not scored. Raises UsageError if no row is
-    left.
+    `longer_than_context`: rows whose history leaves no room for an answer and that are not scored. Of the bundled deep families
+    also `by_hops`: for each number of dependent steps, `score_answers`' result at each of these depths (`by_act_step`) and
+    `mean_act_steps`. Raises UsageError if no row is left.
     """
     exchanges = list(_exchanges(split, rows))
     fitting = [exchange for exchange in exchanges if responder.fits(exchange[1])]
     histories, references = [history for _, history, _ in fitting], [reference for _, _, reference in fitting]
-    families = [str(split.row(i).get("task", "no task")) for i, _, _ in fitting]
+    rows_asked = [split.row(i) for i, _, _ in fitting]
+    families = [str(row.get("task", "no task")) for row in rows_asked]
+    hops = [row["hops"] if isinstance(row.get("hops"), int) else None for row in rows_asked]
     options = responder.options
     depths = range(1, options.act_steps + 1) if options.halt_threshold is None else [options.act_steps]
-    by_depth, steps = [], []
+    by_depth, by_hops = [], []
     for depth in depths:
         answers = [Answer() for _ in histories]
         finished = responder.at_depth(depth, options.halt_threshold).finished(histories)
         for index, answer in tqdm(finished, desc=f"answers at {depth} ACT steps", unit="answer", total=len(histories)):
             answers[index] = answer
-        by_depth.append(score_answers(families, references, [answer.text for answer in answers]))
-        steps = [step for answer in answers for step in answer.act_steps]
+        texts = [answer.text for answer in answers]
+        by_depth.append(score_answers(families, references, texts))
+        by_hops.append(score_by_hops(hops, families, references, texts))
     return {
         **by_depth[-1],
         "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
-        "mean_act_steps": sum(steps) / len(steps),
+        "mean_act_steps": _mean_act_steps(answers),
         "longer_than_context": len(exchanges) - len(fitting),
+        "by_hops": {
+            str(number): {
+                "by_act_step": [scores[number] for scores in by_hops],
+                "mean_act_steps": _mean_act_steps([answer for answer, found in zip(answers, hops, strict=True) if found == number]),
+            }
+            for number in by_hops[-1]
+        },
     }
+
+
+def _mean_act_steps(answers: Sequence[Answer]) -> float:
+    """Of a generated token."""
+    steps = [step for answer in answers for step in answer.act_steps]
+    return sum(steps) / len(steps)
 
 
 def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int]) -> dict[str, Any]:

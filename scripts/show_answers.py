@@ -1,6 +1,6 @@
 """Print the scores of a checkpoint's generated answers as a table.
 
-    python scripts/show_answers.py checkpoints/<project>/<run> [--split train]
+    python scripts/show_answers.py checkpoints/<project>/<run> [--split train|test_deeper]
 
 Takes a run's folder (its newest checkpoint), a checkpoint, or a file of metrics that inference_instruct.py has written. Of a folder
 it shows the whole test split, or the split that --split names.
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from artifacts.checkpoint import newest_checkpoint
 from config.errors import UsageError, one_clear_message
+from evaluators.answers import Score, wilson_upper_bound
 
 
 def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
@@ -32,25 +33,48 @@ def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """What was measured, one line per family, then all of them, then the accuracy at each depth."""
+    """What was measured, one line per family, then all of them, then the accuracy at each depth; of deep families also by hops."""
     answers = metrics["answers"]
     lines = [f"{metrics['rows']:,} of {metrics['rows_of_split']:,} rows of the {metrics['split']} split, {metrics['checkpoint']}"]
-    lines += [f"{'family':14s} {'exact':>6s} {'95 % from':>9s} {'baseline':>8s} {'count':>6s}"]
+    width = max(14, *map(len, answers["families"]))
+    lines += [f"{'family':{width}s} {'exact':>6s} {'95 % from':>9s} {'baseline':>8s} {'count':>6s}"]
     for name, score in [*answers["families"].items(), ("all", answers["overall"])]:
-        lines.append(f"{name:14s} {score['accuracy']:6.1%} {score['lower_95']:9.1%} {score['baseline']:8.1%} {score['count']:6d}")
+        lines.append(
+            f"{name:{width}s} {score['accuracy']:6.1%} {score['lower_95']:9.1%} {score['baseline']:8.1%} {score['count']:6d}"
+        )
     depths = ", ".join(f"{accuracy:.1%} at {depth}" for depth, accuracy in enumerate(answers["by_act_step"], 1))
     lines.append(f"exact answers by ACT steps: {depths}")
+    lines += by_hops(answers.get("by_hops", {}))
     if metrics["worse_act_steps"]:
         lines.append(f"depth doesn't pay: the loss rises at ACT steps {metrics['worse_act_steps']}")
     lines.append(f"bits per byte {metrics['bits_per_byte']:.3f}, loss per token {metrics['loss_per_token']:.3f} nats")
     return "\n".join(lines)
 
 
+def by_hops(hops: dict[str, dict[str, Any]]) -> list[str]:
+    """Percent exact with its 95 % interval, a column for each number of hops: all at each depth, then each family at the last."""
+    if not hops:
+        return []
+    columns = [of["by_act_step"] for of in hops.values()]
+    rows = [(f"all at {depth}", [scores["overall"] for scores in at]) for depth, at in enumerate(zip(*columns, strict=True), 1)]
+    last = [column[-1]["families"] for column in columns]
+    rows += [(name, [families.get(name) for families in last]) for name in sorted(set().union(*last))]
+    lines = ["exact by hops    " + "".join(f"{number:>16s}" for number in hops)]
+    lines += [f"{name:17s}" + "".join(f"{_with_interval(score):>16s}" for score in scores) for name, scores in rows]
+    return [*lines, "ACT steps a token" + "".join(f"{of['mean_act_steps']:16.2f}" for of in hops.values())]
+
+
+def _with_interval(score: Score | None) -> str:
+    if score is None:  # a part of a split may lack a family's rows of some number of hops
+        return "-"
+    return f"{100 * score['accuracy']:.1f} [{100 * score['lower_95']:.0f}, {100 * wilson_upper_bound(score):.0f}]"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Read, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run or of a checkpoint, or a metrics file")
-    parser.add_argument("--split", choices=("train", "test"), help="of a folder, the last measurement of this split")
+    parser.add_argument("--split", choices=("train", "test", "test_deeper"), help="of a folder, the last measurement of this split")
     options = parser.parse_args(arguments)
     with one_clear_message():
         print(table(read_metrics(options.path, options.split)))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import UsageError
-from evaluators.answers import score_answers, wilson_lower_bound
+from evaluators.answers import score_answers, score_by_hops, wilson_lower_bound
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,15 @@ def test_only_surrounding_white_space_is_forgiven(answer: str, right: bool) -> N
 
 def test_case_is_not_forgiven() -> None:
     assert score_answers(["spell"], ["C A T"], ["c a t"])["overall"]["accuracy"] == 0.0
+
+
+def test_scores_by_hops_are_those_of_their_questions_alone() -> None:
+    families = ["map", "map", "order", "map", "sum"]
+    found = score_by_hops([2, 1, 2, 2, None], families, ["A", "B", "C", "D", "9"], ["A", "x", "C", "x", "9"])
+    assert list(found) == [1, 2]
+    assert found[1] == score_answers(["map"], ["B"], ["x"])
+    assert found[2] == score_answers(["map", "order", "map"], ["A", "C", "D"], ["A", "C", "x"])
+    assert score_by_hops([None], ["sum"], ["9"], ["9"]) == {}
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), min_size=1), st.sampled_from("xyz"))

@@ -3,6 +3,7 @@
 The solvers and the operand parser below read only the text of a question; they share no code with the generator.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -354,6 +355,60 @@ def test_a_rerun_reuses_and_a_damaged_or_different_data_set_is_rebuilt(tmp_path:
     assert "wrote" in capsys.readouterr().out
     assert (tmp_path / "train.jsonl").read_bytes() != content
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "test.jsonl", "dataset.json"}
+
+
+def test_the_shallow_rows_are_those_of_every_version(tmp_path: Path) -> None:
+    build(tmp_path, 150, 3, 0)
+    digests = [hashlib.sha256((tmp_path / f"{split}.jsonl").read_bytes()).hexdigest()[:16] for split in ("train", "test")]
+    assert digests == ["7d210d562ee6def1", "0eb6c129188bef0c"]
+
+
+def test_deep_families_are_a_data_set_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--output-dir", str(tmp_path), "--train-size", "60", "--test-per-family", "2"]
+    main([*sizes, "--families", "deep", "--max-hops", "2"])
+    assert f"wrote {tmp_path}: 60 training rows and 12 test rows of 6 families" in capsys.readouterr().out
+    assert {row["hops"] for row in read(tmp_path, "train")} == {1, 2}
+    content = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in content} == {"train.jsonl", "test.jsonl", "test_deeper.jsonl", "dataset.json"}
+    main([*sizes, "--families", "deep", "--max-hops", "2"])
+    assert "reused" in capsys.readouterr().out
+    (tmp_path / "test_deeper.jsonl").unlink()
+    main([*sizes, "--families", "deep", "--max-hops", "2"])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
+    # With more hops it is another data set, and shallow families in its place leave no file of it.
+    main([*sizes, "--families", "deep"])
+    assert {row["hops"] for row in read(tmp_path, "test_deeper")} == {7, 8}
+    main(sizes)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "test.jsonl", "dataset.json"}
+    assert {row["task"] for row in read(tmp_path, "train")} <= set(SOLVERS)
+
+
+def test_each_kind_of_families_has_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--train-size", "60", "--test-per-family", "2"])
+    main(["--train-size", "60", "--test-per-family", "2", "--families", "deep"])
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"sample", "deep"}
+    assert "wrote data/deep" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_hops", ["0", "7"])
+def test_hops_that_leave_nothing_deeper_to_test_are_refused(
+    tmp_path: Path, max_hops: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--output-dir", str(tmp_path / "new"), "--families", "deep", "--max-hops", max_hops])
+    assert stop.value.code == 2 and f"expected 1 to 6 hops in training, so that up to 8 can be tested, found {max_hops}" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_hops_of_shallow_families_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--output-dir", str(tmp_path / "new"), "--max-hops", "3"])
+    assert "--max-hops goes with --families deep" in capsys.readouterr().err
 
 
 def test_training_questions_repeat_only_when_a_family_runs_out_and_it_is_noted(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import benchmarks.depth
 import scripts.calibrate_halting
 from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, save_checkpoint
 from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
-from benchmarks.depth import Questions, Setting, ask, choose, chosen, measure, speed_ratio, upper_95, with_interval
+from benchmarks.depth import Questions, Setting, ask, choose, chosen, measure, speed_ratio, with_interval
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.build_sample_dataset import build
 from dataset.text.conversation import Template, Turn
 from dataset.text.loader import TextDataset
 from dataset.text.tokenizer import Tokenizer
-from evaluators.answers import score_answers
+from evaluators.answers import score_answers, wilson_upper_bound
 from generation.answers import Answer, Options, Responder
 from models.act import RecursiveModel
 
@@ -64,7 +64,7 @@ def test_both_ends_of_the_interval() -> None:
     score = score_answers(["f"] * 10, ["a"] * 10, ["a"] * 8 + ["b"] * 2)["overall"]
     assert with_interval(score) == "80.0 [49.0, 94.3]"
     everything = score_answers(["f"] * 10, ["a"] * 10, ["a"] * 10)["overall"]
-    assert upper_95(everything) == 1.0 and everything["lower_95"] == pytest.approx(0.7225, abs=1e-4)
+    assert wilson_upper_bound(everything) == 1.0 and everything["lower_95"] == pytest.approx(0.7225, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

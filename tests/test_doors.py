@@ -515,6 +515,16 @@ def test_only_the_whole_test_split_is_the_checkpoints_metrics(checkpoint: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "metrics_test.json", "metrics_train.json"]
 
 
+def test_deeper_questions_are_a_split_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
+    build(tmp_path / "deep", train_size=6, test_per_family=2, families="deep", max_hops=1)
+    arguments = ("--checkpoint", str(checkpoint), "--data-dir", str(tmp_path / "deep"), "--output-dir", str(tmp_path / "out"))
+    run_well("inference_instruct.py", *arguments, "--split", "test_deeper", folder=tmp_path)
+    metrics = metrics_of(tmp_path / "out", "metrics_test_deeper")
+    assert (metrics["split"], metrics["rows"]) == ("test_deeper", 12)
+    assert {hops: len(of["by_act_step"]) for hops, of in metrics["answers"]["by_hops"].items()} == {"2": 2, "3": 2}
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
 def test_of_a_runs_folder_the_newest_checkpoint_is_used(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint.parent), "--output-dir", "here", "--subset-size", "2")
     outcome = run_well("inference_instruct.py", *arguments, folder=tmp_path)

@@ -38,10 +38,10 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
 
 
-def _split(folder: Path, tokenizer: Tokenizer) -> Any:
-    build(folder, 60, 2, 0)
+def _split(folder: Path, tokenizer: Tokenizer, **built: Any) -> Any:
+    build(folder, 60, 2, 0, **built)
     config = compose_config("cfg_pretrain_instruct", ["dataset=sample", f"dataset.data_dir={folder}"]).dataset
-    return open_instruct_split(config, tokenizer, Template(), "test")
+    return open_instruct_split(config, tokenizer, Template(), "test_deeper" if built else "test")
 
 
 def _responder(split: Any, tokenizer: Tokenizer, context: int) -> _Oracle:
@@ -56,6 +56,22 @@ def test_right_answers_score_at_their_depth(tmp_path: Path, tokenizer: Tokenizer
     assert result["by_act_step"] == [0.5, 1.0] and result["overall"]["accuracy"] == 1.0
     assert result["overall"]["count"] == ROWS and len(result["families"]) == 15
     assert result["mean_act_steps"] == 2.0 and result["longer_than_context"] == 0
+    assert result["by_hops"] == {}
+
+
+def test_deep_families_are_scored_by_hops_at_each_depth(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    split = _split(tmp_path, tokenizer, families="deep", max_hops=1)
+    # The rows of a split take turns: six families with 2 hops, then six with 3; at depth 1 every other answer is right.
+    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=range(11))
+    by_hops = result["by_hops"]
+    assert {number: [scores["overall"]["accuracy"] for scores in of["by_act_step"]] for number, of in by_hops.items()} == {
+        "2": [3 / 6, 1.0], "3": [2 / 5, 1.0],
+    }  # fmt: skip
+    assert [scores["overall"]["count"] for scores in by_hops["3"]["by_act_step"]] == [5, 5]
+    assert by_hops["2"]["by_act_step"][0]["families"]["deep_permutations"]["accuracy"] == 1.0
+    assert "deep_order" in by_hops["2"]["by_act_step"][-1]["families"]
+    assert "deep_order" not in by_hops["3"]["by_act_step"][-1]["families"]
+    assert {of["mean_act_steps"] for of in by_hops.values()} == {2.0}
 
 
 def test_histories_longer_than_the_context_are_counted_not_scored(tmp_path: Path, tokenizer: Tokenizer) -> None:

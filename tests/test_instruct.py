@@ -104,6 +104,19 @@ def test_a_sample_folder_without_files_names_the_command_that_builds_it(tmp_path
         open_data(tmp_path, source="sample")
 
 
+def test_deeper_questions_are_a_split_of_the_deep_families_alone(tmp_path: Path) -> None:
+    def opened_deeper(source: str) -> TextDataset:
+        config = compose_config("cfg_pretrain_instruct", [f"dataset={source}", f"dataset.data_dir={tmp_path}"]).dataset
+        return open_instruct_split(config, TOKENIZER, Template(), "test_deeper")
+
+    with pytest.raises(UsageError, match=r"test_deeper\.jsonl.*--families deep"):
+        opened_deeper("sample")
+    write(tmp_path / "test_deeper.jsonl", [{**chat(number), "hops": 7} for number in range(5)])
+    assert [opened_deeper("sample").row(index)["hops"] for index in range(5)] == [7] * 5
+    with pytest.raises(UsageError, match="only the bundled deep families"):
+        opened_deeper("jsonl")
+
+
 def test_splits_without_a_row_are_told_with_the_counts(tmp_path: Path) -> None:
     write(tmp_path / "none/SlimOrca.jsonl", [{"prompt": "Why?"}, {"prompt": "How?", "answer": ""}])
     with pytest.raises(
