@@ -152,7 +152,7 @@ def parquet(**columns: Any) -> bytes:
 
 QA = {"question": ["Why?"] * 3, "response": ["So."] * 3}
 NO_TEXT = pyarrow.array([b"Why?", b"\xff", b"How?"]).view(pyarrow.string())
-SKIPPED = "empty.*bad"
+SKIPPED = "empty.*malformed"
 
 
 def cut(data: bytes) -> bytes:
@@ -196,7 +196,7 @@ FILES: dict[str, tuple[str, bytes | Callable[[], bytes], str | int]] = {
     "cut-off parquet": ("a.parquet", lambda: cut(parquet(**QA)), "complete parquet"),
     "empty parquet": ("a.parquet", b"", "complete parquet"),
     "no parquet": ("a.parquet", GOOD, "complete parquet"),
-    "parquet with damaged pages": ("a.parquet", lambda: parquet(**QA).replace(b"Why?", b"\xff" * 4), "empty.*bad_utf8"),
+    "parquet with damaged pages": ("a.parquet", lambda: parquet(**QA).replace(b"Why?", b"\xff" * 4), "empty.*malformed.*bad_utf8"),
     "parquet with other columns": ("a.parquet", lambda: parquet(words=["x"]), "empty.*unknown_form"),
     "parquet with numbers": ("a.parquet", lambda: parquet(question=[1, 2], response=["a", "b"]), "empty.*wrong_type"),
     "parquet with nulls": ("a.parquet", lambda: parquet(question=["a", None], response=["b", "b"]), 1),

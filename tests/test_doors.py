@@ -343,7 +343,7 @@ def test_training_tells_a_bad_row_with_its_line(train: Callable[..., Outcome], t
 @pytest.mark.usefixtures("nothing_trained")
 def test_training_tells_rows_without_answers(train: Callable[..., Outcome], tmp_path: Path) -> None:
     folder = jsonl(tmp_path / "data/SlimOrca.jsonl", [{"question": f"What is {i}?"} for i in range(30)])
-    assert_told(train(f"dataset.data_dir={folder}"), "the train split", "is empty", "'no_answer': 30")
+    assert_told(train(f"dataset.data_dir={folder}"), "the train split", "is empty", "no_answer 30")
 
 
 @pytest.mark.usefixtures("nothing_trained")
