@@ -3,12 +3,8 @@
 This file must not know files, caches, or how many processes there are.
 """
 
-import ctypes
 import hashlib
 import json
-import os
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +27,6 @@ PROMPT_CUT, ANSWER_CUT = 1, 2
 PER_ID = ("ids", "supervised", "segment")
 # Text that is encoded at once, in characters.
 _TEXT_AT_ONCE = 1 << 20
-_PR_SET_PDEATHSIG = 1
 _TEXTS = ("outcome", "reason", "message", "form", "ignored")
 
 
@@ -101,7 +96,6 @@ class RowEncoder:
         self.schema = token_schema(vocab_size, recipe.seq_len)
         self.stop_at = stop_at
         self._recipe = recipe
-        self._made_by = os.getpid()
         self._tokenizer: Tokenizer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,8 +104,6 @@ class RowEncoder:
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """Encode the rows of these numbers."""
         if self._tokenizer is None:
-            if os.getpid() != self._made_by:
-                _end_with_the_parent()
             self._tokenizer = Tokenizer.from_bytes(self._recipe.tokenizer_model)
             self._tags = [self._recipe.template.tag(role).strip() for role in ROLES]
         results: list[_Result] = []
@@ -221,9 +213,3 @@ def _content_hash(encoded: Encoded) -> int:
     for values in (encoded.ids, encoded.supervised, encoded.segment):
         digest.update(values.astype("<i4").tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-def _end_with_the_parent() -> None:
-    """A process that a killed run has left would otherwise wait for work for ever. Linux alone can say so."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,10 +5,12 @@ This file must not know epochs, batches or configuration files.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +46,7 @@ _ROWS_AT_ONCE = 512
 _ROWS_BEFORE_PROCESSES = 4096
 # One process joins the others' work, and about so many keep it busy.
 _MOST_PROCESSES = 16
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ def _encoded(raw: "Dataset", encoder: RowEncoder, stops: bool, processes: int, f
 
     for leftover in folder.glob("tmp*"):  # of a process that was killed
         leftover.unlink()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _children_end_with_us():
         encoder.stop_at = Path(scratch) / "stop" if stops else None
         return raw.with_format("arrow").map(
             encoder,
@@ -380,3 +383,26 @@ def _encoded(raw: "Dataset", encoder: RowEncoder, stops: bool, processes: int, f
             new_fingerprint=folder.name,
             desc="tokenizing",
         )
+
+
+_ends_with_its_parent = False
+
+
+@contextlib.contextmanager
+def _children_end_with_us() -> Iterator[None]:
+    """Processes forked within the block end when this one does, however it ends; else those of a killed run would wait for ever."""
+    global _ends_with_its_parent
+    _ends_with_its_parent = True
+    try:
+        yield
+    finally:
+        _ends_with_its_parent = False
+
+
+def _after_fork() -> None:
+    if _ends_with_its_parent:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if sys.platform == "linux":  # the one that can say so
+    os.register_at_fork(after_in_child=_after_fork)
