@@ -42,7 +42,8 @@ def _prepare(config: DatasetConfig, tokenizer: Tokenizer, in_stages: bool, outpu
     started = time.perf_counter()
     train, test = open_instruct_data(config, tokenizer, Template(), in_stages)
     print(f"{len(train):,} training rows, {len(test) if test else 0:,} test rows in {time.perf_counter() - started:.1f} s")
-    folder = output or Path(config.data_dir)
+    of_hub = (config.repo or "").replace("/", "--") if config.source == "hub" else ""
+    folder = output or Path(config.data_dir) / of_hub
     try:
         folder.mkdir(parents=True, exist_ok=True)
         card = measure(train, test, tokenizer, Template(), near_rows)

@@ -165,6 +165,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown role": (chat(message("narrator", "Once."), HUMAN, GPT), "narrator"),
     "a label that isn't one": ({**PAIR, "source": "A whole passage.\nOf text."}, "source"),
     "text deep within metadata": ({**PAIR, "meta": {"id": "x", "notes": [{"note": "More."}]}}, "meta.notes[0].note"),
+    "text for keys": ({**PAIR, "facts": {"Paris lies on the Seine": True}}, "facts"),
     "columns of no form": ({"headline": "Why?", "body": "So."}, "headline"),
 }  # fmt: skip
 

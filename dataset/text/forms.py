@@ -476,6 +476,8 @@ class _RowReader:
                 yield where, value
         elif isinstance(value, Mapping):
             for name, member in value.items():
+                if _is_phrase(name):
+                    yield where, str(name)
                 yield from self._unknown_texts(f"{where}.{name}", str(name), member)
         elif isinstance(value, list | tuple):
             for index, item in enumerate(value):
@@ -503,8 +505,13 @@ def _holds_text(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values()))
+        return any(map(_holds_text, value.values())) or any(map(_is_phrase, value))
     return isinstance(value, list | tuple) and any(map(_holds_text, value))
+
+
+def _is_phrase(key: object) -> bool:
+    """Whether a key within a value is text rather than a name."""
+    return " " in str(key).strip()
 
 
 def _is_empty(value: Any) -> bool:
