@@ -54,6 +54,7 @@ from training.loop import StepResult, Trainer
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
+# Always among the arms. Post-norm, because models/layers.py has no other block.
 PLAIN = {
     f"plain_{blocks}": [
         *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
@@ -80,10 +81,10 @@ class Budget:
 
 @dataclass
 class Meter:
-    """What training has cost so far. Knows it of some steps and concludes on the others by their tokens.
+    """What training has cost so far: some steps are measured, the others estimated from their numbers of tokens.
 
-    Every `_COUNT_EVERY`-th step is counted, and the steps up to the next take as many FLOPs a token. Counting slows a step, so only
-    the others are timed, and a counted one takes as many seconds a token as they do.
+    FLOPs are counted in every `_COUNT_EVERY`-th step; the steps up to the next are given as many a token. Counting slows a step, so
+    only the others are timed; a counted one is given as many seconds a token as they take.
     """
 
     budget: Budget
