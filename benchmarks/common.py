@@ -1,10 +1,12 @@
-"""What both benchmarks share: flags, the config they compose, synthetic conversations. Knows neither side of a comparison."""
+"""What benchmarks share: flags, the config they compose, synthetic conversations, counted FLOPs. Knows no side of a comparison."""
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from config.compose import compose_config
 from config.schema import PretrainInstructConfig
@@ -49,3 +51,20 @@ def use_threads(threads: int | None) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the FLOPs of matrix products and attention within its block, with torch's attention on CPUs, which it lacks."""
+
+    def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    def backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, q, k, v))
+
+    aten = torch.ops.aten
+    of_cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=of_cpu)

@@ -16,9 +16,7 @@ import os
 import time
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks.common import use_threads
+from benchmarks.common import flop_counter, use_threads
 from config.compose import compose_as
 from config.errors import one_clear_message
 from config.schema import PretrainPuzzleConfig, user_path
@@ -65,7 +63,7 @@ def trainer_of(config: PretrainPuzzleConfig, steps: int) -> Trainer:
 def measure(name: str, data_path: str, overrides: list[str], flops: float) -> dict[str, Any]:
     """Count, train, evaluate: one row of the table."""
     counted = trainer_of(configured(name, data_path, overrides, 1), 1)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         list(counted.steps())
     per_step = counter.get_total_flops()
     steps = max(1, int(flops / per_step))

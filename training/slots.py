@@ -91,14 +91,14 @@ class Slots:
         self._deepen_from = halt.deepen_at * total
         self._probabilities = [depth_distribution(max_steps, halt.depth_floor, deep) for deep in (False, True)]
 
-    def refill(self, share_of_steps: float = 0.0) -> list[Entry]:
+    def refill(self, share_over: float = 0.0) -> list[Entry]:
         """Give the next examples to the free slots of all ranks, in ascending order; fewer or none at the end of the run.
 
-        share_of_steps: how much of the run is over by its number of steps, if that is limited; `halt.deepen_at` goes by what is
-        further, this or the examples admitted.
+        share_over: how much of the run is over, if it ends before its data does; `halt.deepen_at` goes by what is further, this or
+        the examples admitted.
         """
         self.free_below -= self._pass_over(self.free_below)
-        is_late = share_of_steps >= self._halt.deepen_at
+        is_late = share_over >= self._halt.deepen_at
         entries = [self._enter(slot, is_late) for slot in np.flatnonzero(~self.active)[: self._total - self.admitted].tolist()]
         self.free_above -= self._pass_over(self.free_above)
         return entries

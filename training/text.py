@@ -105,15 +105,19 @@ class TextTask:
         """Examples that have halted, in epochs; slots flow over epoch ends, so the last few may be of the next one."""
         return self._curriculum.rounds_before(self.slots.finished)
 
+    def progress(self, step: int) -> float | None:
+        """Share of the run that is over after `step` optimizer steps, if it ends before its data does; None: it doesn't."""
+        return None if self.config.max_steps is None else step / self.config.max_steps
+
     def lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at the examples admitted so far.
 
-        Where the run ends at `max_steps`, the schedule's end is the number of examples that the pace up to `step` leads to by then:
-        at the last step the number admitted.
+        Where the run ends before its data, the schedule's end is the number of examples that the pace up to `step` leads to by
+        then: at the last step the number admitted.
         """
         config, admitted, begin, end = self.config, self.slots.admitted, 0, float(self.total)
-        if config.max_steps is not None:
-            end = min(end, admitted * max(1.0, config.max_steps / step))
+        if progress := self.progress(step):
+            end = min(end, admitted / min(1.0, progress))
         if config.lr_schedule == "stage":
             stage = self._curriculum.stage_of(admitted - 1)
             begin = self._curriculum.begin_of(stage)
@@ -194,7 +198,7 @@ class TextTask:
 
     def admit(self, step: int) -> None:
         """Give the next examples, with fresh states, to the free slots."""
-        entries = self.slots.refill(0.0 if self.config.max_steps is None else (step - 1) / self.config.max_steps)
+        entries = self.slots.refill(self.progress(step - 1) or 0.0)
         if not entries:
             return
         carry = self.carry

@@ -1,0 +1,414 @@
+"""Networks and recipes against each other, each trained for the same FLOPs or the same seconds, over several seeds.
+
+    python -m benchmarks.equal_flops --tera-flops 60 --parallel 2 --output checkpoints/equal_flops
+    python -m benchmarks.equal_flops --seconds 150 --seeds 0 1 2 --data FOLDER --rows 2000 --output checkpoints/conversations
+
+Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are always among
+them. Learning rate and depth follow the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
+Every arm and seed leaves a JSON file in `--output` and isn't trained again; one that was interrupted starts anew. The folder then
+gets equal_flops.md (also printed), equal_flops.json (also the last line) and equal_flops.png. Code is not compiled.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from artifacts.outputs import output_folder, write_json
+from benchmarks.common import flop_counter
+from benchmarks.depth import ask
+from benchmarks.equal_flops_report import draw, markdown, summarize
+from config.compose import compose_config
+from config.errors import UsageError, one_clear_message
+from config.schema import PretrainInstructConfig, user_path
+from dataset import build_sample_dataset
+from dataset.instruct import RunData, open_run_data
+from dataset.text.conversation import Template
+from dataset.text.loader import Example, ExampleStream, TextDataset
+from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
+from evaluators.answers import is_exact, score_answers
+from evaluators.language import DepthOutput, evaluate_language
+from generation.engine import Engine, Prompt, Request
+from generation.loading import make_responder
+from models.act import RecursiveModel
+from models.device import keep_freed_memory, pick_device, resolve_arch
+from training.estimate import count_parameters
+from training.loop import StepResult, Trainer
+from training.text import TextTask
+
+ARMS = Path(__file__).with_suffix(".yaml")
+# Always among the arms. Post-norm, because models/layers.py has no other block.
+PLAIN = {
+    f"plain_{blocks}": [
+        *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
+        *("arch.halt.mode=fixed", "arch.halt_max_steps=1"),
+    ]
+    for blocks in (2, 4, 8)
+}
+# A prime: rows take turns of few ACT steps, so that steps of every kind are counted.
+_COUNT_EVERY = 11
+# The curve of held-out loss has so many points, evenly spaced over the budget, each of the first so many rows.
+_POINTS, _POINT_ROWS = 8, 300
+# Passes over the data that no budget pays for.
+_ENDLESS = 10**6
+_TIMED_TOKENS, _TIMINGS = 32, 3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm may spend on training."""
+
+    unit: Literal["FLOPs", "seconds"]
+    amount: float
+
+
+@dataclass
+class Meter:
+    """What training has cost so far: some steps are measured, the others estimated from their numbers of tokens.
+
+    FLOPs are counted in every `_COUNT_EVERY`-th step; the steps up to the next are given as many a token. Counting slows a step, so
+    only the others are timed; a counted one is given as many seconds a token as they take.
+    """
+
+    budget: Budget
+    steps: int = 0
+    flops: float = 0.0
+    _flops_per_token: float = 0.0
+    _tokens: int = 0
+    _timed_tokens: int = 0
+    _timed_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without evaluations."""
+        return self._timed_seconds * self._tokens / self._timed_tokens if self._timed_tokens else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the budget."""
+        return (self.flops if self.budget.unit == "FLOPs" else self.seconds) / self.budget.amount
+
+    def measured(self, steps: Iterator[StepResult]) -> Iterator[StepResult]:
+        """The `steps` that the budget pays for."""
+        while self.share < 1:
+            is_counted = self.steps % _COUNT_EVERY == 0
+            started = time.perf_counter()
+            with flop_counter() if is_counted else contextlib.nullcontext() as counter:
+                result = next(steps)
+            seconds, tokens = time.perf_counter() - started, int(result.sums["tokens"])
+            if counter is not None:
+                self._flops_per_token = counter.get_total_flops() / tokens
+            else:
+                self._timed_seconds += seconds
+                self._timed_tokens += tokens
+            self._tokens += tokens
+            self.flops += self._flops_per_token * tokens
+            self.steps += 1
+            yield result
+
+
+class _BudgetTask(TextTask):
+    """Conversations in a run that ends with its budget."""
+
+    meter: Meter
+
+    def progress(self, step: int) -> float:
+        spent = self.meter
+        return spent.share * step / spent.steps if spent.steps else 0.0
+
+
+def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:
+    """An arm's settings, its data without an end. Raises UsageError for a setting that would end it before its budget does."""
+    config = compose_config("cfg_pretrain_instruct", [*overrides, f"seed={seed}"])
+    ends = {
+        "max_steps": config.max_steps,
+        "max_minutes": config.max_minutes,
+        "early_stopping.patience": config.early_stopping.patience,
+        "stages": config.stages or None,
+    }
+    for key, value in ends.items():
+        if value is not None:
+            raise UsageError(f"{key}={value}: every arm ends with its budget and has one source of data; leave {key} out")
+    arch = resolve_arch(config.arch, pick_device(config.device))
+    return config.model_copy(update={"epochs": _ENDLESS, "arch": arch})
+
+
+def open_data(config: PretrainInstructConfig) -> tuple[Tokenizer, RunData, TextDataset]:
+    """Tokenizer, data, and its held-out rows. Raises UsageError if there are none."""
+    tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
+    data = open_run_data(config, tokenizer, Template())
+    if data.test is None:
+        raise UsageError("dataset.test_ratio=0 holds no rows out to measure arms on: raise it")
+    [test] = data.test.parts.values()
+    return tokenizer, data, test
+
+
+def texts_hash(data: RunData) -> str:
+    """SHA-256 of all conversations to train and to measure on, whatever their tokens are."""
+    splits = [split for corpus in (data.train, data.test) if corpus is not None for split in corpus.parts.values()]
+    return hashlib.sha256(b"".join(split.column("conversation_hash").astype("<u8").tobytes() for split in splits)).hexdigest()
+
+
+def is_plain(config: PretrainInstructConfig) -> bool:
+    """Whether the network is a Transformer without any recursion."""
+    return config.arch.name == "transformers_baseline" and config.arch.halt_max_steps == 1
+
+
+def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:
+    """Train one arm with one seed, and measure it on the first `rows` held-out rows: what is kept of it, as plain values."""
+    tokenizer, data, test = open_data(config)
+    model = RecursiveModel(config.arch, tokenizer.vocab_size, seed=config.seed)
+    model.to(pick_device(config.device))
+    meter, curve = Meter(budget), list[tuple[float, float, float]]()
+    with ExampleStream(data.train, data.curriculum, config.dataloader_workers) as stream:
+        task = _BudgetTask(config, model, stream, data.curriculum)
+        task.meter = meter
+        trainer = Trainer(config, model, task)
+        loss = 0.0
+        for result in meter.measured(trainer.steps()):
+            due = min(_POINTS, int(_POINTS * meter.share))
+            if due > len(curve):
+                averaged = trainer.ema.swapped_in(model) if trainer.ema is not None else contextlib.nullcontext()
+                with averaged:
+                    loss = held_out(model, config, test, tokenizer.eos_id, min(rows, _POINT_ROWS))["by_act_step"][-1]["nats"]
+                # A step may pass several points.
+                curve += [(meter.flops, meter.seconds, loss)] * (due - len(curve))
+                print(f"{name} seed {config.seed}: {due}/{_POINTS}, step {result.step}, {loss:.4f} nats", flush=True)
+    if trainer.ema is not None:
+        model.load_state_dict(trainer.ema.average, strict=False)
+    model.eval()
+    model.cast_for_inference()
+    found = held_out(model, config, test, tokenizer.eos_id, rows)
+    if config.dataset.source == "sample":
+        found |= generated(model, config, tokenizer, test, rows)
+        for depth, exact in zip(found["by_act_step"], found.pop("exact_by_act_step"), strict=True):
+            depth["exact"] = exact
+    return {
+        "arm": name,
+        "seed": config.seed,
+        "is_plain": is_plain(config),
+        "texts": texts_hash(data),
+        "parameters_core": sum(count_parameters(model.get_submodule(level)) for level in set(model.level_calls)),
+        "parameters": count_parameters(model),
+        "flops": meter.flops,
+        "seconds": meter.seconds,
+        "steps": meter.steps,
+        "rows": task.slots.admitted,
+        "last_lr": result.lr,
+        "curve": curve,
+        **found,
+        "token": token_cost(model, test[0], config.depth),
+    }
+
+
+def held_out(model: RecursiveModel, config: PretrainInstructConfig, test: TextDataset, eos_id: int, rows: int) -> dict[str, Any]:
+    """Teacher-forced: losses at each ACT step, and at the deepest the bits of each row's text, which has so many bytes."""
+    row_bits = np.zeros(min(rows, len(test)))
+
+    def keep(output: DepthOutput) -> None:
+        is_text = torch.from_numpy(output.labels_BT).to(output.nll_BT.device) != eos_id
+        row_bits[output.rows] = ((output.nll_BT.double() * is_text).sum(1) / np.log(2)).cpu().numpy()
+
+    result = evaluate_language(
+        model,
+        test,
+        eos_id=eos_id,
+        batch_size=config.global_batch_size,
+        act_steps=config.depth,
+        limit=rows,
+        pad_multiple=config.pad_multiple,
+        on_output=keep,
+    )
+    by_act_step = [sums.metrics() for sums in result.by_depth]
+    return {
+        "by_act_step": [{"nats": depth["loss_per_token"], "bits_per_byte": depth["bits_per_byte"]} for depth in by_act_step],
+        "row_bits": [round(bits, 4) for bits in row_bits.tolist()],
+        "row_bytes": [test[row].turn_bytes for row in range(len(row_bits))],
+    }
+
+
+def generated(
+    model: RecursiveModel, config: PretrainInstructConfig, tokenizer: Tokenizer, test: TextDataset, rows: int
+) -> dict[str, Any]:
+    """The share of exact answers at each ACT step; at the deepest, which answers are exact, and the share of each family."""
+    responder = make_responder(model, tokenizer, Template(), config)
+    questions = ask(test, responder, min(rows, len(test)))
+    texts = list[str]()
+    exact = list[float]()
+    for depth in range(1, config.depth + 1):
+        texts = [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
+        exact.append(statistics.fmean(map(is_exact, questions.references, texts)))
+    families = score_answers(questions.families, questions.references, texts)["families"]
+    return {
+        "exact_by_act_step": exact,
+        "row_exact": [int(is_exact(reference, text)) for reference, text in zip(questions.references, texts, strict=True)],
+        "exact_by_family": {family: score["accuracy"] for family, score in families.items()},
+    }
+
+
+def token_cost(model: RecursiveModel, example: Example, act_steps: int) -> dict[str, float]:
+    """FLOPs and ms of a generated token after the prompt of `example`, one row alone, whatever tokens they are."""
+    length = int(np.argmax(example.supervised))
+    prompt = Prompt(example.ids[:length], example.segment[:length])
+
+    def seconds(tokens: int) -> float:
+        """Of the prompt and so many tokens that are fed back."""
+        engine = Engine(model, eos_id=-1, act_steps=act_steps, rows=1, positions=length + tokens)
+        engine.submit(Request(prompt, tokens + 1))
+        started = time.perf_counter()
+        while engine.busy:
+            engine.tick()
+        return time.perf_counter() - started
+
+    flops = []
+    for tokens in (0, _TIMED_TOKENS):
+        with flop_counter() as counter:
+            seconds(tokens)
+        flops.append(counter.get_total_flops())
+    timed = [seconds(_TIMED_TOKENS) - seconds(0) for _ in range(_TIMINGS)]
+    return {"flops": (flops[1] - flops[0]) / _TIMED_TOKENS, "ms": 1e3 * statistics.median(timed) / _TIMED_TOKENS}
+
+
+class _Arms(BaseModel):
+    """The file of arms."""
+
+    model_config = ConfigDict(extra="forbid")
+    all: list[str]
+    arms: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], list[str]]
+
+
+def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
+    """Overrides of the plain Transformers and of the arms in the file, those named in `only` if given. Raises UsageError."""
+    try:
+        found = _Arms.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+    except (OSError, OmegaConfBaseException, YAMLError, ValidationError) as error:
+        raise UsageError(f"--arms {path}: expected lists of KEY=VALUE, `all` and `arms.NAME`: {error}") from error
+    arms = found.arms
+    unknown = [name for name in only or [] if name not in arms]
+    if unknown:
+        raise UsageError(f"--only {unknown[0]}: {path} has the arms {', '.join(arms)}; {', '.join(PLAIN)} are always there")
+    chosen = {name: overrides for name, overrides in arms.items() if only is None or name in only}
+    return {name: [*found.all, *overrides] for name, overrides in (chosen | PLAIN).items()}
+
+
+def one(path: Path, name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:
+    """The result in `path`, measured unless it is there. Raises UsageError if it is another measurement's, or if training fails."""
+    asked = {"settings": config.model_dump(mode="json"), "budget": [budget.amount, budget.unit], "rows": rows}
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["asked"] != asked:
+            raise UsageError(f"{path} is of other settings, rows or budget: remove it, or name another --output")
+        return found
+    try:
+        result = {"asked": asked, **measure(name, config, budget, rows)}
+    except UsageError as error:
+        raise UsageError(f"{name} seed {config.seed}: {error}") from error
+    write_json(path, result)
+    return result
+
+
+def _begin_process() -> None:
+    """One thread for each process, which ends with the one that started it."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def end() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=end, daemon=True).start()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--tera-flops", type=float, help="training of each arm and seed, in 10^12 counted operations")
+    budget.add_argument("--seconds", type=float, help="or so many seconds of training steps")
+    add = parser.add_argument
+    add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
+    add("--only", nargs="+", metavar="NAME", help="of its arms only these, beside the plain Transformers")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least 3 for a claim")
+    add("--data", type=user_path, metavar="FOLDER", help="conversations in files, in place of the arms' data (docs/data.md)")
+    add("--rows", type=int, default=1500, help="held-out rows to measure on, at most")
+    add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of every arm's")
+    add("--parallel", type=int, default=1, help="trainings at a time, each a process of one thread")
+    add("--output", type=user_path, required=True, metavar="FOLDER", help="for the results, which are not measured again")
+    arguments = parser.parse_args()
+    for flag in ("tera_flops", "seconds", "rows", "parallel"):
+        value = getattr(arguments, flag)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: expected more than 0")
+    return arguments
+
+
+def main() -> None:
+    """Compose all arms, measure what isn't there yet, report."""
+    arguments = parse_arguments()
+    own = [] if arguments.data is None else ["dataset=jsonl", f"dataset.data_dir={arguments.data.resolve()}"]
+    budget = Budget("FLOPs", 1e12 * arguments.tera_flops) if arguments.tera_flops else Budget("seconds", arguments.seconds)
+    arms = {
+        (name, seed): compose_arm([*overrides, *own, *arguments.overrides], seed)
+        for name, overrides in read_arms(arguments.arms, arguments.only).items()
+        for seed in dict.fromkeys(arguments.seeds)
+    }
+    # What is wrong with data is told here, and what is tokenized now isn't by several processes at a time.
+    for config in {config.dataset.model_dump_json(): config for config in arms.values()}.values():
+        folder = Path(config.dataset.data_dir)
+        if config.dataset.source == "sample" and not any(folder.glob("train.jsonl*")):
+            build_sample_dataset.main(["--output-dir", str(folder)])
+        open_data(config)
+    output = output_folder(arguments.output)
+    # Seeds one after the other: an interrupted comparison has whole ones.
+    jobs = sorted(((seed, name) for name, seed in arms), key=lambda job: job[0])
+    calls = [(output / f"{name}-seed{seed}.json", name, arms[name, seed], budget, arguments.rows) for seed, name in jobs]
+    results, failures = list[dict[str, Any]](), list[str]()
+    with ProcessPoolExecutor(arguments.parallel, multiprocessing.get_context("spawn"), _begin_process) as pool:
+        futures: list[Future[dict[str, Any]]] = [pool.submit(one, *call) for call in calls]
+        for future in as_completed(futures):
+            try:
+                results.append(future.result())
+            except UsageError as error:
+                failures.append(str(error))
+                print(f"failed: {error}", flush=True)
+    if results:
+        report(results, budget, list(dict.fromkeys(name for name, _ in arms)), output)
+    if failures:
+        raise UsageError("; ".join(failures))
+
+
+def report(results: Sequence[Mapping[str, Any]], budget: Budget, names: Sequence[str], output: Path) -> None:
+    """Write and print table, JSON and picture."""
+    ordered = sorted(results, key=lambda result: (names.index(result["arm"]), result["seed"]))
+    found = {"budget": [budget.amount, budget.unit], "torch": torch.__version__, **summarize(ordered)}
+    text = markdown(found)
+    (output / "equal_flops.md").write_text(text + "\n", encoding="utf-8")
+    write_json(output / "equal_flops.json", found)
+    draw(ordered, output / "equal_flops.png")
+    print(text)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    with one_clear_message():
+        main()
