@@ -17,7 +17,7 @@ from dataset.text.counts import describe_counts
 from dataset.text.curriculum import Curriculum
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
-from dataset.text.loader import TextCorpus, TextDataset
+from dataset.text.loader import TextCorpus, TextDataset, overlap
 from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, to_json
 from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
@@ -115,16 +115,6 @@ def source_configs(config: PretrainInstructConfig) -> dict[str, DatasetConfig]:
     if not config.stages:
         return {config.dataset.source: config.dataset}
     return {name: config.dataset.model_copy(update=dict(source)) for name, source in config.sources.items()}
-
-
-def overlap(train: TextCorpus, test: TextCorpus) -> dict[str, int]:
-    """How many test rows ask what a training row asks ("questions"), and how many equal one as a whole ("conversations")."""
-    of = {
-        name: [np.concatenate([part.column(name) for part in split.parts.values()]) for split in (test, train)]
-        for name in ("question_hash", "conversation_hash")
-    }
-    questions, conversations = (int(np.isin(*columns).sum()) for columns in of.values())
-    return {"questions": questions, "conversations": conversations}
 
 
 def _open(

@@ -23,12 +23,11 @@ from dataset.instruct import (
     open_instruct_split,
     open_run_data,
     open_run_split,
-    overlap,
     split_conversations,
 )
 from dataset.text.conversation import Template, Turn
 from dataset.text.curriculum import Curriculum, Stage
-from dataset.text.loader import TextCorpus, TextDataset
+from dataset.text.loader import TextCorpus, TextDataset, overlap
 from dataset.text.tokenizer import Tokenizer
 
 MODEL = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
@@ -197,7 +196,7 @@ def test_held_out_rows_of_ones_own(tmp_path: Path) -> None:
     where = ("dataset=jsonl", f"dataset.data_dir={tmp_path}", "dataset.files=[mine.jsonl]")
     train, test = opened(*where, "dataset.validation_files=[theirs.jsonl]")
     assert test is not None and (len(train), len(test)) == (30, 8)
-    assert overlap(TextCorpus({"": train}), TextCorpus({"": test})) == {"questions": 5, "conversations": 5}
+    assert overlap(train, test) == {"questions": 5, "conversations": 5}
     config = compose_config("cfg_pretrain_instruct", [*where, "dataset.validation_files=[theirs.jsonl]"]).dataset
     assert len(open_instruct_split(config, TOKENIZER, Template(), "test")) == 8
     train, test = opened(*where[:2], "dataset.validation_files=[theirs.jsonl]")

@@ -65,6 +65,11 @@ _FREE = (
     "dataset.config",
     "dataset.split",
     "dataset.cache_dir",
+    "dataset.validation_",
+    "dataset.fields",
+    "dataset.roles",
+    "dataset.tool_turns",
+    "dataset.ignore",
 )
 
 # Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...

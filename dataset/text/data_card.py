@@ -14,7 +14,7 @@ from datasketch import MinHash, MinHashLSH
 from matplotlib.figure import Figure
 
 from dataset.text.conversation import Template
-from dataset.text.loader import TextDataset
+from dataset.text.loader import TextDataset, overlap
 from dataset.text.row_encoder import ROLES
 from dataset.text.splits import questions
 from dataset.text.tokenizer import Tokenizer
@@ -98,11 +98,11 @@ def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, 
     ]
     hashes = {name: [split.column(name) for split in splits] for name in _HASHES}
     repeated = {name: int(sum(map(len, parts)) - len(np.unique(np.concatenate(parts)))) for name, parts in hashes.items()}
-    in_train = {name: int(np.isin(parts[1], parts[0]).sum()) if test is not None else 0 for name, parts in hashes.items()}
+    in_train = overlap(train, test) if test is not None else {"questions": 0, "conversations": 0}
     tags = np.concatenate([split.column("tags") for split in splits])
     return DataCard(
         files=files,
-        settings={**train.loaded.settings, "tokenizer_sha256": tokenizer.sha256},
+        settings={**train.loaded.recipe.key(), "on_bad_row": train.loaded.on_bad_row, "tokenizer_sha256": tokenizer.sha256},
         counts=_counts(splits),
         train_rows=len(train),
         test_rows=len(test) if test is not None else 0,
@@ -113,8 +113,8 @@ def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, 
         repeated_conversations=repeated["conversation_hash"],
         repeated_prompts=repeated["prompt_hash"],
         repeated_questions=repeated["question_hash"],
-        test_conversations_in_train=in_train["conversation_hash"],
-        test_questions_in_train=in_train["question_hash"],
+        test_conversations_in_train=in_train["conversations"],
+        test_questions_in_train=in_train["questions"],
         tags={template.tag(role).strip(): int(np.count_nonzero(tags & (1 << bit))) for bit, role in enumerate(ROLES)},
         near=near,
         near_texts=_shown_pairs(train, test, near.pairs[:: max(1, len(near.pairs) // _PAIRS_SHOWN)][:_PAIRS_SHOWN])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config.errors import UsageError
-from dataset.text.rows import format_of
+from dataset.text.rows import first_line, format_of
 
 
 def download(
@@ -134,11 +134,11 @@ def _told(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[No
         if constants.HF_HUB_OFFLINE:  # `datasets` has an error of its own for it
             raise UsageError(offline) from error
         raise UsageError(
-            f"{what}: {_first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "
+            f"{what}: {first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "
             f"mirror in HF_ENDPOINT, {otherwise}"
         ) from error
     except of_use as error:
-        raise UsageError(f"{what}: {_first_line(error)}; check repository, config and file names, {otherwise}") from error
+        raise UsageError(f"{what}: {first_line(error)}; check repository, config and file names, {otherwise}") from error
 
 
 def _advice(status: int) -> str:
@@ -147,10 +147,6 @@ def _advice(status: int) -> str:
     if status == 404:
         return "not found: check repository, file name and revision"
     return "the hub can't serve it now: start again later"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _is_complete(target: Path, expected_sha256: str | None) -> bool:

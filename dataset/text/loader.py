@@ -111,9 +111,8 @@ class TextDataset:
 
     def conversation(self, index: int) -> Conversation:
         """The whole conversation as it was encoded: default system prompt included, nothing cut off."""
-        return with_default_system(
-            to_conversation(self.row(index), self.loaded.forms)[0], self.loaded.settings["default_system_prompt"]
-        )
+        recipe = self.loaded.recipe
+        return with_default_system(to_conversation(self.row(index), recipe.forms)[0], recipe.default_system_prompt)
 
 
 class TextCorpus:
@@ -142,6 +141,10 @@ class TextCorpus:
         number = bisect_right(self._ends, index)
         return self._splits[number], index - (self._ends[number - 1] if number else 0)
 
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """See `TextDataset.column`."""
+        return np.concatenate([split.column(name) for split in self._splits])
+
     def first_rows(self, count: int | None) -> list[int]:
         """Numbers of the first `count` examples of each source; None: of all."""
         begins = [0, *self._ends]
@@ -156,6 +159,12 @@ class TextCorpus:
         """See `TextDataset.conversation`."""
         split, index = self._at(index)
         return split.conversation(index)
+
+
+def overlap(train: TextDataset | TextCorpus, test: TextDataset | TextCorpus) -> dict[str, int]:
+    """How many test rows ask what a training row asks ("questions"), and how many equal one as a whole ("conversations")."""
+    columns = {"questions": "question_hash", "conversations": "conversation_hash"}
+    return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in columns.items()}
 
 
 class ExampleStream:

@@ -6,7 +6,7 @@ This file must not know files, caches, or how many processes there are.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,7 +43,13 @@ class Recipe:
 
     def key(self) -> dict[str, Any]:
         """All but the tokenizer, as plain values."""
-        return {**asdict(self), "tokenizer_model": None, "forms": self.forms.to_dict()}
+        return {
+            "template": self.template.to_dict(),
+            "default_system_prompt": self.default_system_prompt,
+            "seq_len": self.seq_len,
+            "long_rows": self.long_rows,
+            "forms": self.forms.to_dict(),
+        }
 
 
 RAW_SCHEMA = pa.schema({"file": pa.int32(), "number": pa.int64(), "row": pa.large_binary(), "bad": pa.string()})

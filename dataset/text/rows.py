@@ -75,9 +75,9 @@ class RowFile:
                 "`iconv -f LATIN1 -t UTF-8`"
             ) from error
         except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
-            found = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"{self.path}: expected a complete {self.format[1:]} file, found a damaged or cut-off one ({found}); fetch it again"
+                f"{self.path}: expected a complete {self.format[1:]} file, found a damaged or cut-off one ({first_line(error)}); "
+                "fetch it again"
             ) from error
 
     def where(self, number: int) -> str:
@@ -187,6 +187,11 @@ def parse_row(data: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadRow("not_an_object", f"expected a JSON object, found {shown(text)}")
     return row
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def shown(value: Any) -> str:

@@ -105,7 +105,7 @@ class LoadedSplit:
     """The rows of one split.
 
     tokens: columns of `row_encoder.token_schema`, raw: of RAW_SCHEMA; a row has the same number in both. rows: int64 [m], those of
-    the split, in the order of `files`, whose contents have these sha256. settings: what rows were encoded by. counts: rows "read"
+    the split, in the order of `files`, whose contents have these sha256. recipe: what rows were encoded by. counts: rows "read"
     of the files, of these "dropped" and "bad" by reason, those "beyond_subset", "forms" (rows by their form), and "ignored" (rows
     by each key whose text was left out).
     """
@@ -115,8 +115,8 @@ class LoadedSplit:
     rows: npt.NDArray[np.int64]
     files: tuple[RowFile, ...]
     sha256: tuple[str, ...]
-    settings: dict[str, Any]
-    forms: FormOptions
+    recipe: Recipe
+    on_bad_row: str
     counts: dict[str, Any]
 
 
@@ -194,14 +194,8 @@ def load_split(
         rows=np.flatnonzero(taken & (in_test == (split == "test" and hash_split is not None))),
         files=files,
         sha256=tuple(sha256 for _, sha256 in content),
-        settings={
-            "default_system_prompt": recipe.default_system_prompt,
-            "seq_len": seq_len,
-            "long_rows": long_rows,
-            "on_bad_row": on_bad_row,
-            "forms": forms.to_dict(),
-        },
-        forms=forms,
+        recipe=recipe,
+        on_bad_row=on_bad_row,
         counts=_counts(tokens, taken, read),
     )
 
