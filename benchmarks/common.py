@@ -1,7 +1,10 @@
-"""What benchmarks share: flags, the config they compose, synthetic conversations, counted FLOPs. Knows no side of a comparison."""
+"""What benchmarks share: flags, config, synthetic conversations and a trainer on them, counted FLOPs.
+
+Knows no side of a comparison.
+"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from config.compose import compose_config
 from config.schema import PretrainInstructConfig
+from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example
-from models.device import peak_memory, pick_device, resolve_arch
+from models.act import RecursiveModel
+from models.device import peak_memory, pick_device, resolve_arch, set_matmul_precision
+from training.loop import Trainer
+from training.text import TextTask
 
 VOCABULARY = 32_000
+# So many synthetic rows that the schedule never gets near its end.
+ENDLESS_ROWS = 1_000_000
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -28,10 +37,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return flags
 
 
-def benchmark_config(overrides: Sequence[str]) -> PretrainInstructConfig:
-    """cfg_pretrain_instruct with `overrides`, on the CPU, its number format decided; the loss is the original's, on both sides."""
-    config = compose_config("cfg_pretrain_instruct", ["device=cpu", "arch.loss=stablemax", *overrides])
-    return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device("cpu"))})
+def benchmark_config(overrides: Sequence[str], device: str = "cpu") -> PretrainInstructConfig:
+    """cfg_pretrain_instruct with `overrides`, its number format decided; the loss is the original's unless they say otherwise."""
+    config = compose_config("cfg_pretrain_instruct", [f"device={device}", "arch.loss=stablemax", *overrides])
+    return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
 
 
 def synthetic_example(seed: int, index: int, positions: int, vocabulary: int) -> Example:
@@ -39,6 +48,35 @@ def synthetic_example(seed: int, index: int, positions: int, vocabulary: int) ->
     ids = np.random.default_rng((seed, index)).integers(0, vocabulary, positions + 1, dtype=np.int32)
     supervised = np.arange(positions + 1) > positions // 2
     return Example(ids, supervised, (~supervised).astype(np.int32), turn_bytes=0)
+
+
+class SyntheticRows:
+    """An endless stream of synthetic rows, as the trainer takes examples; `length` gives row i's positions."""
+
+    def __init__(self, config: PretrainInstructConfig, vocabulary: int, length: Callable[[int], int] | None = None) -> None:
+        """Without `length`, every row has `dataset.seq_len` positions."""
+        self.length: Callable[[int], int] = length or (lambda _: config.dataset.seq_len)
+        self._seed, self._vocabulary = config.seed, vocabulary
+        self._next = 0
+
+    def __next__(self) -> tuple[Draw, Example]:
+        index = self._next
+        self.skip(1)
+        return Draw(0, 0, index), synthetic_example(self._seed, index, self.length(index), self._vocabulary)
+
+    def skip(self, count: int) -> None:
+        """Leave the next `count` rows out."""
+        self._next += count
+
+
+def synthetic_trainer(config: PretrainInstructConfig, rows: SyntheticRows, vocabulary: int, *, compiled: bool = False) -> Trainer:
+    """The real training loop on synthetic `rows`, on the device of `config`."""
+    device = pick_device(config.device)
+    model = RecursiveModel(config.arch, vocabulary, seed=config.seed).to(device)
+    set_matmul_precision(config.tf32, device)
+    if compiled:
+        model.compile_levels()
+    return Trainer(config, model, TextTask(config, model, rows, Curriculum.of_epochs(ENDLESS_ROWS, config.seed, 1)))
 
 
 def peak_memory_bytes() -> int:

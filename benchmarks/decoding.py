@@ -33,7 +33,7 @@ from benchmarks.naive import NaiveTRM
 from config.errors import one_clear_message
 from generation.engine import Engine, Prompt, Request, Token, cache_bytes
 from models.act import RecursiveModel
-from models.device import has_compiler, keep_freed_memory, should_compile
+from models.device import has_compiler, keep_freed_memory, pick_device, should_compile
 from models.layers import Linear
 from models.losses import log_probs
 
@@ -47,15 +47,18 @@ _TOLERANCE_AT_ONE_STEP = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.2}
 class Setting:
     """One model in one number format, its naive double with the same weights, and one prompt of random ids a row."""
 
-    def __init__(self, arguments: argparse.Namespace, *, dtype: str, batch: int, positions: int, act_steps: int) -> None:
-        overrides = [f"arch.forward_dtype={dtype}", f"arch.halt_max_steps={act_steps}", *arguments.overrides]
-        self.model = RecursiveModel(benchmark_config(overrides).arch, arguments.vocabulary, seed=arguments.seed)
+    def __init__(
+        self, arguments: argparse.Namespace, *, dtype: str, batch: int, positions: int, act_steps: int, device: str = "cpu"
+    ) -> None:
+        config = benchmark_config([f"arch.forward_dtype={dtype}", f"arch.halt_max_steps={act_steps}", *arguments.overrides], device)
+        self.model = RecursiveModel(config.arch, arguments.vocabulary, seed=arguments.seed).to(pick_device(device))
         # Both sides then read weights of the same dtype, and neither casts.
         self.model.cast_for_inference()
         self.naive = NaiveTRM(self.model)
         self.dtype = self.model.config.forward_dtype
         self.batch, self.positions, self.act_steps = batch, positions, act_steps
-        self.compiled = arguments.compile
+        self.engine_options: dict[str, Any] = {"compiled": arguments.compile}
+        self.compared_ids = _COMPARED_IDS
         rows = [synthetic_example(arguments.seed, row, positions, arguments.vocabulary) for row in range(batch)]
         # The first token completes `positions` positions, and the second is what the sides are compared on.
         length = positions - 1
@@ -68,7 +71,7 @@ class Setting:
     @torch.inference_mode()
     def recomputed(self, ids_BT: Tensor, act_steps: int | None = None) -> Tensor:
         """Naive: log-probabilities [B, V] after the last position."""
-        logits_BV = self.naive.next_token_logits(ids_BT, act_steps or self.act_steps)
+        logits_BV = self.naive.next_token_logits(ids_BT.to(self.model.device), act_steps or self.act_steps)
         return log_probs(logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)), self.model.config.loss)
 
     def difference(self, act_steps: int) -> float:
@@ -77,14 +80,14 @@ class Setting:
         tokens, logp_BV = decoding.next(), self.recomputed(decoding.ids_BT, act_steps)
         return max(abs(logp - float(logp_BV[t.request, token])) for t in tokens for token, logp in t.candidates)
 
-    def weight_bytes_per_token(self) -> int:
+    def weight_bytes_per_token(self, act_steps: int | None = None) -> int:
         """Bytes of matrices that a token of one row reads: those of every level call of every ACT step, and the head once."""
 
         def of(module: torch.nn.Module) -> int:
             return sum(m.weight.nbytes for m in module.modules() if isinstance(m, Linear))
 
         levels = sum(of(self.model.get_submodule(level)) for level in self.model.level_calls)
-        return levels * self.act_steps + of(self.model.lm_head)
+        return levels * (act_steps or self.act_steps) + of(self.model.lm_head)
 
 
 class Decoding:
@@ -92,11 +95,11 @@ class Decoding:
 
     def __init__(self, setting: Setting, act_steps: int, tokens: int, room: int) -> None:
         self._engine = Engine(
-            setting.model, eos_id=_NO_EOS, act_steps=act_steps, rows=setting.batch, positions=room, compiled=setting.compiled
+            setting.model, eos_id=_NO_EOS, act_steps=act_steps, rows=setting.batch, positions=room, **setting.engine_options
         )
         self._ready: list[collections.deque[Token]] = [collections.deque() for _ in setting.prompts]
         for prompt in setting.prompts:
-            self._engine.submit(Request(prompt, tokens, top=_COMPARED_IDS))
+            self._engine.submit(Request(prompt, tokens, top=setting.compared_ids))
         first = self.next()
         prompts_BT = torch.from_numpy(np.stack([prompt.ids for prompt in setting.prompts]))
         self.ids_BT = torch.cat((prompts_BT, torch.tensor([[token.id] for token in first])), dim=1)

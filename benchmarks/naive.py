@@ -47,7 +47,7 @@ class NaiveTRM:
         """Raises UsageError for another architecture."""
         check_arch(model.config)
         self.arch: ArchConfig = model.config
-        self.dtype = model.dtype
+        self.dtype, self.device = model.dtype, model.device
         self.weights: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def initial_states(self, rows: int, positions: int) -> tuple[Tensor, Tensor]:
@@ -88,8 +88,9 @@ class NaiveTRM:
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         head_dim = self.arch.hidden_size // self.arch.num_heads
-        frequencies = self.arch.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles_TK = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies).repeat(1, 2)
+        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=self.device)
+        positions_T = torch.arange(positions, dtype=torch.float64, device=self.device)
+        angles_TK = torch.outer(positions_T, self.arch.rope_theta ** (-pairs / head_dim)).repeat(1, 2)
         return angles_TK.cos().to(self.dtype), angles_TK.sin().to(self.dtype)
 
     def _level(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

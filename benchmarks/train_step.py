@@ -29,23 +29,27 @@ from torch import Tensor
 import benchmarks.loss_memory
 import models.layers
 import training.text
-from benchmarks.common import benchmark_config, parser, peak_memory_bytes, synthetic_example, use_threads
+from benchmarks.common import (
+    ENDLESS_ROWS,
+    SyntheticRows,
+    benchmark_config,
+    parser,
+    peak_memory_bytes,
+    synthetic_example,
+    synthetic_trainer,
+    use_threads,
+)
 from benchmarks.naive import NaiveTRM, check_arch, stablemax_cross_entropy, train_step
 from config.errors import one_clear_message
 from config.schema import PretrainInstructConfig
-from dataset.text.curriculum import Curriculum, Draw
-from dataset.text.loader import Example, collate
+from dataset.text.loader import collate
 from models.act import RecursiveModel
-from models.device import keep_freed_memory
+from models.device import keep_freed_memory, pick_device
 from models.layers import Linear
 from models.losses import TokenLoss
-from training.loop import Trainer
 from training.optimizer import AdamATan2
-from training.text import TextTask
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# So many rows that the schedule never gets near its end.
-_ROWS = 1_000_000
 _LABELS = {"ours": "ours", "naive": "naive", "naive_kept": "naive, our allocator"}
 # What can be taken away from ours, one at a time, and what is there instead.
 CHANGES = {
@@ -124,28 +128,12 @@ def dense_loss(
     return TokenLoss((nll_N * weights_N).sum() + 0.5 * (bce_N * weights_N).sum(), nll_N.detach(), argmax_N, bce_N.detach())
 
 
-class _Rows:
-    """Synthetic rows, as the trainer takes examples."""
-
-    def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
-        self._row: Callable[[int], Example] = lambda i: synthetic_example(config.seed, i, config.dataset.seq_len, vocabulary)
-        self._next = 0
-
-    def __next__(self) -> tuple[Draw, Example]:
-        self.skip(1)
-        return Draw(0, 0, self._next - 1), self._row(self._next - 1)
-
-    def skip(self, count: int) -> None:
-        self._next += count
-
-
 class Ours:
     """The real training loop."""
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
-        self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
-        curriculum = Curriculum.of_epochs(_ROWS, config.seed, 1)
-        self.trainer = Trainer(config, self.model, TextTask(config, self.model, _Rows(config, vocabulary), curriculum))
+        self.trainer = synthetic_trainer(config, SyntheticRows(config, vocabulary), vocabulary)
+        self.model = self.trainer.model
         self._steps = self.trainer.steps()
         self._seconds: dict[str, float] = {}
 
@@ -187,7 +175,7 @@ class Naive:
     def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
         self.config = config
         self.vocabulary = vocabulary
-        self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed)
+        self.model = RecursiveModel(config.arch, vocabulary, seed=config.seed).to(pick_device(config.device))
         self.naive = NaiveTRM(self.model)
         self.optimizer = AdamATan2(
             self.model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
@@ -199,11 +187,11 @@ class Naive:
 
     def _train(self) -> Iterator[float]:
         config, batch = self.config, self.config.global_batch_size
-        for first in range(0, _ROWS, batch):
+        for first in range(0, ENDLESS_ROWS, batch):
             rows = [synthetic_example(config.seed, first + i, config.dataset.seq_len, self.vocabulary) for i in range(batch)]
             arrays = collate(rows, pad_id=0, length_multiple=config.pad_multiple)
-            inputs_BT = torch.from_numpy(arrays["inputs"].astype(np.int64))
-            labels_BT = torch.from_numpy(arrays["labels"])
+            inputs_BT = torch.from_numpy(arrays["inputs"].astype(np.int64)).to(self.model.device)
+            labels_BT = torch.from_numpy(arrays["labels"]).to(self.model.device)
             states = self.naive.initial_states(*inputs_BT.shape)
             for _ in range(config.arch.halt_max_steps):
                 states, loss = train_step(self.naive, self.optimizer, states, inputs_BT, labels_BT)
