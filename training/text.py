@@ -208,19 +208,20 @@ class TextTask:
             length_multiple=self.config.pad_multiple,
             supervise=self.config.dataset.supervise,
         )
-        slots = torch.tensor([entry.slot for entry in entries], device=self.model.device)
+        host_slots = np.array([entry.slot for entry in entries])
+        slots = on_device(host_slots, self.model.device)
         width = batch["inputs"].shape[1]
         for target, name, fill in (
             (carry.inputs_BT, "inputs", 0),
             (carry.labels_BT, "labels", IGNORE_LABEL_ID),
             (carry.segments_BT, "segment", 0),
         ):
-            target[slots, width:] = fill
+            # Not by assignment: a GPU would be waited for until the number is copied to it.
+            target[:, width:].index_fill_(0, slots, fill)
             target[slots, :width] = on_device(batch[name].astype(np.int64), target.device)
-        carry.previous_argmax_BT[slots] = -1
+        carry.previous_argmax_BT.index_fill_(0, slots, -1)
         for state, initial in zip(carry.states, self.model.initial_states(len(entries), self._positions), strict=True):
             state[slots] = initial
-        host_slots = [entry.slot for entry in entries]
         carry.lengths[host_slots] = batch["lengths"]
         carry.supervised_BT[host_slots] = False
         carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
