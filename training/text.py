@@ -82,6 +82,7 @@ class TextTask:
         multiple = config.pad_multiple
         self._positions = -(-(config.dataset.seq_len + TOKEN_MULTIPLE) // multiple) * multiple
         self.carry = Carry.empty(model, len(part), self._positions)
+        self._rotary = model.rotary(torch.arange(self._positions))
         self.finished_depths: list[int] = []
         self._leaving: Counter[str] = Counter()
 
@@ -283,7 +284,7 @@ class TextTask:
         states, output_MD = model.act_step(
             tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
             model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
-            model.rotary(on_device(layout.position_N, model.device)),
+            None if self._rotary is None else self._rotary.at(on_device(layout.position_N, model.device)),
             model.mask_in_rows(attention_rows, token_rows.gather(carry.segments_BT[index_R, :width]), documents_M),
         )
         output_ND = output_MD[supervised_N]
