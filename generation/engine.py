@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config.errors import UsageError
 from dataset.text.packing import tokens_in_rows
+from generation.device_tick import DeviceTick, Recorder, graph_recorder
 from generation.sampling import GREEDY, Sampler, Sampling
 from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
@@ -127,6 +128,7 @@ class Engine:
         draft_tokens: int = 0,
         draft_act_steps: int = 1,
         compiled: bool = False,
+        record: Recorder | None = None,
     ) -> None:
         """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
 
@@ -135,6 +137,8 @@ class Engine:
 
         compiled: torch.compile what the next tokens take, once for a single row and once for several. Compiled code holds the
         weights in a form of its own.
+
+        record: take ticks as functions of fixed shape, recorded by this; None: on CUDA as graphs, elsewhere not at all.
         """
         self.model = model
         self.eos_id = eos_id
@@ -161,6 +165,11 @@ class Engine:
         self._x = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
         # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
         self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
+        if record is None and model.device.type == "cuda":
+            record = graph_recorder()
+        self._on_device: DeviceTick | None = None
+        if record is not None:
+            self._on_device = DeviceTick(model, self._cache, self._states, self._x, self._rotary, record)
 
     @property
     def running(self) -> int:
@@ -207,7 +216,7 @@ class Engine:
         if len(running) == 1 and self._may_speculate(running[0]):
             tokens += self._speculate(running[0])
         elif running:
-            tokens += self._step(running)
+            tokens += self._step(running) if self._on_device is None else self._step_on_device(self._on_device, running)
         return tokens
 
     def _step(self, slots: list[int]) -> list[Token]:
@@ -228,18 +237,41 @@ class Engine:
         for kept, new in zip(self._states, states, strict=True):
             kept[index_B] = new
         output_BD = output_BTD[:, 0]
-        halts = self._halting(output_BD, rows)
+        done = self._ready(slots, self._halting(output_BD, rows))
+        if not done:
+            return []
+        output_RD = output_BD if len(done) == len(slots) else output_BD[torch.tensor(done, device=model.device)]
+        return self._give([slots[place] for place in done], model.logits(output_RD))
+
+    def _step_on_device(self, tick: DeviceTick, slots: list[int]) -> list[Token]:
+        """The same by functions of fixed shape: where all rows are greedy, the device is waited for once a token."""
+        rows = self._rows_in(slots)
+        tick.step(slots[-1] + 1, max(row.position for row in rows))
+        may_halt = any(row.request.halt_threshold is not None for row in rows)
+        if not may_halt and all(row.act_step + 1 < row.depth for row in rows):
+            for row in rows:
+                row.act_step += 1
+            return []
+        if any(row.request.top or row.request.sampling.needs_sampler for row in rows):
+            ready = tick.ready_B.tolist() if may_halt else [False] * len(tick.ready_B)
+            done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
+            if not done_slots:
+                return []
+            return self._give(done_slots, self.model.logits(tick.output_BD[torch.tensor(done_slots, device=self.model.device)]))
+        ids, logps, ready = tick.choose(slots[-1] + 1)
+        done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
+        return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
+
+    def _ready(self, slots: Sequence[int], halts: Sequence[bool] | np.ndarray) -> list[int]:
+        """Count an ACT step of the rows in these slots: places of those whose token halts or has come to its depth."""
         done = []
-        for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+        for place, (slot, row) in enumerate(zip(slots, self._rows_in(slots), strict=True)):
             row.act_step += 1
             if row.act_step < row.depth and halts[place]:
                 self._cache.carry_halted(slot, row.position, row.act_step - 1, row.depth)
             if row.act_step == row.depth or halts[place]:
                 done.append(place)
-        if not done:
-            return []
-        output_RD = output_BD if len(done) == len(slots) else output_BD[torch.tensor(done, device=model.device)]
-        return self._give([slots[place] for place in done], model.logits(output_RD))
+        return done
 
     def _may_speculate(self, slot: int) -> bool:
         (row,) = self._rows_in([slot])
@@ -302,24 +334,31 @@ class Engine:
         # Together, because each waits for the device.
         ids, logps = torch.stack((chosen.ids_R.double(), chosen.logp_R.double())).tolist()
         for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            row.given += 1
-            finish: Literal["stop", "length"] | None = None
-            token_id = int(ids[place])
-            if token_id == self.eos_id:
-                finish = "stop"
-            elif row.given == row.request.max_new_tokens:
-                finish = "length"
             candidates: tuple[tuple[int, float], ...] = ()
             if best is not None and row.request.top:
                 candidates = tuple(zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True))[: row.request.top]
-            tokens.append(Token(row.number, token_id, logps[place], row.act_step, finish, candidates))
-            row.position, row.act_step = row.position + 1, 0
-            if finish is not None:
-                self._rows[slot] = None
+            tokens.append(self._token(slot, int(ids[place]), logps[place], candidates))
         self._x[slots_R] = model.embed(chosen.ids_R).unsqueeze(1)
         for kept, initial in zip(self._states, model.initial_states(len(slots), 1), strict=True):
             kept[slots_R] = initial
+        if self._on_device is not None:
+            self._on_device.begin(slots_R)
         return tokens
+
+    def _token(self, slot: int, token_id: int, logp: float, candidates: tuple[tuple[int, float], ...] = ()) -> Token:
+        """The token that the row in this slot gives; it goes on with the next one or leaves."""
+        (row,) = self._rows_in([slot])
+        row.given += 1
+        finish: Literal["stop", "length"] | None = None
+        if token_id == self.eos_id:
+            finish = "stop"
+        elif row.given == row.request.max_new_tokens:
+            finish = "length"
+        token = Token(row.number, token_id, logp, row.act_step, finish, candidates)
+        row.position, row.act_step = row.position + 1, 0
+        if finish is not None:
+            self._rows[slot] = None
+        return token
 
     def _admit(self) -> list[Token]:
         """Let waiting requests enter: run their prompts and choose their first tokens."""
@@ -335,6 +374,8 @@ class Engine:
             depth = request.act_steps or self.act_steps
             row = _Row(number, request, depth, position=len(request.prompt.ids) - 1, act_step=depth)
             self._rows[slot] = row
+            if self._on_device is not None:
+                self._on_device.enter(slot, row.position, depth, request.halt_threshold)
             self._sampler.admit(slot, request.sampling, request.sample, request.prompt.ids.tolist())
             entering.setdefault((depth, request.halt_threshold), []).append((slot, row))
         tokens = []

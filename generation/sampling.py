@@ -49,6 +49,11 @@ class Sampling:
                 raise UsageError(f"{name} must be {expected}, found {getattr(self, name)!r}")
 
     @property
+    def needs_sampler(self) -> bool:
+        """Whether the next token is another than the one of the highest logit, or may be."""
+        return self.temperature > 0 or self.repetition_penalty != 1
+
+    @property
     def cuts(self) -> bool:
         """Whether tokens are drawn and cut by their rank, for which logits must be sorted."""
         return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)

@@ -109,15 +109,14 @@ class KVCache:
     ) -> None:
         """compiled: torch.compile the level calls that extend rows by one token each, and keep the weights they were made with."""
         shape = (rows, act_steps, lanes, 2, heads, positions, head_dim)
-        # Where lanes are gathered, rows shorter than the longest meet memory they never wrote: masked, but 0 * NaN is NaN.
-        make = torch.empty if device.type == "cpu" else torch.zeros
-        self.buffer = make(shape, dtype=dtype, device=device)
+        self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        self._fused: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._compiled = compiled
+        self.extend_call: Callable[..., tuple[Tensor, Tensor]] = extend_call
         if compiled:
             # Frozen weights are laid out as the CPU's kernels want them: products of one row take less than half the time.
             frozen = torch._inductor.config.patch(freezing=device.type == "cpu")
-            self._fused = frozen(torch.compile(extend_call, fullgraph=True))
+            self.extend_call = frozen(torch.compile(extend_call, fullgraph=True))
 
     def lanes_of(self, row: int, act_step: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each lane, views [1, H, positions, K]."""
@@ -144,9 +143,17 @@ class KVCache:
 
     def extend_by_one(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
         """The same for T = 1, compiled if this cache is."""
-        if self._fused is None:
+        if not self._compiled:
             return self.extend(rows, act_steps, starts)
-        return FusedLanes(self, self._fused, rows, act_steps, starts)
+        rows_B, act_steps_B, starts_B = torch.tensor([rows, act_steps, starts], device=self.buffer.device)
+        return self.extend_together(rows_B, act_steps_B, starts_B, max(starts))
+
+    def extend_together(self, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int) -> StepLanes:
+        """The same for T = 1 and rows told in integer tensors of the cache's device, whose values the host needn't know.
+
+        past: no row's token stands beyond this position; so many positions are read.
+        """
+        return TogetherLanes(self, rows_B, act_steps_B, starts_B, past)
 
     def carry_halted(self, row: int, position: int, halted_at: int, act_steps: int) -> None:
         """A token that halted at step `halted_at` (from 0) shows the deeper ones of its `act_steps` what that step stored of it."""
@@ -169,20 +176,17 @@ class _FillingLanes(HeldLanes):
         return k_BHTK, v_BHTK
 
 
+@dataclass(frozen=True)
 class ExtendingLanes(LayerLanes):
     """One ACT step of the next tokens of some rows; see `KVCache.extend`."""
 
-    def __init__(self, cache: KVCache, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> None:
-        self.cache = cache
-        self.rows = list(rows)
-        self.act_steps = list(act_steps)
-        self.starts = list(starts)
-        device = cache.buffer.device
-        self.rows_B, self.act_steps_B, self.starts_B = torch.tensor([self.rows, self.act_steps, self.starts], device=device)
+    cache: KVCache
+    rows: Sequence[int]
+    act_steps: Sequence[int]
+    starts: Sequence[int]
 
     def of_call(self, first_lane: int, layers: int) -> list[Lane]:
-        kind = lane_for(self.cache.buffer.device)
-        return [kind(self, first_lane + layer) for layer in range(layers)]
+        return [RowByRowLane(self, first_lane + layer) for layer in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -203,56 +207,28 @@ class RowByRowLane:
             end, this = start + count, slice(place, place + 1)
             k_kept[:, :, start:end] = k_BHTK[this]
             v_kept[:, :, start:end] = v_BHTK[this]
-            visible_11TS = None if count == 1 else torch.ones(1, 1, count, end, dtype=torch.bool).tril(start)
+            visible_11TS = None if count == 1 else torch.ones(1, 1, count, end, dtype=torch.bool, device=q_BHTK.device).tril(start)
             k_seen, v_seen = k_kept[:, :, :end].to(exact), v_kept[:, :, :end].to(exact)
             y_BHTK.append(attend(q_BHTK[this], k_seen, v_seen, Mask(visible=visible_11TS)))
         return torch.cat(y_BHTK).to(k_BHTK.dtype)
 
 
-@dataclass(frozen=True)
-class GatheredLane:
-    """All rows in one kernel: each row's lane is picked by its ACT step, shorter rows are masked."""
+class TogetherLanes:
+    """One ACT step of the next token of some rows; see `KVCache.extend_together`.
 
-    step: ExtendingLanes
-    lane: int
-
-    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
-        step, count = self.step, q_BHTK.shape[2]
-        buffer = step.cache.buffer
-        used = max(step.starts) + count
-        positions_BT = step.starts_B[:, None] + torch.arange(count, device=buffer.device)
-        rows_B1, steps_B1 = step.rows_B[:, None], step.act_steps_B[:, None]
-        for part, new_BHTK in enumerate((k_BHTK, v_BHTK)):
-            buffer[rows_B1, steps_B1, self.lane, part, :, positions_BT] = new_BHTK.transpose(1, 2)
-        k_BHSK, v_BHSK = (buffer[step.rows_B, step.act_steps_B, self.lane, part, :, :used] for part in range(2))
-        visible_BTS = torch.arange(used, device=buffer.device) <= positions_BT[:, :, None]
-        return attend(q_BHTK, k_BHSK, v_BHSK, Mask(visible=visible_BTS[:, None]))
-
-
-class FusedLanes:
-    """One ACT step of the next token of some rows: each level call is one compiled function that only reads the cache.
-
-    A function that wrote to it would be compiled into one that copies it.
+    Each level call is one function that only reads the cache: one that wrote to it would be compiled into one that copies it.
     """
 
-    def __init__(
-        self,
-        cache: KVCache,
-        fused: Callable[..., tuple[Tensor, Tensor]],
-        rows: Sequence[int],
-        act_steps: Sequence[int],
-        starts: Sequence[int],
-    ) -> None:
+    def __init__(self, cache: KVCache, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int) -> None:
         _, steps, lanes, _, _, positions, _ = cache.buffer.shape
         device = cache.buffer.device
-        self._fused = fused
+        self._extend_call = cache.extend_call
         self._kept_N2HPK = cache.buffer.flatten(0, 2)
-        self._starts_B = torch.tensor(starts, device=device)
-        first_lanes = [(row * steps + act_step) * lanes for row, act_step in zip(rows, act_steps, strict=True)]
-        self._lanes_LB = torch.tensor(first_lanes, device=device) + torch.arange(lanes, device=device).unsqueeze(1)
+        self._starts_B = starts_B
+        self._lanes_LB = (rows_B * steps + act_steps_B) * lanes + torch.arange(lanes, device=device).unsqueeze(1)
         # Two positions at least: code for one would be made apart.
-        past = min(max(2, *starts), positions)
-        self._visible_BS = torch.arange(past, device=device) < self._starts_B.unsqueeze(1)
+        past = min(max(2, past), positions)
+        self._visible_BS = torch.arange(past, device=device) < starts_B.unsqueeze(1)
         _leave_open(self._visible_BS, 0, 1)
         _leave_open(self._kept_N2HPK, 0, 3)
 
@@ -263,7 +239,7 @@ class FusedLanes:
         _leave_open(h, 0)
         for table in rotary or ():
             _leave_open(table, 0)
-        h, new_LB2HK = self._fused(stack, h, rotary, self._kept_N2HPK, lanes_LB, self._visible_BS)
+        h, new_LB2HK = self._extend_call(stack, h, rotary, self._kept_N2HPK, lanes_LB, self._visible_BS)
         self._kept_N2HPK[lanes_LB, :, :, self._starts_B] = new_LB2HK
         return h
 
@@ -315,8 +291,3 @@ class PastLane:
         total_BH1 = past_BHS.sum(-1, keepdim=True) + own_BH1
         y_BH1K: Tensor = (y_BHK / total_BH1).unsqueeze(2)
         return y_BH1K.to(q_BHTK.dtype)
-
-
-def lane_for(device: torch.device) -> type[RowByRowLane] | type[GatheredLane]:
-    """How rows attend on `device`."""
-    return RowByRowLane if device.type == "cpu" else GatheredLane

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import evaluators.language
-import models.cache
 from config.errors import UsageError
 from dataset.text.loader import Example
 from evaluators.language import DepthOutput, evaluate_language
@@ -290,29 +289,6 @@ def test_memory_that_was_never_written_reaches_no_row(tiny_model: ModelFactory) 
     finally:
         torch.use_deterministic_algorithms(False)
     assert answers == expected
-
-
-def test_all_rows_in_one_kernel_give_what_rows_by_themselves_give(
-    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The way of a GPU, taken on a CPU."""
-    model = tiny_model(halt_scale=3.0)
-    requests = requests_for(make_prompts(UNEVEN), 8, halt_threshold=0.5)
-    expected = decode(model, requests, act_steps=4, rows=3)
-    gathered: list[int] = []
-    real = models.cache.GatheredLane.attend
-
-    def spy(self: models.cache.GatheredLane, *arguments: torch.Tensor) -> torch.Tensor:
-        gathered.append(1)
-        return real(self, *arguments)
-
-    monkeypatch.setattr(models.cache.GatheredLane, "attend", spy)
-    monkeypatch.setattr(models.cache, "lane_for", lambda device: models.cache.GatheredLane)
-    monkeypatch.setattr(torch, "empty", torch.zeros)
-    for got, wanted in zip(decode(model, requests, act_steps=4, rows=3), expected, strict=True):
-        assert [(t.id, t.act_steps) for t in got] == [(t.id, t.act_steps) for t in wanted]
-        assert [t.logp for t in got] == pytest.approx([t.logp for t in wanted], abs=1e-9)
-    assert gathered
 
 
 def test_a_row_ends_with_its_eos_or_its_limit(tiny_model: ModelFactory) -> None:
