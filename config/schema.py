@@ -502,7 +502,10 @@ class PretrainInstructConfig(TrainingConfig):
     pad_multiple: PositiveInt
     """Row lengths are padded to a multiple of this for attention (few distinct shapes help compiled code)."""
     packing: Annotated[Literal["off", "bucketed", "packed"], BeforeValidator(_off)]
-    """Attention rows in training: one conversation each, as wide as the longest; in groups of like length; or several to a row."""
+    """Attention rows in training: one conversation each, as wide as the longest; in groups of like length; or several to a row.
+
+    Without effect where attention needs no rows: in bfloat16, compiled, on CUDA. Other compiled code takes bucketed for off.
+    """
 
     @property
     def depth(self) -> int:

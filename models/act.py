@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from config.errors import UsageError
 from config.schema import ArchConfig
 from models.cache import Lanes, StepLanes
 from models.device import on_device
+from models.document_attention import can_attend_in_documents, documents_side_by_side
 from models.initialization import truncated_normal_
 from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, TokenRows, attention_mask, rotary_table
 from models.recursive_reasoning import build_recursion
@@ -67,7 +69,7 @@ class RecursiveModel(nn.Module):
         positions = None if seq_len is None else self.prefix_len + seq_len
         self.vocab_size = vocab_size
         self.dtype = DTYPES[config.forward_dtype]
-        self._is_compiled = False
+        self.is_compiled = False
         self.recursion = build_recursion(config)
         self.level_calls = self.recursion.calls
         self.grad_calls = config.grad_calls or self.recursion.default_grad_calls
@@ -155,17 +157,30 @@ class RecursiveModel(nn.Module):
         segments_N: prompt segments, as for `mask`. documents_N: numbers from 0, where several documents share a row.
         """
         sizes = [len(group.index_N) for group in groups]
-        # Uncompiled, FlexAttention makes all scores; a CPU has no backward pass of it.
-        in_blocks = self._is_compiled and self.device.type == "cuda"
         masks = []
         for number, (group, segments) in enumerate(zip(groups, segments_N.split(sizes), strict=True)):
+            if self.is_compiled:
+                # An empty row beside a single one: compiled code is made anew for a size of 1.
+                group = group._replace(rows=max(2, group.rows))
             documents_BT = None
             if documents_N is not None:
                 documents_BT = group.lay_out(documents_N.split(sizes)[number] + 1)  # 0: where no document stands
             segments_BT = group.lay_out(segments)
-            mask = attention_mask(self.config.attention, segments_BT, group.positions, documents_BT, in_blocks)
+            mask = attention_mask(self.config.attention, segments_BT, group.positions, documents_BT)
             masks.append(mask._replace(token_rows=group))
         return masks[0] if len(masks) == 1 else Mask(groups=tuple(masks))
+
+    @property
+    def needs_no_rows(self) -> bool:
+        """Whether `mask_side_by_side` is to be used: compiled code on a GPU has kernels that attend to tokens where they stand."""
+        return self.is_compiled and can_attend_in_documents(self.config.attention, self.device, self.dtype, self.head_dim)
+
+    def mask_side_by_side(self, starts: np.ndarray, segments_N: Tensor) -> Mask:
+        """The mask for tokens of documents that stand side by side, each beginning at one of the `starts`, the last of which is N.
+
+        segments_N: prompt segments, as for `mask`.
+        """
+        return Mask(documents=documents_side_by_side(self.config.attention, starts, segments_N))
 
     def act_step(
         self, states: States, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, lanes: StepLanes | None = None
@@ -275,7 +290,7 @@ class RecursiveModel(nn.Module):
 
     def compile_levels(self) -> None:
         """torch.compile each level's stack in place (state-dict names stay)."""
-        self._is_compiled = True
+        self.is_compiled = True
         for name in self.recursion.levels:
             self.get_submodule(name).compile(dynamic=True)
 

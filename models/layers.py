@@ -6,13 +6,14 @@ are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the toke
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.device import cpu_multiplies_bfloat16
+from models.document_attention import Documents, attend_in_documents
 from models.initialization import truncated_normal_
 from models.product_attention import product_attention
 
@@ -74,33 +75,29 @@ class Mask(NamedTuple):
     """What a position may see: `visible` (bool, [B, 1, T, S] or None for all) or, without a dense mask, the past only.
 
     With `token_rows`, activations come without padding and are laid out in rows for the attention alone. With `groups`, they are so
-    in rows of several widths: each group's tokens follow those of the one before, and has its own mask.
+    in rows of several widths: each group's tokens follow those of the one before, and has its own mask. With `documents`, they
+    come without padding and need no rows.
     """
 
     visible: Tensor | None = None
     is_causal: bool = False
     token_rows: TokenRows | None = None
-    blocks: Any = None
-    """A FlexAttention BlockMask in place of `visible`."""
     groups: tuple["Mask", ...] = ()
+    documents: Documents | None = None
 
 
-def attention_mask(
-    kind: str, segments_BT: Tensor | None, positions: int, documents_BT: Tensor | None = None, in_blocks: bool = False
-) -> Mask:
+def attention_mask(kind: str, segments_BT: Tensor | None, positions: int, documents_BT: Tensor | None = None) -> Mask:
     """The mask of `kind` over `positions` input positions of right-padded rows.
 
     full: no restriction. causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, that is
     `segments_BT` equal and not 0. Padding stands at the end, so no real position sees it; its segment is 0.
     With `documents_BT`, besides, only what has the same document number is seen (padding too sees padding, because a softmax over
-    nothing would be NaN). in_blocks: such a mask for FlexAttention, which skips what lies between documents.
+    nothing would be NaN).
     """
     if kind not in ("full", "causal", "prefix") or (kind == "prefix" and segments_BT is None):
         raise ValueError(f"attention {kind!r}: expected full, causal, or prefix with segments")
     if documents_BT is None and kind != "prefix":
         return Mask(is_causal=kind == "causal")
-    if documents_BT is not None and in_blocks:
-        return Mask(blocks=_document_blocks(kind, segments_BT, documents_BT))
     visible_BTT: Tensor | None = None
     if kind != "full":
         device = (documents_BT if segments_BT is None else segments_BT).device  # type: ignore[union-attr]
@@ -113,22 +110,6 @@ def attention_mask(
         visible_BTT = same_BTT if visible_BTT is None else visible_BTT & same_BTT
     assert visible_BTT is not None
     return Mask(visible=visible_BTT.unsqueeze(1))
-
-
-def _document_blocks(kind: str, segments_BT: Tensor | None, documents_BT: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        is_same: Tensor = documents_BT[b, i] == documents_BT[b, j]
-        if kind == "causal":
-            return is_same & (j <= i)
-        if kind == "prefix":
-            assert segments_BT is not None
-            return is_same & ((j <= i) | ((segments_BT[b, i] == segments_BT[b, j]) & (segments_BT[b, i] != 0)))
-        return is_same
-
-    rows, positions = documents_BT.shape
-    return create_block_mask(sees, rows, None, positions, positions, device=str(documents_BT.device))
 
 
 class Lane(Protocol):
@@ -146,11 +127,6 @@ _MANY_SCORES = 2**18
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor:
     """Scaled dot-product attention [B, H, T, K]."""
-    if mask.blocks is not None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        blockwise: Tensor = flex_attention(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks)
-        return blockwise
     dtype = q_BHTK.dtype
     if dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
         if _MULTIPLIES_BFLOAT16 and q_BHTK.shape == k_BHSK.shape and _are_many_scores(q_BHTK):
@@ -223,7 +199,9 @@ class Attention(nn.Module):
         qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
         if rotary is not None:
             qk = rotate(qk, rotary)
-        if mask.groups:
+        if mask.documents is not None:
+            y = attend_in_documents(qk, v, mask.documents)
+        elif mask.groups:
             sizes = [len(group.token_rows.index_N) for group in mask.groups if group.token_rows is not None]
             parts = zip(qk.split(sizes), v.split(sizes), mask.groups, strict=True)
             y = torch.cat([self._attend_in_rows(*part, lane) for part in parts])

@@ -16,7 +16,6 @@ from models.layers import (
     Mask,
     SwiGLU,
     TokenRows,
-    attend,
     attention_mask,
     rms_norm,
     rotary_table,
@@ -179,24 +178,3 @@ def test_no_document_sees_another(tokens: list[tuple[int, int]], kind: str) -> N
     one_document = packed_mask(kind, torch.ones_like(documents), segments)
     if alone.visible is not None:
         assert torch.equal(one_document, alone.visible[:, 0])
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
-def test_flex_attention_equals_the_dense_mask(kind: str, device: str) -> None:
-    """On a CPU without gradients, which FlexAttention has on CUDA only."""
-    B, T = 2, 150
-    documents = torch.tensor([[1] * 40 + [2] * 70 + [0] * 40, [1] * 149 + [2]], device=device)
-    segments = (torch.arange(T, device=device) // 13 % 3).expand(B, T)
-    q, k, v = (random(B, 2, T, 16, seed=seed).float().to(device).requires_grad_(device == "cuda") for seed in range(3))
-    blocks = attention_mask(kind, segments, T, documents, in_blocks=True)
-    assert blocks.visible is None and blocks.blocks is not None
-    dense = attention_mask(kind, segments, T, documents)
-    results = [attend(q, k, v, mask) for mask in (blocks, dense)]
-    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
-    if device == "cuda":
-        gradients = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in results]
-        torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)

@@ -31,15 +31,23 @@ class AdamATan2(Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 self.state[p]["step"] += 1
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            grads = [p.grad for p in params]
-            m = [self.state[p]["m"] for p in params]
-            v = [self.state[p]["v"] for p in params]
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_lerp_(m, grads, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            for p, m_p, v_p in zip(params, m, v, strict=True):
-                t = self.state[p]["step"]
-                update = torch.sqrt(v_p / (1 - beta2**t))
-                p.sub_(torch.atan2(m_p, update, out=update), alpha=lr / (1 - beta1**t))
+            # Some parameters may have had no gradient in some steps.
+            for t in {self.state[p]["step"] for p in params}:
+                self._update(
+                    [p for p in params if self.state[p]["step"] == t], t, group["lr"], *group["betas"], group["weight_decay"]
+                )
+
+    def _update(self, params: list[Tensor], t: int, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
+        """The `t`-th update of `params`, in a few operations over all of them at once."""
+        grads = [p.grad for p in params if p.grad is not None]
+        m = [self.state[p]["m"] for p in params]
+        v = [self.state[p]["v"] for p in params]
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+        updates = torch._foreach_div(v, 1 - beta2**t)
+        torch._foreach_sqrt_(updates)
+        for m_p, update in zip(m, updates, strict=True):
+            torch.atan2(m_p, update, out=update)  # there is none for many tensors
+        torch._foreach_sub_(params, updates, alpha=lr / (1 - beta1**t))

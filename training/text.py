@@ -266,12 +266,12 @@ class TextTask:
         """One ACT step of the rows in the slots `working`; writes their shares of settled tokens."""
         model, carry = self.model, self.carry
         arch = self.config.arch
-        layout = lay_out(carry.lengths[working], self.config.packing, self.config.pad_multiple, TOKEN_MULTIPLE)
+        packing = self.config.packing
+        if model.needs_no_rows or (model.is_compiled and packing == "bucketed"):
+            packing = "off"  # where rows are groups, code would be compiled anew for each number of them
+        layout = lay_out(carry.lengths[working], packing, self.config.pad_multiple, TOKEN_MULTIPLE)
         index_M, width = layout.place_N, layout.width
-        # The same tokens stand twice in rows: one conversation each in the carry, and as attention has them.
         token_rows = TokenRows(on_device(index_M, model.device), len(working), width)
-        attention_rows = [TokenRows(on_device(group.index_N, model.device), *group[1:]) for group in layout.groups]
-        documents_M = on_device(layout.document_N, model.device) if self.config.packing == "packed" else None
         # While every slot works, views do; only the end of the run, when slots drain, copies rows.
         first, last = int(working[0]), int(working[-1])
         full = len(working) == last + 1 - first
@@ -281,11 +281,19 @@ class TextTask:
         supervised_N = on_device(np.flatnonzero(is_supervised_M), model.device)
         labels_N = labels_M[supervised_N]
 
+        segments_M = token_rows.gather(carry.segments_BT[index_R, :width])
+        if model.needs_no_rows:
+            mask = model.mask_side_by_side(layout.starts, segments_M)
+        else:
+            # The same tokens stand twice in rows: one conversation each in the carry, and as attention has them.
+            attention_rows = [TokenRows(on_device(group.index_N, model.device), *group[1:]) for group in layout.groups]
+            documents_M = on_device(layout.document_N, model.device) if packing == "packed" else None
+            mask = model.mask_in_rows(attention_rows, segments_M, documents_M)
         states, output_MD = model.act_step(
             tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
             model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
             None if self._rotary is None else self._rotary.at(on_device(layout.position_N, model.device)),
-            model.mask_in_rows(attention_rows, token_rows.gather(carry.segments_BT[index_R, :width]), documents_M),
+            mask,
         )
         output_ND = output_MD[supervised_N]
         halt_logits_N = model.halt_logits(output_MD if arch.halt.backprop else output_MD.detach())[supervised_N, 0]
@@ -310,7 +318,7 @@ class TextTask:
             sums={
                 "supervised": len(labels_N),
                 "tokens": int(carry.lengths[working].sum()),
-                "attended": layout.attended,
+                "attended": len(index_M) if model.needs_no_rows else layout.attended,
                 "nll": loss.nll_N.sum(),
                 "halt_bce": loss.halt_bce_N.sum(),
                 "correct": (loss.argmax_N == labels_N).sum(),

@@ -14,8 +14,8 @@ import numpy.typing as npt
 Packing = Literal["off", "bucketed", "packed"]
 Integers = npt.NDArray[np.int64]
 
-# A document shorter than this share of its group's longest opens the next group, as long as there may be more: compiled code is
-# made anew for each number of groups, and short rows cost little however they are padded.
+# A document shorter than this share of its group's longest opens the next group, as long as there may be more: short rows cost
+# little however they are padded.
 _LEAST_FILL = 0.7
 _MOST_GROUPS = 4
 
@@ -42,6 +42,11 @@ class Layout:
     position_N: Integers
     document_N: Integers
     groups: tuple[Rows, ...]
+
+    @property
+    def starts(self) -> Integers:
+        """Where the tokens of each document begin, those of padding among them, and at the end N."""
+        return np.flatnonzero(np.diff(self.document_N, prepend=-1, append=-1))
 
     @property
     def attended(self) -> int:

@@ -1,0 +1,95 @@
+"""Attention of documents whose tokens stand side by side: nothing is laid out in rows, and no padding is computed. On CUDA.
+
+Causal documents take FlashAttention for sequences of any length, prompts that see all of themselves FlexAttention's blocks, which
+skip what lies between documents. Both are imported where they are used: they bring torch's compiler, which takes seconds. Shape
+suffixes as in models/layers.py; R counts documents, C blocks of tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.device import on_device
+
+# Tokens of a block of FlexAttention, whose kernels take no smaller ones.
+_BLOCK = 128
+
+
+class Documents(NamedTuple):
+    """Which tokens see each other: of `starts_R1`, int32, where documents begin and N at the end, those up to themselves.
+
+    longest: tokens of the longest document. blocks: a FlexAttention BlockMask, where not all documents are causal.
+    """
+
+    starts_R1: Tensor
+    longest: int
+    blocks: Any = None
+
+
+def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there are kernels for attention of `kind`, causal or prefix; those for prefix are in compiled code only."""
+    # FlashAttention wants half precision and rows of 16 bytes, FlexAttention heads of 16 channels or more.
+    is_supported = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and 16 <= head_dim <= 256
+    return is_supported and device.type == "cuda" and kind in ("causal", "prefix")
+
+
+def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) -> Documents:
+    """The documents that begin at these of `segments_N`'s tokens; the last of `starts` is N.
+
+    causal: j <= i. prefix: besides, i and j in the same prompt segment, a run of tokens of one number that isn't 0.
+    """
+    starts_R1 = on_device(starts.astype(np.int32), segments_N.device)
+    longest = int(np.diff(starts).max())
+    blocks = _block_mask(*_visible_range(starts_R1, segments_N)) if kind == "prefix" else None
+    return Documents(starts_R1, longest, blocks)
+
+
+def attend_in_documents(qk: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Scaled dot-product attention of queries and keys [N, 2, H, K] and values [N, H, K]: [N, H * K]."""
+    q_NHK, k_NHK = qk.unbind(1)
+    if documents.blocks is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts_R1, longest = documents.starts_R1, documents.longest
+        y_NHK = varlen_attn(q_NHK, k_NHK, v, starts_R1, starts_R1, longest, longest, window_size=(-1, 0))
+        assert isinstance(y_NHK, Tensor)
+        return y_NHK.flatten(1)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q_1HNK, k_1HNK, v_1HNK = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHK, k_NHK, v))
+    y_1HNK: Tensor = flex_attention(q_1HNK, k_1HNK, v_1HNK, block_mask=documents.blocks)
+    return y_1HNK.squeeze(0).transpose(0, 1).flatten(1)
+
+
+def _visible_range(starts_R1: Tensor, segments_N: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last token [N] that each token sees: from where its document begins to itself or where its prompt segment ends."""
+    tokens = len(segments_N)
+    token_N = torch.arange(tokens, dtype=torch.int32, device=segments_N.device)
+    document_N = torch.bucketize(token_N, starts_R1, right=True) - 1
+    goes_on = (document_N[1:] == document_N[:-1]) & (segments_N[1:] == segments_N[:-1]) & (segments_N[:-1] != 0)
+    end_N = token_N.masked_fill(F.pad(goes_on, (0, 1)), tokens)
+    return starts_R1[document_N], end_N.flip(0).cummin(0).values.flip(0)
+
+
+def _block_mask(first_N: Tensor, last_N: Tensor) -> Any:
+    """FlexAttention's mask of tokens that see those from `first_N`, ascending, to `last_N`.
+
+    A block of tokens attends to all blocks between the first and the last that one of them sees.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = len(first_N)
+    begin_C = first_N[::_BLOCK] // _BLOCK
+    blocks = len(begin_C)
+    end_C = F.pad(last_N, (0, blocks * _BLOCK - tokens)).view(blocks, _BLOCK).amax(1) // _BLOCK
+    seen_CC = begin_C[:, None] + torch.arange(blocks, dtype=torch.int32, device=first_N.device)
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        is_seen: Tensor = (first_N[i] <= j) & (j <= last_N[i])
+        return is_seen
+
+    count_11C, index_11CC = ((end_C - begin_C + 1)[None, None], seen_CC.clamp(max=blocks - 1)[None, None])
+    return BlockMask.from_kv_blocks(count_11C, index_11CC, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))

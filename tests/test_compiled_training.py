@@ -1,0 +1,129 @@
+"""Compiled training: the same run as uncompiled, without rows where kernels need none, and no code anew for other lengths."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, get_args
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as flex
+from torch import Tensor
+from torch.nn.attention import varlen
+
+import models.act
+from config.schema import PretrainInstructConfig
+from dataset.text.curriculum import Curriculum
+from dataset.text.loader import Example, ExampleStream
+from dataset.text.packing import Packing
+from models.act import RecursiveModel
+from models.device import has_compiler
+from training.loop import Trainer
+from training.text import TextTask
+
+ConfigFactory = Callable[..., PretrainInstructConfig]
+ExampleFactory = Callable[..., list[Example]]
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+# aot_eager is all of torch.compile but the generated code: graphs, guards, what is saved for the backward pass.
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "inductor" and not has_compiler():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+
+
+def make_trainer(config: PretrainInstructConfig, examples: list[Example], *, compiled: bool) -> Trainer:
+    model = RecursiveModel(config.arch, 13, seed=config.seed)
+    if compiled:
+        model.compile_levels()
+    curriculum = Curriculum.of_epochs(len(examples), config.seed, config.epochs)
+    stream = ExampleStream(examples, curriculum, 0)
+    return Trainer(config, model, TextTask(config, model, stream, curriculum))
+
+
+def assert_compiled_equals_eager(config: PretrainInstructConfig, examples: list[Example]) -> None:
+    """After whole runs; and nothing is compiled after the tenth step, at the end of the run neither, where one row is left."""
+    eager, compiled = (make_trainer(config, examples, compiled=compiled) for compiled in (False, True))
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for expected, found in zip(eager.steps(), compiled.steps(), strict=True):
+            assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-9)
+            torch._dynamo.config.error_on_recompile = found.step >= 10
+    assert found.step > 25
+    for (name, value), other in zip(eager.model.state_dict().items(), compiled.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, rtol=0, atol=1e-9, msg=name)
+
+
+def uneven_rows(random_examples: ExampleFactory) -> list[Example]:
+    """Most of them short: few of a step's are long, so that layouts differ."""
+    return random_examples(110, longest=8) + random_examples(30, longest=128)
+
+
+def config_of_uneven_rows(tiny_config: ConfigFactory, *overrides: str) -> PretrainInstructConfig:
+    return tiny_config("global_batch_size=7", "dataset.seq_len=128", "arch.H_cycles=1", "arch.L_layers=1", "lr=1e-3", *overrides)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("packing", get_args(Packing))
+def test_rows_of_other_lengths_need_no_other_code(
+    tiny_config: ConfigFactory,
+    random_examples: ExampleFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    attention: str,
+    packing: str,
+) -> None:
+    compile_by(backend, monkeypatch)
+    config = config_of_uneven_rows(tiny_config, f"arch.attention={attention}", f"packing={packing}")
+    assert_compiled_equals_eager(config, uneven_rows(random_examples))
+
+
+def causal_weights(q_NHK: Tensor, k_NHK: Tensor, starts_R1: Tensor) -> Tensor:
+    """Of each key to each query [H, N, N], causal within documents."""
+    token_N = torch.arange(len(q_NHK))
+    document_N = torch.bucketize(token_N, starts_R1, right=True)
+    is_hidden_NN = (document_N[:, None] != document_N) | (token_N[:, None] < token_N)
+    scores_HNN = torch.einsum("ihk,jhk->hij", q_NHK, k_NHK) * q_NHK.shape[-1] ** -0.5
+    return scores_HNN.masked_fill(is_hidden_NN, -torch.inf).softmax(-1)
+
+
+@varlen._varlen_attn.register_kernel("cpu")
+def varlen_on_cpu(q: Tensor, k: Tensor, v: Tensor, starts_R1: Tensor, *rest: Any, **also: Any) -> tuple[Tensor, ...]:
+    """The operator that only CUDA has a kernel for; what else it returns is for that kernel's backward pass."""
+    y_NHK = torch.einsum("hij,jhk->ihk", causal_weights(q, k, starts_R1), v).contiguous()
+    return y_NHK, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+@varlen._varlen_attn_backward.register_kernel("cpu")
+def varlen_backward_on_cpu(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts_R1: Tensor, *rest: Any, **also: Any
+) -> tuple[Tensor, ...]:
+    weights_HNN = causal_weights(q, k, starts_R1)
+    grad_weights_HNN = torch.einsum("ihk,jhk->hij", grad, v)
+    grad_scores_HNN = weights_HNN * (grad_weights_HNN - (weights_HNN * grad_weights_HNN).sum(-1, keepdim=True))
+    grad_scores_HNN *= q.shape[-1] ** -0.5
+    grads = (
+        torch.einsum("hij,jhk->ihk", grad_scores_HNN, k),
+        torch.einsum("hij,ihk->jhk", grad_scores_HNN, q),
+        torch.einsum("hij,ihk->jhk", weights_HNN, grad),
+    )
+    return tuple(grad_NHK.contiguous() for grad_NHK in grads)
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_documents_side_by_side_need_no_rows(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """As on CUDA, with plain code in place of kernels that only CUDA has: inductor refuses gradients of FlexAttention on a CPU."""
+    compile_by("aot_eager", monkeypatch)
+    monkeypatch.setattr(models.act, "can_attend_in_documents", lambda *_: True)
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    masks = Mock(wraps=models.act.documents_side_by_side)
+    monkeypatch.setattr(models.act, "documents_side_by_side", masks)
+    config = config_of_uneven_rows(tiny_config, f"arch.attention={attention}", "packing=packed")
+    assert_compiled_equals_eager(config, uneven_rows(random_examples))
+    assert masks.call_count > 25
