@@ -185,9 +185,10 @@ def training_errors(overrides: Sequence[str], dtype: str, scale: Scale, *, compi
 
 # How the engine may decode. On a CPU nothing is recorded.
 ENGINES: dict[str, dict[str, Any]] = {
-    "graphs": {},
-    "eager": {"record": lambda function: function},
-    "compiled": {"compiled": True},
+    "kernel": {},
+    "graphs": {"one_kernel": False},
+    "eager": {"record": lambda function: function, "one_kernel": False},
+    "compiled": {"compiled": True, "one_kernel": False},
 }
 
 
