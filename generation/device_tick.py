@@ -7,9 +7,11 @@ models/layers.py.
 """
 
 import functools
+import importlib.util
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,14 +20,17 @@ from models.act import RecursiveModel
 from models.cache import KVCache
 from models.layers import Mask, Rotary
 from models.losses import argmax, log_probs
-from models.recursive_reasoning.base import States
+
+if TYPE_CHECKING:
+    from models.decode_kernel import ActStepKernel
 
 log = logging.getLogger(__name__)
 
 # A graph is made for each power of two of rows and of positions read, from this one on.
 _FEWEST_POSITIONS = 64
-# What a replay may differ by from the same kernels launched one by one, of the largest number.
-_TOLERANCE = 1e-2
+# How far an ACT step or a choice may be from the same computed kernel by kernel: the root of the mean square, over that of the
+# result. Of bfloat16, two right ways through 42 blocks differ by 0.03, a wrong one by 1.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a function, which it need not run, and gives one that does the same to the same tensors."""
@@ -46,59 +51,91 @@ def graph_recorder() -> Recorder:
     return record
 
 
-def run_and_record(function: Callable[[], None], written: Sequence[Tensor], record: Recorder) -> Callable[[], None]:
-    """Run `function`, which writes to the tensors `written`, and return what is to be run in its place from now on.
+def act_step_kernel(model: RecursiveModel, cache: KVCache, vectors: Tensor, rotary: Rotary | None) -> "ActStepKernel | None":
+    """The kernel of an ACT step of the model, for `DeviceTick`, where there is one."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from models.decode_kernel import ActStepKernel
 
-    That is its recording if it gives the same, else the function itself; why is logged.
+    if rotary is None or not ActStepKernel.knows(model):
+        return None
+    return ActStepKernel(model, cache, rotary, vectors.squeeze(2))
+
+
+def run_and_record(
+    ways: Mapping[str, Callable[[], None]], written: Sequence[Tensor], compared: Tensor, tolerance: float, record: Recorder
+) -> Callable[[], None]:
+    """Run the last of `ways` to do the same, by name, and return what is to be run in its place from now on.
+
+    That is the recording of the first way whose `compared` is within `tolerance` of the last way's, or else the last way
+    unrecorded; what is passed over is logged. The ways write to the tensors `written`, `compared` among them.
     """
     before = [tensor.clone() for tensor in written]
-    function()
-    expected = [tensor.clone() for tensor in written]
-    for tensor, old in zip(written, before, strict=True):
-        tensor.copy_(old)
-    try:
-        replay = record(function)
-        replay()
-        worst = max(_difference(*pair) for pair in zip(written, expected, strict=True))
-        if worst <= _TOLERANCE:
-            return replay
-        problem = f"a replay differs by {worst:.2g} of the largest number"
-    except RuntimeError as error:
-        problem = str(error)
-    log.warning("no CUDA graph: decoding launches its kernels one by one, which is slower (%s)", problem)
-    for tensor, new in zip(written, expected, strict=True):
-        tensor.copy_(new)
-    return function
+    plain = list(ways.values())[-1]
+    plain()
+    after = [tensor.clone() for tensor in written]
+    expected = compared.clone()
+
+    def restore(values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(written, values, strict=True):
+            tensor.copy_(value)
+
+    for name, way in ways.items():
+        restore(before)
+        # Whatever a compiler or a driver says: there is another way.
+        try:
+            # Compiles and allocates what is to be there before the recording.
+            way()
+            restore(before)
+            replay = record(way)
+            replay()
+            difference = _relative_difference(compared, expected)
+            if difference <= tolerance:
+                return replay
+            problem = f"it differs by {difference:.2g} of the result"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        log.warning("decoding on CUDA is slower than it could be: no graph of the %s (%s)", name, problem)
+    restore(after)
+    return plain
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    return float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 class DeviceTick:
     """What rows work on, and what a tick does to it."""
 
     def __init__(
-        self, model: RecursiveModel, cache: KVCache, states: States, x_B1D: Tensor, rotary: Rotary | None, record: Recorder
+        self,
+        model: RecursiveModel,
+        cache: KVCache,
+        vectors: Tensor,
+        rotary: Rotary | None,
+        record: Recorder,
+        kernel: "ActStepKernel | None" = None,
     ) -> None:
-        """Latent `states` [B, 1, D] and embedding of every row's token, which are written in place; tables of every position."""
+        """vectors: [n + 2, B, 1, D], of every row the n latent states, its token's embedding and its last output, written in place.
+
+        rotary: tables of every position. kernel: what takes the place of an ACT step's own kernels where it can.
+        """
         self._model = model
         self._cache = cache
-        self._states = states
-        self._x_B1D = x_B1D
+        self._vectors = vectors
+        self._states, self._x_B1D, self._output_B1D = vectors[:-2].unbind(), vectors[-2], vectors[-1]
         self._rotary = rotary
         self._record = record
+        self._kernel = kernel
         self._replays: dict[tuple[object, ...], Callable[[], None]] = {}
-        rows, device = len(x_B1D), x_B1D.device
+        rows, device = vectors.shape[1], vectors.device
         exact = torch.promote_types(model.dtype, torch.float32)
         self._positions_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self._act_steps_B = torch.zeros_like(self._positions_B)
         self._depths_B = torch.ones_like(self._positions_B)
         self._thresholds_B = torch.zeros(rows, dtype=exact, device=device)
         self._chosen_3B = torch.zeros(3, rows, dtype=torch.float64, device=device)
-        self.output_BD = torch.zeros_like(x_B1D[:, 0])
-        """Output of each row's last ACT step."""
         self.ready_B = torch.zeros(rows, dtype=torch.bool, device=device)
         """Whether each row's token has come to its depth or halted."""
 
@@ -113,11 +150,25 @@ class DeviceTick:
         self._positions_B[slots_R] += 1
         self._act_steps_B[slots_R] = 0
 
-    def step(self, rows: int, past: int) -> None:
-        """One ACT step of the rows of the first `rows` slots, whose tokens stand at position `past` at most."""
+    def step(self, rows: int, past: int, may_halt: bool) -> None:
+        """One ACT step of the rows of the first `rows` slots, whose tokens stand at position `past` at most.
+
+        may_halt: some row has a threshold.
+        """
         rows = self._round_up(rows, 1, len(self.ready_B))
         past = self._round_up(past, _FEWEST_POSITIONS, self._cache.buffer.shape[-2])
-        self._run(("step", rows, past), functools.partial(self._step, rows, past))
+        ways = {"level calls": functools.partial(self._step, self._level_calls, rows, past, may_halt)}
+        if self._cache.is_compiled:
+            ways = {"compiled level calls": functools.partial(self._step, self._compiled_level_calls, rows, past, may_halt)} | ways
+        if self._kernel is not None and self._kernel.serves(rows):
+            # It reads as much of the past as there is.
+            past = self._cache.buffer.shape[-2]
+            ways = {"kernel of an ACT step": functools.partial(self._step, self._kernel_call, rows, past, may_halt)} | ways
+        self._run((rows, past, may_halt), ways, self._vectors, _TOLERANCE[self._model.dtype])
+
+    def outputs(self, slots_R: Tensor) -> Tensor:
+        """Outputs [R, D] of the last ACT step of the rows in these slots."""
+        return self._output_B1D[slots_R, 0]
 
     def choose(self, rows: int) -> tuple[list[int], list[float], list[bool]]:
         """The most probable id of each of the first `rows` rows, its log p in nats, and whether the row was ready.
@@ -125,7 +176,7 @@ class DeviceTick:
         Rows that were ready begin the token chosen; of the others, what is returned means nothing. Waits for the device.
         """
         rounded = self._round_up(rows, 1, len(self.ready_B))
-        self._run(("choose", rounded), functools.partial(self._choose, rounded))
+        self._run((rounded,), {"choice of ids": functools.partial(self._choose, rounded)}, self._chosen_3B, 0.0)
         ids, logps, ready = self._chosen_3B[:, :rows].tolist()
         return [int(number) for number in ids], logps, [bool(flag) for flag in ready]
 
@@ -133,46 +184,52 @@ class DeviceTick:
     def _round_up(number: int, fewest: int, most: int) -> int:
         return min(max(fewest, 1 << (number - 1).bit_length()), most)
 
-    def _run(self, key: tuple[object, ...], function: Callable[[], None]) -> None:
+    def _run(self, key: tuple[object, ...], ways: Mapping[str, Callable[[], None]], compared: Tensor, tolerance: float) -> None:
         replay = self._replays.get(key)
         if replay is None:
-            written = (
-                *self._states,
-                self._x_B1D,
-                self._positions_B,
-                self._act_steps_B,
-                self.output_BD,
-                self.ready_B,
-                self._chosen_3B,
-            )
-            self._replays[key] = run_and_record(function, written, self._record)
+            written = (self._vectors, self._positions_B, self._act_steps_B, self.ready_B, self._chosen_3B)
+            self._replays[key] = run_and_record(ways, written, compared, tolerance, self._record)
         else:
             replay()
 
-    def _step(self, rows: int, past: int) -> None:
-        model, cache = self._model, self._cache
-        _, most_steps, *_, positions, _ = cache.buffer.shape
+    def _step(self, act_step: Callable[[int, int], None], rows: int, past: int, may_halt: bool) -> None:
+        act_step(rows, past)
+        act_steps_B = self._act_steps_B[:rows]
+        if may_halt:
+            halting_B = self._model.halting_probability(self._output_B1D[:rows, 0], act_steps_B)
+        act_steps_B += 1
+        ready_B = act_steps_B >= self._depths_B[:rows]
+        self.ready_B[:rows] = ready_B | (halting_B > self._thresholds_B[:rows]) if may_halt else ready_B
+
+    def _kernel_call(self, rows: int, past: int) -> None:
+        assert self._kernel is not None
+        self._kernel(rows, self._positions_B, self._act_steps_B)
+
+    def _compiled_level_calls(self, rows: int, past: int) -> None:
+        self._level_calls(rows, past, compiled=True)
+
+    def _level_calls(self, rows: int, past: int, compiled: bool = False) -> None:
+        _, most_steps, *_, positions, _ = self._cache.buffer.shape
         # Idle rows count on.
         act_steps_B = self._act_steps_B[:rows].clamp(max=most_steps - 1)
         positions_B = self._positions_B[:rows].clamp(max=positions - 1)
         rotary = None
         if self._rotary is not None:
             rotary = Rotary(*(table.index_select(0, positions_B).unsqueeze(1) for table in self._rotary))
-        lanes = cache.extend_together(torch.arange(rows, device=positions_B.device), act_steps_B, positions_B, past)
-        states, output_B1D = model.act_step(
-            tuple(state[:rows] for state in self._states), self._x_B1D[:rows], rotary, Mask(), lanes
+        rows_B = torch.arange(rows, device=positions_B.device)
+        states, output_B1D = self._model.act_step(
+            tuple(state[:rows] for state in self._states),
+            self._x_B1D[:rows],
+            rotary,
+            Mask(),
+            self._cache.extend_together(rows_B, act_steps_B, positions_B, past, compiled=compiled),
         )
-        for kept, new in zip(self._states, states, strict=True):
+        for kept, new in zip((*self._states, self._output_B1D), (*states, output_B1D), strict=True):
             kept[:rows] = new
-        output_BD = output_B1D[:, 0]
-        self.output_BD[:rows] = output_BD
-        halts_B = model.halting_probability(output_BD, act_steps_B) > self._thresholds_B[:rows]
-        self._act_steps_B[:rows] += 1
-        self.ready_B[:rows] = halts_B | (self._act_steps_B[:rows] >= self._depths_B[:rows])
 
     def _choose(self, rows: int) -> None:
         model, ready_B = self._model, self.ready_B[:rows]
-        logits_BV = model.logits(self.output_BD[:rows])
+        logits_BV = model.logits(self._output_B1D[:rows, 0])
         ids_B = argmax(logits_BV)
         logp_B = log_probs(logits_BV, model.config.loss).gather(1, ids_B.unsqueeze(1)).squeeze(1)
         self._chosen_3B[:, :rows] = torch.stack([part.double() for part in (ids_B, logp_B, ready_B)])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from config.errors import UsageError
 from dataset.text.packing import tokens_in_rows
-from generation.device_tick import DeviceTick, Recorder, graph_recorder
+from generation.device_tick import DeviceTick, Recorder, act_step_kernel, graph_recorder
 from generation.sampling import GREEDY, Sampler, Sampling
 from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
@@ -129,6 +129,7 @@ class Engine:
         draft_act_steps: int = 1,
         compiled: bool = False,
         record: Recorder | None = None,
+        one_kernel: bool = True,
     ) -> None:
         """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
 
@@ -161,15 +162,18 @@ class Engine:
         self._rows: list[_Row | None] = [None] * rows
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._numbers = itertools.count()
-        self._states = tuple(state.clone() for state in model.initial_states(rows, 1))
-        self._x = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        # Of every row: its latent states, the embedding of its token in work, and the output of its last ACT step.
+        vectors = (len(model.recursion.initial_states) + 2, rows, 1, model.config.hidden_size)
+        self._vectors = torch.zeros(vectors, dtype=model.dtype, device=model.device)
+        self._states, self._x = self._vectors[:-2].unbind(), self._vectors[-2]
         # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
         self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
-        if record is None and model.device.type == "cuda":
-            record = graph_recorder()
         self._on_device: DeviceTick | None = None
-        if record is not None:
-            self._on_device = DeviceTick(model, self._cache, self._states, self._x, self._rotary, record)
+        if model.device.type == "cuda":
+            kernel = act_step_kernel(model, self._cache, self._vectors, self._rotary) if one_kernel else None
+            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record or graph_recorder(), kernel)
+        elif record is not None:
+            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record)
 
     @property
     def running(self) -> int:
@@ -246,8 +250,8 @@ class Engine:
     def _step_on_device(self, tick: DeviceTick, slots: list[int]) -> list[Token]:
         """The same by functions of fixed shape: where all rows are greedy, the device is waited for once a token."""
         rows = self._rows_in(slots)
-        tick.step(slots[-1] + 1, max(row.position for row in rows))
         may_halt = any(row.request.halt_threshold is not None for row in rows)
+        tick.step(slots[-1] + 1, max(row.position for row in rows), may_halt)
         if not may_halt and all(row.act_step + 1 < row.depth for row in rows):
             for row in rows:
                 row.act_step += 1
@@ -257,7 +261,7 @@ class Engine:
             done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
             if not done_slots:
                 return []
-            return self._give(done_slots, self.model.logits(tick.output_BD[torch.tensor(done_slots, device=self.model.device)]))
+            return self._give(done_slots, self.model.logits(tick.outputs(torch.tensor(done_slots, device=self.model.device))))
         ids, logps, ready = tick.choose(slots[-1] + 1)
         done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
         return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]

@@ -111,12 +111,16 @@ class KVCache:
         shape = (rows, act_steps, lanes, 2, heads, positions, head_dim)
         self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        self._compiled = compiled
-        self.extend_call: Callable[..., tuple[Tensor, Tensor]] = extend_call
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         if compiled:
             # Frozen weights are laid out as the CPU's kernels want them: products of one row take less than half the time.
             frozen = torch._inductor.config.patch(freezing=device.type == "cpu")
-            self.extend_call = frozen(torch.compile(extend_call, fullgraph=True))
+            self._compiled = frozen(torch.compile(extend_call, fullgraph=True))
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is compiled code to extend rows by one token each."""
+        return self._compiled is not None
 
     def lanes_of(self, row: int, act_step: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each lane, views [1, H, positions, K]."""
@@ -143,17 +147,18 @@ class KVCache:
 
     def extend_by_one(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
         """The same for T = 1, compiled if this cache is."""
-        if not self._compiled:
+        if not self.is_compiled:
             return self.extend(rows, act_steps, starts)
         rows_B, act_steps_B, starts_B = torch.tensor([rows, act_steps, starts], device=self.buffer.device)
-        return self.extend_together(rows_B, act_steps_B, starts_B, max(starts))
+        return self.extend_together(rows_B, act_steps_B, starts_B, max(starts), compiled=True)
 
-    def extend_together(self, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int) -> StepLanes:
+    def extend_together(self, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int, *, compiled: bool) -> StepLanes:
         """The same for T = 1 and rows told in integer tensors of the cache's device, whose values the host needn't know.
 
-        past: no row's token stands beyond this position; so many positions are read.
+        past: no row's token stands beyond this position; so many positions are read. compiled: which `is_compiled` must allow.
         """
-        return TogetherLanes(self, rows_B, act_steps_B, starts_B, past)
+        level_call = self._compiled if compiled and self._compiled is not None else extend_call
+        return TogetherLanes(self, level_call, rows_B, act_steps_B, starts_B, past)
 
     def carry_halted(self, row: int, position: int, halted_at: int, act_steps: int) -> None:
         """A token that halted at step `halted_at` (from 0) shows the deeper ones of its `act_steps` what that step stored of it."""
@@ -219,10 +224,18 @@ class TogetherLanes:
     Each level call is one function that only reads the cache: one that wrote to it would be compiled into one that copies it.
     """
 
-    def __init__(self, cache: KVCache, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        level_call: Callable[..., tuple[Tensor, Tensor]],
+        rows_B: Tensor,
+        act_steps_B: Tensor,
+        starts_B: Tensor,
+        past: int,
+    ) -> None:
         _, steps, lanes, _, _, positions, _ = cache.buffer.shape
         device = cache.buffer.device
-        self._extend_call = cache.extend_call
+        self._level_call = level_call
         self._kept_N2HPK = cache.buffer.flatten(0, 2)
         self._starts_B = starts_B
         self._lanes_LB = (rows_B * steps + act_steps_B) * lanes + torch.arange(lanes, device=device).unsqueeze(1)
@@ -239,7 +252,7 @@ class TogetherLanes:
         _leave_open(h, 0)
         for table in rotary or ():
             _leave_open(table, 0)
-        h, new_LB2HK = self._extend_call(stack, h, rotary, self._kept_N2HPK, lanes_LB, self._visible_BS)
+        h, new_LB2HK = self._level_call(stack, h, rotary, self._kept_N2HPK, lanes_LB, self._visible_BS)
         self._kept_N2HPK[lanes_LB, :, :, self._starts_B] = new_LB2HK
         return h
 

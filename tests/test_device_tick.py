@@ -104,30 +104,58 @@ def _fails(function: Callable[[], None]) -> Callable[[], None]:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
+class Counter:
+    """Counts in a tensor, in ways of which one is wrong and one raises."""
+
+    def __init__(self) -> None:
+        self.count = torch.ones(2)
+
+    def run_and_record(self, *ways: str, record: Callable[[Callable[[], None]], Callable[[], None]]) -> Callable[[], None]:
+        chosen = {name: getattr(self, name) for name in ways}
+        return run_and_record(chosen, [self.count], self.count, 1e-3, record)
+
+    def plain(self) -> None:
+        self.count += 1
+
+    def fast(self) -> None:
+        self.count += 1.0001
+
+    def wrong(self) -> None:
+        self.count += 1.1
+
+    def broken(self) -> None:
+        self.count.zero_()
+        raise ValueError("no kernel")
+
+
 @pytest.mark.parametrize(
     ("record", "told"), [(_fails, "not permitted"), (lambda function: lambda: None, "differs")], ids=["error", "another result"]
 )
 def test_what_is_not_recorded_well_runs_as_it_is(
     record: Callable[[Callable[[], None]], Callable[[], None]], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    count = torch.zeros(2)
-
-    def add() -> None:
-        count.add_(1)
-
-    replay = run_and_record(add, [count], record)
-    assert count.tolist() == [1, 1] and told in caplog.text
+    counter = Counter()
+    replay = counter.run_and_record("fast", "plain", record=record)
+    assert counter.count.tolist() == [2, 2] and caplog.text.count(told) == 2
     replay()
-    assert count.tolist() == [2, 2]
+    assert counter.count.tolist() == [3, 3]
 
 
-def test_a_good_recording_has_run_once_and_replaces_the_function() -> None:
-    count, recordings = torch.zeros(2), Recordings()
-
-    def add() -> None:
-        count.add_(1)
-
-    replay = run_and_record(add, [count], recordings)
-    assert count.tolist() == [1, 1] and recordings.replays == [1]
+@pytest.mark.parametrize(
+    ("ways", "taken", "warnings"),
+    [
+        (["plain"], 1, 0),
+        (["fast", "plain"], 1.0001, 0),
+        (["broken", "wrong", "fast", "plain"], 1.0001, 2),
+        (["wrong", "plain"], 1, 1),
+    ],
+)
+def test_the_first_right_way_is_recorded_and_has_run_once(
+    ways: list[str], taken: float, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    counter, recordings = Counter(), Recordings()
+    replay = counter.run_and_record(*ways, record=recordings)
+    assert counter.count.tolist() == pytest.approx([1 + taken] * 2) and recordings.replays[-1] == 1
+    assert len(caplog.records) == warnings
     replay()
-    assert count.tolist() == [2, 2] and recordings.replays == [2]
+    assert counter.count.tolist() == pytest.approx([1 + 2 * taken] * 2) and recordings.replays[-1] == 2

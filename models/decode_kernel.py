@@ -1,0 +1,415 @@
+"""One ACT step of the next token of a few rows as a single CUDA kernel, in Triton.
+
+A token of one row is a chain of thousands of products of a vector with a matrix, each shorter than a kernel's launch. So one kernel
+stays on the whole GPU for an ACT step, one program to a multiprocessor. Programs share the outputs of each product, and hand
+results on without a barrier: every number travels in one 64-bit word with the number of the ACT step, and who needs it reads until
+the word bears that number. A program asks for its weights, or for the past's keys and values, before it waits. Between products
+numbers are float32.
+
+Import it where Triton is. Shape suffixes as in models/layers.py; W is the width of all heads, I that of a SwiGLU.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.act import RecursiveModel
+from models.cache import KVCache
+from models.layers import RMS_EPS, BlockStack, Rotary
+
+_MOST_ROWS = 16
+_DTYPES = (torch.float32, torch.bfloat16)
+# A program that waits for so many reads is wrong; what it then computes is, too, but it comes to an end.
+_MOST_READS = tl.constexpr(2**18)
+_EPS = tl.constexpr(RMS_EPS)
+
+
+class _Plan(NamedTuple):
+    """An ACT step as block after block, each of which takes a sum of numbered vectors.
+
+    Vectors 0 to n are the n states and the embedding, the others the results of the blocks. A block's lane is its place.
+    """
+
+    blocks: list[tuple[int, tuple[int, ...]]]
+    """Which layer of all levels' layers, and the numbers of the vectors that it takes the sum of."""
+    results: list[int]
+    """The vectors that are the new states and the output."""
+
+
+def plan_of(model: RecursiveModel) -> _Plan:
+    """The blocks of one ACT step of the model's recursion, which may do nothing with vectors but add and pass them to levels."""
+    first_layer, layers = {}, 0
+    for level, count in model.recursion.levels.items():
+        first_layer[level], layers = layers, layers + count
+    states = len(model.recursion.initial_states)
+    blocks: list[tuple[int, tuple[int, ...]]] = []
+
+    # A sum of vectors is the tuple of their numbers, for tuples add up as vectors do.
+    def call(level: str, terms: tuple[int, ...]) -> tuple[int, ...]:
+        for layer in range(model.recursion.levels[level]):
+            blocks.append((first_layer[level] + layer, terms))
+            terms = (states + len(blocks),)
+        return terms
+
+    step: Callable[..., Any] = model.recursion.step
+    new_states, output = step(tuple((number,) for number in range(states)), (states,), call)
+    results = []
+    for (number,) in (*new_states, output):
+        results.append(number)
+    return _Plan(blocks, results)
+
+
+class ActStepKernel:
+    """The ACT step of a model whose rows' latent vectors lie in one tensor."""
+
+    def __init__(self, model: RecursiveModel, cache: KVCache, rotary: Rotary, vectors: Tensor) -> None:
+        """vectors: [n states + embedding + output, rows, D], read and written; rotary: of every position."""
+        self._cache = cache.buffer
+        self._rotary = rotary
+        self._vectors = vectors
+        stacks = [model.get_submodule(level) for level in model.recursion.levels]
+        blocks = [block for stack in stacks if isinstance(stack, BlockStack) for block in stack.layers]
+
+        def weights(name: str) -> Tensor:
+            return torch.stack([block.get_parameter(f"{name}.weight").detach().to(model.dtype) for block in blocks])
+
+        self._weights = tuple(
+            weights(name) for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        )
+        plan = plan_of(model)
+        most_terms = max(len(terms) for _, terms in plan.blocks)
+        table = [[layer, len(terms), *terms, *[0] * (most_terms - len(terms))] for layer, terms in plan.blocks]
+        device = vectors.device
+        self._blocks = torch.tensor(table, dtype=torch.int32, device=device)
+        targets = [*range(len(plan.results) - 1), len(plan.results)]
+        moved = [(target, number) for target, number in zip(targets, plan.results, strict=True) if target != number]
+        self._results = torch.tensor(moved, dtype=torch.int32, device=device)
+        self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
+        self._words: dict[int, list[Tensor]] = {}
+        self._programs = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+    @staticmethod
+    def knows(model: RecursiveModel) -> bool:
+        """Whether there is a kernel for this model."""
+        return not model.config.mlp_t and model.config.pos_encodings == "rope" and model.dtype in _DTYPES
+
+    @staticmethod
+    def serves(rows: int) -> bool:
+        """Whether there is a kernel for so many rows."""
+        return rows <= _MOST_ROWS
+
+    def __call__(self, rows: int, positions_B: Tensor, act_steps_B: Tensor) -> None:
+        """One ACT step of the first `rows` rows, whose tokens stand at these positions and have taken so many steps."""
+        _, steps, lanes, _, heads, positions, head_dim = self._cache.shape
+        capacity, dim = self._vectors.shape[1:]
+        width, inner = heads * head_dim, self._weights[3].shape[-1]
+        is_one = rows == 1
+        padded, splits, tile = (1, 4, 4) if is_one else (_MOST_ROWS, 1, 16)
+        words = self._words.get(padded)
+        if words is None:
+            sizes = (dim, 3 * width, heads * splits * (head_dim + 1), dim, inner)
+            words = [self._epoch.new_zeros(len(self._blocks), padded, size) for size in sizes]
+            self._words[padded] = words
+        self._epoch += 1
+        _act_step[(self._programs,)](
+            self._vectors,
+            *words,
+            self._blocks,
+            self._results,
+            *self._weights,
+            self._cache,
+            self._rotary.cos,
+            self._rotary.sin,
+            positions_B,
+            act_steps_B,
+            self._epoch,
+            rows,
+            capacity,
+            steps,
+            positions,
+            len(self._blocks),
+            len(self._results),
+            self._programs,
+            VECTORS=len(self._vectors) - 1,
+            TABLE=self._blocks.shape[1],
+            LANES=lanes,
+            D=dim,
+            H=heads,
+            K=head_dim,
+            I=inner,
+            BLOCK_B=padded,
+            BLOCK_D=_block(dim),
+            BLOCK_W=_block(width),
+            BLOCK_K=_block(head_dim),
+            BLOCK_I=_block(inner) if is_one else min(_block(inner), 512),
+            TILE=16,
+            TILE_D=tile,
+            SPLITS=splits,
+            CHUNK=128,
+            num_warps=8,
+            # All programs run at the same time, or none does: they wait for each other.
+            launch_cooperative_grid=True,
+        )
+
+
+def _block(size: int) -> int:
+    """Sizes of blocks are powers of two, and of products of matrices at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@triton.jit
+def _send(pointers, values, mask, epoch):
+    """Numbers for other programs, as words."""
+    bits = values.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(pointers, bits | (epoch << 32), mask=mask)
+
+
+@triton.jit
+def _receive(pointers, mask, epoch):
+    """Numbers from other programs, once they are there; 0 where `mask` is false."""
+    words = tl.load(pointers, mask=mask, other=0, volatile=True)
+    missing = tl.max((mask & ((words >> 32) != epoch)).to(tl.int32), axis=None)
+    reads = 1
+    while (missing > 0) & (reads < _MOST_READS):
+        words = tl.load(pointers, mask=mask, other=0, volatile=True)
+        missing = tl.max((mask & ((words >> 32) != epoch)).to(tl.int32), axis=None)
+        reads += 1
+    return (words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _vector(
+    vectors, values, number, row, columns, mask, epoch, capacity, VECTORS: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr
+):
+    """Columns of a numbered vector: one that was there before, or a block's result before its norm."""
+    if number < VECTORS:
+        x = tl.load(vectors + (number * capacity + row) * D + columns, mask=mask, other=0).to(tl.float32)
+    else:
+        x = _receive(values + ((number - VECTORS) * BLOCK_B + row) * D + columns, mask, epoch)
+    return x
+
+
+@triton.jit
+def _rms_scale(x, D: tl.constexpr):
+    return tl.rsqrt(tl.sum(x * x, axis=1) / D + _EPS)[:, None]
+
+
+@triton.jit
+def _block_input(
+    vectors,
+    values,
+    entry,
+    row,
+    columns,
+    rows,
+    epoch,
+    capacity,
+    IS_WHOLE: tl.constexpr,
+    VECTORS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """These columns [1, C] of the sum that a block takes; IS_WHOLE: they are all of the vector."""
+    every = tl.arange(0, BLOCK_D)[None, :]
+    is_there = (row < rows) & (every < D)
+    is_asked = (row < rows) & (columns < D)
+    total = tl.zeros(is_asked.shape, tl.float32)
+    terms = tl.load(entry + 1)
+    for place in range(terms):
+        number = tl.load(entry + 2 + place)
+        whole = _vector(vectors, values, number, row, every, is_there, epoch, capacity, VECTORS, D, BLOCK_B)
+        scale = tl.where(number < VECTORS, 1.0, _rms_scale(whole, D))
+        if IS_WHOLE:
+            total += whole * scale
+        else:
+            total += scale * _vector(vectors, values, number, row, columns, is_asked, epoch, capacity, VECTORS, D, BLOCK_B)
+    return total
+
+
+@triton.jit
+def _product(x, weight, BLOCK_B: tl.constexpr):
+    """x [B, C] times weight [N, C], transposed: [B, N]"""
+    if BLOCK_B == 1:
+        y = tl.sum(weight.to(tl.float32) * x, axis=1)[None, :]
+    else:
+        y = tl.trans(tl.dot(weight, tl.trans(x.to(weight.dtype)), input_precision="ieee"))
+    return y
+
+
+@triton.jit
+def _act_step(
+    vectors,
+    values,
+    qkv,
+    heard,
+    middle,
+    gated,
+    blocks,
+    results,
+    w_qkv,
+    w_o,
+    w_gate_up,
+    w_down,
+    cache,
+    cos,
+    sin,
+    positions,
+    act_steps,
+    epochs,
+    rows,
+    capacity,
+    steps,
+    room,
+    block_count,
+    result_count,
+    programs,
+    VECTORS: tl.constexpr,
+    TABLE: tl.constexpr,
+    LANES: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """See `ActStepKernel`. `values`, `qkv`, `heard`, `middle` and `gated` are words [blocks, BLOCK_B, ...] between programs."""
+    W: tl.constexpr = H * K
+    program = tl.program_id(0)
+    epoch = tl.load(epochs)
+    row = tl.arange(0, BLOCK_B)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    w = tl.arange(0, BLOCK_W)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    for block in range(block_count):
+        entry = blocks + block * TABLE
+        layer = tl.load(entry)
+        first_row = block * BLOCK_B
+
+        # Queries, keys and values.
+        for tile in range(program, tl.cdiv(3 * W, TILE), programs):
+            n = tile * TILE + tl.arange(0, TILE)
+            weight = tl.load(w_qkv + (layer * 3 * W + n[:, None]) * D + d, mask=(n[:, None] < 3 * W) & (d < D), other=0)
+            h = _block_input(vectors, values, entry, row, d, rows, epoch, capacity, True, VECTORS, D, BLOCK_B, BLOCK_D)
+            is_there = (row < rows) & (n[None, :] < 3 * W)
+            _send(qkv + (first_row + row) * 3 * W + n[None, :], _product(h, weight, BLOCK_B), is_there, epoch)
+
+        # Attention of one head of one row to a part of its past. From the last program on, because the first have more to do.
+        for tile in range(programs - 1 - program, rows * H * SPLITS, programs):
+            split, head, b = tile % SPLITS, (tile // SPLITS) % H, tile // (SPLITS * H)
+            # An idle row counts beyond the cache.
+            position = tl.minimum(tl.load(positions + b), room - 1)
+            act_step = tl.minimum(tl.load(act_steps + b), steps - 1)
+            lane = (b * steps + act_step).to(tl.int64) * LANES + block
+            keys = cache + (lane * 2 * H + head) * room * K
+            vals = keys + H * room * K
+            share = tl.cdiv(position, SPLITS * CHUNK) * CHUNK
+            first = split * share
+            end = tl.minimum(first + share, position)
+            s = first + tl.arange(0, CHUNK)
+            places = s[:, None] * K + k[None, :]
+            is_seen = (s[:, None] < end) & (k[None, :] < K)
+            k_past = tl.load(keys + places, mask=is_seen, other=0)
+            v_past = tl.load(vals + places, mask=is_seen, other=0)
+            # A channel and its partner, which rotation mixes.
+            is_low = k < K // 2
+            both = tl.arange(0, 2)[:, None]
+            columns = tl.where(both == 0, k[None, :], tl.where(is_low, k + K // 2, k - K // 2)[None, :])
+            angle = position * (K // 2) + tl.where(is_low, k, k - K // 2)
+            cosine = tl.load(cos + angle, mask=k < K, other=0).to(tl.float32)
+            sine = tl.load(sin + angle, mask=k < K, other=0).to(tl.float32)
+            turn = tl.where(both == 0, cosine[None, :], tl.where(is_low, -sine, sine)[None, :])
+            mine = qkv + (first_row + b) * 3 * W + head * K
+            is_pair = (both < 2) & (k[None, :] < K)
+            q = tl.sum(_receive(mine + columns, is_pair, epoch) * turn, axis=0) * (1 / tl.sqrt(K + 0.0))
+            best = float("-inf")
+            total = 0.0
+            y = tl.zeros((BLOCK_K,), tl.float32)
+            if split == 0:
+                k_own = tl.sum(_receive(mine + W + columns, is_pair, epoch) * turn, axis=0)
+                v_own = _receive(mine + 2 * W + k, k < K, epoch)
+                tl.store(keys + position * K + k, k_own.to(k_past.dtype), mask=k < K)
+                tl.store(vals + position * K + k, v_own.to(v_past.dtype), mask=k < K)
+                best = tl.sum(q * k_own)
+                total = 1.0
+                y = v_own
+            for start in range(first, end, CHUNK):
+                s = start + tl.arange(0, CHUNK)
+                scores = tl.where(s < end, tl.sum(k_past.to(tl.float32) * q[None, :], axis=1), float("-inf"))
+                highest = tl.maximum(best, tl.max(scores))
+                weights = tl.exp(scores - highest)
+                kept = tl.exp(best - highest)
+                y = y * kept + tl.sum(v_past.to(tl.float32) * weights[:, None], axis=0)
+                total = total * kept + tl.sum(weights)
+                best = highest
+                places = (s[:, None] + CHUNK) * K + k[None, :]
+                is_seen = (s[:, None] + CHUNK < end) & (k[None, :] < K)
+                k_past = tl.load(keys + places, mask=is_seen, other=0)
+                v_past = tl.load(vals + places, mask=is_seen, other=0)
+            mine = heard + ((first_row + b) * H * SPLITS + head * SPLITS + split) * (K + 1)
+            some = tl.maximum(total, 1e-30)
+            _send(mine + k, y / some, k < K, epoch)
+            _send(mine + K, tl.where(total > 0, best + tl.log(some), float("-inf")), True, epoch)
+
+        # What the heads heard, and the block's input again.
+        for tile in range(program, tl.cdiv(D, TILE_D), programs):
+            n = tile * TILE_D + tl.arange(0, TILE_D)
+            weight = tl.load(w_o + (layer * D + n[:, None]) * W + w, mask=(n[:, None] < D) & (w < W), other=0)
+            is_there = (row < rows) & (n[None, :] < D)
+            h = _block_input(vectors, values, entry, row, n[None, :], rows, epoch, capacity, False, VECTORS, D, BLOCK_B, BLOCK_D)
+            part = tl.arange(0, BLOCK_B * SPLITS)[:, None]
+            of_head = heard + (((first_row + part // SPLITS) * H + w // K) * SPLITS + part % SPLITS) * (K + 1)
+            is_heard = (part // SPLITS < rows) & (w < W)
+            y = _receive(of_head + w % K, is_heard, epoch)
+            if SPLITS > 1:
+                tl.static_assert(BLOCK_B == 1)
+                logs = _receive(of_head + K, is_heard, epoch)
+                shares = tl.exp(logs - tl.max(logs, axis=0)[None, :])
+                y = (tl.sum(y * shares, axis=0) / tl.sum(shares, axis=0))[None, :]
+            _send(middle + (first_row + row) * D + n[None, :], h + _product(y, weight, BLOCK_B), is_there, epoch)
+
+        # Gate and up.
+        for tile in range(program, tl.cdiv(I, TILE), programs):
+            n = tile * TILE + tl.arange(0, TILE)
+            from_weight = (layer * 2 * I + n[:, None]) * D + d
+            is_weight = (n[:, None] < I) & (d < D)
+            w_gate = tl.load(w_gate_up + from_weight, mask=is_weight, other=0)
+            w_up = tl.load(w_gate_up + from_weight + I * D, mask=is_weight, other=0)
+            x = _receive(middle + (first_row + row) * D + d, (row < rows) & (d < D), epoch)
+            x *= _rms_scale(x, D)
+            gate = _product(x, w_gate, BLOCK_B)
+            y = gate * tl.sigmoid(gate) * _product(x, w_up, BLOCK_B)
+            _send(gated + (first_row + row) * I + n[None, :], y, (row < rows) & (n[None, :] < I), epoch)
+
+        # Down.
+        for tile in range(program, tl.cdiv(D, TILE_D), programs):
+            n = tile * TILE_D + tl.arange(0, TILE_D)
+            is_there = (row < rows) & (n[None, :] < D)
+            x = _receive(middle + (first_row + row) * D + d, (row < rows) & (d < D), epoch)
+            y = _receive(middle + (first_row + row) * D + n[None, :], is_there, epoch) * _rms_scale(x, D)
+            for start in range(0, I, BLOCK_I):
+                i = start + tl.arange(0, BLOCK_I)[None, :]
+                weight = tl.load(w_down + (layer * D + n[:, None]) * I + i, mask=(n[:, None] < D) & (i < I), other=0)
+                inner = _receive(gated + (first_row + row) * I + i, (row < rows) & (i < I), epoch)
+                y += _product(inner, weight, BLOCK_B)
+            _send(values + (first_row + row) * D + n[None, :], y, is_there, epoch)
+
+    # The new states and the output, in place: all that read the old ones led to these.
+    for place in range(program, result_count, programs):
+        target, number = tl.load(results + 2 * place), tl.load(results + 2 * place + 1)
+        is_there = (row < rows) & (d < D)
+        x = _vector(vectors, values, number, row, d, is_there, epoch, capacity, VECTORS, D, BLOCK_B)
+        scale = tl.where(number < VECTORS, 1.0, _rms_scale(x, D))
+        tl.store(vectors + (target * capacity + row) * D + d, (x * scale).to(vectors.dtype.element_ty), mask=is_there)
