@@ -159,7 +159,8 @@ class Engine:
         self._numbers = itertools.count()
         self._states = tuple(state.clone() for state in model.initial_states(rows, 1))
         self._x = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        self._rotary = model.rotary(torch.arange(positions, device=model.device))
+        # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
+        self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
 
     @property
     def running(self) -> int:
@@ -360,7 +361,7 @@ class Engine:
         segments = torch.from_numpy(segments_PT).to(device)
         refinement = model.refine(
             torch.from_numpy(ids_PT.ravel()[index_N]).to(device),
-            token_rows.index_N % width,
+            None if self._rotary is None else self._rotary.at(token_rows.index_N % width),
             model.mask(segments)._replace(token_rows=token_rows),
             act_steps=act_steps,
             lanes=self._cache.fill(slots, source, lengths_P.tolist()),
@@ -381,4 +382,4 @@ class Engine:
         if self._rotary is None:
             return None
         positions_BT = torch.tensor(positions, device=self.model.device).view(rows or len(positions), -1)
-        return Rotary(self._rotary.cos[positions_BT], self._rotary.sin[positions_BT])
+        return self._rotary.at(positions_BT)
