@@ -289,7 +289,7 @@ class RecursiveModel(nn.Module):
                 module.weight.data = module.weight.data.to(self.dtype)
 
     def compile_levels(self) -> None:
-        """torch.compile each level's stack in place (state-dict names stay)."""
+        """torch.compile each level's stack in place (state-dict names stay). Losses of such a model should be compiled, too."""
         self.is_compiled = True
         for name in self.recursion.levels:
             self.get_submodule(name).compile(dynamic=True)

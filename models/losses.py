@@ -4,6 +4,7 @@ Of text, only supervised tokens come here; no [tokens, vocabulary] tensor larger
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from models.layers import TOKEN_MULTIPLE
 
 # Logits that exist at the same time. 2**24 is 64 MiB in float32; the loss needs about four such tensors.
 _LOGITS_PER_CHUNK = 2**24
+# Compiled, the loss needs them in the compute format alone; each chunk adds to the gradient of the whole head.
+_LOGITS_PER_COMPILED_CHUNK = 2**26
 
 
 def log_probs(logits: Tensor, loss: str, out: Tensor | None = None) -> Tensor:
@@ -46,8 +49,30 @@ def argmax(logits_NV: Tensor) -> Tensor:
     return logits_NV.argmax(dim=-1)
 
 
-def _chunk_tokens(vocab_size: int) -> int:
-    return max(1, _LOGITS_PER_CHUNK // vocab_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+def _chunk_tokens(vocab_size: int, compiled: bool = False) -> int:
+    logits = _LOGITS_PER_COMPILED_CHUNK if compiled else _LOGITS_PER_CHUNK
+    return max(1, logits // vocab_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _logits_to_gradient(raw_NV: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """-log p(label) and argmax [N]; of `raw_NV`, logits, it makes the gradient of the weighted sum of the former.
+
+    In few passes over the logits if compiled, and without float32 copies of them.
+    """
+    logits_NV = raw_NV.to(torch.promote_types(raw_NV.dtype, torch.float32))
+    logp_NV = log_probs(logits_NV, loss)
+    is_label_NV = torch.arange(logits_NV.shape[1], device=labels_N.device) == labels_N.unsqueeze(1)
+    grad_NV = (logp_NV.exp() - is_label_NV.to(logp_NV.dtype)) * weights_N.unsqueeze(1)
+    if loss == "stablemax":
+        grad_NV = grad_NV / (logits_NV.abs() + 1.0)
+    nll_N, argmax_N = -logp_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1), logits_NV.argmax(-1)
+    raw_NV.copy_(grad_NV)
+    return nll_N, argmax_N
+
+
+@functools.cache
+def _compiled_logits_to_gradient() -> Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]:
+    return torch.compile(_logits_to_gradient, dynamic=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,7 +85,7 @@ def _workspace(rows: int, vocab_size: int, dtype: torch.dtype, exact: torch.dtyp
 
 
 def workspace_bytes(weight_VD: Tensor, dtype: torch.dtype) -> int:
-    """Bytes that `linear_cross_entropy` holds at the same time, beside outputs of `dtype` and the gradient that it returns."""
+    """Bytes that `linear_cross_entropy` holds at the same time, not compiled, beside outputs of `dtype` and their gradient."""
     vocab_size = len(weight_VD)
     exact = torch.promote_types(dtype, torch.float32)
     logits = _chunk_tokens(vocab_size) * vocab_size * (dtype.itemsize + 2 * exact.itemsize)
@@ -74,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+        ctx: Any, output_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_output, needs_weight = ctx.needs_input_grad[:2]
         cast_VD = weight_VD.to(output_ND.dtype)
@@ -83,8 +108,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         argmax_N = torch.empty_like(labels_N)
         grad_ND = torch.empty_like(output_ND) if needs_output else None
         grad_VD: Tensor | None = None
-        chunk = _chunk_tokens(len(weight_VD))
-        raw_CV, exact_CV, logp_CV = _workspace(chunk, len(weight_VD), output_ND.dtype, exact, output_ND.device)
+        chunk = _chunk_tokens(len(weight_VD), compiled)
+        room = () if compiled else _workspace(chunk, len(weight_VD), output_ND.dtype, exact, output_ND.device)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             labels = labels_N[part]
@@ -92,15 +117,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # A round number of tokens; see models/layers.TOKEN_MULTIPLE. Those that are none get no gradient.
             rounded = -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
             output = F.pad(output_ND[part], (0, 0, 0, rounded - count))
-            raw = torch.mm(output, cast_VD.T, out=raw_CV[:rounded])
-            logits, logp = exact_CV[:count].copy_(raw[:count]), logp_CV[:count]
-            argmax_N[part] = argmax(logits)
-            log_probs(logits, loss, out=logp)
-            nll_N[part] = -logp.gather(1, labels.unsqueeze(1)).squeeze(1)
-            if not (needs_output or needs_weight):
-                continue
-            grad = _chunk_gradient(logp, logits, labels, loss).mul_(weights_N[part].unsqueeze(1))
-            raw[:count], raw[count:] = grad, 0
+            if compiled:
+                raw = torch.mm(output, cast_VD.T)
+                padded = [F.pad(x_N, (0, rounded - count)) for x_N in (labels, weights_N[part])]
+                nll, best = _compiled_logits_to_gradient()(raw, padded[0], padded[1], loss)
+                nll_N[part], argmax_N[part] = nll[:count], best[:count]
+            else:
+                raw_CV, exact_CV, logp_CV = room
+                raw = torch.mm(output, cast_VD.T, out=raw_CV[:rounded])
+                logits, logp = exact_CV[:count].copy_(raw[:count]), logp_CV[:count]
+                argmax_N[part] = argmax(logits)
+                log_probs(logits, loss, out=logp)
+                nll_N[part] = -logp.gather(1, labels.unsqueeze(1)).squeeze(1)
+                if not (needs_output or needs_weight):
+                    continue
+                grad = _chunk_gradient(logp, logits, labels, loss).mul_(weights_N[part].unsqueeze(1))
+                raw[:count], raw[count:] = grad, 0
             if grad_ND is not None:
                 grad_ND[part] = (raw @ cast_VD)[:count]
             if needs_weight:
@@ -114,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         # In place, and so only once: a copy of the weight's gradient would cost more than the softmax of a short batch. Nor is it
         # touched where the loss itself is what is differentiated; a GPU would be waited for to know that.
         grad_output, grad_weight = ctx.grads
@@ -123,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad in (grad_output, grad_weight):
                 if grad is not None:
                     grad.mul_(grads[0])
-        return grad_output, grad_weight, None, None, None
+        return grad_output, grad_weight, None, None, None, None
 
 
 class TokenLoss(NamedTuple):
@@ -140,27 +172,35 @@ class TokenLoss(NamedTuple):
 
 
 def linear_cross_entropy(
-    output_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+    output_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str, compiled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy through the vocabulary head `weight_VD`, without the full logits.
 
-    Returns the differentiable sum of `weights_N` * nll, and nll [N] and argmax [N] without gradient. N may be 0.
+    Returns the differentiable sum of `weights_N` * nll, and nll [N] and argmax [N] without gradient. N may be 0. compiled:
+    torch.compile what is done with a chunk's logits.
     """
     if not torch.is_grad_enabled():
         # The function can't see that, and would make gradients nobody asks for.
         output_ND, weight_VD = output_ND.detach(), weight_VD.detach()
-    result: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(output_ND, weight_VD, labels_N, weights_N, loss)
+    result: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(output_ND, weight_VD, labels_N, weights_N, loss, compiled)
     return result
 
 
 def token_loss(
-    output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str
+    output_ND: Tensor,
+    head_VD: Tensor,
+    halt_logits_N: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    loss: str,
+    compiled: bool = False,
 ) -> TokenLoss:
     """CE + 0.5 BCE of supervised tokens: the halting logit of a token is trained to say whether its argmax is right.
 
-    `weights_N` is 1 / (the optimizer step's supervised tokens) for text, so micro-batches and ranks add up.
+    `weights_N` is 1 / (the optimizer step's supervised tokens) for text, so micro-batches and ranks add up. compiled: as for
+    `linear_cross_entropy`.
     """
-    ce, nll_N, argmax_N = linear_cross_entropy(output_ND, head_VD, labels_N, weights_N, loss)
+    ce, nll_N, argmax_N = linear_cross_entropy(output_ND, head_VD, labels_N, weights_N, loss, compiled)
     right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
     bce_N = F.binary_cross_entropy_with_logits(halt_logits_N, right_N, reduction="none")
     return TokenLoss(ce + 0.5 * (bce_N * weights_N).sum(), nll_N, argmax_N, bce_N.detach())

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 import models.act
+import models.losses
 from config.schema import PretrainInstructConfig
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
@@ -33,6 +34,7 @@ def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and not has_compiler():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    models.losses._compiled_logits_to_gradient.cache_clear()
     torch._dynamo.reset()
 
 

@@ -1,5 +1,6 @@
 """The chunked vocabulary loss against the plain float64 formula: values, gradients, chunk borders, nothing supervised."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -43,9 +44,14 @@ def corner_logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, T
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("per_chunk", [1, 25, 100, 2**24])
-def test_values_and_gradients_equal_the_plain_formula(monkeypatch: pytest.MonkeyPatch, loss: str, per_chunk: int) -> None:
+@pytest.mark.parametrize(("per_chunk", "compiled"), [(1, False), (25, False), (100, False), (2**24, False), (100, True)])
+def test_values_and_gradients_equal_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, loss: str, per_chunk: int, compiled: bool
+) -> None:
     monkeypatch.setattr(models.losses, "_LOGITS_PER_CHUNK", per_chunk)
+    monkeypatch.setattr(models.losses, "_LOGITS_PER_COMPILED_CHUNK", per_chunk)
+    compiler = functools.partial(torch.compile, backend="aot_eager", dynamic=True)
+    monkeypatch.setattr(models.losses, "_compiled_logits_to_gradient", lambda: compiler(models.losses._logits_to_gradient))
     corner, labels, weights = corner_logits()
     rng = torch.Generator().manual_seed(0)
     cases = [
@@ -55,7 +61,7 @@ def test_values_and_gradients_equal_the_plain_formula(monkeypatch: pytest.Monkey
     for output, head, case_labels, case_weights in cases:
         ours = [t.clone().requires_grad_() for t in (output, head)]
         plain = [t.double().requires_grad_() for t in (output, head)]
-        total, nll, argmax = linear_cross_entropy(*ours, case_labels, case_weights, loss)
+        total, nll, argmax = linear_cross_entropy(*ours, case_labels, case_weights, loss, compiled)
         expected = plain_loss(*plain, case_labels, case_weights, loss)
         (3 * total).backward()
         (3 * expected).backward()

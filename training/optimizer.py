@@ -33,12 +33,11 @@ class AdamATan2(Optimizer):
                 self.state[p]["step"] += 1
             # Some parameters may have had no gradient in some steps.
             for t in {self.state[p]["step"] for p in params}:
-                self._update(
-                    [p for p in params if self.state[p]["step"] == t], t, group["lr"], *group["betas"], group["weight_decay"]
-                )
+                self._update([p for p in params if self.state[p]["step"] == t], t, group)
 
-    def _update(self, params: list[Tensor], t: int, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
-        """The `t`-th update of `params`, in a few operations over all of them at once."""
+    def _update(self, params: list[Tensor], t: int, group: dict[str, Any]) -> None:
+        """The `t`-th update of `params`, which are of `group`, in a few operations over all of them at once."""
+        lr, (beta1, beta2), weight_decay = group["lr"], group["betas"], group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]

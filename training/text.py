@@ -297,7 +297,8 @@ class TextTask:
         )
         output_ND = output_MD[supervised_N]
         halt_logits_N = model.halt_logits(output_MD if arch.halt.backprop else output_MD.detach())[supervised_N, 0]
-        loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, torch.ones_like(halt_logits_N), arch.loss)
+        ones_N = torch.ones_like(halt_logits_N)
+        loss = token_loss(output_ND, model.lm_head.weight, halt_logits_N, labels_N, ones_N, arch.loss, model.is_compiled)
         with torch.no_grad():
             if arch.halt.mode == "settled":
                 previous_M = token_rows.gather(carry.previous_argmax_BT[index_R, :width])
