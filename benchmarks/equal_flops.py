@@ -56,10 +56,11 @@ from training.text import TextTask
 ARMS = Path(__file__).with_suffix(".yaml")
 # Always among the arms. Post-norm, because models/layers.py has no other block.
 PLAIN = {
-    f"plain_{blocks}": [
+    f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
         *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
-        *("arch.halt.mode=fixed", "arch.halt_max_steps=1"),
+        *("arch.halt_max_steps=1", "arch.grad_calls=null", "act_steps=fixed", f"arch.norm={norm}"),
     ]
+    for norm in ("post", "pre")
     for blocks in (2, 4, 8)
 }
 # A prime: rows take turns of few ACT steps, so that steps of every kind are counted.
@@ -210,7 +211,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
         "flops": meter.flops,
         "seconds": meter.seconds,
         "steps": meter.steps,
-        "rows": task.slots.admitted,
+        "rows": task.admitted,
         "last_lr": result.lr,
         "curve": curve,
         **found,

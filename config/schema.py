@@ -131,7 +131,18 @@ class ArchConfig(_Section):
     L_cycles: int = Field(ge=0)
     """Updates of the reasoning state before each update of the answer state; 0 for transformers_baseline, which has none."""
     grad_calls: PositiveInt | None
-    """How many of an ACT step's last level calls carry gradient; null: as the original, those of the last H cycle, 2 for hrm."""
+    """How many of the last level calls carry gradient: of an ACT step's or, for text, of all the ACT steps of a row, through which the
+    gradient then runs. null: as the original, those of each ACT step's last H cycle, 2 for hrm, and none from step to step."""
+    norm: Literal["post", "pre"]
+    """Where a block has its norms: after its sums, as the original, or before its parts and at the end of a level call."""
+    output_init: Literal["normal", "zero"]
+    """How the last projections of attention and SwiGLU begin: as the others, or at 0, so that a block begins as the identity."""
+    initial_state: Literal["drawn", "zero", "learned"]
+    """States before the first ACT step: a vector drawn once, as the original, zeros, or a vector that is trained."""
+    qk_norm: bool
+    """Normalise queries and keys before their product."""
+    residual_scale: float = Field(gt=0)
+    """What attention and SwiGLU give is multiplied by this before it is added."""
     attention: Literal["full", "causal", "prefix"]
     """full: all see all (puzzles). causal: the past. prefix: causal, but a prompt segment sees itself whole."""
     mlp_t: bool
@@ -194,9 +205,9 @@ class ArchConfig(_Section):
         if self.name == "trm_hier6" and self.L_cycles > 6:
             raise ValueError(f"L_cycles {self.L_cycles}: trm_hier6 has a state for each of at most 6 L calls")
         # So many calls has an ACT step of any recursion.
-        calls = self.H_cycles * (self.L_cycles + 1)
+        calls = self.H_cycles * (self.L_cycles + 1) * self.halt_max_steps
         if self.grad_calls is not None and self.grad_calls > calls:
-            raise ValueError(f"grad_calls {self.grad_calls} is more than the {calls} level calls of an ACT step")
+            raise ValueError(f"grad_calls {self.grad_calls} is more than the {calls} level calls of {self.halt_max_steps} ACT steps")
         return self
 
     @model_validator(mode="after")
@@ -491,8 +502,17 @@ class PretrainInstructConfig(TrainingConfig):
     lr_schedule: Literal["run", "stage"]
     """Warm-up and cosine once over the whole run, or anew over each of its stages."""
     generation: GenerationConfig
-    act_steps_per_update: PositiveInt
-    """Most ACT steps in one optimizer step, their losses summed. Rows leave after any of them, new ones enter after the last."""
+    act_steps: Literal["fixed", "growing", "drawn"]
+    """How many ACT steps the rows of an optimizer step take: halt_max_steps; 1 at first and halt_max_steps from `grow_until` on; or
+    a number drawn for the step, evenly of 1..halt_max_steps."""
+    grow_until: float = Field(ge=0, le=1)
+    """growing: share of the run at which the number of ACT steps has come to halt_max_steps, in even steps."""
+    loss_discount: float = Field(ge=0, le=1)
+    """Weight of an ACT step's loss, relative to that of the step after it. 1: all weigh the same; 0: the last one alone."""
+    optimizer: Literal["adam_atan2", "muon"]
+    """muon: torch.optim.Muon for the matrices of the stacks, AdamATan2 for the rest."""
+    muon_lr: float = Field(gt=0)
+    """Peak learning rate of Muon's matrices."""
     eval_examples: PositiveInt | None
     """Test rows of each source used in evaluations; null: all."""
     sample_answers: int = Field(ge=0)

@@ -77,10 +77,13 @@ class RecursiveModel(nn.Module):
             self.q_head = Linear(config.hidden_size, 2, bias=True)
             mixed = positions if config.mlp_t else None
             for name, layers in self.recursion.levels.items():
-                self.add_module(name, BlockStack(layers, config.hidden_size, config.num_heads, config.expansion, mixed))
+                self.add_module(name, BlockStack(layers, config, mixed))
             for name in self.recursion.initial_states:
                 initial_D = truncated_normal_(torch.empty(config.hidden_size), 1.0)
-                self.register_buffer(name, initial_D.to(self.dtype))
+                if config.initial_state == "learned":
+                    self.register_parameter(name, nn.Parameter(initial_D))
+                else:
+                    self.register_buffer(name, initial_D.to(self.dtype) * (config.initial_state == "drawn"))
             self.embed_pos: Embedding | None = None
             if config.pos_encodings == "learned" and positions is not None:
                 self.embed_pos = Embedding(positions, config.hidden_size)
@@ -111,7 +114,7 @@ class RecursiveModel(nn.Module):
 
     def initial_states(self, *shape: int) -> States:
         """Every latent state before the first ACT step, each [*shape, D]; a view, not to be written to."""
-        return tuple(self.get_buffer(name).expand(*shape, -1) for name in self.recursion.initial_states)
+        return tuple(getattr(self, name).to(self.dtype).expand(*shape, -1) for name in self.recursion.initial_states)
 
     def embed(self, ids_BT: Tensor, puzzle_ids_B: Tensor | None = None) -> Tensor:
         """Input embedding, scaled by sqrt(D): [B, T, D], or with the vectors of the rows' puzzles before the tokens [B, P + T, D].
@@ -166,14 +169,24 @@ class RecursiveModel(nn.Module):
         return masks[0] if len(masks) == 1 else Mask(groups=tuple(masks))
 
     def act_step(
-        self, states: States, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, lanes: StepLanes | None = None
+        self,
+        states: States,
+        x_BTD: Tensor,
+        rotary: Rotary | None,
+        mask: Mask,
+        lanes: StepLanes | None = None,
+        grad_calls: int | None = None,
     ) -> tuple[States, Tensor]:
-        """One ACT step: new states, and the output [B, T, D] for the heads. Only the last `grad_calls` calls carry gradient.
+        """One ACT step: new states, and the output [B, T, D] for the heads.
+
+        Only the last `grad_calls` calls carry gradient (None: as many as the config says, and none to the states that come in).
 
         `lanes` (models/cache.py) holds the keys and values of this step, one lane per call and layer; None keeps none.
         """
         calls_done = 0
         lanes_used = 0
+        if grad_calls is None:
+            grad_calls = min(self.grad_calls, len(self.level_calls))
         casts = [linear.cast_weight(self.dtype) for linear in self._level_linears]
 
         def call(level: str, h_BTD: Tensor) -> Tensor:
@@ -181,7 +194,7 @@ class RecursiveModel(nn.Module):
             stack = self.get_submodule(level)
             assert isinstance(stack, BlockStack)
             first_lane, lanes_used = lanes_used, lanes_used + len(stack.layers)
-            carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - self.grad_calls
+            carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - grad_calls
             calls_done += 1
             if not carries_gradient:
                 h_BTD = h_BTD.detach()

@@ -128,9 +128,14 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.step_number = 0
         self.skipped_in_a_row = 0
-        self.optimizer = AdamATan2(
-            model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
+        matrices: list[nn.Parameter] = []
+        if getattr(config, "optimizer", "") == "muon":
+            matrices = [p for n, p in model.named_parameters() if "_level." in n and p.ndim == 2]
+        rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+        self.optimizer = AdamATan2(rest, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self.muon = None
+        if matrices:
+            self.muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
         self.ema = EMA(model, config.ema_rate) if config.ema else None
 
     def steps(self) -> Iterator[StepResult]:
@@ -154,7 +159,8 @@ class Trainer:
         lr = self.config.lr * lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.model.parameters():
+            p.grad = None
         losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
         for part in self.task.parts():
             part.loss.backward()
@@ -170,6 +176,10 @@ class Trainer:
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step()
+            if self.muon is not None:
+                for group in self.muon.param_groups:
+                    group["lr"] = self.config.muon_lr * lr_factor
+                self.muon.step()
             self.task.moved(lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
