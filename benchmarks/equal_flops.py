@@ -63,7 +63,7 @@ PLAIN = {
     for norm in ("post", "pre")
     for blocks in (2, 4, 8)
 }
-# A prime: rows take turns of few ACT steps, so that steps of every kind are counted.
+# A prime, so that steps of every kind are counted where kinds take turns.
 _COUNT_EVERY = 11
 # The curve of held-out loss has so many points, evenly spaced over the budget, each of the first so many rows.
 _POINTS, _POINT_ROWS = 8, 300
@@ -133,9 +133,12 @@ class _BudgetTask(TextTask):
 
     meter: Meter
 
-    def progress(self, step: int) -> float:
+    @property
+    def expected(self) -> float:
         spent = self.meter
-        return spent.share * step / spent.steps if spent.steps else 0.0
+        if not spent.steps:
+            return self.total
+        return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
 
 
 def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:

@@ -93,18 +93,8 @@ def _without_booleans(value: Any) -> Any:
 
 
 class HaltConfig(_Section):
-    """When a row leaves its slot in training, and how the halting head learns. Evaluation and generation never use the row rule."""
+    """How the halting head begins and learns."""
 
-    mode: Literal["fixed", "sampled", "settled"]
-    """fixed: after halt_max_steps. sampled: after a depth drawn at entry. settled: once enough of its tokens have settled."""
-    depth_floor: float = Field(gt=0, le=1)
-    """Least probability of each depth 1..N in the draw at entry (capped at 1/N); what is left over goes to depth 1."""
-    deepen_at: float = Field(ge=0, le=1)
-    """Share of the run's examples, or of max_steps, after which what is left over goes to depth N instead; 1: never."""
-    settled_share: float = Field(gt=0, le=1)
-    """settled: the row leaves when at least this share of its supervised tokens is settled."""
-    settled_probability: float = Field(gt=0, lt=1)
-    """settled: a token is settled when its halting probability is above this, or its argmax is the one of the step before."""
     bias: float
     """Initial bias of the halting head: -1 for text, -5 for puzzles."""
     backprop: bool
@@ -131,8 +121,8 @@ class ArchConfig(_Section):
     L_cycles: int = Field(ge=0)
     """Updates of the reasoning state before each update of the answer state; 0 for transformers_baseline, which has none."""
     grad_calls: PositiveInt | None
-    """How many of the last level calls carry gradient: of an ACT step's or, for text, of all the ACT steps of a row, through which the
-    gradient then runs. null: as the original, those of each ACT step's last H cycle, 2 for hrm, and none from step to step."""
+    """How many of the last level calls carry gradient: of an ACT step's for puzzles, for text of all ACT steps of a row together.
+    null: as the original, those of each ACT step's last H cycle, for hrm the last 2; none runs from one ACT step to the next."""
     norm: Literal["post", "pre"]
     """Where a block has its norms: after its sums, as the original, or before its parts and at the end of a level call."""
     output_init: Literal["normal", "zero"]
@@ -207,7 +197,9 @@ class ArchConfig(_Section):
         # So many calls has an ACT step of any recursion.
         calls = self.H_cycles * (self.L_cycles + 1) * self.halt_max_steps
         if self.grad_calls is not None and self.grad_calls > calls:
-            raise ValueError(f"grad_calls {self.grad_calls} is more than the {calls} level calls of {self.halt_max_steps} ACT steps")
+            raise ValueError(
+                f"grad_calls {self.grad_calls} is more than the {calls} level calls of {self.halt_max_steps} ACT steps"
+            )
         return self
 
     @model_validator(mode="after")
@@ -430,9 +422,9 @@ class TrainingConfig(_Section):
     epochs: PositiveInt
     """Passes over the training split."""
     global_batch_size: PositiveInt
-    """Slots: rows worked on at the same time, by all ranks together."""
+    """Rows of an optimizer step, of all ranks together; for puzzles slots, in which rows stay for several."""
     micro_batch_size: PositiveInt | None
-    """Most rows that one rank computes at the same time, to save memory; gradients add up to the same. null: all of its slots."""
+    """Most rows that one rank computes at the same time, to save memory; gradients add up to the same. null: all of its rows."""
     dist_timeout_minutes: float = Field(gt=0)
     """Several ranks: a rank that waits so long for another gives up."""
     eval_interval: PositiveInt
@@ -627,9 +619,11 @@ class PretrainPuzzleConfig(TrainingConfig):
                 f"arch.attention={self.arch.attention} hides a puzzle from the position whose state says when it is solved: "
                 "choose full"
             )
-        if self.arch.halt.mode != "fixed":
+        calls = self.arch.H_cycles * (self.arch.L_cycles + 1)
+        if self.arch.grad_calls is not None and self.arch.grad_calls > calls:
             raise ValueError(
-                f"arch.halt.mode={self.arch.halt.mode} is for text: puzzles halt by arch.act_enabled, leave it at fixed"
+                f"arch.grad_calls {self.arch.grad_calls} is more than the {calls} level calls of an ACT step, and an optimizer "
+                "step on puzzles takes one"
             )
         if self.freeze_weights and not self.arch.puzzle_emb_ndim:
             raise ValueError("freeze_weights leaves nothing to learn without the puzzles' vectors: set arch.puzzle_emb_ndim")

@@ -1,8 +1,8 @@
 """The wrapper around any recursion: embeddings in, one ACT step at a time, output and halting heads out.
 
-It owns every weight under the names of the published checkpoints. It decides nothing about when a row leaves training
-(training/slots.py) or when generation stops (generation/engine.py). Shape suffixes as in models/layers.py; N is any number of
-tokens, P the positions that a puzzle's vector takes before them.
+It owns every weight under the names of the published checkpoints. It decides nothing about how many ACT steps a row takes in
+training (training/text.py, training/puzzle.py) or when generation stops (generation/engine.py). Shape suffixes as in
+models/layers.py; N is any number of tokens, P the positions that a puzzle's vector takes before them.
 """
 
 import contextlib
@@ -69,7 +69,6 @@ class RecursiveModel(nn.Module):
         self._is_compiled = False
         self.recursion = build_recursion(config)
         self.level_calls = self.recursion.calls
-        self.grad_calls = config.grad_calls or self.recursion.default_grad_calls
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed_tokens = Embedding(vocab_size, config.hidden_size)
@@ -179,14 +178,13 @@ class RecursiveModel(nn.Module):
     ) -> tuple[States, Tensor]:
         """One ACT step: new states, and the output [B, T, D] for the heads.
 
-        Only the last `grad_calls` calls carry gradient (None: as many as the config says, and none to the states that come in).
-
+        Only the last `grad_calls` level calls carry gradient; None: as where an optimizer step takes a single ACT step.
         `lanes` (models/cache.py) holds the keys and values of this step, one lane per call and layer; None keeps none.
         """
         calls_done = 0
         lanes_used = 0
         if grad_calls is None:
-            grad_calls = min(self.grad_calls, len(self.level_calls))
+            [grad_calls] = self.grad_calls_by_step(1)
         casts = [linear.cast_weight(self.dtype) for linear in self._level_linears]
 
         def call(level: str, h_BTD: Tensor) -> Tensor:
@@ -215,6 +213,26 @@ class RecursiveModel(nn.Module):
 
         with self._holding(casts):
             return self.recursion.step(states, x_BTD, call)
+
+    def grad_calls_by_step(self, act_steps: int) -> list[int]:
+        """How many of the last level calls of each ACT step carry gradient, where an optimizer step takes `act_steps` of them."""
+        if self.config.grad_calls is None:
+            return [self.recursion.default_grad_calls] * act_steps
+        calls = len(self.level_calls)
+        return [min(calls, max(0, self.config.grad_calls - calls * later)) for later in reversed(range(act_steps))]
+
+    def act_steps(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, count: int) -> Iterator[Tensor]:
+        """The output [B, T, D] for the heads after each of `count` ACT steps from the initial states: what training differentiates.
+
+        Gradient runs through the last `arch.grad_calls` level calls of all the ACT steps together. null: through those of each ACT
+        step that have it in the original, and not from one ACT step to the next.
+        """
+        states = self.initial_states(*x_BTD.shape[:-1])
+        for grad_calls in self.grad_calls_by_step(count):
+            states, output_BTD = self.act_step(states, x_BTD, rotary, mask, grad_calls=grad_calls)
+            if self.config.grad_calls is None:
+                states = tuple(state.detach() for state in states)
+            yield output_BTD
 
     def refine(
         self,

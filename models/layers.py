@@ -275,7 +275,11 @@ class Block(nn.Module):
         self.mlp_t = SwiGLU(mixed_positions, expansion) if mixed_positions is not None else None
         self.mlp = SwiGLU(hidden_size, expansion)
         if config.output_init == "zero":
-            for linear in (None if self.self_attn is None else self.self_attn.o_proj, self.mlp_t and self.mlp_t.down_proj, self.mlp.down_proj):
+            for linear in (
+                None if self.self_attn is None else self.self_attn.o_proj,
+                self.mlp_t and self.mlp_t.down_proj,
+                self.mlp.down_proj,
+            ):
                 if linear is not None:
                     nn.init.zeros_(linear.weight)
 
