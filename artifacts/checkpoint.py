@@ -6,7 +6,7 @@
     tokenizer.model          or tokenizer.json: the tokenizer; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
     checkpoint.json          format, step, vocabulary, tokenizer hash, template, data hash
     train_metrics.json       metrics at this step
-    trainer/                 state.json and tensors.safetensors: optimizer, slots, carry, cursor, length of the metrics log
+    trainer/                 state.json and tensors.safetensors: optimizer, cursor, a puzzle run's carry, length of the metrics log
 
 and, once the checkpoint has been calibrated, halting.json (artifacts/halting.py).
 
@@ -271,8 +271,8 @@ def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict
     if not isinstance(settings, dict):
         raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
     settings, dropped = upgraded(settings)
-    for line in dropped:
-        say(f"{folder}: {line}")
+    if dropped:
+        say(f"{folder}: dropped, as this version has no such settings: {', '.join(dropped)}")
     return settings
 
 

@@ -34,10 +34,14 @@ class _Panel(NamedTuple):
 _PANELS = (
     _Panel(
         "loss, nats per token",
-        (_Curve(METRICS, "loss_per_token", "training"), _Curve(METRICS, "test.loss_per_token", "held out", dots=True)),
+        (
+            _Curve(METRICS, "loss_per_token", "training"),
+            _Curve(METRICS, "loss_first_step", "training, first ACT step"),
+            _Curve(METRICS, "test.loss_per_token", "held out", dots=True),
+        ),
     ),
     _Panel("bits per byte, held out", (_Curve(METRICS, "test.bits_per_byte", dots=True),), from_zero=False),
-    _Panel("ACT steps of rows that halted, mean", (_Curve(METRICS, "mean_act_steps"),)),
+    _Panel("ACT steps of a row, mean", (_Curve(METRICS, "mean_act_steps"),)),
     _Panel("learning rate", (_Curve(METRICS, "lr"),)),
     _Panel("tokens per second, one ACT step each", (_Curve(TIMING, "tokens_per_second"),)),
     _Panel(

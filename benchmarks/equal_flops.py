@@ -56,13 +56,14 @@ from training.text import TextTask
 ARMS = Path(__file__).with_suffix(".yaml")
 # Always among the arms. Post-norm, because models/layers.py has no other block.
 PLAIN = {
-    f"plain_{blocks}": [
+    f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
         *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
-        *("arch.halt.mode=fixed", "arch.halt_max_steps=1"),
+        *("arch.halt_max_steps=1", "arch.grad_calls=null", "act_steps=fixed", f"arch.norm={norm}"),
     ]
+    for norm in ("post", "pre")
     for blocks in (2, 4, 8)
 }
-# A prime: rows take turns of few ACT steps, so that steps of every kind are counted.
+# A prime, so that steps of every kind are counted where kinds take turns.
 _COUNT_EVERY = 11
 # The curve of held-out loss has so many points, evenly spaced over the budget, each of the first so many rows.
 _POINTS, _POINT_ROWS = 8, 300
@@ -75,7 +76,7 @@ _TIMED_TOKENS, _TIMINGS = 32, 3
 class Budget:
     """What every arm may spend on training."""
 
-    unit: Literal["FLOPs", "seconds"]
+    unit: Literal["FLOPs", "seconds", "examples"]
     amount: float
 
 
@@ -88,6 +89,8 @@ class Meter:
     """
 
     budget: Budget
+    batch: int
+    """Examples of an optimizer step."""
     steps: int = 0
     flops: float = 0.0
     _flops_per_token: float = 0.0
@@ -103,7 +106,8 @@ class Meter:
     @property
     def share(self) -> float:
         """Of the budget."""
-        return (self.flops if self.budget.unit == "FLOPs" else self.seconds) / self.budget.amount
+        spent = {"FLOPs": self.flops, "seconds": self.seconds, "examples": self.steps * self.batch}
+        return spent[self.budget.unit] / self.budget.amount
 
     def measured(self, steps: Iterator[StepResult]) -> Iterator[StepResult]:
         """The `steps` that the budget pays for."""
@@ -129,9 +133,12 @@ class _BudgetTask(TextTask):
 
     meter: Meter
 
-    def progress(self, step: int) -> float:
+    @property
+    def expected(self) -> float:
         spent = self.meter
-        return spent.share * step / spent.steps if spent.steps else 0.0
+        if not spent.steps:
+            return self.total
+        return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
 
 
 def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:
@@ -176,7 +183,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
     tokenizer, data, test = open_data(config)
     model = RecursiveModel(config.arch, tokenizer.vocab_size, seed=config.seed)
     model.to(pick_device(config.device))
-    meter, curve = Meter(budget), list[tuple[float, float, float]]()
+    meter, curve = Meter(budget, config.global_batch_size), list[tuple[float, float, float]]()
     with ExampleStream(data.train, data.curriculum, config.dataloader_workers) as stream:
         task = _BudgetTask(config, model, stream, data.curriculum)
         task.meter = meter
@@ -210,7 +217,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
         "flops": meter.flops,
         "seconds": meter.seconds,
         "steps": meter.steps,
-        "rows": task.slots.admitted,
+        "rows": task.admitted,
         "last_lr": result.lr,
         "curve": curve,
         **found,
@@ -301,9 +308,11 @@ def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
     except (OSError, OmegaConfBaseException, YAMLError, ValidationError) as error:
         raise UsageError(f"--arms {path}: expected lists of KEY=VALUE, `all` and `arms.NAME`: {error}") from error
     arms = found.arms
-    unknown = [name for name in only or [] if name not in arms]
+    unknown = [name for name in only or [] if name not in arms | PLAIN]
     if unknown:
         raise UsageError(f"--only {unknown[0]}: {path} has the arms {', '.join(arms)}; {', '.join(PLAIN)} are always there")
+    if only is not None:
+        return {name: [*found.all, *overrides] for name, overrides in (arms | PLAIN).items() if name in only}
     chosen = {name: overrides for name, overrides in arms.items() if only is None or name in only}
     return {name: [*found.all, *overrides] for name, overrides in (chosen | PLAIN).items()}
 
@@ -344,6 +353,7 @@ def parse_arguments() -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--tera-flops", type=float, help="training of each arm and seed, in 10^12 counted operations")
     budget.add_argument("--seconds", type=float, help="or so many seconds of training steps")
+    budget.add_argument("--examples", type=float, help="or so many examples")
     add = parser.add_argument
     add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
     add("--only", nargs="+", metavar="NAME", help="of its arms only these, beside the plain Transformers")
@@ -354,7 +364,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--parallel", type=int, default=1, help="trainings at a time, each a process of one thread")
     add("--output", type=user_path, required=True, metavar="FOLDER", help="for the results, which are not measured again")
     arguments = parser.parse_args()
-    for flag in ("tera_flops", "seconds", "rows", "parallel"):
+    for flag in ("tera_flops", "seconds", "examples", "rows", "parallel"):
         value = getattr(arguments, flag)
         if value is not None and value <= 0:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: expected more than 0")
@@ -365,7 +375,11 @@ def main() -> None:
     """Compose all arms, measure what isn't there yet, report."""
     arguments = parse_arguments()
     own = [] if arguments.data is None else ["dataset=jsonl", f"dataset.data_dir={arguments.data.resolve()}"]
-    budget = Budget("FLOPs", 1e12 * arguments.tera_flops) if arguments.tera_flops else Budget("seconds", arguments.seconds)
+    budget = Budget("seconds", arguments.seconds or 0)
+    if arguments.tera_flops:
+        budget = Budget("FLOPs", 1e12 * arguments.tera_flops)
+    elif arguments.examples:
+        budget = Budget("examples", arguments.examples)
     arms = {
         (name, seed): compose_arm([*overrides, *own, *arguments.overrides], seed)
         for name, overrides in read_arms(arguments.arms, arguments.only).items()

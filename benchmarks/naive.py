@@ -132,22 +132,24 @@ def stablemax_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return torch.where(valid_BT, nll_BT, 0)
 
 
-def train_step(
-    naive: NaiveTRM, optimizer: Optimizer, states: tuple[Tensor, Tensor], inputs_BT: Tensor, labels_BT: Tensor
-) -> tuple[tuple[Tensor, Tensor], float]:
-    """Forward, dense float64 loss over all positions, backward, optimizer: the new states and the loss in nats per token.
+def train_step(naive: NaiveTRM, optimizer: Optimizer, inputs_BT: Tensor, labels_BT: Tensor, act_steps: int) -> float:
+    """Forward, dense float64 loss over all positions, backward, optimizer: the loss at the deepest ACT step, in nats per token.
 
-    The objective is the one of training: mean over supervised tokens of CE + 0.5 BCE, the halting head learning alone.
+    The objective is that of training: mean over ACT steps and supervised tokens of CE + 0.5 BCE, the halting head learning alone.
     """
-    z_H, z_L = naive.act_step(states, inputs_BT)
-    logits_BTV = naive.logits(z_H)
-    nll_BT = stablemax_cross_entropy(logits_BTV, labels_BT)
+    states = naive.initial_states(*inputs_BT.shape)
     valid_BT = labels_BT != _IGNORE
-    right_BT = ((logits_BTV.argmax(-1) == labels_BT) & valid_BT).to(z_H.dtype)
-    bce_BT = F.binary_cross_entropy_with_logits(naive.halt_logits(z_H.detach()), right_BT, reduction="none")
-    supervised = valid_BT.sum()
-    loss = nll_BT.sum() / supervised + 0.5 * (bce_BT * valid_BT).sum() / supervised
+    loss, nll = torch.zeros(()), 0.0
+    for _ in range(act_steps):
+        z_H, z_L = naive.act_step(states, inputs_BT)
+        states = z_H.detach(), z_L.detach()
+        logits_BTV = naive.logits(z_H)
+        nll_BT = stablemax_cross_entropy(logits_BTV, labels_BT)
+        right_BT = ((logits_BTV.argmax(-1) == labels_BT) & valid_BT).to(z_H.dtype)
+        bce_BT = F.binary_cross_entropy_with_logits(naive.halt_logits(states[0]), right_BT, reduction="none")
+        loss = loss + (nll_BT.sum() + 0.5 * (bce_BT * valid_BT).sum()) / (act_steps * valid_BT.sum())
+        nll = float(nll_BT.detach().sum() / valid_BT.sum())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return (z_H.detach(), z_L.detach()), float(nll_BT.detach().sum() / supervised)
+    return nll

@@ -71,13 +71,15 @@ class Side(Protocol):
 
 
 def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig:
-    """The config of a side. Rows stay for all ACT steps and the learning rate is flat, so that both sides do the same work."""
+    """The config of a side. All ACT steps are taken and the learning rate is flat, so that both sides do the same work."""
     dtype = arguments.naive_dtype if side.startswith("naive") else arguments.dtype
     return benchmark_config(
         [
             f"arch.forward_dtype={dtype}",
             f"arch.halt_max_steps={arguments.act_steps}",
-            "arch.halt.mode=fixed",
+            "arch.grad_calls=null",
+            "act_steps=fixed",
+            "loss_discount=1",
             f"dataset.seq_len={arguments.seq_len}",
             f"global_batch_size={arguments.batch}",
             "lr_min_ratio=1.0",
@@ -155,7 +157,7 @@ class Ours:
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = original(*args, **kwargs)
-            self._seconds[part] = time.perf_counter() - started
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started
             return result
 
         own = name in vars(owner)
@@ -192,10 +194,7 @@ class Naive:
             arrays = collate(rows, pad_id=0, length_multiple=config.pad_multiple)
             inputs_BT = torch.from_numpy(arrays["inputs"].astype(np.int64)).to(self.model.device)
             labels_BT = torch.from_numpy(arrays["labels"]).to(self.model.device)
-            states = self.naive.initial_states(*inputs_BT.shape)
-            for _ in range(config.arch.halt_max_steps):
-                states, loss = train_step(self.naive, self.optimizer, states, inputs_BT, labels_BT)
-                yield loss
+            yield train_step(self.naive, self.optimizer, inputs_BT, labels_BT, config.arch.halt_max_steps)
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -330,7 +329,7 @@ def main() -> None:
     flags.add_argument("--naive-dtype", choices=["float32", "float64"], default="float32")
     flags.add_argument("--batch", type=int, default=2, help="rows")
     flags.add_argument("--seq-len", type=int, default=512, help="positions of a row")
-    flags.add_argument("--act-steps", type=int, default=4, help="ACT steps, hence training steps, that a row stays")
+    flags.add_argument("--act-steps", type=int, default=1, help="ACT steps of a training step")
     flags.add_argument("--warmup", type=int, default=2, help="steps of each side before its timed ones")
     flags.add_argument("--same-allocator", action="store_true", help="also time the naive way with our allocator setting")
     flags.add_argument("--without", nargs="+", choices=["all", *CHANGES], default=[], help="also time ours without these changes")

@@ -93,18 +93,8 @@ def _without_booleans(value: Any) -> Any:
 
 
 class HaltConfig(_Section):
-    """When a row leaves its slot in training, and how the halting head learns. Evaluation and generation never use the row rule."""
+    """How the halting head begins and learns."""
 
-    mode: Literal["fixed", "sampled", "settled"]
-    """fixed: after halt_max_steps. sampled: after a depth drawn at entry. settled: once enough of its tokens have settled."""
-    depth_floor: float = Field(gt=0, le=1)
-    """Least probability of each depth 1..N in the draw at entry (capped at 1/N); what is left over goes to depth 1."""
-    deepen_at: float = Field(ge=0, le=1)
-    """Share of the run's examples, or of max_steps, after which what is left over goes to depth N instead; 1: never."""
-    settled_share: float = Field(gt=0, le=1)
-    """settled: the row leaves when at least this share of its supervised tokens is settled."""
-    settled_probability: float = Field(gt=0, lt=1)
-    """settled: a token is settled when its halting probability is above this, or its argmax is the one of the step before."""
     bias: float
     """Initial bias of the halting head: -1 for text, -5 for puzzles."""
     backprop: bool
@@ -131,7 +121,18 @@ class ArchConfig(_Section):
     L_cycles: int = Field(ge=0)
     """Updates of the reasoning state before each update of the answer state; 0 for transformers_baseline, which has none."""
     grad_calls: PositiveInt | None
-    """How many of an ACT step's last level calls carry gradient; null: as the original, those of the last H cycle, 2 for hrm."""
+    """How many of the last level calls carry gradient: of an ACT step's for puzzles, for text of all ACT steps of a row together.
+    null: as the original, those of each ACT step's last H cycle, for hrm the last 2; none runs from one ACT step to the next."""
+    norm: Literal["post", "pre"]
+    """Where a block has its norms: after its sums, as the original, or before its parts and at the end of a level call."""
+    output_init: Literal["normal", "zero"]
+    """How the last projections of attention and SwiGLU begin: as the others, or at 0, so that a block begins as the identity."""
+    initial_state: Literal["drawn", "zero", "learned"]
+    """States before the first ACT step: a vector drawn once, as the original, zeros, or a vector that is trained."""
+    qk_norm: bool
+    """Normalise queries and keys before their product."""
+    residual_scale: float = Field(gt=0)
+    """What attention and SwiGLU give is multiplied by this before it is added."""
     attention: Literal["full", "causal", "prefix"]
     """full: all see all (puzzles). causal: the past. prefix: causal, but a prompt segment sees itself whole."""
     mlp_t: bool
@@ -194,9 +195,11 @@ class ArchConfig(_Section):
         if self.name == "trm_hier6" and self.L_cycles > 6:
             raise ValueError(f"L_cycles {self.L_cycles}: trm_hier6 has a state for each of at most 6 L calls")
         # So many calls has an ACT step of any recursion.
-        calls = self.H_cycles * (self.L_cycles + 1)
+        calls = self.H_cycles * (self.L_cycles + 1) * self.halt_max_steps
         if self.grad_calls is not None and self.grad_calls > calls:
-            raise ValueError(f"grad_calls {self.grad_calls} is more than the {calls} level calls of an ACT step")
+            raise ValueError(
+                f"grad_calls {self.grad_calls} is more than the {calls} level calls of {self.halt_max_steps} ACT steps"
+            )
         return self
 
     @model_validator(mode="after")
@@ -419,9 +422,9 @@ class TrainingConfig(_Section):
     epochs: PositiveInt
     """Passes over the training split."""
     global_batch_size: PositiveInt
-    """Slots: rows worked on at the same time, by all ranks together."""
+    """Rows of an optimizer step, of all ranks together; for puzzles slots, in which rows stay for several."""
     micro_batch_size: PositiveInt | None
-    """Most rows that one rank computes at the same time, to save memory; gradients add up to the same. null: all of its slots."""
+    """Most rows that one rank computes at the same time, to save memory; gradients add up to the same. null: all of its rows."""
     dist_timeout_minutes: float = Field(gt=0)
     """Several ranks: a rank that waits so long for another gives up."""
     eval_interval: PositiveInt
@@ -491,8 +494,17 @@ class PretrainInstructConfig(TrainingConfig):
     lr_schedule: Literal["run", "stage"]
     """Warm-up and cosine once over the whole run, or anew over each of its stages."""
     generation: GenerationConfig
-    act_steps_per_update: PositiveInt
-    """Most ACT steps in one optimizer step, their losses summed. Rows leave after any of them, new ones enter after the last."""
+    act_steps: Literal["fixed", "growing", "drawn"]
+    """How many ACT steps the rows of an optimizer step take: halt_max_steps; 1 at first and halt_max_steps from `grow_until` on; or
+    a number drawn for the step, evenly of 1..halt_max_steps."""
+    grow_until: float = Field(ge=0, le=1)
+    """growing: share of the run at which the number of ACT steps has come to halt_max_steps, in even steps."""
+    loss_discount: float = Field(ge=0, le=1)
+    """Weight of an ACT step's loss, relative to that of the step after it. 1: all weigh the same; 0: the last one alone."""
+    optimizer: Literal["adam_atan2", "muon"]
+    """muon: torch.optim.Muon for the matrices of the stacks, AdamATan2 for the rest."""
+    muon_lr: float = Field(gt=0)
+    """Peak learning rate of Muon's matrices."""
     eval_examples: PositiveInt | None
     """Test rows of each source used in evaluations; null: all."""
     sample_answers: int = Field(ge=0)
@@ -610,9 +622,11 @@ class PretrainPuzzleConfig(TrainingConfig):
                 f"arch.attention={self.arch.attention} hides a puzzle from the position whose state says when it is solved: "
                 "choose full"
             )
-        if self.arch.halt.mode != "fixed":
+        calls = self.arch.H_cycles * (self.arch.L_cycles + 1)
+        if self.arch.grad_calls is not None and self.arch.grad_calls > calls:
             raise ValueError(
-                f"arch.halt.mode={self.arch.halt.mode} is for text: puzzles halt by arch.act_enabled, leave it at fixed"
+                f"arch.grad_calls {self.arch.grad_calls} is more than the {calls} level calls of an ACT step, and an optimizer "
+                "step on puzzles takes one"
             )
         if self.freeze_weights and not self.arch.puzzle_emb_ndim:
             raise ValueError("freeze_weights leaves nothing to learn without the puzzles' vectors: set arch.puzzle_emb_ndim")

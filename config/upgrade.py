@@ -22,13 +22,17 @@ RENAMED: dict[str, str] = {
     "dataset.hub_sha256": "dataset.sha256",
 }
 # Keys that mean nothing any more; what stood there is said.
-REMOVED: tuple[str, ...] = ()
+REMOVED: tuple[str, ...] = (
+    # When a row left its slot, in which it stayed for several optimizer steps. Puzzles never read them.
+    "act_steps_per_update",
+    *(f"arch.halt.{key}" for key in ("mode", "depth_floor", "deepen_at", "settled_share", "settled_probability")),
+)
 # What the program did before it had a key, where the shipped default is something else.
 BEFORE: dict[str, Any] = {"eval_every_steps": None}
 
 
 def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Saved settings with keys that are new since then filled in, and a line for each key that was dropped.
+    """Saved settings with keys that are new since then filled in, and those that were dropped, as key=value.
 
     A new key gets the value of BEFORE, else the one that the YAML files here ship for this kind of run. Unknown keys stay as they
     are: the schema refuses them.
@@ -51,7 +55,7 @@ def _upgrade(
         if name in section.model_fields and name not in values:
             values[name] = values.pop(key)
         elif f"{known_as}{key}" in REMOVED:
-            dropped.append(f"{where}{key}={values.pop(key)} was dropped: this version has no such setting")
+            dropped.append(f"{where}{key}={values.pop(key)}")
     for key, field in section.model_fields.items():
         if key not in values:
             default = BEFORE.get(known_as + key, shipped.get(key, ...))

@@ -1,8 +1,8 @@
 """The wrapper around any recursion: embeddings in, one ACT step at a time, output and halting heads out.
 
-It owns every weight under the names of the published checkpoints. It decides nothing about when a row leaves training
-(training/slots.py) or when generation stops (generation/engine.py). Shape suffixes as in models/layers.py; N is any number of
-tokens, P the positions that a puzzle's vector takes before them.
+It owns every weight under the names of the published checkpoints. It decides nothing about how many ACT steps a row takes in
+training (training/text.py, training/puzzle.py) or when generation stops (generation/engine.py). Shape suffixes as in
+models/layers.py; N is any number of tokens, P the positions that a puzzle's vector takes before them.
 """
 
 import contextlib
@@ -72,7 +72,6 @@ class RecursiveModel(nn.Module):
         self.is_compiled = False
         self.recursion = build_recursion(config)
         self.level_calls = self.recursion.calls
-        self.grad_calls = config.grad_calls or self.recursion.default_grad_calls
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed_tokens = Embedding(vocab_size, config.hidden_size)
@@ -80,10 +79,13 @@ class RecursiveModel(nn.Module):
             self.q_head = Linear(config.hidden_size, 2, bias=True)
             mixed = positions if config.mlp_t else None
             for name, layers in self.recursion.levels.items():
-                self.add_module(name, BlockStack(layers, config.hidden_size, config.num_heads, config.expansion, mixed))
+                self.add_module(name, BlockStack(layers, config, mixed))
             for name in self.recursion.initial_states:
                 initial_D = truncated_normal_(torch.empty(config.hidden_size), 1.0)
-                self.register_buffer(name, initial_D.to(self.dtype))
+                if config.initial_state == "learned":
+                    self.register_parameter(name, nn.Parameter(initial_D))
+                else:
+                    self.register_buffer(name, initial_D.to(self.dtype) * (config.initial_state == "drawn"))
             self.embed_pos: Embedding | None = None
             if config.pos_encodings == "learned" and positions is not None:
                 self.embed_pos = Embedding(positions, config.hidden_size)
@@ -114,7 +116,7 @@ class RecursiveModel(nn.Module):
 
     def initial_states(self, *shape: int) -> States:
         """Every latent state before the first ACT step, each [*shape, D]; a view, not to be written to."""
-        return tuple(self.get_buffer(name).expand(*shape, -1) for name in self.recursion.initial_states)
+        return tuple(getattr(self, name).to(self.dtype).expand(*shape, -1) for name in self.recursion.initial_states)
 
     def embed(self, ids_BT: Tensor, puzzle_ids_B: Tensor | None = None) -> Tensor:
         """Input embedding, scaled by sqrt(D): [B, T, D], or with the vectors of the rows' puzzles before the tokens [B, P + T, D].
@@ -183,22 +185,36 @@ class RecursiveModel(nn.Module):
         return Mask(documents=documents_side_by_side(self.config.attention, starts, segments_N))
 
     def act_step(
-        self, states: States, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, lanes: StepLanes | None = None
+        self,
+        states: States,
+        x_BTD: Tensor,
+        rotary: Rotary | None,
+        mask: Mask,
+        lanes: StepLanes | None = None,
+        grad_calls: int | None = None,
     ) -> tuple[States, Tensor]:
-        """One ACT step: new states, and the output [B, T, D] for the heads. Only the last `grad_calls` calls carry gradient.
+        """One ACT step: new states, and the output [B, T, D] for the heads.
 
+        Only the last `grad_calls` level calls carry gradient; None: as where an optimizer step takes a single ACT step.
         `lanes` (models/cache.py) holds the keys and values of this step, one lane per call and layer; None keeps none.
         """
         calls_done = 0
         lanes_used = 0
+        if grad_calls is None:
+            [grad_calls] = self.grad_calls_by_step(1)
         casts = [linear.cast_weight(self.dtype) for linear in self._level_linears]
+        if self.is_compiled:
+            # Any number of tokens, but these sizes of weights: with open ones, attention has no kernel.
+            for cast in casts:
+                if cast is not None:
+                    torch._dynamo.mark_static(cast)
 
         def call(level: str, h_BTD: Tensor) -> Tensor:
             nonlocal calls_done, lanes_used
             stack = self.get_submodule(level)
             assert isinstance(stack, BlockStack)
             first_lane, lanes_used = lanes_used, lanes_used + len(stack.layers)
-            carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - self.grad_calls
+            carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - grad_calls
             calls_done += 1
             if not carries_gradient:
                 h_BTD = h_BTD.detach()
@@ -219,6 +235,26 @@ class RecursiveModel(nn.Module):
 
         with self._holding(casts):
             return self.recursion.step(states, x_BTD, call)
+
+    def grad_calls_by_step(self, act_steps: int) -> list[int]:
+        """How many of the last level calls of each ACT step carry gradient, where an optimizer step takes `act_steps` of them."""
+        if self.config.grad_calls is None:
+            return [self.recursion.default_grad_calls] * act_steps
+        calls = len(self.level_calls)
+        return [min(calls, max(0, self.config.grad_calls - calls * later)) for later in reversed(range(act_steps))]
+
+    def act_steps(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, count: int) -> Iterator[Tensor]:
+        """The output [B, T, D] for the heads after each of `count` ACT steps from the initial states: what training differentiates.
+
+        Gradient runs through the last `arch.grad_calls` level calls of all the ACT steps together. null: through those of each ACT
+        step that have it in the original, and not from one ACT step to the next.
+        """
+        states = self.initial_states(*x_BTD.shape[:-1])
+        for grad_calls in self.grad_calls_by_step(count):
+            states, output_BTD = self.act_step(states, x_BTD, rotary, mask, grad_calls=grad_calls)
+            if self.config.grad_calls is None:
+                states = tuple(state.detach() for state in states)
+            yield output_BTD
 
     def refine(
         self,

@@ -28,6 +28,9 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device=cuda, but torch sees no CUDA device: use device=cpu, or check the driver and the torch build")
+    if name == "cuda":
+        # cuDNN's attention plans anew, for a tenth of a second, for every shape of rows that it hasn't seen.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

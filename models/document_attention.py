@@ -60,7 +60,7 @@ def attend_in_documents(qk: Tensor, v: Tensor, documents: Documents) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     q_1HNK, k_1HNK, v_1HNK = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHK, k_NHK, v))
-    y_1HNK: Tensor = flex_attention(q_1HNK, k_1HNK, v_1HNK, block_mask=documents.blocks)
+    y_1HNK: Tensor = flex_attention(q_1HNK, k_1HNK, v_1HNK, block_mask=documents.blocks, scale=q_NHK.shape[-1] ** -0.5)
     return y_1HNK.squeeze(0).transpose(0, 1).flatten(1)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config.schema import ArchConfig
 from models.device import cpu_multiplies_bfloat16
 from models.document_attention import Documents, attend_in_documents
 from models.initialization import truncated_normal_
@@ -187,9 +188,10 @@ class Attention(nn.Module):
     Heads that don't divide the channels are narrower, together too: 12 heads of 512 channels have 42 each, 504 in all.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.qk_norm = qk_norm
         width = hidden_size // num_heads * num_heads
         self.qkv_proj = Linear(hidden_size, 3 * width)
         self.o_proj = Linear(width, hidden_size)
@@ -197,6 +199,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
         qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        if self.qk_norm:
+            qk = rms_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
         if mask.documents is not None:
@@ -237,36 +241,56 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm transformer block: h = rms(h + attention(h)), then h = rms(h + swiglu(h)).
+    """Transformer block of attention and SwiGLU, each added to the stream h.
+
+    Post-norm, as the original: h = rms(h + attention(h)), then h = rms(h + swiglu(h)). Pre-norm: h = h + attention(rms(h)), then
+    h = h + swiglu(rms(h)).
 
     With `mixed_positions`, rows have exactly so many positions, and a SwiGLU over the positions of each channel takes the place of
     attention (`mlp_t`); as in the original, the norm of its sum runs over positions, too, not over channels.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, expansion: float, mixed_positions: int | None = None) -> None:
+    def __init__(self, config: ArchConfig, mixed_positions: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden_size, num_heads) if mixed_positions is None else None
+        hidden_size, expansion = config.hidden_size, config.expansion
+        self.is_pre_norm = config.norm == "pre"
+        self.scale = config.residual_scale
+        mixed = mixed_positions is not None
+        self.self_attn = None if mixed else Attention(hidden_size, config.num_heads, config.qk_norm)
         self.mlp_t = SwiGLU(mixed_positions, expansion) if mixed_positions is not None else None
         self.mlp = SwiGLU(hidden_size, expansion)
+        if config.output_init == "zero":
+            for linear in (
+                None if self.self_attn is None else self.self_attn.o_proj,
+                self.mlp_t and self.mlp_t.down_proj,
+                self.mlp.down_proj,
+            ):
+                if linear is not None:
+                    nn.init.zeros_(linear.weight)
 
     def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
+        if self.is_pre_norm:
+            assert self.self_attn is not None
+            h = h + self.scale * self.self_attn(rms_norm(h), rotary, mask, lane)
+            return h + self.scale * self.mlp(rms_norm(h))
         if self.mlp_t is not None:
             h_BDT = h.transpose(1, 2)
             h = rms_norm(h_BDT + self.mlp_t(h_BDT)).transpose(1, 2)
         else:
             assert self.self_attn is not None
-            h = rms_norm(h + self.self_attn(h, rotary, mask, lane))
-        return rms_norm(h + self.mlp(h))
+            h = rms_norm(h + self.scale * self.self_attn(h, rotary, mask, lane))
+        return rms_norm(h + self.scale * self.mlp(h))
 
 
 class BlockStack(nn.Module):
     """The network of one level: a few blocks, applied to the sum of what a level call receives."""
 
-    def __init__(self, layers: int, hidden_size: int, num_heads: int, expansion: float, mixed_positions: int | None = None) -> None:
+    def __init__(self, layers: int, config: ArchConfig, mixed_positions: int | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(hidden_size, num_heads, expansion, mixed_positions) for _ in range(layers))
+        self.is_pre_norm = config.norm == "pre"
+        self.layers = nn.ModuleList(Block(config, mixed_positions) for _ in range(layers))
 
     def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lanes: Sequence[Lane] | None = None) -> Tensor:
         for index, layer in enumerate(self.layers):
             h = layer(h, rotary, mask, None if lanes is None else lanes[index])
-        return h
+        return rms_norm(h) if self.is_pre_norm else h

@@ -1,6 +1,7 @@
-"""Train a SentencePiece tokenizer on the training rows of conversation data, and compare it to the default one.
+"""Train a SentencePiece tokenizer on the training rows of conversation data, or cut one down to the pieces that they use.
 
     python scripts/train_tokenizer.py --vocab-size 4096 --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
+    python scripts/train_tokenizer.py --trim --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
 
 Settings are those of a training run (dataset=slimorca, dataset.seed=1, ...); with the same ones, no held-out row is trained on.
 --data is short for dataset=jsonl with this folder or file. A run uses the model by dataset.tokenizer_path=FILE.
@@ -10,13 +11,18 @@ import argparse
 import hashlib
 import heapq
 import io
+import itertools
+import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import get_args
 
+from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -25,6 +31,7 @@ from config.compose import compose_config  # noqa: E402
 from config.errors import UsageError, one_clear_message  # noqa: E402
 from config.schema import PretrainInstructConfig  # noqa: E402
 from dataset.instruct import source_configs, split_conversations  # noqa: E402
+from dataset.text.conversation import TaggedRole, Template  # noqa: E402
 from dataset.text.token_cache import Split  # noqa: E402
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path  # noqa: E402
 from models.act import RecursiveModel  # noqa: E402
@@ -75,6 +82,47 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
         limit = f"at most {found[1]}" if found[1] else f"at least {found[2]}"
         raise UsageError(f"--vocab-size {vocab_size}: expected {limit} for this data") from error
     return Tokenizer.from_bytes(model.getvalue())
+
+
+def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
+    """The tokenizer with no pieces but those that `rows` and the template use, those that they are merged from, and ASCII.
+
+    Texts of the rows have the same pieces as before; any other text is still encoded, of smaller pieces or bytes. Raises `UsageError`
+    for a tokenizer that isn't a SentencePiece model of the kind BPE.
+    """
+    model = ModelProto()
+    try:
+        model.ParseFromString(tokenizer.model_bytes)
+    except DecodeError:
+        model.Clear()
+    if model.trainer_spec.model_type != TrainerSpec.BPE:
+        raise UsageError(f"--trim: {tokenizer.path} is no SentencePiece model of the kind BPE, name one by dataset.tokenizer_path")
+    template = Template()
+    used = set[int]()
+    for row in chain([(*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))], rows):
+        used.update(*tokenizer.encode_batch(row))
+    rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == ModelProto.SentencePiece.NORMAL}
+    kept = set[str]()
+    for token in used:
+        kept.update(merged_from(model.pieces[token].piece, rank))
+    pieces = [piece for piece in model.pieces if piece.piece in kept or piece.type != ModelProto.SentencePiece.NORMAL]
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    model.trainer_spec.vocab_size = len(pieces)
+    return Tokenizer.from_bytes(model.SerializeToString())
+
+
+def merged_from(piece: str, rank: Mapping[str, float]) -> Iterator[str]:
+    """The piece and those that come to be on the way to it, as BPE merges its characters: the neighbours of lowest rank first."""
+    parts = list(piece)
+    yield from parts
+    while len(parts) > 1:
+        pairs = [left + right for left, right in itertools.pairwise(parts)]
+        place = min(range(len(pairs)), key=lambda index: rank.get(pairs[index], math.inf))
+        if pairs[place] not in rank:
+            return
+        parts[place : place + 2] = [pairs[place]]
+        yield pairs[place]
 
 
 def rows_of(config: PretrainInstructConfig, split: Split) -> Iterable[Row]:
@@ -128,26 +176,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message when no tokenizer could be trained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, of which 256 are bytes and 3 stand for no text")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--vocab-size", type=int, help="train one of so many pieces, of which 256 are bytes and 3 stand for no text")
+    kind.add_argument("--trim", action="store_true", help="cut dataset.tokenizer_path down to the pieces that the data uses")
     parser.add_argument("--data", type=Path, help="folder or file of conversations; default: what the settings name")
     parser.add_argument("--output", type=Path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
     parser.add_argument("--max-rows", type=int, default=100_000, help="train on so many rows at most, drawn by `seed`")
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():
         for flag, value in (("--max-rows", options.max_rows), ("--vocab-size", options.vocab_size)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise UsageError(f"{flag}: expected 1 or more, found {value}")
         config = settings(options.data, options.overrides)
-        output = options.output or REPOSITORY / f"tokenizers/{config.dataset.source}-{options.vocab_size}/tokenizer.model"
+        kind_name = "trimmed" if options.trim else options.vocab_size
+        output = options.output or REPOSITORY / f"tokenizers/{config.dataset.source}-{kind_name}/tokenizer.model"
         if output.exists():
             raise UsageError(f"{output} exists already, and what was trained with it needs it: use another --output, or delete it")
         rows = draw_rows(rows_of(config, "train"), options.max_rows, config.seed)
-        tokenizer = train_tokenizer(rows, options.vocab_size)
+        if options.trim:
+            tokenizer = trim_tokenizer(Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path)), rows)
+        else:
+            tokenizer = train_tokenizer(rows, options.vocab_size)
         try:
             write_atomically(output, tokenizer.model_bytes)
         except OSError as error:
             raise UsageError(f"{output} can't be written: {error}; use another --output") from error
-        print(f"trained on {len(rows):,} rows")
+        print(f"{'trimmed to' if options.trim else 'trained on'} {len(rows):,} rows")
         report(config, output)
 
 

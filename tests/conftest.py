@@ -58,14 +58,14 @@ TINY_RECURSIONS = {
     "arch=transformers_baseline": ("arch.H_layers=2", "arch.H_cycles=1", "arch.L_cycles=0"),
 }
 
-# Neither the intervals of saving and logging nor the epochs fall together, and rows are at work over every checkpoint.
+# Neither the intervals of saving and logging nor the epochs fall together.
 SHORT_RUN = (
     "arch.forward_dtype=float32",
     "arch.H_cycles=1",
     "arch.L_cycles=1",
     "arch.L_layers=1",
     "arch.halt_max_steps=3",
-    "arch.halt.depth_floor=0.3",
+    "act_steps=drawn",
     "dataset=jsonl",
     "dataset.files=[rows.jsonl]",
     "dataset.seq_len=64",

@@ -77,7 +77,7 @@ def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.Mon
     assert (config.lr_min_ratio, config.lr_warmup_steps, config.weight_decay) == (0.1, 100, 0.1)
     assert (config.beta1, config.beta2, config.ema, config.ema_rate, config.dataloader_workers) == (0.9, 0.95, False, 0.999, 2)
     assert config.project_name == "SlimOrca-ACT" and config.run_name is None
-    assert config.arch.halt.depth_floor >= 0.1 and config.arch.halt.bias == -1.0 and not config.arch.halt.backprop
+    assert config.arch.halt.bias == -1.0 and not config.arch.halt.backprop
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,11 @@ def test_the_environment_names_the_tokenizer(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_overrides_of_a_command_line_are_parsed() -> None:
-    config = compose_config(MAIN, ["dataset.subset_size=null", "lr=3e-4", "ema=true", "run_name='a=b c'", "arch.halt.mode=settled"])
+    config = compose_config(
+        MAIN, ["dataset.subset_size=null", "lr=3e-4", "ema=true", "run_name='a=b c'", "arch.halt.backprop=true"]
+    )
     assert (config.dataset.subset_size, config.lr, config.ema, config.run_name) == (None, 3e-4, True, "a=b c")
-    assert config.arch.halt.mode == "settled" and config.arch.halt.bias == -1.0
+    assert config.arch.halt.backprop and config.arch.halt.bias == -1.0
 
 
 # What is typed for a key of text, and what becomes of it.
@@ -249,7 +251,7 @@ def test_values_of_a_sweep_stay_apart_and_are_text() -> None:
         (["nonsense"], "nonsense"),
         (["seed=["], "no viable alternative"),
         (["run_name=${nothing}"], "nothing"),
-        (["arch.grad_calls=22"], "grad_calls 22"),
+        (["arch.grad_calls=85"], "grad_calls 85"),
         (["arch.attention=full"], "choose causal or prefix"),
     ],
 )
@@ -266,10 +268,10 @@ def test_an_unknown_config_is_named() -> None:
 
 def test_overriding_changes_what_is_named_and_nothing_else() -> None:
     config = compose_config(MAIN)
-    changed = override_config(config, ["dataset.seq_len=64", "run_name=null", "lr=1e-3", "arch.halt={mode: fixed}"])
-    assert (changed.dataset.seq_len, changed.lr, changed.arch.halt.mode) == (64, 1e-3, "fixed")
+    changed = override_config(config, ["dataset.seq_len=64", "run_name=null", "lr=1e-3", "arch.halt={bias: -3}"])
+    assert (changed.dataset.seq_len, changed.lr, changed.arch.halt.bias) == (64, 1e-3, -3)
     expected = config.model_dump()
-    expected["dataset"]["seq_len"], expected["lr"], expected["arch"]["halt"]["mode"] = 64, 1e-3, "fixed"
+    expected["dataset"]["seq_len"], expected["lr"], expected["arch"]["halt"]["bias"] = 64, 1e-3, -3
     assert changed.model_dump() == expected
     assert override_config(config, []) == config
 

@@ -60,7 +60,7 @@ def places(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def arm(places: list[str]) -> Callable[..., PretrainInstructConfig]:
-    """`arm("arch.halt.mode=fixed", seed=1)`: a tiny arm's settings."""
+    """`arm("arch.halt_max_steps=1", seed=1)`: a tiny arm's settings."""
     return lambda *overrides, seed=0: compose_arm([*SETTINGS, *places, *NETWORK, *overrides], seed)
 
 
@@ -95,7 +95,7 @@ def test_counting_some_steps_comes_to_what_counting_all_does(period: int) -> Non
             all_flops += 2 * tokens * 8 * 8 * calls
             yield StepResult(number + 1, 0.0, 1, 0.0, False, {"tokens": tokens}, [])
 
-    meter = Meter(Budget("FLOPs", 1e7))
+    meter = Meter(Budget("FLOPs", 1e7), batch=1)
     assert len(list(meter.measured(steps()))) == meter.steps > 700
     assert meter.flops == pytest.approx(1e7, rel=0.01) and all_flops == pytest.approx(1e7, rel=0.02)
 
@@ -112,7 +112,7 @@ def test_a_run_takes_the_flops_that_it_says(arm: Callable[..., PretrainInstructC
     monkeypatch.setattr(Meter, "measured", whole)
     # What is measured on the way would be counted, too.
     monkeypatch.setattr(benchmarks.equal_flops, "_POINTS", 1)
-    result = measure("arm", arm("arch.halt.deepen_at=0.4", "act_steps_per_update=2"), Budget("FLOPs", 1.5e9), rows=1)
+    result = measure("arm", arm("act_steps=growing", "grow_until=0.4"), Budget("FLOPs", 1.5e9), rows=1)
     assert result["steps"] > 12
     assert result["flops"] == pytest.approx(counted[0], rel=0.05) and result["flops"] == pytest.approx(1.5e9, rel=0.1)
 
@@ -156,7 +156,7 @@ def test_a_counted_step_takes_the_time_of_the_others(monkeypatch: pytest.MonkeyP
             clock[0] += 20.0 if number % 11 == 0 else 2.0
             yield StepResult(number + 1, 0.0, 1, 0.0, False, {"tokens": 4}, [])
 
-    meter = Meter(Budget("seconds", 60.0))
+    meter = Meter(Budget("seconds", 60.0), batch=1)
     assert len(list(meter.measured(steps()))) == 30 and meter.seconds == pytest.approx(60)
 
 
@@ -277,7 +277,7 @@ def test_a_file_of_arms_that_is_wrong_is_told(tmp_path: Path, content: str, told
 def test_the_arms_of_the_file_compose() -> None:
     found = {name: compose_arm(overrides, 0) for name, overrides in read_arms(benchmarks.equal_flops.ARMS, None).items()}
     assert {name for name, config in found.items() if benchmarks.equal_flops.is_plain(config)} == set(PLAIN)
-    assert [found[name].arch.H_layers for name in PLAIN] == [2, 4, 8]
+    assert [found[name].arch.H_layers for name in PLAIN] == [2, 4, 8, 2, 4, 8]
     assert compose_arm([], 3).seed == 3
 
 

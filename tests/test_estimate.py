@@ -1,6 +1,7 @@
 """What a dry run says, against what a run does: parameters, bytes and FLOPs counted on tiny models, steps by training."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def passes(config: PretrainInstructConfig, rows: int) -> Curriculum:
 
 @pytest.mark.parametrize("backprop", ["true", "false"])
 @pytest.mark.parametrize("again", ["true", "false"])
-@pytest.mark.parametrize("grad_calls", ["null", "2"])
+@pytest.mark.parametrize("grad_calls", ["null", "2", "8"])
 def test_flops_are_those_that_torch_counts(tiny_config: ConfigFactory, backprop: str, again: str, grad_calls: str) -> None:
+    """Of two ACT steps, the gradient of 8 calls beginning in the first."""
     arch = tiny_config(
         f"arch.halt.backprop={backprop}", f"arch.activation_checkpointing={again}", f"arch.grad_calls={grad_calls}"
     ).arch
@@ -58,15 +60,13 @@ def test_flops_are_those_that_torch_counts(tiny_config: ConfigFactory, backprop:
     ids = torch.zeros(ROWS, POSITIONS, dtype=torch.int64)
     # Only the plain kernel's products are counted on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _, output = model.act_step(
-            model.initial_states(ROWS, POSITIONS), model.embed(ids), model.rotary(torch.arange(POSITIONS)), model.mask(ids)
-        )
-        halting = model.halt_logits(output if arch.halt.backprop else output.detach())[..., 0].flatten()
-        flat = output.flatten(0, 1)
-        token_loss(flat, model.lm_head.weight, halting, ids.flatten(), torch.ones_like(halting), arch.loss).total.backward()
-    tokens = ROWS * POSITIONS
-    flops = act_step_flops(model, POSITIONS)
-    assert tokens * (flops.per_position + flops.per_halting + flops.per_label) == counter.get_total_flops()
+        steps = model.act_steps(model.embed(ids), model.rotary(torch.arange(POSITIONS)), model.mask(ids), 2)
+        output = torch.cat([output.flatten(0, 1) for output in steps])
+        halting = model.halt_logits(output if arch.halt.backprop else output.detach())[:, 0]
+        labels = ids.flatten().repeat(2)
+        token_loss(output, model.lm_head.weight, halting, labels, torch.ones_like(halting), arch.loss).total.backward()
+    flops = [act_step_flops(model, POSITIONS, calls) for calls in model.grad_calls_by_step(2)]
+    assert ROWS * POSITIONS * sum(map(sum, flops)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
@@ -82,19 +82,35 @@ def test_parameters_are_the_original_layers_weights(tiny_config: ConfigFactory, 
     [(), ("arch.attention=prefix", "micro_batch_size=3"), ("arch.activation_checkpointing=true", "ema=true")],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_that_of_full_slots(
+def test_memory_is_that_of_a_whole_step(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, settings: tuple[str, ...], dtype: str
 ) -> None:
-    config = tiny_config(f"arch.forward_dtype={dtype}", "global_batch_size=5", *settings)
-    model, task = make_task(config, random_examples(8))
-    kept = (task.carry.inputs_BT, *task.carry.states)
-    memory = estimate_memory(config, model, kept, config.dataset.seq_len)
+    config = tiny_config(f"arch.forward_dtype={dtype}", *settings)
+    model, _ = make_task(config, random_examples(8))
+    memory, shallow = (estimate_memory(config, model, 5, config.dataset.seq_len, act_steps) for act_steps in (4, 1))
     parameters = 4 * count_parameters(model)
     assert (memory.gradients, memory.optimizer) == (parameters, 2 * parameters)
     assert memory.average == (parameters if config.ema else 0) and memory.weights > parameters
-    assert memory.activations == pytest.approx(saved_bytes(model, config.micro_batch_size or 5, config.dataset.seq_len), rel=0.01)
-    assert memory.carry == sum(state.nbytes for state in task.carry.states) + task.carry.inputs_BT.nbytes
-    assert memory.total == sum(vars(memory).values())
+    at_once = config.micro_batch_size or 5
+    assert memory.activations == pytest.approx(saved_bytes(model, at_once, config.dataset.seq_len, 4), rel=0.01)
+    # Of the deepest token an output and its gradient, of each ACT step before as many.
+    assert memory.loss - shallow.loss == 3 * 2 * at_once * config.dataset.seq_len * 16 * model.dtype.itemsize
+    assert memory.carry == 0 and memory.total == sum(vars(memory).values())
+
+
+@pytest.mark.parametrize("again", ["true", "false"])
+def test_activations_are_those_of_the_level_calls_with_gradient(tiny_config: ConfigFactory, again: str) -> None:
+    """Of four ACT steps of six level calls."""
+
+    def saved(grad_calls: object, act_steps: int) -> int:
+        arch = tiny_config(f"arch.grad_calls={grad_calls}", f"arch.activation_checkpointing={again}").arch
+        return saved_bytes(RecursiveModel(arch, VOCABULARY), 2, 32, act_steps)
+
+    # What is saved once, for one of the calls, and what each further one adds.
+    each = saved(6, 4) - saved(5, 4)
+    assert saved(24, 4) - saved(6, 4) == pytest.approx(18 * each, rel=0.1)
+    assert saved(6, 4) == saved(6, 1)
+    assert saved("null", 4) == pytest.approx(saved(12, 4), rel=0.1)
 
 
 def test_activations_computed_again_are_an_eighth_or_less(tiny_config: ConfigFactory) -> None:
@@ -106,46 +122,30 @@ def test_activations_computed_again_are_an_eighth_or_less(tiny_config: ConfigFac
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "evaluations"),
     [
-        ("arch.halt.mode=fixed",),
-        ("arch.halt.depth_floor=0.25", "arch.halt.deepen_at=0.4", "epochs=2"),
-        ("arch.halt.depth_floor=0.25", "act_steps_per_update=3"),
+        ((), 2),
+        # Each fifth of 42 rows, and the end of an epoch.
+        (("act_steps=growing", "epochs=2"), 6),
+        (("act_steps=drawn", "epochs=2"), 6),
+        (("act_steps=growing", "epochs=3", "max_steps=9"), 5),
     ],
 )
-def test_steps_are_those_of_the_run(tiny_config: ConfigFactory, random_examples: ExampleFactory, settings: tuple[str, ...]) -> None:
-    config, examples = tiny_config(*settings), random_examples(21)
-    model, task = make_task(config, examples)
-    results = list(Trainer(config, model, task).steps())
-    counted = count_steps(config, config.arch.halt, passes(config, 21))
-    assert counted.optimizer_steps == len(results)
-    assert counted.act_steps == sum(sum(result.finished_depths) for result in results)
-
-
-def test_steps_up_to_a_limit_are_those_of_the_run(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+def test_steps_are_those_of_the_run(
+    tiny_config: ConfigFactory,
+    random_examples: ExampleFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...],
+    evaluations: int,
 ) -> None:
     monkeypatch.setattr("training.stopping._LEAST_TRAINED_BETWEEN", 1)
-    config, examples = tiny_config("max_steps=9", "arch.halt.depth_floor=0.25", "arch.halt.deepen_at=0.4"), random_examples(60)
+    config, examples = tiny_config(*settings), random_examples(21)
     model, task = make_task(config, examples)
-    results = list(itertools.islice(Trainer(config, model, task).steps(), 9))
-    counted = count_steps(config, config.arch.halt, passes(config, 60), evaluation_rows=1)
-    assert (counted.optimizer_steps, counted.examples) == (9, task.slots.admitted)
-    halted = sum(sum(result.finished_depths) for result in results)
-    assert counted.act_steps == halted + task.slots.act_step[task.slots.active].sum()
-    assert counted.evaluations == 36 // 8
-
-
-def test_a_settled_run_lies_between_its_bounds(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
-    config, examples = tiny_config("arch.halt.mode=settled", "arch.halt.depth_floor=0.25"), random_examples(21)
-    model, task = make_task(config, examples)
-    taken = len(list(Trainer(config, model, task).steps()))
-    halt = config.arch.halt
-    least, most = (
-        count_steps(config, halt.model_copy(update={"mode": mode}), passes(config, 21)).optimizer_steps
-        for mode in ("settled", "fixed")
-    )
-    assert least <= taken <= most and least < most
+    results = list(itertools.islice(Trainer(config, model, task).steps(), config.max_steps))
+    counted = count_steps(config, passes(config, 21), evaluation_rows=1)
+    assert counted.optimizer_steps == len(results)
+    assert counted.rows_by_depth == Counter(depth for result in results for depth in result.finished_depths)
+    assert counted.evaluations == evaluations
 
 
 def test_a_dry_run_says_it_all_and_what_it_measured(
@@ -154,14 +154,14 @@ def test_a_dry_run_says_it_all_and_what_it_measured(
     text_dataset: Callable[..., TextDataset],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, examples = tiny_config("arch.halt.mode=fixed"), random_examples(40)
+    config, examples = tiny_config("loss_discount=0"), random_examples(40)
     held_out = TextCorpus({"rows": text_dataset([{"question": f"What is {i}?", "answer": f"{i}"} for i in range(3)])})
     data = RunData(examples, held_out, passes(config, len(examples)))  # type: ignore[arg-type]
     said: list[str] = []
     dry_run_instruct(config, *make_task(config, examples), data, said.append)
     text = "\n".join(said)
     lengths = np.array([len(example.ids) - 1 for example in examples])
-    assert "optimizer steps   40, 4.00 ACT steps a row" in text
+    assert "optimizer steps   10, 4.00 ACT steps a row" in text
     assert "evaluations       1, each of 3 held-out rows" in text
     assert f"tokens a row      {lengths.mean():.1f}" in text
     assert "measured on 3 steps after a first one" in text and "peak_rss_bytes" in text
@@ -169,9 +169,8 @@ def test_a_dry_run_says_it_all_and_what_it_measured(
     said.clear()
     dry_run_instruct(config, *make_task(config, examples), data, said.append)
     assert "not measured: the memory would not suffice" in "\n".join(said)
-    # No row is through by then: each has had one of its four.
     said.clear()
-    config = tiny_config("arch.halt.mode=fixed", "max_steps=1")
+    config = tiny_config("act_steps=growing", "max_steps=1")
     dry_run_instruct(config, *make_task(config, examples), data, said.append)
     assert "optimizer steps   1, 1.00 ACT steps a row" in said
 
@@ -213,7 +212,7 @@ def test_memory_of_puzzles_counts_vectors_apart_and_frozen_weights_once(
     puzzles: tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask],
 ) -> None:
     config, model, task = puzzles
-    memory = estimate_memory(config, model, tuple(task.carry.tensors().values()), TOKENS)
+    memory = estimate_memory(config, model, 4, TOKENS, carry=tuple(task.carry.tensors().values()))
     parameters = 8 * count_parameters(model)
     learning = 0 if config.freeze_weights else parameters
     assert (memory.gradients, memory.optimizer) == (learning, 2 * learning)

@@ -22,11 +22,11 @@ from training.loop import Trainer
 from training.text import TextTask
 
 GOLDEN = Path(__file__).parent / "golden/losses.json"
-STEPS, ROWS, VOCABULARY = 20, 40, 13
+STEPS, ROWS, VOCABULARY = 20, 80, 13
 RUNS = {
-    "stablemax, fixed": ("arch.loss=stablemax", "arch.halt.mode=fixed", "arch.halt_max_steps=3"),
-    "softmax, sampled": ("arch.loss=softmax", "arch.halt.mode=sampled", "arch.halt.deepen_at=0.5", "act_steps_per_update=2"),
-    "softmax, settled": ("arch.loss=softmax", "arch.halt.mode=settled", "arch.halt.settled_share=0.6", "arch.attention=prefix"),
+    "stablemax, no gradient between ACT steps": ("arch.loss=stablemax", "arch.halt_max_steps=3"),
+    "softmax, gradient through ACT steps": ("act_steps=growing", "arch.grad_calls=20", "loss_discount=0.5"),
+    "softmax, prefix": ("act_steps=drawn", "arch.grad_calls=6", "loss_discount=0", "arch.attention=prefix"),
 }
 
 
@@ -40,7 +40,7 @@ def row(index: int) -> Example:
 
 
 def losses(*overrides: str) -> dict[str, list[float]]:
-    """Nats per supervised token, of labels and of halting, at each of the first steps of a run in float64."""
+    """Nats per supervised token at the deepest ACT step, of labels and of halting, in the first steps of a run in float64."""
     config = compose_config("cfg_pretrain_instruct", [*TINY, "lr=3e-3", "lr_warmup_steps=2", *overrides])
     model = RecursiveModel(config.arch, VOCABULARY, seed=config.seed)
     rows: Any = [row(index) for index in range(ROWS)]

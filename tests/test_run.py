@@ -70,7 +70,7 @@ def test_an_epoch_has_as_many_evaluations_as_it_can_afford(
     assert len(losses) == expected and result.loss == losses[step_of(result.checkpoint)]
     assert losses.keys() <= {step_of(folder) for folder in checkpoints_of(result.checkpoint.parent)}
     examples = lines_of(result.checkpoint.parent)[-1]["examples"]
-    planned = count_steps(config, config.arch.halt, Curriculum.of_epochs(examples, config.seed, 1), rows)
+    planned = count_steps(config, Curriculum.of_epochs(examples, config.seed, 1), rows)
     assert (planned.optimizer_steps, planned.evaluations) == (step_of(result.checkpoint), expected)
 
 

@@ -34,7 +34,7 @@ def test_a_config_survives_its_own_dump(tiny_config: ConfigFactory, values: dict
     [
         ("arch.hiden_size", "arch.hiden_size: no such key, did you mean hidden_size?"),
         ("global_batchsize", "global_batchsize: no such key, did you mean global_batch_size?"),
-        ("arch.halt.moed", "arch.halt.moed: no such key, did you mean mode?"),
+        ("arch.halt.bais", "arch.halt.bais: no such key, did you mean bias?"),
         ("dataset.zzz", "dataset.zzz: no such key"),
     ],
 )
@@ -55,7 +55,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
         ("arch.loss", "hinge"),
         ("arch.halt", None),
         ("arch.halt", 3),
-        ("arch.halt.depth_floor", 0),
+        ("loss_discount", 1.1),
+        ("grow_until", -0.1),
+        ("act_steps", "sampled"),
         ("dataset", "slimorca"),
         ("dataset.source", "orca"),
         ("dataset.long_rows", "wrap"),
@@ -107,7 +109,7 @@ def test_every_problem_is_told_at_once(values: dict[str, Any]) -> None:
     [
         ({"arch.attention": "prefix", "dataset.supervise": "all"}, "choose dataset.supervise=assistant or arch.attention=causal"),
         ({"arch.attention": "full"}, "choose causal or prefix"),
-        ({"arch.grad_calls": 7}, "grad_calls 7 is more than the 6 level calls"),
+        ({"arch.grad_calls": 25}, "grad_calls 25 is more than the 24 level calls of 4 ACT steps"),
         ({"generation.act_steps": 5}, "generation.act_steps 5 is more than arch.halt_max_steps 4"),
         ({"arch.num_heads": 3}, "hidden_size 16 must be num_heads 3"),
         ({"arch.num_heads": 16}, "an even number"),
@@ -150,7 +152,7 @@ def test_combinations_that_cannot_be_right_are_refused_with_a_reason(
     assert len(lines) == 2 and reason in lines[1] and "found {" not in lines[1]
 
 
-@pytest.mark.parametrize(("key", "value"), [("arch.grad_calls", 6), ("generation.act_steps", 4), ("dataset.subset_size", None)])
+@pytest.mark.parametrize(("key", "value"), [("arch.grad_calls", 24), ("generation.act_steps", 4), ("dataset.subset_size", None)])
 def test_limits_themselves_are_allowed(values: dict[str, Any], key: str, value: Any) -> None:
     put(values, key, value)
     parse_config(values)

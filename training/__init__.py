@@ -1,1 +1,1 @@
-"""Learning: loop, slots, optimizer, schedule. The only room that changes weights."""
+"""Learning: loop, tasks, optimizer, schedule. The only room that changes weights."""

@@ -5,8 +5,10 @@ a few steps of the run itself, or not given. Shape suffixes as in models/layers.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config.schema import HaltConfig, PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
+from config.schema import PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
 from dataset.instruct import RunData
-from dataset.text.curriculum import Curriculum, Draw
-from dataset.text.loader import Example
+from dataset.text.curriculum import Curriculum
 from evaluators.language import rows_evaluated
 from models.act import RecursiveModel
 from models.device import memory_in_all, peak_memory
@@ -25,7 +26,7 @@ from models.layers import Block, BlockStack
 from models.losses import workspace_bytes
 from training.loop import Trainer
 from training.puzzle import PuzzleTask
-from training.slots import Slots
+from training.schedule import act_steps_at, expected_examples
 from training.stopping import Position, automatic_evaluations, is_evaluation_due
 from training.text import TextTask
 
@@ -47,8 +48,10 @@ class Flops(NamedTuple):
     """Of each output that the vocabulary head reads: those with a label of text, all tokens of a puzzle."""
 
 
-def act_step_flops(model: RecursiveModel, positions: float) -> Flops:
+def act_step_flops(model: RecursiveModel, positions: float, grad_calls: int | None = None) -> Flops:
     """Matrix products of a training step's ACT step, in rows of `positions` positions, a puzzle's vector counted in.
+
+    grad_calls: how many of its last level calls carry gradient; None: as where an optimizer step takes a single ACT step.
 
     A call costs 2 for each weight of its linear layers and, in attention, 4 * D * positions: queries with keys, scores with values,
     over the whole row, although a causal kernel may skip up to half of that. A linear layer over the positions of each channel
@@ -56,12 +59,14 @@ def act_step_flops(model: RecursiveModel, positions: float) -> Flops:
     in the calls that carry gradient, and the forward once more where activations are computed again. Elementwise work is left out.
     """
     config = model.config
+    if grad_calls is None:
+        [grad_calls] = model.grad_calls_by_step(1)
     total = 0.0
     for index, level in enumerate(model.level_calls):
         stack = model.get_submodule(level)
         linear, attention = _forward_flops(stack, config.hidden_size, positions)
         total += (linear + attention) * (1 + config.trains_continue)
-        if index >= len(model.level_calls) - model.grad_calls:
+        if index >= len(model.level_calls) - grad_calls:
             total += linear * (1 + _learns(stack)) + 2 * attention + (linear + attention) * config.activation_checkpointing
     halting = 2.0 * model.q_head.weight.numel() * (1 + config.trains_continue + config.halt.backprop + _learns(model.q_head))
     return Flops(total, halting, 2.0 * model.lm_head.weight.numel() * (2 + _learns(model.lm_head)))
@@ -105,18 +110,19 @@ class Memory:
         return sum(vars(self).values())
 
 
-def estimate_memory(config: TrainingConfig, model: RecursiveModel, carry: Sequence[Tensor], tokens: int) -> Memory:
-    """Memory of an ACT step with its backward pass on one rank, every slot with a row of `tokens` tokens, all with a label.
+def estimate_memory(
+    config: TrainingConfig, model: RecursiveModel, rows: int, tokens: int, act_steps: int = 1, carry: Sequence[Tensor] = ()
+) -> Memory:
+    """Memory of an optimizer step of `act_steps` ACT steps on one rank, which has `rows` rows of `tokens` tokens, all with a label.
 
-    carry: the tensors that slots keep from step to step, [slots, ...].
+    carry: the tensors that a puzzle's rows keep from step to step.
     """
     parameters = sum(p.nbytes for p in model.parameters())
     learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     vectors = 0 if model.puzzle_emb is None else model.puzzle_emb.weights.nbytes
-    slots = len(carry[0])
-    at_once = min(slots, config.micro_batch_size or slots)
-    one, two = (saved_bytes(model, rows, tokens) for rows in (1, 2))
-    outputs = at_once * tokens * config.arch.hidden_size * model.dtype.itemsize
+    at_once = min(rows, config.micro_batch_size or rows)
+    one, two = (saved_bytes(model, rows, tokens, act_steps) for rows in (1, 2))
+    outputs = act_steps * at_once * tokens * config.arch.hidden_size * model.dtype.itemsize
     return Memory(
         weights=parameters + sum(b.nbytes for b in model.buffers()) - vectors,
         puzzle_vectors=vectors,
@@ -131,8 +137,8 @@ def estimate_memory(config: TrainingConfig, model: RecursiveModel, carry: Sequen
     )
 
 
-def saved_bytes(model: RecursiveModel, rows: int, tokens: int) -> int:
-    """Bytes kept for the backward pass of one ACT step of `rows` whole rows: measured by doing its forward pass."""
+def saved_bytes(model: RecursiveModel, rows: int, tokens: int, act_steps: int = 1) -> int:
+    """Bytes kept for the backward pass of `act_steps` ACT steps of `rows` whole rows: measured by doing the forward pass."""
     saved: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: list[Tensor] = []
@@ -148,17 +154,17 @@ def saved_bytes(model: RecursiveModel, rows: int, tokens: int) -> int:
     positions = model.prefix_len + tokens
     ids_BT = torch.zeros(rows, positions, dtype=torch.int64, device=model.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, output_BTD = model.act_step(
-            model.initial_states(rows, positions),
+        *_, output_BTD = model.act_steps(
             model.embed(ids_BT[:, model.prefix_len :], ids_BT[:, 0]),
             model.rotary(torch.arange(positions)),
             model.mask(ids_BT),
+            act_steps,
         )
     if model.puzzle_emb is not None:
         # Or it would wait for a backward pass of this step, too.
         model.puzzle_emb.take_gradient()
     # A level call that is computed again keeps its input, which is none of autograd's saved tensors.
-    inputs = model.grad_calls * output_BTD.nbytes if model.config.activation_checkpointing else 0
+    inputs = sum(model.grad_calls_by_step(act_steps)) * output_BTD.nbytes if model.config.activation_checkpointing else 0
     return sum(saved.values()) + inputs
 
 
@@ -166,92 +172,68 @@ class Steps(NamedTuple):
     """What a whole run consists of."""
 
     optimizer_steps: int
-    act_steps: int
-    """ACT steps of all rows together."""
-    examples: int
-    """Rows that are trained; with `max_steps`, the last of them not to their halt."""
+    rows_by_depth: Mapping[int, int]
+    """How many of the rows that are trained take so many ACT steps."""
     evaluations: int
 
 
-def count_steps(config: PretrainInstructConfig, halt: HaltConfig, curriculum: Curriculum, evaluation_rows: int = 0) -> Steps:
-    """The steps of a whole run, up to `max_steps`, by letting its examples through the slots without a model.
+def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluation_rows: int = 0) -> Steps:
+    """The steps of a whole run, up to `max_steps`; neither `max_minutes` nor `early_stopping` is foreseen.
 
-    Exact where rows halt by a drawn or a fixed depth. For mode "settled" the fewest there can be: each leaves at its least depth.
-    evaluation_rows: what an evaluation measures. Neither `max_minutes` nor `early_stopping` is foreseen.
+    evaluation_rows: what an evaluation measures.
     """
-    slots = Slots(config.global_batch_size, _Draws(curriculum), halt, config.arch.halt_max_steps, config.seed, curriculum.total)
-    all_settled = np.ones(config.global_batch_size)
-    last, total = config.max_steps, curriculum.total
+    batch, total = config.global_batch_size, curriculum.total
+    expected = expected_examples(config, total)
+    steps = math.ceil(expected / batch)
     automatic = automatic_evaluations(config, total, curriculum.rounds_before(total), evaluation_rows)
-    optimizer_steps = act_steps = examples = evaluations = 0
-    before = Position(0, 0, 0)
-    slots.refill()
-    while slots.active.any() and optimizer_steps != last:
-        optimizer_steps += 1
-        examples = slots.admitted
-        for _ in range(config.act_steps_per_update):
-            act_steps += int(slots.active.sum())
-            slots.advance(slots.halted(all_settled))
-        now = Position(optimizer_steps, slots.finished, curriculum.rounds_before(slots.finished))
-        is_last = slots.finished == total or optimizer_steps == last
-        evaluations += is_last or is_evaluation_due(config, automatic, total, before, now)
+    rows_by_depth, evaluations, before = Counter[int](), 0, Position(0, 0, 0)
+    for step in range(1, steps + 1):
+        done = min(total, step * batch)
+        rows_by_depth[act_steps_at(config, step, before.examples / expected)] += done - before.examples
+        now = Position(step, done, curriculum.rounds_before(done))
+        evaluations += step == steps or is_evaluation_due(config, automatic, total, before, now)
         before = now
-        slots.refill(0.0 if last is None else optimizer_steps / last)
-    return Steps(optimizer_steps, act_steps, examples, evaluations)
-
-
-class _Draws:
-    """The order of a run without its rows."""
-
-    def __init__(self, curriculum: Curriculum) -> None:
-        self._draws = curriculum.draws()
-        empty = np.zeros(0, np.int32)
-        self._nothing = Example(empty, empty.astype(bool), empty, 0)
-
-    def __next__(self) -> tuple[Draw, Example]:
-        return next(self._draws), self._nothing
-
-    def skip(self, count: int) -> None:
-        """Pass over the next `count` examples."""
-        next(itertools.islice(self._draws, count - 1, None), None)
+    return Steps(steps, rows_by_depth, evaluations)
 
 
 def dry_run_instruct(
     config: PretrainInstructConfig, model: RecursiveModel, task: TextTask, data: RunData, say: Callable[[str], None]
 ) -> None:
     """Say what the run would take. `model` and `task` are of no further use: their first steps are taken to measure time."""
-    carry = task.carry
-    kept = (carry.inputs_BT, carry.labels_BT, carry.segments_BT, carry.previous_argmax_BT, *carry.states)
-    fits = _say_sizes(config, model, task, kept, config.dataset.seq_len, say)
-    halt = config.arch.halt
+    on_this_rank = len(task.ranks.part(config.global_batch_size))
+    memory = estimate_memory(config, model, on_this_rank, config.dataset.seq_len, config.arch.halt_max_steps)
+    fits = _say_sizes(model, task, memory, config.dataset.seq_len, say)
     rows = 0 if data.test is None else rows_evaluated(data.test, config.eval_examples)
-    steps = count_steps(config, halt, data.curriculum, rows)
-    if halt.mode == "settled":
-        most = count_steps(config, halt.model_copy(update={"mode": "fixed"}), data.curriculum)
-        say(f"optimizer steps   {steps.optimizer_steps:,} to {most.optimizer_steps:,}, as rows settle; below, the fewest")
-    else:
-        say(f"optimizer steps   {steps.optimizer_steps:,}, {steps.act_steps / steps.examples:.2f} ACT steps a row")
+    steps = count_steps(config, data.curriculum, rows)
+    trained = sum(steps.rows_by_depth.values())
+    act_steps = sum(depth * count for depth, count in steps.rows_by_depth.items())
+    say(f"optimizer steps   {steps.optimizer_steps:,}, {act_steps / trained:.2f} ACT steps a row")
     if rows:
         say(f"evaluations       {steps.evaluations:,}, each of {rows:,} held-out rows")
     examples = [data.train[draw.example_id] for draw in itertools.islice(data.curriculum.draws(), _LENGTH_ROWS)]
     lengths = np.array([len(example.ids) - 1 for example in examples])
     everything = config.dataset.supervise == "all"
     supervised = np.array([len(e.ids) - 1 if everything else int(e.supervised[1:].sum()) for e in examples])
-    tokens = steps.act_steps * lengths.mean()
     say(f"tokens a row      {lengths.mean():.1f}, {supervised.mean():.1f} of them supervised (mean of {len(examples):,} rows)")
-    flops = act_step_flops(model, float((lengths**2).sum() / lengths.sum()))
-    per_token = flops.per_position + flops.per_halting
-    total = tokens * per_token + steps.act_steps * supervised.mean() * flops.per_label
-    say(f"FLOPs a token     {per_token:.3g} an ACT step, {flops.per_label:.3g} more if supervised; {total:.3g} in the run")
-    _say_time(config, model, task, tokens, total, fits, say)
+    per_token = per_label = 0.0
+    for depth, count in steps.rows_by_depth.items():
+        losses = depth if config.loss_discount else 1
+        for number, grad_calls in enumerate(model.grad_calls_by_step(depth), 1):
+            flops = act_step_flops(model, float((lengths**2).sum() / lengths.sum()), grad_calls)
+            has_loss = number > depth - losses
+            per_token += count / trained * (flops.per_position + has_loss * flops.per_halting)
+            per_label += count / trained * has_loss * flops.per_label
+    total = trained * (lengths.mean() * per_token + supervised.mean() * per_label)
+    say(f"FLOPs a token     {per_token:.3g} in all its ACT steps, {per_label:.3g} more if supervised; {total:.3g} in the run")
+    _say_time(config, model, task, act_steps * lengths.mean(), total, fits, say)
 
 
 def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: PuzzleTask, say: Callable[[str], None]) -> None:
     """Say what the run would take. `model` and `task` are of no further use: their first steps are taken to measure time."""
-    carry = tuple(task.carry.tensors().values())
-    tokens_a_row = task.carry.inputs_BT.shape[1]
+    on_this_rank, tokens_a_row = task.carry.inputs_BT.shape
     positions = model.prefix_len + tokens_a_row
-    fits = _say_sizes(config, model, task, carry, tokens_a_row, say)
+    memory = estimate_memory(config, model, on_this_rank, tokens_a_row, carry=tuple(task.carry.tensors().values()))
+    fits = _say_sizes(model, task, memory, tokens_a_row, say)
     steps = min(task.total_steps, config.max_steps or task.total_steps)
     rows = steps * config.global_batch_size
     say(f"optimizer steps   {steps:,} at most, each an ACT step of {config.global_batch_size:,} rows")
@@ -262,21 +244,13 @@ def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: P
     _say_time(config, model, task, rows * tokens_a_row, total, fits, say)
 
 
-def _say_sizes(
-    config: TrainingConfig,
-    model: RecursiveModel,
-    task: TextTask | PuzzleTask,
-    carry: Sequence[Tensor],
-    tokens: int,
-    say: Callable[[str], None],
-) -> bool:
+def _say_sizes(model: RecursiveModel, task: TextTask | PuzzleTask, memory: Memory, tokens: int, say: Callable[[str], None]) -> bool:
     """Parameters and memory; whether the memory would do."""
     say("dry run: nothing is kept of it")
     _say_parameters(model, say)
-    memory = estimate_memory(config, model, carry, tokens)
     there_is = memory_in_all(model.device)
     each = " on each rank" if task.ranks.size > 1 else ""
-    say(f"memory            {_gb(memory.total)}{each} with rows of {tokens} in every slot; there is {_gb(there_is)}")
+    say(f"memory            {_gb(memory.total)}{each} with rows of {tokens} tokens; there is {_gb(there_is)}")
     for name, size in vars(memory).items():
         if size:
             say(f"  {name.replace('_', ' '):15} {_gb(size)}")

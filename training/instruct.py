@@ -42,7 +42,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
         if ranks.size > config.global_batch_size:
             raise UsageError(
-                f"{ranks.size} ranks share global_batch_size {config.global_batch_size} slots: start fewer, or raise it"
+                f"{ranks.size} ranks share the {config.global_batch_size} rows of global_batch_size: start fewer, or raise it"
             )
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)

@@ -22,7 +22,7 @@ from training.optimizer import AdamATan2
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an optimizer step: some rows at one ACT step. Its graph is freed before the next part is asked for."""
+    """One part of an optimizer step: the losses of some rows. Its graph is freed before the next part is asked for."""
 
     loss: Tensor
     """Scalar to differentiate: a sum, not a mean."""
@@ -33,7 +33,7 @@ class Part:
 
 
 class Task(Protocol):
-    """What is trained: rows in slots, what they have come to, and the losses of an optimizer step."""
+    """What is trained: the rows in work, what they have come to, and the losses of an optimizer step."""
 
     @property
     def busy(self) -> bool:
@@ -69,13 +69,13 @@ class Task(Protocol):
 
     @property
     def finished_depths(self) -> list[int]:
-        """ACT steps taken by each of this rank's rows that halted in the last optimizer step."""
+        """ACT steps taken by each of this rank's rows that left in the last optimizer step."""
 
     def admit(self, step: int) -> None:
-        """Fill free slots for optimizer step number `step`, from 1, if there is anything left to fill them with."""
+        """Take the rows that enter with optimizer step number `step`, from 1, if there are any left."""
 
     def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at optimizer step number `step`, from 1, once slots are filled."""
+        """Share of the peak learning rate at optimizer step number `step`, from 1, once its rows are taken."""
 
     def parts(self) -> Iterator[Part]:
         """This rank's parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
@@ -92,11 +92,8 @@ class Task(Protocol):
     def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What is logged of how they were computed, which is not."""
 
-    def warnings(self) -> list[str]:
-        """What, since the last call, a person should know about the rows of this rank."""
-
     def state(self) -> TrainerState:
-        """Rows of all ranks, their states, and the position in the data, between two steps."""
+        """The position in the data, and what rows of all ranks carry from step to step, between two steps."""
 
     def load_state(self, state: TrainerState) -> None:
         """Go on from `state`."""
@@ -128,9 +125,14 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.step_number = 0
         self.skipped_in_a_row = 0
-        self.optimizer = AdamATan2(
-            model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
+        matrices: list[nn.Parameter] = []
+        if getattr(config, "optimizer", "") == "muon":
+            matrices = [p for n, p in model.named_parameters() if "_level." in n and p.ndim == 2]
+        rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+        self.optimizer = AdamATan2(rest, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self.muon = None
+        if matrices:
+            self.muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
         self.ema = EMA(model, config.ema_rate) if config.ema else None
 
     def steps(self) -> Iterator[StepResult]:
@@ -154,7 +156,8 @@ class Trainer:
         lr = self.config.lr * lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.model.parameters():
+            p.grad = None
         losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
         for part in self.task.parts():
             part.loss.backward()
@@ -170,6 +173,10 @@ class Trainer:
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step()
+            if self.muon is not None:
+                for group in self.muon.param_groups:
+                    group["lr"] = self.config.muon_lr * lr_factor
+                self.muon.step()
             self.task.moved(lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
@@ -193,7 +200,7 @@ class Trainer:
         zero = grads[0].new_zeros(()) if grads else torch.zeros((), device=losses[0].device)
         loss = torch.stack(losses).sum().to(zero.dtype) if losses else zero
         self.ranks.sum_([*grads, loss])
-        # Divided once, at the end: with several ACT steps to a step, what they sum over isn't known before the last of them.
+        # Divided once, at the end: by then the parts of all ranks have said what they sum over.
         if grads:
             torch._foreach_div_(grads, float(max(1, weight)))
         norm = torch.nn.utils.get_total_norm(grads)

@@ -267,10 +267,6 @@ class PuzzleTask:
         """Nothing: every position of a row is computed."""
         return {}
 
-    def warnings(self) -> list[str]:
-        """None: the original's rules have nothing to collapse that its metrics don't show."""
-        return []
-
     def state(self) -> TrainerState:
         """Carry of all ranks, and the place in the data: the same for any number of ranks."""
         rows = self.config.global_batch_size

@@ -305,8 +305,6 @@ class Run:
                     f"{at}the loss has jumped to {loss:.3f} from about {usual:.3f}; if it stays there, lower lr or set grad_clip"
                 )
             self._losses.append(loss)
-        for warning in self.job.task.warnings():
-            tqdm.write(at + warning)
 
     def _evaluate(self) -> dict[str, Any]:
         """Measure the weights, or their average if there is one; returns what is kept of it."""
