@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.device import on_device
 from models.layers import BlockStack, Lane, Mask, Rotary, attend
 
 
@@ -178,7 +179,7 @@ class ExtendingLanes(LayerLanes):
         self.act_steps = list(act_steps)
         self.starts = list(starts)
         device = cache.buffer.device
-        self.rows_B, self.act_steps_B, self.starts_B = torch.tensor([self.rows, self.act_steps, self.starts], device=device)
+        self.rows_B, self.act_steps_B, self.starts_B = on_device([self.rows, self.act_steps, self.starts], device)
 
     def of_call(self, first_lane: int, layers: int) -> list[Lane]:
         kind = lane_for(self.cache.buffer.device)
@@ -247,9 +248,9 @@ class FusedLanes:
         device = cache.buffer.device
         self._fused = fused
         self._kept_N2HPK = cache.buffer.flatten(0, 2)
-        self._starts_B = torch.tensor(starts, device=device)
+        self._starts_B = on_device(starts, device)
         first_lanes = [(row * steps + act_step) * lanes for row, act_step in zip(rows, act_steps, strict=True)]
-        self._lanes_LB = torch.tensor(first_lanes, device=device) + torch.arange(lanes, device=device).unsqueeze(1)
+        self._lanes_LB = on_device(first_lanes, device) + torch.arange(lanes, device=device).unsqueeze(1)
         # Two positions at least: code for one would be made apart.
         past = min(max(2, *starts), positions)
         self._visible_BS = torch.arange(past, device=device) < self._starts_B.unsqueeze(1)
