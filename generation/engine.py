@@ -336,7 +336,7 @@ class Engine:
         chosen = self._sampler.choose(torch.tensor(slots), logits_RV, with_logp=top > 0)
         found = [(chosen.logp_R.unsqueeze(1), chosen.ids_R.unsqueeze(1))]
         if chosen.logp_RV is not None:
-            found.append(tuple(torch.topk(chosen.logp_RV, min(top, model.vocab_size))))
+            found.append(torch.topk(chosen.logp_RV, min(top, model.vocab_size)))
         logp_RK, ids_RK = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         # Together, because each waits for the device. As floats, ids are exact up to 2**24.
         logps, ids = torch.stack((logp_RK, ids_RK.to(logp_RK.dtype))).tolist()
