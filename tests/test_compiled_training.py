@@ -1,6 +1,7 @@
 """Compiled training: the same run as uncompiled, without rows where kernels need none, and no code anew for other lengths."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, get_args
 from unittest.mock import Mock
@@ -25,12 +26,18 @@ from training.text import TextTask
 ConfigFactory = Callable[..., PretrainInstructConfig]
 ExampleFactory = Callable[..., list[Example]]
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # aot_eager is all of torch.compile but the generated code: graphs, guards, what is saved for the backward pass.
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+CASES = [
+    ("aot_eager", "causal", "packed"),
+    ("aot_eager", "prefix", "bucketed"),
+    *(
+        pytest.param("inductor", *case, marks=pytest.mark.slow)
+        for case in itertools.product(["causal", "prefix"], get_args(Packing))
+    ),
+]
 
 
-def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def compile_by(backend: str | Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and not has_compiler():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
@@ -65,12 +72,10 @@ def uneven_rows(random_examples: ExampleFactory) -> list[Example]:
 
 
 def config_of_uneven_rows(tiny_config: ConfigFactory, *overrides: str) -> PretrainInstructConfig:
-    return tiny_config("global_batch_size=7", "dataset.seq_len=128", "arch.H_cycles=1", "arch.L_layers=1", "lr=1e-3", *overrides)
+    return tiny_config("global_batch_size=5", "dataset.seq_len=128", "arch.H_cycles=1", "arch.L_layers=1", "lr=1e-3", *overrides)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
-@pytest.mark.parametrize("packing", get_args(Packing))
+@pytest.mark.parametrize(("backend", "attention", "packing"), CASES)
 def test_rows_of_other_lengths_need_no_other_code(
     tiny_config: ConfigFactory,
     random_examples: ExampleFactory,
@@ -129,3 +134,25 @@ def test_documents_side_by_side_need_no_rows(
     config = config_of_uneven_rows(tiny_config, f"arch.attention={attention}", "packing=packed")
     assert_compiled_equals_eager(config, uneven_rows(random_examples))
     assert masks.call_count > 25
+
+
+def test_only_the_number_of_tokens_is_open(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code knows the model's sizes: its loads are whole vectors, and FlexAttention needs to know a head's."""
+    open_sizes: list[tuple[Any, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        tensors = [node.meta["example_value"] for node in graph.graph.nodes if isinstance(node.meta.get("example_value"), Tensor)]
+        open_sizes.extend(
+            tuple(x.shape)
+            for x in tensors
+            if x.is_floating_point() and any(type(size) is not int and size.node.maybe_as_int() is None for size in x.shape[1:])
+        )
+        return graph.forward
+
+    compile_by(backend, monkeypatch)
+    monkeypatch.setattr(models.act, "can_attend_in_documents", lambda *_: True)
+    config = config_of_uneven_rows(tiny_config, "arch.forward_dtype=bfloat16", "arch.attention=causal")
+    next(make_trainer(config, uneven_rows(random_examples), compiled=True).steps())
+    assert not open_sizes
