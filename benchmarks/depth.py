@@ -51,6 +51,8 @@ class Questions:
     histories: list[Conversation]
     references: list[str]
     families: list[str]
+    hops: list[int | None]
+    """How many dependent steps each takes, where the row says so."""
 
 
 @dataclass
@@ -112,13 +114,14 @@ def choose(settings: Sequence[Setting], questions: Questions) -> Choice:
 
 def ask(split: TextDataset, responder: Responder, rows: int) -> Questions:
     """The last questions of the first `rows` rows that leave room for an answer. Raises UsageError if there is none."""
-    questions = Questions([], [], [])
+    questions = Questions([], [], [], [])
     for index in range(rows):
         exchange = last_exchange(split.conversation(index))
         if exchange is not None and responder.fits(exchange[0]):
             questions.histories.append(exchange[0])
             questions.references.append(exchange[1])
             questions.families.append(str(split.row(index).get("task", "no task")))
+            questions.hops.append(split.row(index).get("hops"))
     if not questions.histories:
         raise UsageError(
             f"no question of the test split leaves room for an answer in {responder.context} tokens: raise dataset.seq_len"

@@ -43,7 +43,7 @@ from dataset.instruct import RunData, open_run_data
 from dataset.text.conversation import Template
 from dataset.text.loader import Example, ExampleStream, TextDataset
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
-from evaluators.answers import is_exact, score_answers
+from evaluators.answers import is_exact, score_answers, score_by_hops
 from evaluators.language import DepthOutput, evaluate_language
 from generation.engine import Engine, Prompt, Request
 from generation.loading import make_responder
@@ -262,10 +262,18 @@ def generated(
     for depth in range(1, config.depth + 1):
         texts = [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
         exact.append(statistics.fmean(map(is_exact, questions.references, texts)))
+    by_hops = dict[int, dict[int, float]]()
+    if any(questions.hops):
+        for depth in (*range(1, config.depth + 1), 2 * config.depth):
+            texts = [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
+            found = score_by_hops(questions.hops, questions.families, questions.references, texts)
+            by_hops[depth] = {hops: score["overall"]["accuracy"] for hops, score in found.items()}
+        texts = [answer.text for answer in responder.at_depth(config.depth).answers(questions.histories)]
     families = score_answers(questions.families, questions.references, texts)["families"]
     return {
         "exact_by_act_step": exact,
         "row_exact": [int(is_exact(reference, text)) for reference, text in zip(questions.references, texts, strict=True)],
+        "exact_by_hops": by_hops,
         "exact_by_family": {family: score["accuracy"] for family, score in families.items()},
     }
 

@@ -86,7 +86,9 @@ class ActStepKernel:
         device = vectors.device
         self._blocks = torch.tensor(table, dtype=torch.int32, device=device)
         targets = [*range(len(plan.results) - 1), len(plan.results)]
-        moved = [(target, number) for target, number in zip(targets, plan.results, strict=True) if target != number]
+        # A state that the step left alone stays; the numbers of results begin where the output stands among `vectors`.
+        pairs = zip(targets, plan.results, strict=True)
+        moved = [(target, number) for target, number in pairs if number >= len(vectors) - 1 or number != target]
         self._results = torch.tensor(moved, dtype=torch.int32, device=device)
         self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
         self._words: dict[int, list[Tensor]] = {}
@@ -107,12 +109,12 @@ class ActStepKernel:
         _, steps, lanes, _, heads, positions, head_dim = self._cache.shape
         capacity, dim = self._vectors.shape[1:]
         width, inner = heads * head_dim, self._weights[3].shape[-1]
-        is_one = rows == 1
-        padded, splits, tile = (1, 4, 4) if is_one else (_MOST_ROWS, 1, 16)
+        sizes = block_sizes(rows, dim, heads, head_dim, inner)
+        padded = sizes["BLOCK_B"]
         words = self._words.get(padded)
         if words is None:
-            sizes = (dim, 3 * width, heads * splits * (head_dim + 1), dim, inner)
-            words = [self._epoch.new_zeros(len(self._blocks), padded, size) for size in sizes]
+            widths = (dim, 3 * width, sizes["SPLITS"] * 2 * width, dim, inner)
+            words = [self._epoch.new_zeros(len(self._blocks), padded, each) for each in widths]
             self._words[padded] = words
         self._epoch += 1
         _act_step[(self._programs,)](
@@ -141,24 +143,34 @@ class ActStepKernel:
             H=heads,
             K=head_dim,
             I=inner,
-            BLOCK_B=padded,
-            BLOCK_D=_block(dim),
-            BLOCK_W=_block(width),
-            BLOCK_K=_block(head_dim),
-            BLOCK_I=_block(inner) if is_one else min(_block(inner), 512),
-            TILE=16,
-            TILE_D=tile,
-            SPLITS=splits,
-            CHUNK=128,
+            **sizes,
             num_warps=8,
             # All programs run at the same time, or none does: they wait for each other.
             launch_cooperative_grid=True,
         )
 
 
-def _block(size: int) -> int:
-    """Sizes of blocks are powers of two, and of products of matrices at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+def block_sizes(rows: int, dim: int, heads: int, head_dim: int, inner: int) -> dict[str, int]:
+    """How the kernel for so many rows cuts its products and its attention up."""
+
+    def block(size: int) -> int:
+        return max(16, 1 << (size - 1).bit_length())
+
+    is_one = rows == 1
+    return {
+        # Units for products of matrices take 16 rows at least.
+        "BLOCK_B": 1 if is_one else _MOST_ROWS,
+        "BLOCK_D": block(dim),
+        "BLOCK_W": block(heads * head_dim),
+        "BLOCK_K": block(head_dim),
+        "BLOCK_I": block(inner) if is_one else min(block(inner), 512),
+        # Outputs of a product to a program, so that the products of the default sizes occupy some 100 programs.
+        "TILE": 16,
+        "TILE_D": 4 if is_one else 16,
+        # Programs that share the past of a head.
+        "SPLITS": 4 if is_one else 1,
+        "CHUNK": 128,
+    }
 
 
 @triton.jit
@@ -178,6 +190,26 @@ def _receive(pointers, mask, epoch):
         words = tl.load(pointers, mask=mask, other=0, volatile=True)
         missing = tl.max((mask & ((words >> 32) != epoch)).to(tl.int32), axis=None)
         reads += 1
+    return _number(words)
+
+
+@triton.jit
+def _receive_both(pointers, others, mask, epoch):
+    """The same for two places at once."""
+    words = tl.load(pointers, mask=mask, other=0, volatile=True)
+    more = tl.load(others, mask=mask, other=0, volatile=True)
+    missing = tl.max((mask & (((words >> 32) != epoch) | ((more >> 32) != epoch))).to(tl.int32), axis=None)
+    reads = 1
+    while (missing > 0) & (reads < _MOST_READS):
+        words = tl.load(pointers, mask=mask, other=0, volatile=True)
+        more = tl.load(others, mask=mask, other=0, volatile=True)
+        missing = tl.max((mask & (((words >> 32) != epoch) | ((more >> 32) != epoch))).to(tl.int32), axis=None)
+        reads += 1
+    return _number(words), _number(more)
+
+
+@triton.jit
+def _number(words):
     return (words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -232,9 +264,11 @@ def _block_input(
 
 
 @triton.jit
-def _product(x, weight, BLOCK_B: tl.constexpr):
-    """x [B, C] times weight [N, C], transposed: [B, N]"""
+def _product(x, weight, pointers, never, BLOCK_B: tl.constexpr):
+    """x [B, C] times weight [N, C], which came from `pointers`, transposed: [B, N]"""
     if BLOCK_B == 1:
+        # Triton computes in the layout of what is loaded last. A load that never happens has it move the vector, not the weight.
+        weight = tl.load(pointers, mask=never, other=weight)
         y = tl.sum(weight.to(tl.float32) * x, axis=1)[None, :]
     else:
         y = tl.trans(tl.dot(weight, tl.trans(x.to(weight.dtype)), input_precision="ieee"))
@@ -289,6 +323,7 @@ def _act_step(
     W: tl.constexpr = H * K
     program = tl.program_id(0)
     epoch = tl.load(epochs)
+    never = programs < 0
     row = tl.arange(0, BLOCK_B)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     w = tl.arange(0, BLOCK_W)[None, :]
@@ -301,10 +336,11 @@ def _act_step(
         # Queries, keys and values.
         for tile in range(program, tl.cdiv(3 * W, TILE), programs):
             n = tile * TILE + tl.arange(0, TILE)
-            weight = tl.load(w_qkv + (layer * 3 * W + n[:, None]) * D + d, mask=(n[:, None] < 3 * W) & (d < D), other=0)
+            from_weight = w_qkv + (layer * 3 * W + n[:, None]) * D + d
+            weight = tl.load(from_weight, mask=(n[:, None] < 3 * W) & (d < D), other=0)
             h = _block_input(vectors, values, entry, row, d, rows, epoch, capacity, True, VECTORS, D, BLOCK_B, BLOCK_D)
             is_there = (row < rows) & (n[None, :] < 3 * W)
-            _send(qkv + (first_row + row) * 3 * W + n[None, :], _product(h, weight, BLOCK_B), is_there, epoch)
+            _send(qkv + (first_row + row) * 3 * W + n[None, :], _product(h, weight, from_weight, never, BLOCK_B), is_there, epoch)
 
         # Attention of one head of one row to a part of its past. From the last program on, because the first have more to do.
         for tile in range(programs - 1 - program, rows * H * SPLITS, programs):
@@ -323,23 +359,24 @@ def _act_step(
             is_seen = (s[:, None] < end) & (k[None, :] < K)
             k_past = tl.load(keys + places, mask=is_seen, other=0)
             v_past = tl.load(vals + places, mask=is_seen, other=0)
-            # A channel and its partner, which rotation mixes.
+            # The token's own query and key, each beside the channels that rotation mixes them with, and its value: in one read.
             is_low = k < K // 2
-            both = tl.arange(0, 2)[:, None]
-            columns = tl.where(both == 0, k[None, :], tl.where(is_low, k + K // 2, k - K // 2)[None, :])
+            part = tl.arange(0, 8)[:, None]
+            is_partner = part % 2 == 1
+            partner = tl.where(is_low, k + K // 2, k - K // 2)
+            columns = tl.minimum(part // 2, 2) * W + head * K + tl.where(is_partner, partner[None, :], k[None, :])
+            own = _receive(qkv + (first_row + b) * 3 * W + columns, (part < 5) & (k[None, :] < K), epoch)
             angle = position * (K // 2) + tl.where(is_low, k, k - K // 2)
             cosine = tl.load(cos + angle, mask=k < K, other=0).to(tl.float32)
             sine = tl.load(sin + angle, mask=k < K, other=0).to(tl.float32)
-            turn = tl.where(both == 0, cosine[None, :], tl.where(is_low, -sine, sine)[None, :])
-            mine = qkv + (first_row + b) * 3 * W + head * K
-            is_pair = (both < 2) & (k[None, :] < K)
-            q = tl.sum(_receive(mine + columns, is_pair, epoch) * turn, axis=0) * (1 / tl.sqrt(K + 0.0))
+            turned = own * tl.where(is_partner, tl.where(is_low, -sine, sine)[None, :], cosine[None, :])
+            q = tl.sum(tl.where(part // 2 == 0, turned, 0), axis=0) * (1 / tl.sqrt(K + 0.0))
             best = float("-inf")
             total = 0.0
             y = tl.zeros((BLOCK_K,), tl.float32)
             if split == 0:
-                k_own = tl.sum(_receive(mine + W + columns, is_pair, epoch) * turn, axis=0)
-                v_own = _receive(mine + 2 * W + k, k < K, epoch)
+                k_own = tl.sum(tl.where(part // 2 == 1, turned, 0), axis=0)
+                v_own = tl.sum(tl.where(part == 4, own, 0), axis=0)
                 tl.store(keys + position * K + k, k_own.to(k_past.dtype), mask=k < K)
                 tl.store(vals + position * K + k, v_own.to(v_past.dtype), mask=k < K)
                 best = tl.sum(q * k_own)
@@ -358,39 +395,45 @@ def _act_step(
                 is_seen = (s[:, None] + CHUNK < end) & (k[None, :] < K)
                 k_past = tl.load(keys + places, mask=is_seen, other=0)
                 v_past = tl.load(vals + places, mask=is_seen, other=0)
-            mine = heard + ((first_row + b) * H * SPLITS + head * SPLITS + split) * (K + 1)
+            mine = heard + ((first_row + b) * SPLITS + split) * 2 * W + head * K + k
             some = tl.maximum(total, 1e-30)
-            _send(mine + k, y / some, k < K, epoch)
-            _send(mine + K, tl.where(total > 0, best + tl.log(some), float("-inf")), True, epoch)
+            _send(mine, y / some, k < K, epoch)
+            if SPLITS > 1:
+                log_total = tl.where(total > 0, best + tl.log(some), float("-inf"))
+                _send(mine + W, tl.zeros_like(y) + log_total, k < K, epoch)
 
         # What the heads heard, and the block's input again.
         for tile in range(program, tl.cdiv(D, TILE_D), programs):
             n = tile * TILE_D + tl.arange(0, TILE_D)
-            weight = tl.load(w_o + (layer * D + n[:, None]) * W + w, mask=(n[:, None] < D) & (w < W), other=0)
+            from_weight = w_o + (layer * D + n[:, None]) * W + w
+            weight = tl.load(from_weight, mask=(n[:, None] < D) & (w < W), other=0)
             is_there = (row < rows) & (n[None, :] < D)
             h = _block_input(vectors, values, entry, row, n[None, :], rows, epoch, capacity, False, VECTORS, D, BLOCK_B, BLOCK_D)
             part = tl.arange(0, BLOCK_B * SPLITS)[:, None]
-            of_head = heard + (((first_row + part // SPLITS) * H + w // K) * SPLITS + part % SPLITS) * (K + 1)
             is_heard = (part // SPLITS < rows) & (w < W)
-            y = _receive(of_head + w % K, is_heard, epoch)
-            if SPLITS > 1:
+            from_part = heard + (first_row * SPLITS + part) * 2 * W + w
+            if SPLITS == 1:
+                y = _receive(from_part, is_heard, epoch)
+            else:
                 tl.static_assert(BLOCK_B == 1)
-                logs = _receive(of_head + K, is_heard, epoch)
+                y, logs = _receive_both(from_part, from_part + W, is_heard, epoch)
                 shares = tl.exp(logs - tl.max(logs, axis=0)[None, :])
                 y = (tl.sum(y * shares, axis=0) / tl.sum(shares, axis=0))[None, :]
-            _send(middle + (first_row + row) * D + n[None, :], h + _product(y, weight, BLOCK_B), is_there, epoch)
+            _send(
+                middle + (first_row + row) * D + n[None, :], h + _product(y, weight, from_weight, never, BLOCK_B), is_there, epoch
+            )
 
         # Gate and up.
         for tile in range(program, tl.cdiv(I, TILE), programs):
             n = tile * TILE + tl.arange(0, TILE)
-            from_weight = (layer * 2 * I + n[:, None]) * D + d
+            from_gate = w_gate_up + (layer * 2 * I + n[:, None]) * D + d
             is_weight = (n[:, None] < I) & (d < D)
-            w_gate = tl.load(w_gate_up + from_weight, mask=is_weight, other=0)
-            w_up = tl.load(w_gate_up + from_weight + I * D, mask=is_weight, other=0)
+            w_gate = tl.load(from_gate, mask=is_weight, other=0)
+            w_up = tl.load(from_gate + I * D, mask=is_weight, other=0)
             x = _receive(middle + (first_row + row) * D + d, (row < rows) & (d < D), epoch)
             x *= _rms_scale(x, D)
-            gate = _product(x, w_gate, BLOCK_B)
-            y = gate * tl.sigmoid(gate) * _product(x, w_up, BLOCK_B)
+            gate = _product(x, w_gate, from_gate, never, BLOCK_B)
+            y = gate * tl.sigmoid(gate) * _product(x, w_up, from_gate, never, BLOCK_B)
             _send(gated + (first_row + row) * I + n[None, :], y, (row < rows) & (n[None, :] < I), epoch)
 
         # Down.
@@ -401,9 +444,10 @@ def _act_step(
             y = _receive(middle + (first_row + row) * D + n[None, :], is_there, epoch) * _rms_scale(x, D)
             for start in range(0, I, BLOCK_I):
                 i = start + tl.arange(0, BLOCK_I)[None, :]
-                weight = tl.load(w_down + (layer * D + n[:, None]) * I + i, mask=(n[:, None] < D) & (i < I), other=0)
+                from_weight = w_down + (layer * D + n[:, None]) * I + i
+                weight = tl.load(from_weight, mask=(n[:, None] < D) & (i < I), other=0)
                 inner = _receive(gated + (first_row + row) * I + i, (row < rows) & (i < I), epoch)
-                y += _product(inner, weight, BLOCK_B)
+                y += _product(inner, weight, from_weight, never, BLOCK_B)
             _send(values + (first_row + row) * D + n[None, :], y, is_there, epoch)
 
     # The new states and the output, in place: all that read the old ones led to these.

@@ -199,7 +199,7 @@ def token_loss(
 ) -> TokenLoss:
     """CE + 0.5 BCE of supervised tokens: the halting logit of a token is trained to say whether its argmax is right.
 
-    `weights_N` is 1 / (the optimizer step's supervised tokens) for text, so micro-batches and ranks add up. compiled: as for
+    `weights_N`: how much each token counts. Tokens of several ACT steps may stand one after the other. compiled: as for
     `linear_cross_entropy`.
     """
     ce, nll_N, argmax_N = linear_cross_entropy(output_ND, head_VD, labels_N, weights_N, loss, compiled)

@@ -1,6 +1,6 @@
 """When a puzzle's row halts, and what its continuing logit should foretell: the rules of TinyRecursiveModels and HRM.
 
-Numbers in, numbers out: draws nothing and knows no slots. Text halts by token instead (models/act.py, training/slots.py).
+Numbers in, numbers out: draws nothing and knows no slots. Text halts by token instead (models/act.py).
 """
 
 import torch

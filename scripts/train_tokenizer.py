@@ -87,8 +87,8 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
 def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
     """The tokenizer with no pieces but those that `rows` and the template use, those that they are merged from, and ASCII.
 
-    Texts of the rows have the same pieces as before; any other text is still encoded, of smaller pieces or bytes. Raises `UsageError`
-    for a tokenizer that isn't a SentencePiece model of the kind BPE.
+    Texts of the rows have the same pieces as before; any other text is still encoded, of smaller pieces or bytes. Raises
+    `UsageError` for a tokenizer that isn't a SentencePiece model of the kind BPE.
     """
     model = ModelProto()
     try:

@@ -26,6 +26,9 @@ from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+if not torch.cuda.is_available():
+    # Triton's interpreter, for kernels of a GPU that isn't there. Triton reads this when it is imported, which torch does later.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Before anything reads it: what tests and their processes make of data is kept nowhere else.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="instruct-trm-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)

@@ -37,10 +37,10 @@ def essence(answers: list[list[Token]]) -> list[list[tuple[object, ...]]]:
     return [[(token.id, token.act_steps, token.finish) for token in tokens] for tokens in answers]
 
 
-def assert_same(found: list[list[Token]], expected: list[list[Token]]) -> None:
+def assert_same(found: list[list[Token]], expected: list[list[Token]], tolerance: float = 1e-9) -> None:
     assert essence(found) == essence(expected)
     for got, wanted in zip(found, expected, strict=True):
-        assert [token.logp for token in got] == pytest.approx([token.logp for token in wanted], abs=1e-9)
+        assert [token.logp for token in got] == pytest.approx([token.logp for token in wanted], abs=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "mixed"])

@@ -138,8 +138,8 @@ def test_the_order_is_that_of_the_permutations_for_any_worker_count_and_restart(
 
 @given(st.integers(1, 40), st.integers(1, 3), st.lists(st.integers(1, 12), min_size=1), st.data())
 @settings(max_examples=100)
-def test_ranks_that_share_the_slots_read_every_example_once(n: int, epochs: int, steps: list[int], data: st.DataObject) -> None:
-    """Each step admits so many examples; each rank takes those of its own slots and passes over the others'."""
+def test_ranks_that_share_the_rows_read_every_example_once(n: int, epochs: int, steps: list[int], data: st.DataObject) -> None:
+    """Each step admits so many examples; each rank takes its own and passes over the others'."""
     drawn: list[list[int]] = [[], []]
     streams = [passes(Counted(size=n), 3, epochs, 0) for _ in drawn]
     order: list[int] = []

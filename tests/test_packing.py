@@ -46,7 +46,7 @@ def test_every_token_stands_once_and_next_to_its_own(
     ):
         if document == len(lengths):
             continue
-        assert divmod(place, layout.width) == (document, position), "the carry's place is the document and the position in it"
+        assert divmod(place, layout.width) == (document, position), "a place is the document and the position in it"
         # In a row, a document's tokens stand side by side, in order.
         assert begins.setdefault(document, (group, row, at - position)) == (group, row, at - position)
     assert len(begins) == len(lengths)

@@ -10,10 +10,11 @@ import datasets
 import pytest
 
 from artifacts.checkpoint import checkpoints_of, step_of
-from config.compose import compose_as
+from config.compose import compose_as, compose_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.text.curriculum import Curriculum
+from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.estimate import count_steps
 from training.instruct import _InstructJob, run_instruct
@@ -56,6 +57,20 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 def evaluations_of(run: Path) -> dict[int, float]:
     """Held-out loss by step."""
     return {line["step"]: line["test"]["loss_per_token"] for line in lines_of(run) if "test" in line}
+
+
+def test_the_preset_of_the_originals_depth_trains(short_run_data: Path, tmp_path: Path) -> None:
+    depth = ("cycles", "act_steps", "halt_max_steps")
+    settings = [setting for setting in (*TINY, *SHORT_RUN) if not any(name in setting for name in depth)]
+    places = [f"dataset.data_dir={short_run_data}", f"dataset.tokenizer_path={short_run_data / 'tokenizer.model'}"]
+    places.append(f"checkpoint_dir={tmp_path}")
+    config = compose_config("cfg_pretrain_instruct", [*settings, *places, "experiment=original_depth", "max_steps=3"])
+    assert config.arch.H_cycles * (config.arch.L_cycles + 1) == 21 and config.arch.grad_calls is None
+    result = run_instruct(config)
+    assert result is not None and result.loss is not None
+    [line] = [line for line in lines_of(result.checkpoint.parent) if "test" not in line]
+    assert line["halted_at"] == {"4": 12} and line["loss_first_step"] > 0
+    assert len(json.loads((result.checkpoint / "train_metrics.json").read_text())["test"]["by_act_step"]) == 4
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 4), (2, 2), (5, 1)])

@@ -190,7 +190,8 @@ class TextTask:
                 output_SND.append(output_MD[supervised_N])
                 seen_MD = output_MD if config.arch.halt.backprop else output_MD.detach()
                 halt_logits_SN.append(model.halt_logits(seen_MD)[supervised_N, 0])
-        weights_S = weights[weights > 0] / weights.sum()
+        exact = np.float64 if model.dtype == torch.float64 else np.float32
+        weights_S = (weights[weights > 0] / weights.sum()).astype(exact)
         # One sum over all ACT steps: the vocabulary head's gradient, of its own size, is made once.
         halt_logits = torch.cat(halt_logits_SN)
         loss = token_loss(
@@ -198,7 +199,7 @@ class TextTask:
             model.lm_head.weight,
             halt_logits,
             labels_N.repeat(len(weights_S)),
-            on_device(np.repeat(weights_S, len(supervised)), device).to(halt_logits.dtype),
+            on_device(weights_S, device).repeat_interleave(len(supervised)),
             config.arch.loss,
             model.is_compiled,
         )
