@@ -20,6 +20,7 @@ from dataset.text.loader import Example, ExampleStream
 from dataset.text.packing import Packing
 from models.act import RecursiveModel
 from models.device import has_compiler
+from tests.fake_device import FakeDevice
 from training.loop import Trainer
 from training.text import TextTask
 
@@ -45,8 +46,10 @@ def compile_by(backend: str | Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     torch._dynamo.reset()
 
 
-def make_trainer(config: PretrainInstructConfig, examples: list[Example], *, compiled: bool) -> Trainer:
-    model = RecursiveModel(config.arch, 13, seed=config.seed)
+def make_trainer(
+    config: PretrainInstructConfig, examples: list[Example], *, compiled: bool, device: torch.device | str = "cpu"
+) -> Trainer:
+    model = RecursiveModel(config.arch, 13, seed=config.seed).to(device)
     if compiled:
         model.compile_levels()
     curriculum = Curriculum.of_epochs(len(examples), config.seed, config.epochs)
@@ -156,3 +159,20 @@ def test_only_the_number_of_tokens_is_open(
     config = config_of_uneven_rows(tiny_config, "arch.forward_dtype=bfloat16", "arch.attention=causal")
     next(make_trainer(config, uneven_rows(random_examples), compiled=True).steps())
     assert not open_sizes
+
+
+def test_a_step_without_rows_waits_for_the_device_once(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor is where the kernel wants it; what would be compiled is run as it is, since the device holds no values."""
+    monkeypatch.setattr(RecursiveModel, "compile_levels", lambda model: setattr(model, "is_compiled", True))
+    monkeypatch.setattr(models.losses, "_compiled_logits_to_gradient", lambda: models.losses._logits_to_gradient)
+    config = config_of_uneven_rows(tiny_config, "arch.forward_dtype=bfloat16", "arch.attention=causal", "arch.hidden_size=32")
+    with FakeDevice() as device:
+        trainer = make_trainer(config, uneven_rows(random_examples), compiled=True, device=device.device)
+        assert trainer.model.needs_no_rows
+        steps = trainer.steps()
+        next(steps)
+        device.waits.clear()
+        next(steps)
+        assert device.waits == ["training/loop.py:_reduce_gradients"]
