@@ -197,8 +197,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
-        qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        # By split, not by slices: backwards one join, not the sum of two padded gradients.
+        qk, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)
+        v = v.squeeze(-3)
         if self.qk_norm:
             qk = rms_norm(qk)
         if rotary is not None:

@@ -119,6 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             output = F.pad(output_ND[part], (0, 0, 0, rounded - count))
             if compiled:
                 raw = torch.mm(output, cast_VD.T)
+                # Any number of tokens, but this vocabulary: code for any would load numbers one by one.
+                torch._dynamo.mark_static(raw, 1)
                 padded = [F.pad(x_N, (0, rounded - count)) for x_N in (labels, weights_N[part])]
                 nll, best = _compiled_logits_to_gradient()(raw, padded[0], padded[1], loss)
                 nll_N[part], argmax_N[part] = nll[:count], best[:count]

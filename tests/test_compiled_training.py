@@ -1,6 +1,7 @@
 """Compiled training: the same run as uncompiled, without rows where kernels need none, and no code anew for other lengths."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, get_args
 from unittest.mock import Mock
@@ -19,18 +20,25 @@ from dataset.text.loader import Example, ExampleStream
 from dataset.text.packing import Packing
 from models.act import RecursiveModel
 from models.device import has_compiler
+from tests.fake_device import FakeDevice
 from training.loop import Trainer
 from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 ExampleFactory = Callable[..., list[Example]]
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # aot_eager is all of torch.compile but the generated code: graphs, guards, what is saved for the backward pass.
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+CASES = [
+    ("aot_eager", "causal", "packed"),
+    ("aot_eager", "prefix", "bucketed"),
+    *(
+        pytest.param("inductor", *case, marks=pytest.mark.slow)
+        for case in itertools.product(["causal", "prefix"], get_args(Packing))
+    ),
+]
 
 
-def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def compile_by(backend: str | Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and not has_compiler():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
@@ -38,8 +46,10 @@ def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-def make_trainer(config: PretrainInstructConfig, examples: list[Example], *, compiled: bool) -> Trainer:
-    model = RecursiveModel(config.arch, 13, seed=config.seed)
+def make_trainer(
+    config: PretrainInstructConfig, examples: list[Example], *, compiled: bool, device: torch.device | str = "cpu"
+) -> Trainer:
+    model = RecursiveModel(config.arch, 13, seed=config.seed).to(device)
     if compiled:
         model.compile_levels()
     curriculum = Curriculum.of_epochs(len(examples), config.seed, config.epochs)
@@ -65,12 +75,10 @@ def uneven_rows(random_examples: ExampleFactory) -> list[Example]:
 
 
 def config_of_uneven_rows(tiny_config: ConfigFactory, *overrides: str) -> PretrainInstructConfig:
-    return tiny_config("global_batch_size=7", "dataset.seq_len=128", "arch.H_cycles=1", "arch.L_layers=1", "lr=1e-3", *overrides)
+    return tiny_config("global_batch_size=5", "dataset.seq_len=128", "arch.H_cycles=1", "arch.L_layers=1", "lr=1e-3", *overrides)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
-@pytest.mark.parametrize("packing", get_args(Packing))
+@pytest.mark.parametrize(("backend", "attention", "packing"), CASES)
 def test_rows_of_other_lengths_need_no_other_code(
     tiny_config: ConfigFactory,
     random_examples: ExampleFactory,
@@ -129,3 +137,42 @@ def test_documents_side_by_side_need_no_rows(
     config = config_of_uneven_rows(tiny_config, f"arch.attention={attention}", "packing=packed")
     assert_compiled_equals_eager(config, uneven_rows(random_examples))
     assert masks.call_count > 25
+
+
+def test_only_the_number_of_tokens_is_open(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code knows the model's sizes: its loads are whole vectors, and FlexAttention needs to know a head's."""
+    open_sizes: list[tuple[Any, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        tensors = [node.meta["example_value"] for node in graph.graph.nodes if isinstance(node.meta.get("example_value"), Tensor)]
+        open_sizes.extend(
+            tuple(x.shape)
+            for x in tensors
+            if x.is_floating_point() and any(type(size) is not int and size.node.maybe_as_int() is None for size in x.shape[1:])
+        )
+        return graph.forward
+
+    compile_by(backend, monkeypatch)
+    monkeypatch.setattr(models.act, "can_attend_in_documents", lambda *_: True)
+    config = config_of_uneven_rows(tiny_config, "arch.forward_dtype=bfloat16", "arch.attention=causal")
+    next(make_trainer(config, uneven_rows(random_examples), compiled=True).steps())
+    assert not open_sizes
+
+
+def test_a_step_without_rows_waits_for_the_device_once(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor is where the kernel wants it; what would be compiled is run as it is, since the device holds no values."""
+    monkeypatch.setattr(RecursiveModel, "compile_levels", lambda model: setattr(model, "is_compiled", True))
+    monkeypatch.setattr(models.losses, "_compiled_logits_to_gradient", lambda: models.losses._logits_to_gradient)
+    config = config_of_uneven_rows(tiny_config, "arch.forward_dtype=bfloat16", "arch.attention=causal", "arch.hidden_size=32")
+    with FakeDevice() as device:
+        trainer = make_trainer(config, uneven_rows(random_examples), compiled=True, device=device.device)
+        assert trainer.model.needs_no_rows
+        steps = trainer.steps()
+        next(steps)
+        device.waits.clear()
+        next(steps)
+        assert device.waits == ["training/loop.py:_reduce_gradients"]
