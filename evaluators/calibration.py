@@ -106,8 +106,8 @@ def record_halting(
         labels_N = labels_BT[supervised_BT]
         weights_N = torch.zeros(len(labels_N), device=model.device)
         rows_N = np.repeat(rows, supervised_BT.sum(dim=1).cpu().numpy())
-        positions = torch.arange(inputs_BT.shape[1], device=model.device)
-        refinement = model.refine(inputs_BT, positions, model.mask(segments_BT), act_steps=act_steps)
+        rotary = model.rotary(torch.arange(inputs_BT.shape[1]))
+        refinement = model.refine(inputs_BT, rotary, model.mask(segments_BT), act_steps=act_steps)
         for part, refined in zip(parts, refinement, strict=True):
             output_ND = refined.output_BTD[supervised_BT]
             _, _, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)

@@ -204,7 +204,7 @@ def evaluate_language(
         weights_N = torch.zeros(len(labels_N), device=model.device)
         refinement = model.refine(
             inputs_BT,
-            torch.arange(inputs_BT.shape[1], device=model.device),
+            model.rotary(torch.arange(inputs_BT.shape[1])),
             model.mask(segments_BT),
             act_steps=act_steps,
             lanes=HeldLanes() if halt_threshold is not None else None,

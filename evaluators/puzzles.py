@@ -123,7 +123,7 @@ def _solve(model: RecursiveModel, batch: PuzzleBatch) -> tuple[PuzzleOutput, Ten
     inputs_BT, labels_BT, puzzle_ids_B = (on_device(v) for v in (batch.inputs, batch.labels, batch.puzzle_identifiers))
     rows, tokens = inputs_BT.shape
     positions = model.prefix_len + tokens
-    rotary = model.rotary(torch.arange(positions, device=model.device))
+    rotary = model.rotary(torch.arange(positions))
     mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
     x_BTD = model.embed(inputs_BT, puzzle_ids_B)
     states = model.initial_states(rows, positions)

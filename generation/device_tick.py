@@ -101,7 +101,8 @@ def run_and_record(
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.double(), expected.double()
+    exact = torch.promote_types(found.dtype, torch.float32)
+    found, expected = found.to(exact), expected.to(exact)
     return float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -135,7 +136,8 @@ class DeviceTick:
         self._act_steps_B = torch.zeros_like(self._positions_B)
         self._depths_B = torch.ones_like(self._positions_B)
         self._thresholds_B = torch.zeros(rows, dtype=exact, device=device)
-        self._chosen_3B = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        # Of each row, the id, its log p, and whether it was ready: one read for all. As floats, ids are exact up to 2**24.
+        self._chosen_3B = torch.zeros(3, rows, dtype=exact, device=device)
         self.ready_B = torch.zeros(rows, dtype=torch.bool, device=device)
         """Whether each row's token has come to its depth or halted."""
 
@@ -215,7 +217,7 @@ class DeviceTick:
         positions_B = self._positions_B[:rows].clamp(max=positions - 1)
         rotary = None
         if self._rotary is not None:
-            rotary = Rotary(*(table.index_select(0, positions_B).unsqueeze(1) for table in self._rotary))
+            rotary = self._rotary.at(positions_B.unsqueeze(1))
         rows_B = torch.arange(rows, device=positions_B.device)
         states, output_B1D = self._model.act_step(
             tuple(state[:rows] for state in self._states),
@@ -232,7 +234,7 @@ class DeviceTick:
         logits_BV = model.logits(self._output_B1D[:rows, 0])
         ids_B = argmax(logits_BV)
         logp_B = log_probs(logits_BV, model.config.loss).gather(1, ids_B.unsqueeze(1)).squeeze(1)
-        self._chosen_3B[:, :rows] = torch.stack([part.double() for part in (ids_B, logp_B, ready_B)])
+        self._chosen_3B[:, :rows] = torch.stack([part.to(self._chosen_3B.dtype) for part in (ids_B, logp_B, ready_B)])
         ready_B11 = ready_B[:, None, None]
         self._x_B1D[:rows] = torch.where(ready_B11, model.embed(ids_B).unsqueeze(1), self._x_B1D[:rows])
         for kept, initial in zip(self._states, model.initial_states(rows, 1), strict=True):

@@ -24,6 +24,7 @@ from generation.device_tick import DeviceTick, Recorder, act_step_kernel, graph_
 from generation.sampling import GREEDY, Sampler, Sampling
 from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
+from models.device import on_device
 from models.layers import Mask, Rotary, TokenRows
 from models.losses import argmax
 from models.recursive_reasoning.base import States
@@ -138,7 +139,8 @@ class Engine:
         compiled: torch.compile what the next tokens take, once for a single row and once for several. Compiled code holds the
         weights in a form of its own.
 
-        record: take ticks as functions of fixed shape, recorded by this; None: on CUDA as graphs, elsewhere not at all.
+        record: take ticks as functions of fixed shape, level call by level call, recorded by this; None: on CUDA as graphs, with
+        the kernel of an ACT step where there is one, and elsewhere not at all.
         """
         self.model = model
         self.eos_id = eos_id
@@ -165,13 +167,14 @@ class Engine:
         vectors = (len(model.recursion.initial_states) + 2, rows, 1, model.config.hidden_size)
         self._vectors = torch.zeros(vectors, dtype=model.dtype, device=model.device)
         self._states, self._x = self._vectors[:-2].unbind(), self._vectors[-2]
-        self._rotary = model.rotary(torch.arange(positions, device=model.device))
+        # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
+        self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
+        kernel = None
+        if record is None and model.device.type == "cuda":
+            record, kernel = graph_recorder(), act_step_kernel(model, self._cache, self._vectors, self._rotary)
         self._on_device: DeviceTick | None = None
-        if model.device.type == "cuda":
-            kernel = act_step_kernel(model, self._cache, self._vectors, self._rotary)
-            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record or graph_recorder(), kernel)
-        elif record is not None:
-            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record)
+        if record is not None:
+            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record, kernel)
 
     @property
     def running(self) -> int:
@@ -228,7 +231,7 @@ class Engine:
         act_steps, positions = [row.act_step for row in rows], [row.position for row in rows]
         # While no slot between them is free, views do.
         is_whole = len(slots) == slots[-1] + 1
-        index_B = slice(len(slots)) if is_whole else torch.tensor(slots, device=model.device)
+        index_B = slice(len(slots)) if is_whole else on_device(slots, model.device)
         states, output_BTD = model.act_step(
             tuple(state[index_B] for state in self._states),
             self._x[index_B],
@@ -242,7 +245,7 @@ class Engine:
         done = self._ready(slots, self._halting(output_BD, rows))
         if not done:
             return []
-        output_RD = output_BD if len(done) == len(slots) else output_BD[torch.tensor(done, device=model.device)]
+        output_RD = output_BD if len(done) == len(slots) else output_BD[on_device(done, model.device)]
         return self._give([slots[place] for place in done], model.logits(output_RD))
 
     def _step_on_device(self, tick: DeviceTick, slots: list[int]) -> list[Token]:
@@ -259,7 +262,7 @@ class Engine:
             done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
             if not done_slots:
                 return []
-            return self._give(done_slots, self.model.logits(tick.outputs(torch.tensor(done_slots, device=self.model.device))))
+            return self._give(done_slots, self.model.logits(tick.outputs(on_device(done_slots, self.model.device))))
         ids, logps, ready = tick.choose(slots[-1] + 1)
         done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
         return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
@@ -299,7 +302,7 @@ class Engine:
             states.append(state)
             if ahead < count - 1:
                 drafted.append(int(argmax(model.logits(output_BTD[0]))))
-                x.append(model.embed(torch.tensor(drafted[-1:], device=model.device)))
+                x.append(model.embed(on_device(drafted[-1:], model.device)))
         x_BTD = torch.stack(x, dim=1)
         state = tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
         rotary = self._rotary_at(range(row.position, row.position + count), rows=1)
@@ -320,7 +323,7 @@ class Engine:
         thresholds = [row.request.halt_threshold for row in rows]
         if all(threshold is None for threshold in thresholds):
             return np.zeros(len(rows), bool)
-        act_steps_B = torch.tensor([row.act_step for row in rows], device=self.model.device)
+        act_steps_B = on_device([row.act_step for row in rows], self.model.device)
         probability_B = self.model.halting_probability(output_BD, act_steps_B).cpu().numpy()
         return probability_B > np.array([np.inf if bound is None else bound for bound in thresholds], probability_B.dtype)
 
@@ -329,17 +332,20 @@ class Engine:
         model = self.model
         rows = self._rows_in(slots)
         top = max(row.request.top for row in rows)
-        slots_R = torch.tensor(slots, device=model.device)
+        slots_R = on_device(slots, model.device)
         chosen = self._sampler.choose(torch.tensor(slots), logits_RV, with_logp=top > 0)
-        best = None if chosen.logp_RV is None else torch.topk(chosen.logp_RV, min(top, model.vocab_size))
+        found: list[tuple[Tensor, ...]] = [(chosen.logp_R.unsqueeze(1), chosen.ids_R.unsqueeze(1))]
+        if chosen.logp_RV is not None:
+            found.append(tuple(torch.topk(chosen.logp_RV, min(top, model.vocab_size))))
+        logp_RK, ids_RK = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        # Together, because each waits for the device. As floats, ids are exact up to 2**24.
+        logps, ids = torch.stack((logp_RK, ids_RK.to(logp_RK.dtype))).tolist()
         tokens = []
-        # Together, because each waits for the device.
-        ids, logps = torch.stack((chosen.ids_R.double(), chosen.logp_R.double())).tolist()
         for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            candidates: tuple[tuple[int, float], ...] = ()
-            if best is not None and row.request.top:
-                candidates = tuple(zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True))[: row.request.top]
-            tokens.append(self._token(slot, int(ids[place]), logps[place], candidates))
+            token_id, *candidate_ids = map(int, ids[place])
+            logp, *candidate_logps = logps[place]
+            candidates = tuple(zip(candidate_ids, candidate_logps, strict=True))[: row.request.top]
+            tokens.append(self._token(slot, token_id, logp, candidates))
         self._x[slots_R] = model.embed(chosen.ids_R).unsqueeze(1)
         for kept, initial in zip(self._states, model.initial_states(len(slots), 1), strict=True):
             kept[slots_R] = initial
@@ -400,11 +406,11 @@ class Engine:
         for place, prompt in enumerate(of_prompt):
             ids_PT[place, : lengths_P[place]] = prompt.ids
             segments_PT[place, : lengths_P[place]] = prompt.segment
-        token_rows = TokenRows(torch.from_numpy(index_N).to(device), len(of_prompt), width)
-        segments = torch.from_numpy(segments_PT).to(device)
+        token_rows = TokenRows(on_device(index_N, device), len(of_prompt), width)
+        segments = on_device(segments_PT, device)
         refinement = model.refine(
-            torch.from_numpy(ids_PT.ravel()[index_N]).to(device),
-            token_rows.index_N % width,
+            on_device(ids_PT.ravel()[index_N], device),
+            None if self._rotary is None else self._rotary.at(token_rows.index_N % width),
             model.mask(segments)._replace(token_rows=token_rows),
             act_steps=act_steps,
             lanes=self._cache.fill(slots, source, lengths_P.tolist()),
@@ -414,7 +420,7 @@ class Engine:
         )
         refined = collections.deque(refinement, maxlen=1).pop()
         last_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width + lengths_P - 1)
-        return refined.output_BTD[torch.from_numpy(last_P[source]).to(device)]
+        return refined.output_BTD[on_device(last_P[source], device)]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
         """The rows in these slots, which must be running."""
@@ -424,5 +430,5 @@ class Engine:
         """Tables of one position for each row, or of several for each of `rows`."""
         if self._rotary is None:
             return None
-        positions_BT = torch.tensor(positions, device=self.model.device).view(rows or len(positions), -1)
-        return Rotary(self._rotary.cos[positions_BT], self._rotary.sin[positions_BT])
+        positions_BT = on_device(positions, self.model.device).view(rows or len(positions), -1)
+        return self._rotary.at(positions_BT)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config.errors import UsageError
+from models.device import on_device
 from models.losses import argmax, log_probs
 
 
@@ -97,7 +98,7 @@ class Sampler:
         self._counts[row] = 0
         if sampling.repetition_penalty != 1:
             self._seen_BV[row] = False
-            self._seen_BV[row, torch.as_tensor(prompt_ids, dtype=torch.int64, device=self._seen_BV.device)] = True
+            self._seen_BV[row].index_fill_(0, on_device(np.asarray(prompt_ids, np.int64), self._seen_BV.device), True)
 
     @torch.no_grad()
     def choose(self, rows_R: Tensor, logits_RV: Tensor, *, with_logp: bool = False) -> Chosen:
@@ -115,7 +116,9 @@ class Sampler:
         if not (any_penalty or any_drawn):
             ids_R = argmax(logits_RV)
         else:
-            numbers = torch.tensor([self._numbers_of(row) for row in rows], dtype=torch.float64).to(device, non_blocking=True)
+            # A running sum over a vocabulary is coarse in float32, but devices other than CPUs may have nothing finer.
+            exact = torch.float64 if device.type == "cpu" else logits_RV.dtype
+            numbers = on_device(torch.tensor([self._numbers_of(row, exact) for row in rows], dtype=exact).numpy(), device)
             penalty_R1, uniform_R1, temperature_R1, top_k_R1, top_p_R1, min_p_R1 = numbers.split(1, dim=1)
             rows_R = rows_R.to(device, non_blocking=True)
             scores_RV = logits_RV
@@ -129,19 +132,24 @@ class Sampler:
                 weights_RV.masked_fill_(weights_RV < min_p_R1, 0)
                 ids_R = torch.where(temperature_R1.squeeze(1) > 0, _drawn(weights_RV, uniform_R1), ids_R)
             if any_penalty:
-                self._seen_BV[rows_R, ids_R] = True
+                self._seen_BV[rows_R, ids_R] = torch.ones_like(ids_R, dtype=torch.bool)
         for row in rows:
             self._counts[row] += 1
         logp_R = logp_RV.gather(1, ids_R.unsqueeze(1)).squeeze(1)
         return Chosen(ids_R, logp_R, logp_RV if with_logp else None)
 
-    def _numbers_of(self, row: int) -> tuple[float, ...]:
-        """What a choice needs of a row. All rows of a call take the same path, so these go to the device in one transfer."""
-        sampling = self._samplings[row]
+    def _numbers_of(self, row: int, dtype: torch.dtype) -> tuple[float, ...]:
+        """What a choice needs of a row. All rows of a call take the same path, so these go to the device in one transfer.
+
+        In `dtype` they are what they must be: a temperature above 0 is so, and a uniform is below 1.
+        """
+        sampling, limits = self._samplings[row], torch.finfo(dtype)
         return (
             sampling.repetition_penalty,
-            _uniform(sampling.seed, self._samples[row], self._counts[row]) if sampling.temperature > 0 else 0.0,
-            sampling.temperature,
+            min(_uniform(sampling.seed, self._samples[row], self._counts[row]), 1 - limits.eps / 2)
+            if sampling.temperature > 0
+            else 0.0,
+            max(sampling.temperature, limits.tiny) if sampling.temperature > 0 else 0.0,
             min(sampling.top_k or self._vocab_size, self._vocab_size),
             # No sum reaches infinity, so nothing is cut, however sums are rounded.
             sampling.top_p if sampling.top_p < 1 else math.inf,
@@ -163,11 +171,11 @@ def _penalized(logits_RV: Tensor, seen_RV: Tensor, penalty_R1: Tensor) -> Tensor
 def _weights(logp_RV: Tensor, temperature_R1: Tensor) -> Tensor:
     """Probabilities at a temperature, divided by the highest of them, which is so exactly 1 at any temperature.
 
-    In float64, as a running sum over a vocabulary is too coarse in float32. A temperature of 0 (a greedy row, whose weights nobody
+    In the temperature's number format. A temperature of 0 (a greedy row, whose weights nobody
     reads) gives NaN.
     """
     highest_R1 = logp_RV.amax(dim=-1, keepdim=True)
-    return (logp_RV - highest_R1).double().div_(temperature_R1).exp_()
+    return (logp_RV - highest_R1).to(temperature_R1.dtype, copy=True).div_(temperature_R1).exp_()
 
 
 def _within_cuts(scores_RV: Tensor, loss: str, temperature_R1: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:

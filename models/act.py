@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from config.errors import UsageError
 from config.schema import ArchConfig
 from models.cache import Lanes, StepLanes
+from models.device import on_device
 from models.initialization import truncated_normal_
 from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, TokenRows, attention_mask, rotary_table
 from models.recursive_reasoning import build_recursion
@@ -136,12 +137,13 @@ class RecursiveModel(nn.Module):
         return embedding * math.sqrt(self.config.hidden_size)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Rotary tables of integer `positions` [T] or [B, T]."""
+        """Rotary tables of integer `positions` [T] or [B, T], computed on the host; a device gathers from them (`Rotary.at`)."""
         if self.config.pos_encodings != "rope":
             return None
         # As the original: the angles of long rows need more than bfloat16's eight bits.
         exact = torch.promote_types(self.dtype, torch.float32)
-        return rotary_table(positions, self.head_dim, self.config.rope_theta, exact)
+        table = rotary_table(positions.cpu(), self.head_dim, self.config.rope_theta, exact)
+        return Rotary(*(on_device(part.numpy(), self.device) for part in table))
 
     def mask(self, segments_BT: Tensor) -> Mask:
         """The attention mask of the configured kind for whole rows with these prompt segments (0: assistant text, padding)."""
@@ -206,7 +208,7 @@ class RecursiveModel(nn.Module):
     def refine(
         self,
         ids_BT: Tensor,
-        positions: Tensor,
+        rotary: Rotary | None,
         mask: Mask,
         *,
         act_steps: int,
@@ -216,11 +218,11 @@ class RecursiveModel(nn.Module):
     ) -> Iterator[Refined]:
         """Refine tokens from the initial states, one ACT step at a time, for measuring and generating.
 
-        positions: integers [T] or [B, T]. With `halt_threshold`, a token of `may_halt_BT` (None: every one) stops for good when its
+        With `halt_threshold`, a token of `may_halt_BT` (None: every one) stops for good when its
         halting probability passes it: its states and output stay, and deeper steps see the keys and values it halted with, which
         needs `lanes`. Stops early when no token goes on. With `mask.token_rows`, tokens come without padding: [N] for every [B, T].
         """
-        x_BTD, rotary = self.embed(ids_BT), self.rotary(positions)
+        x_BTD = self.embed(ids_BT)
         states = self.initial_states(*ids_BT.shape)
         active_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         steps_BT = torch.zeros_like(ids_BT)

@@ -9,6 +9,7 @@ import sys
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from config.errors import UsageError
@@ -90,10 +91,10 @@ def memory_in_all(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A host array as a tensor on `device`; to a GPU it goes from pinned memory, while the host goes on."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def on_device(array: npt.ArrayLike, device: torch.device) -> torch.Tensor:
+    """A host array, or numbers that make one, on `device`; to a GPU it goes from pinned memory, while the host goes on."""
+    tensor = torch.from_numpy(np.asarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> None:

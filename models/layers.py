@@ -26,9 +26,16 @@ class Rotary(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def at(self, positions: Tensor) -> "Rotary":
+        """Of a table of positions 0, 1, ..., the tables of integer `positions` on its device."""
+        return Rotary(self.cos[positions], self.sin[positions])
+
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864, half-split pairs)."""
+    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864, half-split pairs).
+
+    Angles are float64, which not every device has: positions on the host give tables on the host.
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
     angles = positions.to(torch.float64)[..., None, None, None] * frequencies
     return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))

@@ -151,7 +151,7 @@ def saved_bytes(model: RecursiveModel, rows: int, tokens: int) -> int:
         _, output_BTD = model.act_step(
             model.initial_states(rows, positions),
             model.embed(ids_BT[:, model.prefix_len :], ids_BT[:, 0]),
-            model.rotary(torch.arange(positions, device=model.device)),
+            model.rotary(torch.arange(positions)),
             model.mask(ids_BT),
         )
     if model.puzzle_emb is not None:

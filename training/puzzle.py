@@ -116,7 +116,7 @@ class PuzzleTask:
         self._part = self.ranks.part(config.global_batch_size)
         self.carry = Carry.empty(model, len(self._part), data.metadata.seq_len)
         positions = model.prefix_len + data.metadata.seq_len
-        self._rotary = model.rotary(torch.arange(positions, device=model.device))
+        self._rotary = model.rotary(torch.arange(positions))
         self._mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
 
     @property

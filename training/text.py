@@ -82,6 +82,7 @@ class TextTask:
         multiple = config.pad_multiple
         self._positions = -(-(config.dataset.seq_len + TOKEN_MULTIPLE) // multiple) * multiple
         self.carry = Carry.empty(model, len(part), self._positions)
+        self._rotary = model.rotary(torch.arange(self._positions))
         self.finished_depths: list[int] = []
         self._leaving: Counter[str] = Counter()
 
@@ -208,19 +209,20 @@ class TextTask:
             length_multiple=self.config.pad_multiple,
             supervise=self.config.dataset.supervise,
         )
-        slots = torch.tensor([entry.slot for entry in entries], device=self.model.device)
+        host_slots = np.array([entry.slot for entry in entries])
+        slots = on_device(host_slots, self.model.device)
         width = batch["inputs"].shape[1]
         for target, name, fill in (
             (carry.inputs_BT, "inputs", 0),
             (carry.labels_BT, "labels", IGNORE_LABEL_ID),
             (carry.segments_BT, "segment", 0),
         ):
-            target[slots, width:] = fill
+            # Not by assignment: a GPU would be waited for until the number is copied to it.
+            target[:, width:].index_fill_(0, slots, fill)
             target[slots, :width] = on_device(batch[name].astype(np.int64), target.device)
-        carry.previous_argmax_BT[slots] = -1
+        carry.previous_argmax_BT.index_fill_(0, slots, -1)
         for state, initial in zip(carry.states, self.model.initial_states(len(entries), self._positions), strict=True):
             state[slots] = initial
-        host_slots = [entry.slot for entry in entries]
         carry.lengths[host_slots] = batch["lengths"]
         carry.supervised_BT[host_slots] = False
         carry.supervised_BT[host_slots, :width] = batch["labels"] != IGNORE_LABEL_ID
@@ -282,7 +284,7 @@ class TextTask:
         states, output_MD = model.act_step(
             tuple(token_rows.gather(state[index_R, :width]) for state in carry.states),
             model.embed(token_rows.gather(carry.inputs_BT[index_R, :width])),
-            model.rotary(on_device(layout.position_N, model.device)),
+            None if self._rotary is None else self._rotary.at(on_device(layout.position_N, model.device)),
             model.mask_in_rows(attention_rows, token_rows.gather(carry.segments_BT[index_R, :width]), documents_M),
         )
         output_ND = output_MD[supervised_N]
