@@ -275,7 +275,8 @@ def _product(x, weight, pointers, never, BLOCK_B: tl.constexpr):
     return y
 
 
-@triton.jit
+# Numbers that differ from call to call: code for each kind of them would take long to make.
+@triton.jit(do_not_specialize=["rows", "capacity", "steps", "room", "block_count", "result_count", "programs"])
 def _act_step(
     vectors,
     values,
