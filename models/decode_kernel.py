@@ -410,16 +410,17 @@ def _act_step(
             weight = tl.load(from_weight, mask=(n[:, None] < D) & (w < W), other=0)
             is_there = (row < rows) & (n[None, :] < D)
             h = _block_input(vectors, values, entry, row, n[None, :], rows, epoch, capacity, False, VECTORS, D, BLOCK_B, BLOCK_D)
-            part = tl.arange(0, BLOCK_B * SPLITS)[:, None]
-            is_heard = (part // SPLITS < rows) & (w < W)
-            from_part = heard + (first_row * SPLITS + part) * 2 * W + w
             if SPLITS == 1:
-                y = _receive(from_part, is_heard, epoch)
+                y = _receive(heard + (first_row + row) * 2 * W + w, (row < rows) & (w < W), epoch)
             else:
                 tl.static_assert(BLOCK_B == 1)
-                y, logs = _receive_both(from_part, from_part + W, is_heard, epoch)
-                shares = tl.exp(logs - tl.max(logs, axis=0)[None, :])
-                y = (tl.sum(y * shares, axis=0) / tl.sum(shares, axis=0))[None, :]
+                # Parts last: a thread then has all of them.
+                part = tl.arange(0, SPLITS)[None, :]
+                channel = tl.arange(0, BLOCK_W)[:, None]
+                from_part = heard + (first_row * SPLITS + part) * 2 * W + channel
+                y, logs = _receive_both(from_part, from_part + W, (channel < W) & (part < SPLITS), epoch)
+                shares = tl.exp(logs - tl.max(logs, axis=1)[:, None])
+                y = (tl.sum(y * shares, axis=1) / tl.sum(shares, axis=1))[None, :]
             _send(
                 middle + (first_row + row) * D + n[None, :], h + _product(y, weight, from_weight, never, BLOCK_B), is_there, epoch
             )
