@@ -38,12 +38,12 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 def graph_recorder() -> Recorder:
     """Records functions as CUDA graphs, which share the memory of what they compute in between."""
-    pool = torch.cuda.graph_pool_handle()
+    make_pool = functools.cache(torch.cuda.graph_pool_handle)
 
     def record(function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may talk to the device meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=make_pool(), capture_error_mode="thread_local"):
             function()
         replay: Callable[[], None] = graph.replay
         return replay

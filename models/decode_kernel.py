@@ -92,7 +92,6 @@ class ActStepKernel:
         self._results = torch.tensor(moved, dtype=torch.int32, device=device)
         self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
         self._words: dict[int, list[Tensor]] = {}
-        self._programs = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
     @staticmethod
     def knows(model: RecursiveModel) -> bool:
@@ -116,8 +115,10 @@ class ActStepKernel:
             widths = (dim, 3 * width, sizes["SPLITS"] * 2 * width, dim, inner)
             words = [self._epoch.new_zeros(len(self._blocks), padded, each) for each in widths]
             self._words[padded] = words
+        device = self._vectors.device
+        programs = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
         self._epoch += 1
-        _act_step[(self._programs,)](
+        _act_step[(programs,)](
             self._vectors,
             *words,
             self._blocks,
@@ -135,7 +136,7 @@ class ActStepKernel:
             positions,
             len(self._blocks),
             len(self._results),
-            self._programs,
+            programs,
             VECTORS=len(self._vectors) - 1,
             TABLE=self._blocks.shape[1],
             LANES=lanes,
