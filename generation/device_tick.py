@@ -178,7 +178,9 @@ class DeviceTick:
         Rows that were ready begin the token chosen; of the others, what is returned means nothing. Waits for the device.
         """
         rounded = self._round_up(rows, 1, len(self.ready_B))
-        self._run((rounded,), {"choice of ids": functools.partial(self._choose, rounded)}, self._chosen_3B, _TOLERANCE[torch.float32])
+        self._run(
+            (rounded,), {"choice of ids": functools.partial(self._choose, rounded)}, self._chosen_3B, _TOLERANCE[torch.float32]
+        )
         ids, logps, ready = self._chosen_3B[:, :rows].tolist()
         return [int(number) for number in ids], logps, [bool(flag) for flag in ready]
 
