@@ -127,7 +127,6 @@ def _solve(model: RecursiveModel, batch: PuzzleBatch) -> tuple[PuzzleOutput, Ten
     mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
     x_BTD = model.embed(inputs_BT, puzzle_ids_B)
     states = model.initial_states(rows, positions)
-    counted_B = (labels_BT != IGNORE_LABEL_ID).any(dim=1)
     # Of every row as it stands after its last step: one column for each of _MEASURES.
     exact = torch.promote_types(model.dtype, torch.float32)
     measured_BM = torch.zeros(rows, len(_MEASURES), dtype=exact, device=model.device)
@@ -159,9 +158,10 @@ def _solve(model: RecursiveModel, batch: PuzzleBatch) -> tuple[PuzzleOutput, Ten
         batch.set_name, row, inputs_BT, labels_BT, puzzle_ids_B, torch.stack(preds, dim=1), halt_logits_B, steps_B
     )
     # Summed on the host, where there is float64 whatever the device.
-    summed_SM = (torch.stack(measured).cpu().double() * counted_B.cpu()[:, None]).sum(dim=1)
-    rows_S1 = torch.full((len(measured), 1), float((batch.labels[real] != IGNORE_LABEL_ID).any(axis=1).sum()), dtype=torch.float64)
-    return output, torch.cat((rows_S1, summed_SM), dim=1)
+    counted_B1 = torch.from_numpy((batch.labels[real] != IGNORE_LABEL_ID).any(axis=1, keepdims=True))
+    measured_SBM = torch.stack(measured).cpu().double()
+    counted_SB1 = counted_B1.double().expand(len(measured), -1, -1)
+    return output, torch.cat((counted_SB1, measured_SBM * counted_B1), dim=2).sum(dim=1)
 
 
 class PuzzleMeasurement:
