@@ -143,14 +143,15 @@ class DeviceTick:
 
     def enter(self, slot: int, position: int, depth: int, halt_threshold: float | None) -> None:
         """A request enters a row: its prompt ends at `position`; its first token `begin`s next."""
-        self._positions_B[slot] = position
-        self._depths_B[slot] = depth
-        self._thresholds_B[slot] = math.inf if halt_threshold is None else halt_threshold
+        # Assigned, a number would be copied, and waited for.
+        self._positions_B[slot].fill_(position)
+        self._depths_B[slot].fill_(depth)
+        self._thresholds_B[slot].fill_(math.inf if halt_threshold is None else halt_threshold)
 
     def begin(self, slots_R: Tensor) -> None:
         """The rows of these slots begin their next token; the engine writes its embedding and states."""
         self._positions_B[slots_R] += 1
-        self._act_steps_B[slots_R] = 0
+        self._act_steps_B.index_fill_(0, slots_R, 0)
 
     def step(self, rows: int, past: int, may_halt: bool) -> None:
         """One ACT step of the rows of the first `rows` slots, whose tokens stand at position `past` at most.
