@@ -47,6 +47,7 @@ from benchmarks.decoding import Setting
 from benchmarks.train_step import Naive
 from config.errors import UsageError, one_clear_message
 from config.schema import user_path
+from generation.device_tick import graph_recorder
 from generation.engine import Engine, Prompt, Request, cache_bytes
 from models.act import RecursiveModel
 from models.device import keep_freed_memory, peak_memory
@@ -189,9 +190,9 @@ def training_errors(overrides: Sequence[str], dtype: str, scale: Scale, *, compi
 # alone; and kernel by kernel.
 ENGINES: dict[str, dict[str, Any]] = {
     "one kernel": {},
-    "graphs": {"one_kernel": False},
-    "compiled graphs": {"compiled": True, "one_kernel": False},
-    "eager": {"record": lambda tick: tick, "one_kernel": False},
+    "graphs": {"record": lambda tick: graph_recorder()(tick)} if torch.cuda.is_available() else {},
+    "compiled graphs": {"compiled": True, **({"record": lambda tick: graph_recorder()(tick)} if torch.cuda.is_available() else {})},
+    "eager": {"record": lambda tick: tick},
 }
 
 

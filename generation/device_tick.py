@@ -38,12 +38,12 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 def graph_recorder() -> Recorder:
     """Records functions as CUDA graphs, which share the memory of what they compute in between."""
-    pool = torch.cuda.graph_pool_handle()
+    make_pool = functools.cache(torch.cuda.graph_pool_handle)
 
     def record(function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may talk to the device meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=make_pool(), capture_error_mode="thread_local"):
             function()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -101,7 +101,8 @@ def run_and_record(
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.double(), expected.double()
+    exact = torch.promote_types(found.dtype, torch.float32)
+    found, expected = found.to(exact), expected.to(exact)
     return float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -135,20 +136,22 @@ class DeviceTick:
         self._act_steps_B = torch.zeros_like(self._positions_B)
         self._depths_B = torch.ones_like(self._positions_B)
         self._thresholds_B = torch.zeros(rows, dtype=exact, device=device)
-        self._chosen_3B = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        # Of each row, the id, its log p, and whether it was ready: one read for all. As floats, ids are exact up to 2**24.
+        self._chosen_3B = torch.zeros(3, rows, dtype=exact, device=device)
         self.ready_B = torch.zeros(rows, dtype=torch.bool, device=device)
         """Whether each row's token has come to its depth or halted."""
 
     def enter(self, slot: int, position: int, depth: int, halt_threshold: float | None) -> None:
         """A request enters a row: its prompt ends at `position`; its first token `begin`s next."""
-        self._positions_B[slot] = position
-        self._depths_B[slot] = depth
-        self._thresholds_B[slot] = math.inf if halt_threshold is None else halt_threshold
+        # Assigned, a number would be copied, and waited for.
+        self._positions_B[slot].fill_(position)
+        self._depths_B[slot].fill_(depth)
+        self._thresholds_B[slot].fill_(math.inf if halt_threshold is None else halt_threshold)
 
     def begin(self, slots_R: Tensor) -> None:
         """The rows of these slots begin their next token; the engine writes its embedding and states."""
         self._positions_B[slots_R] += 1
-        self._act_steps_B[slots_R] = 0
+        self._act_steps_B.index_fill_(0, slots_R, 0)
 
     def step(self, rows: int, past: int, may_halt: bool) -> None:
         """One ACT step of the rows of the first `rows` slots, whose tokens stand at position `past` at most.
@@ -176,7 +179,9 @@ class DeviceTick:
         Rows that were ready begin the token chosen; of the others, what is returned means nothing. Waits for the device.
         """
         rounded = self._round_up(rows, 1, len(self.ready_B))
-        self._run((rounded,), {"choice of ids": functools.partial(self._choose, rounded)}, self._chosen_3B, 0.0)
+        self._run(
+            (rounded,), {"choice of ids": functools.partial(self._choose, rounded)}, self._chosen_3B, _TOLERANCE[torch.float32]
+        )
         ids, logps, ready = self._chosen_3B[:, :rows].tolist()
         return [int(number) for number in ids], logps, [bool(flag) for flag in ready]
 
@@ -215,7 +220,7 @@ class DeviceTick:
         positions_B = self._positions_B[:rows].clamp(max=positions - 1)
         rotary = None
         if self._rotary is not None:
-            rotary = Rotary(*(table.index_select(0, positions_B).unsqueeze(1) for table in self._rotary))
+            rotary = self._rotary.at(positions_B.unsqueeze(1))
         rows_B = torch.arange(rows, device=positions_B.device)
         states, output_B1D = self._model.act_step(
             tuple(state[:rows] for state in self._states),
@@ -232,7 +237,7 @@ class DeviceTick:
         logits_BV = model.logits(self._output_B1D[:rows, 0])
         ids_B = argmax(logits_BV)
         logp_B = log_probs(logits_BV, model.config.loss).gather(1, ids_B.unsqueeze(1)).squeeze(1)
-        self._chosen_3B[:, :rows] = torch.stack([part.double() for part in (ids_B, logp_B, ready_B)])
+        self._chosen_3B[:, :rows] = torch.stack([part.to(self._chosen_3B.dtype) for part in (ids_B, logp_B, ready_B)])
         ready_B11 = ready_B[:, None, None]
         self._x_B1D[:rows] = torch.where(ready_B11, model.embed(ids_B).unsqueeze(1), self._x_B1D[:rows])
         for kept, initial in zip(self._states, model.initial_states(rows, 1), strict=True):

@@ -130,7 +130,6 @@ class Engine:
         draft_act_steps: int = 1,
         compiled: bool = False,
         record: Recorder | None = None,
-        one_kernel: bool = True,
     ) -> None:
         """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
 
@@ -140,7 +139,8 @@ class Engine:
         compiled: torch.compile what the next tokens take, once for a single row and once for several. Compiled code holds the
         weights in a form of its own.
 
-        record: take ticks as functions of fixed shape, recorded by this; None: on CUDA as graphs, elsewhere not at all.
+        record: take ticks as functions of fixed shape, level call by level call, recorded by this; None: on CUDA as graphs, with
+        the kernel of an ACT step where there is one, and elsewhere not at all.
         """
         self.model = model
         self.eos_id = eos_id
@@ -169,12 +169,12 @@ class Engine:
         self._states, self._x = self._vectors[:-2].unbind(), self._vectors[-2]
         # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
         self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
+        kernel = None
+        if record is None and model.device.type == "cuda":
+            record, kernel = graph_recorder(), act_step_kernel(model, self._cache, self._vectors, self._rotary)
         self._on_device: DeviceTick | None = None
-        if model.device.type == "cuda":
-            kernel = act_step_kernel(model, self._cache, self._vectors, self._rotary) if one_kernel else None
-            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record or graph_recorder(), kernel)
-        elif record is not None:
-            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record)
+        if record is not None:
+            self._on_device = DeviceTick(model, self._cache, self._vectors, self._rotary, record, kernel)
 
     @property
     def running(self) -> int:
@@ -245,7 +245,7 @@ class Engine:
         done = self._ready(slots, self._halting(output_BD, rows))
         if not done:
             return []
-        output_RD = output_BD if len(done) == len(slots) else output_BD[torch.tensor(done, device=model.device)]
+        output_RD = output_BD if len(done) == len(slots) else output_BD[on_device(done, model.device)]
         return self._give([slots[place] for place in done], model.logits(output_RD))
 
     def _step_on_device(self, tick: DeviceTick, slots: list[int]) -> list[Token]:
@@ -262,7 +262,7 @@ class Engine:
             done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
             if not done_slots:
                 return []
-            return self._give(done_slots, self.model.logits(tick.outputs(torch.tensor(done_slots, device=self.model.device))))
+            return self._give(done_slots, self.model.logits(tick.outputs(on_device(done_slots, self.model.device))))
         ids, logps, ready = tick.choose(slots[-1] + 1)
         done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
         return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
@@ -334,10 +334,10 @@ class Engine:
         top = max(row.request.top for row in rows)
         slots_R = on_device(slots, model.device)
         chosen = self._sampler.choose(torch.tensor(slots), logits_RV, with_logp=top > 0)
-        found = [(chosen.logp_R.unsqueeze(1), chosen.ids_R.unsqueeze(1))]
+        logp_RK, ids_RK = chosen.logp_R.unsqueeze(1), chosen.ids_R.unsqueeze(1)
         if chosen.logp_RV is not None:
-            found.append(torch.topk(chosen.logp_RV, min(top, model.vocab_size)))
-        logp_RK, ids_RK = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+            best = torch.topk(chosen.logp_RV, min(top, model.vocab_size))
+            logp_RK, ids_RK = torch.cat((logp_RK, best.values), dim=1), torch.cat((ids_RK, best.indices), dim=1)
         # Together, because each waits for the device. As floats, ids are exact up to 2**24.
         logps, ids = torch.stack((logp_RK, ids_RK.to(logp_RK.dtype))).tolist()
         tokens = []

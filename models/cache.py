@@ -149,7 +149,7 @@ class KVCache:
         """The same for T = 1, compiled if this cache is."""
         if not self.is_compiled:
             return self.extend(rows, act_steps, starts)
-        rows_B, act_steps_B, starts_B = torch.tensor([rows, act_steps, starts], device=self.buffer.device)
+        rows_B, act_steps_B, starts_B = on_device([list(rows), list(act_steps), list(starts)], self.buffer.device)
         return self.extend_together(rows_B, act_steps_B, starts_B, max(starts), compiled=True)
 
     def extend_together(self, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int, *, compiled: bool) -> StepLanes:

@@ -92,7 +92,6 @@ class ActStepKernel:
         self._results = torch.tensor(moved, dtype=torch.int32, device=device)
         self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
         self._words: dict[int, list[Tensor]] = {}
-        self._programs = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
     @staticmethod
     def knows(model: RecursiveModel) -> bool:
@@ -116,8 +115,10 @@ class ActStepKernel:
             widths = (dim, 3 * width, sizes["SPLITS"] * 2 * width, dim, inner)
             words = [self._epoch.new_zeros(len(self._blocks), padded, each) for each in widths]
             self._words[padded] = words
+        device = self._vectors.device
+        programs = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
         self._epoch += 1
-        _act_step[(self._programs,)](
+        _act_step[(programs,)](
             self._vectors,
             *words,
             self._blocks,
@@ -135,7 +136,7 @@ class ActStepKernel:
             positions,
             len(self._blocks),
             len(self._results),
-            self._programs,
+            programs,
             VECTORS=len(self._vectors) - 1,
             TABLE=self._blocks.shape[1],
             LANES=lanes,
@@ -275,7 +276,8 @@ def _product(x, weight, pointers, never, BLOCK_B: tl.constexpr):
     return y
 
 
-@triton.jit
+# Numbers that differ from call to call: code for each kind of them would take long to make.
+@triton.jit(do_not_specialize=["rows", "capacity", "steps", "room", "block_count", "result_count", "programs"])
 def _act_step(
     vectors,
     values,
@@ -409,16 +411,17 @@ def _act_step(
             weight = tl.load(from_weight, mask=(n[:, None] < D) & (w < W), other=0)
             is_there = (row < rows) & (n[None, :] < D)
             h = _block_input(vectors, values, entry, row, n[None, :], rows, epoch, capacity, False, VECTORS, D, BLOCK_B, BLOCK_D)
-            part = tl.arange(0, BLOCK_B * SPLITS)[:, None]
-            is_heard = (part // SPLITS < rows) & (w < W)
-            from_part = heard + (first_row * SPLITS + part) * 2 * W + w
             if SPLITS == 1:
-                y = _receive(from_part, is_heard, epoch)
+                y = _receive(heard + (first_row + row) * 2 * W + w, (row < rows) & (w < W), epoch)
             else:
                 tl.static_assert(BLOCK_B == 1)
-                y, logs = _receive_both(from_part, from_part + W, is_heard, epoch)
-                shares = tl.exp(logs - tl.max(logs, axis=0)[None, :])
-                y = (tl.sum(y * shares, axis=0) / tl.sum(shares, axis=0))[None, :]
+                # Parts last: a thread then has all of them.
+                part = tl.arange(0, SPLITS)[None, :]
+                channel = tl.arange(0, BLOCK_W)[:, None]
+                from_part = heard + (first_row * SPLITS + part) * 2 * W + channel
+                y, logs = _receive_both(from_part, from_part + W, (channel < W) & (part < SPLITS), epoch)
+                shares = tl.exp(logs - tl.max(logs, axis=1)[:, None])
+                y = (tl.sum(y * shares, axis=1) / tl.sum(shares, axis=1))[None, :]
             _send(
                 middle + (first_row + row) * D + n[None, :], h + _product(y, weight, from_weight, never, BLOCK_B), is_there, epoch
             )

@@ -72,7 +72,7 @@ def test_an_act_step_equals_level_calls(tiny_model: ModelFactory, overrides: tup
         expected[:states, :rows] = torch.stack(new_states)[:, :, 0]
         expected[-1, :rows] = output[:, 0]
         ActStepKernel(model, first, rotary, vectors)(rows, positions_B, act_steps_B)
-    tolerance = 1e-5 if model.dtype == torch.float32 else 0.05
+    tolerance = 1e-5 if model.dtype == torch.float32 else 0.1
     torch.testing.assert_close(vectors, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(first.buffer, second.buffer, rtol=0, atol=tolerance)
 

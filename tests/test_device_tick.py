@@ -159,3 +159,22 @@ def test_the_first_right_way_is_recorded_and_has_run_once(
     assert len(caplog.records) == warnings
     replay()
     assert counter.count.tolist() == pytest.approx([1 + 2 * taken] * 2) and recordings.replays[-1] == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_graphs_of_a_gpu_say_the_same(
+    tiny_model: ModelFactory, caplog: pytest.LogCaptureFixture, dtype: str, tolerance: float
+) -> None:
+    model = tiny_model(f"arch.forward_dtype={dtype}", "arch.attention=prefix", halt_scale=3.0)
+    requests = [
+        Request(
+            prompt, 3 + number, Sampling(seed=number, temperature=float(number == 2)), halt_threshold=0.5 if number == 3 else None
+        )
+        for number, prompt in enumerate(make_prompts((5, 80, 1, 9, 3)))
+    ]
+    expected = [decode(model, requests, act_steps=2, rows=rows) for rows in (1, 3)]
+    model.to("cuda")
+    for rows, answers in zip((1, 3), expected, strict=True):
+        assert_same(decode(model, requests, act_steps=2, rows=rows), answers, tolerance)
+    assert not caplog.records, "every graph could be made"
