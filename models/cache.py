@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.device import on_device
 from models.layers import BlockStack, Lane, Mask, Rotary, attend
 
 
