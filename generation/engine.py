@@ -170,9 +170,6 @@ class Engine:
         # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
         self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
         kernel = None
-        import os
-        if os.environ.get("NO_GRAPHS"):
-            record = lambda tick: tick
         if record is None and model.device.type == "cuda":
             record, kernel = graph_recorder(), act_step_kernel(model, self._cache, self._vectors, self._rotary)
         self._on_device: DeviceTick | None = None
