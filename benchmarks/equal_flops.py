@@ -136,7 +136,7 @@ class _BudgetTask(TextTask):
     @property
     def expected(self) -> float:
         spent = self.meter
-        if not spent.steps:
+        if not spent.share:
             return self.total
         return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
 
@@ -311,10 +311,7 @@ def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
     unknown = [name for name in only or [] if name not in arms | PLAIN]
     if unknown:
         raise UsageError(f"--only {unknown[0]}: {path} has the arms {', '.join(arms)}; {', '.join(PLAIN)} are always there")
-    if only is not None:
-        return {name: [*found.all, *overrides] for name, overrides in (arms | PLAIN).items() if name in only}
-    chosen = {name: overrides for name, overrides in arms.items() if only is None or name in only}
-    return {name: [*found.all, *overrides] for name, overrides in (chosen | PLAIN).items()}
+    return {name: [*found.all, *own] for name, own in (arms | PLAIN).items() if only is None or name in only}
 
 
 def one(path: Path, name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:
@@ -356,7 +353,7 @@ def parse_arguments() -> argparse.Namespace:
     budget.add_argument("--examples", type=float, help="or so many examples")
     add = parser.add_argument
     add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
-    add("--only", nargs="+", metavar="NAME", help="of its arms only these, beside the plain Transformers")
+    add("--only", nargs="+", metavar="NAME", help="only these arms, of the file and of the plain Transformers")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least 3 for a claim")
     add("--data", type=user_path, metavar="FOLDER", help="conversations in files, in place of the arms' data (docs/data.md)")
     add("--rows", type=int, default=1500, help="held-out rows to measure on, at most")
