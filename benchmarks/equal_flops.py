@@ -3,7 +3,7 @@
     python -m benchmarks.equal_flops --tera-flops 60 --parallel 2 --output checkpoints/equal_flops
     python -m benchmarks.equal_flops --seconds 150 --seeds 0 1 2 --data FOLDER --rows 2000 --output checkpoints/conversations
 
-Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are always among
+Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are among
 them. Learning rate and depth follow the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
 Every arm and seed leaves a JSON file in `--output` and isn't trained again; one that was interrupted starts anew. The folder then
 gets equal_flops.md (also printed), equal_flops.json (also the last line) and equal_flops.png. Code is not compiled.
@@ -54,7 +54,7 @@ from training.loop import StepResult, Trainer
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
-# Always among the arms. Post-norm, because models/layers.py has no other block.
+# Among the arms, whatever the file says.
 PLAIN = {
     f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
         *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
