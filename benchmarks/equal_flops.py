@@ -3,7 +3,7 @@
     python -m benchmarks.equal_flops --tera-flops 60 --parallel 2 --output checkpoints/equal_flops
     python -m benchmarks.equal_flops --seconds 150 --seeds 0 1 2 --data FOLDER --rows 2000 --output checkpoints/conversations
 
-Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are always among
+Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are among
 them. Learning rate and depth follow the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
 Every arm and seed leaves a JSON file in `--output` and isn't trained again; one that was interrupted starts anew. The folder then
 gets equal_flops.md (also printed), equal_flops.json (also the last line) and equal_flops.png. Code is not compiled.
@@ -54,7 +54,7 @@ from training.loop import StepResult, Trainer
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
-# Always among the arms. Post-norm, because models/layers.py has no other block.
+# Among the arms, whatever the file says.
 PLAIN = {
     f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
         *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
@@ -136,7 +136,7 @@ class _BudgetTask(TextTask):
     @property
     def expected(self) -> float:
         spent = self.meter
-        if not spent.steps:
+        if not spent.share:
             return self.total
         return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
 
@@ -319,10 +319,7 @@ def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
     unknown = [name for name in only or [] if name not in arms | PLAIN]
     if unknown:
         raise UsageError(f"--only {unknown[0]}: {path} has the arms {', '.join(arms)}; {', '.join(PLAIN)} are always there")
-    if only is not None:
-        return {name: [*found.all, *overrides] for name, overrides in (arms | PLAIN).items() if name in only}
-    chosen = {name: overrides for name, overrides in arms.items() if only is None or name in only}
-    return {name: [*found.all, *overrides] for name, overrides in (chosen | PLAIN).items()}
+    return {name: [*found.all, *own] for name, own in (arms | PLAIN).items() if only is None or name in only}
 
 
 def one(path: Path, name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:
@@ -364,7 +361,7 @@ def parse_arguments() -> argparse.Namespace:
     budget.add_argument("--examples", type=float, help="or so many examples")
     add = parser.add_argument
     add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
-    add("--only", nargs="+", metavar="NAME", help="of its arms only these, beside the plain Transformers")
+    add("--only", nargs="+", metavar="NAME", help="only these arms, of the file and of the plain Transformers")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least 3 for a claim")
     add("--data", type=user_path, metavar="FOLDER", help="conversations in files, in place of the arms' data (docs/data.md)")
     add("--rows", type=int, default=1500, help="held-out rows to measure on, at most")

@@ -44,7 +44,7 @@ SETTINGS = (
     "device=cpu",
     "lr=1e-2",
 )
-TERA_FLOPS = 1e-3
+TERA_FLOPS = 3e-3
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_an_arm_spends_its_flops_and_is_the_same_again(arm: Callable[..., Pretra
     assert first["last_lr"] == pytest.approx(1e-3, rel=0.2)
     flops, losses = zip(*first["curve"], strict=True)
     # Each at the step that passes its share of the budget.
-    assert len(flops) == 8 and all(0 <= at - 1e12 * TERA_FLOPS * share / 8 < 1.2e8 for share, at in enumerate(flops, 1))
+    assert len(flops) == 8 and all(0 <= at - 1e12 * TERA_FLOPS * share / 8 < 2.4e8 for share, at in enumerate(flops, 1))
     assert losses[-1] < losses[0]
     # All rows are those of the curve's points.
     assert first["by_act_step"][-1]["nats"] == pytest.approx(losses[-1], abs=1e-5)
@@ -217,7 +217,7 @@ def run(monkeypatch: pytest.MonkeyPatch, arms_file: Path, tmp_path: Path, capsys
 def test_a_comparison_goes_on_after_it_was_killed(
     run: Callable[..., str], places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ("--tera-flops", 5e-5, "--only", "small", "--overrides", *places)
+    flags = ("--tera-flops", 5e-5, "--only", "small", *PLAIN, "--overrides", *places)
     begun: list[str] = []
 
     def killed(name: str, *rest: Any) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def test_conversations_of_ones_own_and_an_arm_that_fails(
     monkeypatch.setattr(benchmarks.equal_flops, "measure", failing)
     own = Path(places[0].partition("=")[2]).parent / "own"
     with pytest.raises(UsageError, match=r"^fails seed 0: no finite gradient$"):
-        run("--seconds", 0.02, "--only", "fails", "--data", own, "--overrides", places[1])
+        run("--seconds", 0.02, "--only", "fails", *PLAIN, "--data", own, "--overrides", places[1])
     found = json.loads((tmp_path / "out/equal_flops.json").read_text())
     assert [row["arm"] for row in found["arms"]] == list(PLAIN) and found["budget"] == [0.02, "seconds"]
     assert all(set(row["measures"]) == {"nats", "bits_per_byte"} for row in found["arms"])

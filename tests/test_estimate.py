@@ -93,8 +93,8 @@ def test_memory_is_that_of_a_whole_step(
     assert memory.average == (parameters if config.ema else 0) and memory.weights > parameters
     at_once = config.micro_batch_size or 5
     assert memory.activations == pytest.approx(saved_bytes(model, at_once, config.dataset.seq_len, 4), rel=0.01)
-    # Of the deepest token an output and its gradient, of each ACT step before as many.
-    assert memory.loss - shallow.loss == 3 * 2 * at_once * config.dataset.seq_len * 16 * model.dtype.itemsize
+    # Three further ACT steps, each with its outputs twice and their gradient.
+    assert memory.loss - shallow.loss == 3 * 3 * at_once * config.dataset.seq_len * 16 * model.dtype.itemsize
     assert memory.carry == 0 and memory.total == sum(vars(memory).values())
 
 

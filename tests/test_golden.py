@@ -22,7 +22,7 @@ from training.loop import Trainer
 from training.text import TextTask
 
 GOLDEN = Path(__file__).parent / "golden/losses.json"
-STEPS, ROWS, VOCABULARY = 20, 80, 13
+STEPS, ROWS, EPOCHS, VOCABULARY = 20, 8, 10, 13
 RUNS = {
     "stablemax, no gradient between ACT steps": ("arch.loss=stablemax", "arch.halt_max_steps=3"),
     "softmax, gradient through ACT steps": ("act_steps=growing", "arch.grad_calls=20", "loss_discount=0.5"),
@@ -41,7 +41,7 @@ def row(index: int) -> Example:
 
 def losses(*overrides: str) -> dict[str, list[float]]:
     """Nats per supervised token at the deepest ACT step, of labels and of halting, in the first steps of a run in float64."""
-    config = compose_config("cfg_pretrain_instruct", [*TINY, "lr=3e-3", "lr_warmup_steps=2", *overrides])
+    config = compose_config("cfg_pretrain_instruct", [*TINY, "lr=1e-2", "lr_warmup_steps=2", f"epochs={EPOCHS}", *overrides])
     model = RecursiveModel(config.arch, VOCABULARY, seed=config.seed)
     rows: Any = [row(index) for index in range(ROWS)]
     curriculum = Curriculum.of_epochs(ROWS, config.seed, config.epochs)

@@ -1,6 +1,7 @@
 """Layers against their plain formulas, and masks against their definition."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.schema import PretrainInstructConfig
 from models.layers import (
     Attention,
     Block,
@@ -130,8 +132,9 @@ def test_swiglu_width_is_rounded_up_to_256_and_gate_comes_first(hidden: int, exp
     torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T)
 
 
-def test_a_block_normalises_after_each_residual_sum() -> None:
-    block, x, mask = Block(8, 2, 1.0).double(), random(1, 4, 8), Mask(is_causal=True)
+def test_a_block_normalises_after_each_residual_sum(tiny_config: Callable[..., PretrainInstructConfig]) -> None:
+    arch = tiny_config("arch.norm=post", "arch.output_init=normal").arch
+    block, x, mask = Block(arch).double(), random(1, 4, 16), Mask(is_causal=True)
     h = rms_norm(x + block.self_attn(x, None, mask, None))
     torch.testing.assert_close(block(x, None, mask, None), rms_norm(h + block.mlp(h)))
 

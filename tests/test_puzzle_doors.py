@@ -175,7 +175,7 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
         (["early_stopping.patience=2", "checkpoint_every_eval=false"], "set checkpoint_every_eval=true"),
         (["global_batch_size=4000"], "global_batch_size 4000"),
         (["arch.attention=causal"], "choose full"),
-        (["arch.grad_calls=4"], "an optimizer step on puzzles takes one"),
+        (["arch.grad_calls=7"], "an optimizer step on puzzles takes one"),
         (["slots.refill=consume"], "slots.refill"),
         (["evaluators=[{name: arc@XYZ}]"], "evaluators.0.name"),
         (["evaluators=[{name: arc@ARC}]"], "test_puzzles.json"),

@@ -38,7 +38,7 @@ def test_a_jump_of_the_loss_is_told_after_a_restart_as_without(
         """What is said of the losses from line `begin` on, a line for each step."""
         losses = iter(LOSSES[begin:])
         monkeypatch.setattr(TextTask, "report", lambda task, sums: {"loss_per_token": next(losses)})
-        run_instruct(run_config(tmp_path / folder, "log_interval=1", "dataset.test_ratio=0", "resume=auto"))
+        run_instruct(run_config(tmp_path / folder, "epochs=4", "log_interval=1", "dataset.test_ratio=0", "resume=auto"))
         return [line for line in capsys.readouterr().out.splitlines() if "jumped" in line]
 
     [line] = undisturbed = told("whole", 0)
@@ -99,7 +99,8 @@ def test_a_run_is_evaluated_every_so_many_steps_and_after_each_epoch(run_config:
 def test_a_run_ends_at_max_steps_and_goes_on_with_more(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limited = run_config(tmp_path, "max_steps=10", "lr_min_ratio=0.25")
+    settings = ("lr_min_ratio=0.25", "eval_interval=9")
+    limited = run_config(tmp_path, *settings, "max_steps=10")
     first = run_instruct(limited)
     assert first is not None
     run, said = first.checkpoint.parent, capsys.readouterr().out
@@ -109,16 +110,15 @@ def test_a_run_ends_at_max_steps_and_goes_on_with_more(
     assert last["lr"] == pytest.approx(0.25 * limited.lr), "the schedule ends there, and the steps since the last line are logged"
     # Again: nothing is trained, nothing written.
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    again = run_instruct(run_config(tmp_path, "max_steps=10", "lr_min_ratio=0.25", "resume=auto"))
+    again = run_instruct(run_config(tmp_path, *settings, "max_steps=10", "resume=auto"))
     assert again == first and {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert "the run has ended already at step 10: max_steps=10" in capsys.readouterr().out
-    # The rows at work go on.
-    more = run_instruct(run_config(tmp_path, "max_steps=15", "lr_min_ratio=0.25", "resume=auto"))
+    more = run_instruct(run_config(tmp_path, *settings, "max_steps=15", "resume=auto"))
     assert more is not None and more.checkpoint == run / "step_15" and list(evaluations_of(run)) == [15]
     assert "not exactly as the run that was begun: max_steps was 10, now 15" in capsys.readouterr().out
     # A limit that lies behind, at a checkpoint without an evaluation.
     (run / "step_15").rename(tmp_path / "aside")
-    behind = run_instruct(run_config(tmp_path, "max_steps=5", "resume=auto"))
+    behind = run_instruct(run_config(tmp_path, "eval_interval=9", "max_steps=5", "resume=auto"))
     assert behind is not None and behind.checkpoint == run / "step_12" and behind.loss is not None
     assert "the run has ended already at step 12: max_steps=5" in capsys.readouterr().out
 

@@ -132,8 +132,8 @@ def estimate_memory(
         carry=sum(t.nbytes for t in carry),
         # What is saved once, casts of the weights for one, and what each further row adds.
         activations=one + (at_once - 1) * (two - one),
-        # The outputs of tokens by themselves, and their gradient, which is made on the way forward.
-        loss=workspace_bytes(model.lm_head.weight, model.dtype) + 2 * outputs,
+        # The outputs of tokens by themselves, of each ACT step and of all, and their gradient, which is made on the way forward.
+        loss=workspace_bytes(model.lm_head.weight, model.dtype) + 3 * outputs,
     )
 
 
