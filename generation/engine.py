@@ -298,10 +298,10 @@ class Engine:
         top = max(row.request.top for row in rows)
         slots_R = on_device(slots, model.device)
         chosen = self._sampler.choose(torch.tensor(slots), logits_RV, with_logp=top > 0)
-        found = [(chosen.logp_R.unsqueeze(1), chosen.ids_R.unsqueeze(1))]
+        logp_RK, ids_RK = chosen.logp_R.unsqueeze(1), chosen.ids_R.unsqueeze(1)
         if chosen.logp_RV is not None:
-            found.append(tuple(torch.topk(chosen.logp_RV, min(top, model.vocab_size))))
-        logp_RK, ids_RK = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+            best = torch.topk(chosen.logp_RV, min(top, model.vocab_size))
+            logp_RK, ids_RK = torch.cat((logp_RK, best.values), dim=1), torch.cat((ids_RK, best.indices), dim=1)
         # Together, because each waits for the device. As floats, ids are exact up to 2**24.
         logps, ids = torch.stack((logp_RK, ids_RK.to(logp_RK.dtype))).tolist()
         tokens = []
