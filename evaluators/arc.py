@@ -112,7 +112,7 @@ class ARC:
         Rows of padding, and of puzzles that aren't test puzzles, are passed over. Raises `UsageError` for an identifier without a
         name.
         """
-        probabilities = torch.sigmoid(q_halt_logits.double()).tolist()
+        probabilities = torch.sigmoid(q_halt_logits.cpu().double()).tolist()
         canvases = (tokens.cpu().numpy().reshape(-1, SEQ_LEN) for tokens in (inputs, preds))
         rows = zip(puzzle_identifiers.tolist(), *map(crop, canvases), probabilities, strict=True)
         for identifier, question, predicted, probability in rows:

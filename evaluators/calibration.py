@@ -14,6 +14,7 @@ import torch
 from config.errors import UsageError
 from dataset.text.loader import IGNORE_LABEL_ID, Examples, collate
 from models.act import RecursiveModel
+from models.device import on_device
 from models.losses import linear_cross_entropy
 
 Floats = npt.NDArray[np.float64]
@@ -100,19 +101,20 @@ def record_halting(
     for rows in progress([order[start : start + batch_size] for start in range(0, count, batch_size)]):
         batch = collate([dataset[int(row)] for row in rows], pad_id=0, length_multiple=pad_multiple)
         inputs_BT, labels_BT, segments_BT = (
-            torch.from_numpy(batch[name].astype(np.int64)).to(model.device) for name in ("inputs", "labels", "segment")
+            on_device(batch[name].astype(np.int64), model.device) for name in ("inputs", "labels", "segment")
         )
-        supervised_BT = labels_BT != IGNORE_LABEL_ID
-        labels_N = labels_BT[supervised_BT]
+        place_N = np.flatnonzero(batch["labels"] != IGNORE_LABEL_ID)
+        supervised_N = on_device(place_N, model.device)
+        labels_N = labels_BT.flatten()[supervised_N]
         weights_N = torch.zeros(len(labels_N), device=model.device)
-        rows_N = np.repeat(rows, supervised_BT.sum(dim=1).cpu().numpy())
+        rows_N = rows[place_N // inputs_BT.shape[1]]
         rotary = model.rotary(torch.arange(inputs_BT.shape[1]))
         refinement = model.refine(inputs_BT, rotary, model.mask(segments_BT), act_steps=act_steps)
         for part, refined in zip(parts, refinement, strict=True):
-            output_ND = refined.output_BTD[supervised_BT]
+            output_ND = refined.output_BTD.flatten(0, 1)[supervised_N]
             _, _, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)
-            logits_N = model.halt_logits(output_ND)[..., 0].double()
-            part.append(HaltingRecord(rows_N, logits_N.cpu().numpy(), (argmax_N == labels_N).cpu().numpy()))
+            logits_N = model.halt_logits(output_ND)[..., 0].cpu().double()
+            part.append(HaltingRecord(rows_N, logits_N.numpy(), (argmax_N == labels_N).cpu().numpy()))
     records = [_joined(part) for part in parts]
     if not all(np.isfinite(record.logits_N).all() for record in records):
         raise UsageError(

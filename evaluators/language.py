@@ -18,6 +18,7 @@ from torch import Tensor
 from dataset.text.loader import IGNORE_LABEL_ID, Examples, TextCorpus, collate
 from models.act import RecursiveModel
 from models.cache import HeldLanes
+from models.device import on_device
 from models.losses import linear_cross_entropy
 
 # A deeper ACT step may cost this much more than the one before, in nats per token, before it counts as worse.
@@ -197,10 +198,13 @@ def evaluate_language(
         batch = collate(examples, pad_id=0, length_multiple=pad_multiple)
         turn_bytes = sum(example.turn_bytes for example in examples)
         inputs_BT, labels_BT, segments_BT = (
-            torch.from_numpy(batch[name].astype(np.int64)).to(model.device) for name in ("inputs", "labels", "segment")
+            on_device(batch[name].astype(np.int64), model.device) for name in ("inputs", "labels", "segment")
         )
-        supervised_BT = labels_BT != IGNORE_LABEL_ID
-        labels_N = labels_BT[supervised_BT]
+        # What the host knows is not asked of the device.
+        place_N = np.flatnonzero(batch["labels"] != IGNORE_LABEL_ID)
+        is_text_N = torch.from_numpy(batch["labels"].ravel()[place_N] != eos_id)
+        supervised_N = on_device(place_N, model.device)
+        labels_N = labels_BT.flatten()[supervised_N]
         weights_N = torch.zeros(len(labels_N), device=model.device)
         refinement = model.refine(
             inputs_BT,
@@ -213,27 +217,28 @@ def evaluate_language(
         )
         for step, refined in enumerate(refinement):
             if halt_threshold is None or refined.is_last:
-                output_ND = refined.output_BTD[supervised_BT]
+                output_ND = refined.output_BTD.flatten(0, 1)[supervised_N]
                 _, nll_N, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)
                 sums = result.by_depth[0 if halt_threshold is not None else step]
-                right_BT = torch.zeros_like(supervised_BT)
-                right_BT[supervised_BT] = argmax_N == labels_N
-                sums.nll += float(nll_N.double().sum())
-                sums.text_nll += float(nll_N[labels_N != eos_id].double().sum())
+                # Together, because each waits for the device.
+                read_nll_N, right_N = torch.stack((nll_N, (argmax_N == labels_N).to(nll_N.dtype))).cpu().double()
+                sums.nll += float(read_nll_N.sum())
+                sums.text_nll += float(read_nll_N[is_text_N].sum())
                 sums.tokens += len(labels_N)
                 sums.text_bytes += turn_bytes
-                sums.correct += int(right_BT.sum())
+                sums.correct += int(right_N.sum())
                 sums.conversations += len(rows)
-                sums.exact += int((right_BT | ~supervised_BT).all(dim=1).sum())
+                wrong_rows = np.unique(place_N[right_N.numpy() == 0] // inputs_BT.shape[1])
+                sums.exact += len(rows) - len(wrong_rows)
                 if refined.is_last and on_output is not None:
                     preds_BT = torch.full_like(labels_BT, IGNORE_LABEL_ID)
-                    preds_BT[supervised_BT] = argmax_N
+                    preds_BT.view(-1)[supervised_N] = argmax_N
                     nll_BT = torch.zeros(labels_BT.shape, dtype=nll_N.dtype, device=model.device)
-                    nll_BT[supervised_BT] = nll_N
+                    nll_BT.view(-1)[supervised_N] = nll_N
                     halt_logits_BT = model.halt_logits(refined.output_BTD)[..., 0]
                     on_output(
                         DepthOutput(rows, batch["inputs"], batch["labels"], preds_BT, nll_BT, halt_logits_BT, refined.steps_BT)
                     )
             if refined.is_last:
-                result.step_sum += int(refined.steps_BT[supervised_BT].sum())
+                result.step_sum += int(refined.steps_BT.flatten()[supervised_N].sum())
     return result

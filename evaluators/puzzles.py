@@ -19,6 +19,7 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, evaluation_batches
 from evaluators.arc import ARC
 from models.act import RecursiveModel
+from models.device import on_device
 from models.losses import row_loss
 from models.row_halting import halted
 
@@ -106,34 +107,33 @@ def evaluate_puzzles(
         if not (batch.rows >= 0).any():
             continue
         output, sums = _solve(model, batch)
-        result[batch.set_name] += sums.cpu().numpy()
+        result[batch.set_name] += sums.numpy()
         if on_output is not None:
             on_output(output)
     return PuzzleResult(result)
 
 
 def _solve(model: RecursiveModel, batch: PuzzleBatch) -> tuple[PuzzleOutput, Tensor]:
-    """All ACT steps of a batch's rows, and their sums after each, float64 [S, sums]."""
+    """All ACT steps of a batch's rows, and their sums after each, float64 [S, sums] on the host."""
     config = model.config
     real = batch.rows >= 0
 
-    def on_device(values: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values[real].astype(np.int64)).to(model.device)
-
-    inputs_BT, labels_BT, puzzle_ids_B = (on_device(v) for v in (batch.inputs, batch.labels, batch.puzzle_identifiers))
+    inputs_BT, labels_BT, puzzle_ids_B = (
+        on_device(values[real].astype(np.int64), model.device) for values in (batch.inputs, batch.labels, batch.puzzle_identifiers)
+    )
     rows, tokens = inputs_BT.shape
     positions = model.prefix_len + tokens
     rotary = model.rotary(torch.arange(positions))
     mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
     x_BTD = model.embed(inputs_BT, puzzle_ids_B)
     states = model.initial_states(rows, positions)
-    counted_B = (labels_BT != IGNORE_LABEL_ID).any(dim=1)
     # Of every row as it stands after its last step: one column for each of _MEASURES.
-    measured_BM = torch.zeros(rows, len(_MEASURES), dtype=torch.float64, device=model.device)
+    exact = torch.promote_types(model.dtype, torch.float32)
+    measured_BM = torch.zeros(rows, len(_MEASURES), dtype=exact, device=model.device)
     preds_BT, halt_logits_B = torch.zeros_like(inputs_BT), torch.zeros(rows, device=model.device)
     steps_B = torch.zeros_like(puzzle_ids_B)
     at_work_R = torch.arange(rows, device=model.device)
-    sums, preds = [], []
+    measured, preds = [], []
     for step in range(1, config.halt_max_steps + 1):
         if len(at_work_R):
             states, output_RTD = model.act_step(states, x_BTD[at_work_R], rotary, mask)
@@ -146,19 +146,22 @@ def _solve(model: RecursiveModel, batch: PuzzleBatch) -> tuple[PuzzleOutput, Ten
             halt_logits_B[at_work_R] = halt_logits_R2[:, 0].to(halt_logits_B.dtype)
             says_right_R = halt_logits_R2[:, 0] >= 0
             columns = (loss.accuracy_B, loss.is_right_B, says_right_R == loss.is_right_B, steps_R, loss.nll_B, loss.halt_bce_B)
-            measured_BM[at_work_R] = torch.stack([column.double() for column in columns], dim=1)
+            measured_BM[at_work_R] = torch.stack([column.to(exact) for column in columns], dim=1)
             going_on_R = ~halted(config, halt_logits_R2, steps_R, None)
             if config.act_inference:
                 # Rows that have left cost nothing more.
                 at_work_R, states = at_work_R[going_on_R], tuple(state[going_on_R] for state in states)
-        summed_M = (measured_BM * counted_B.unsqueeze(1)).sum(dim=0)
-        sums.append(torch.cat((counted_B.sum().double().unsqueeze(0), summed_M)))
+        measured.append(measured_BM.clone())
         preds.append(preds_BT.clone())
     row = torch.from_numpy(batch.rows[real])
     output = PuzzleOutput(
         batch.set_name, row, inputs_BT, labels_BT, puzzle_ids_B, torch.stack(preds, dim=1), halt_logits_B, steps_B
     )
-    return output, torch.stack(sums)
+    # Summed on the host, where there is float64 whatever the device.
+    counted_B1 = torch.from_numpy((batch.labels[real] != IGNORE_LABEL_ID).any(axis=1, keepdims=True))
+    measured_SBM = torch.stack(measured).cpu().double()
+    counted_SB1 = counted_B1.double().expand(len(measured), -1, -1)
+    return output, torch.cat((counted_SB1, measured_SBM * counted_B1), dim=2).sum(dim=1)
 
 
 class PuzzleMeasurement:
