@@ -93,7 +93,8 @@ class _Window:
         self.steps = 0
         self.skipped = 0
         self.grad_norm = 0.0
-        self._sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
+        self._sums = dict.fromkeys(names, 0.0)
+        self._unread: dict[str, list[Tensor]] = {name: [] for name in names}
         self._halted_at = np.zeros(depths + 1)
 
     def add(self, result: StepResult) -> None:
@@ -105,11 +106,19 @@ class _Window:
         self.steps += 1
         self.grad_norm += result.grad_norm
         for name, value in result.sums.items():
-            self._sums[name] += value.double() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                self._unread[name].append(value)
+            else:
+                self._sums[name] += value
 
     def totals(self, ranks: Ranks) -> tuple[dict[str, float], dict[int, int]]:
         """Sums by name, and how many rows halted at each depth, over all ranks."""
-        numbers = ranks.sum_numbers([*map(float, self._sums.values()), *self._halted_at])
+        for name, unread in self._unread.items():
+            # Added on the host, in float64, which not every device has.
+            for value in torch.stack(unread).tolist() if unread else ():
+                self._sums[name] += value
+            unread.clear()
+        numbers = ranks.sum_numbers([*self._sums.values(), *self._halted_at])
         halted_at = {depth: int(count) for depth, count in enumerate(numbers[len(self._sums) :]) if count}
         return dict(zip(self._sums, numbers, strict=False)), halted_at
 
