@@ -16,6 +16,7 @@ from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches
 from models.act import RecursiveModel
+from models.device import on_device
 from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
@@ -161,7 +162,7 @@ class PuzzleTask:
             (carry.labels_BT, batch.labels),
             (carry.puzzle_ids_B, batch.puzzle_identifiers),
         ):
-            entering = torch.from_numpy(rows.astype(np.int64)).to(target.device)
+            entering = on_device(rows.astype(np.int64), target.device)
             target.copy_(torch.where(free_B.view(-1, *[1] * (target.dim() - 1)), entering, target))
         for state, initial in zip(carry.states, self.model.initial_states(1, 1), strict=True):
             state.copy_(torch.where(free_B.view(-1, 1, 1), initial, state))
@@ -174,11 +175,12 @@ class PuzzleTask:
         minimum = exploration(
             self.config.seed, self.steps_done, self.config.global_batch_size, arch.halt_exploration_prob, arch.halt_max_steps
         )
-        minimum_B = torch.from_numpy(minimum[self._part.start : self._part.stop]).to(self.model.device)
+        minimum_B = on_device(minimum[self._part.start : self._part.stop], self.model.device)
         at_once = self.config.micro_batch_size or rows
         for start in range(0, rows, at_once):
             yield self._act_step(slice(start, start + at_once), minimum_B[start : start + at_once])
-        self.finished_depths = carry.steps_B[carry.halted_B].tolist()
+        # Zeros left out on the host: a GPU would be asked for their number first.
+        self.finished_depths = [depth for depth in (carry.steps_B * carry.halted_B).tolist() if depth]
         self.steps_done += 1
         self._place = self._place_in_data()
         self._batch = self._next_batch()
