@@ -410,8 +410,8 @@ class TrainingConfig(_Section):
     """Begin with the weights of this checkpoint (their moving average, if it has one) instead of drawn ones, at step 0."""
     seed: int = Field(ge=0)
     """Seed of weights, order and drawn depths."""
-    device: Literal["auto", "cpu", "cuda"]
-    """auto: CUDA if there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    """auto: CUDA (of AMD's cards, too) if there is one, else MPS (Apple's), else the CPU."""
     compile: Literal["auto"] | bool
     """torch.compile the level stacks for training. auto: on CUDA. The environment variable DISABLE_COMPILE=1 turns it off."""
     tf32: bool

@@ -24,11 +24,17 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for `name` auto, cpu or cuda. Raises UsageError if CUDA is asked for and there is none."""
+    """The device for `name` auto, cpu, cuda (ROCm, too) or mps (Apple). Auto: the first of cuda, mps and cpu that there is.
+
+    Raises UsageError if a device is asked for and there is none.
+    """
+    there_is = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda, but torch sees no CUDA device: use device=cpu, or check the driver and the torch build")
+        name = next(kind for kind, is_there in there_is.items() if is_there)
+    if not there_is[name]:
+        raise UsageError(
+            f"device={name}, but torch sees no {name.upper()} device: use device=cpu, or check the driver and the torch build"
+        )
     return torch.device(name)
 
 
@@ -38,11 +44,13 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
-    """`forward_dtype`, with auto decided: bfloat16 where the processor multiplies it natively, else float32."""
+    """`forward_dtype`, with auto decided: bfloat16 where a CPU or a CUDA device multiplies it natively, else float32."""
     if forward_dtype != "auto":
         return forward_dtype
-    on_cuda = device.type == "cuda"
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else cpu_multiplies_bfloat16()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and cpu_multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 

@@ -10,14 +10,18 @@ import torch
 from config.errors import UsageError
 from models.device import keep_freed_memory, peak_memory, pick_device, resolve_dtype, set_matmul_precision, should_compile
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 def test_cuda_is_taken_when_it_is_there_and_asked_for_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == CPU and pick_device("cpu") == CPU
-    with pytest.raises(UsageError, match="use device=cpu"):
-        pick_device("cuda")
+    for name in ("cuda", "mps"):
+        with pytest.raises(UsageError, match=f"no {name.upper()} device: use device=cpu"):
+            pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == MPS and pick_device("mps") == MPS and pick_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == CUDA and pick_device("cuda") == CUDA and pick_device("cpu") == CPU
 
@@ -29,7 +33,7 @@ def test_auto_is_bfloat16_only_where_the_processor_has_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     expected = "bfloat16" if native else "float32"
     assert resolve_dtype("auto", CPU) == expected and resolve_dtype("auto", CUDA) == expected
-    assert resolve_dtype("float64", CPU) == "float64"
+    assert resolve_dtype("float64", CPU) == "float64" and resolve_dtype("auto", MPS) == "float32"
 
 
 @pytest.mark.parametrize(("variable", "compiles"), [(None, True), ("", True), ("0", True), ("1", False), ("true", False)])
