@@ -2,34 +2,73 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.nn.attention import flex_attention
 
-from config.schema import PretrainInstructConfig
+import training.run
+from config.compose import compose_as
+from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
+from dataset.puzzles.loader import PuzzleData
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
+from dataset.text.packing import lay_out
+from evaluators.calibration import record_halting
+from evaluators.language import evaluate_language
+from evaluators.puzzles import evaluate_puzzles
+from generation.engine import Engine, Prompt, Request, lane_count
+from generation.sampling import Sampling
 from models.act import RecursiveModel
-from tests.fake_device import FakeDevice
+from models.cache import FusedLanes, KVCache, extend_call
+from models.device import on_device
+from models.layers import Mask, TokenRows
+from tests.fake_device import FakeDevice, fake_device
+from tests.puzzle_data import TINY_PUZZLES, write_puzzles
+from training.distributed import Ranks
 from training.loop import Trainer
+from training.puzzle import PuzzleTask
 from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 ExampleFactory = Callable[..., list[Example]]
 RECURSIONS = ("trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
 VOCABULARY = 13
+# Steps and tokens: the host reads whether weights may move, and the ids.
+OF_A_STEP = ["training/loop.py:_reduce_gradients"]
+OF_TOKENS = ["generation/engine.py:_give"]
 
 
 def small(recursion: str) -> tuple[str, ...]:
-    """Overrides of `tiny_config`: as on a GPU, and with as few level calls as it takes."""
+    """Overrides for a network of as few level calls as it takes, in the number format of a GPU."""
     calls = () if recursion == "transformers_baseline" else ("arch.H_cycles=1", "arch.L_cycles=1")
-    return (f"arch={recursion}", *calls, "arch.forward_dtype=bfloat16", "ema=true")
+    layers = {"hrm": (), "transformers_baseline": ()}.get(recursion, ("arch.L_layers=1",))
+    return (f"arch={recursion}", *calls, *layers, "arch.forward_dtype=bfloat16", "ema=true")
 
 
 def text_trainer(device: FakeDevice, config: PretrainInstructConfig, examples: list[Example]) -> Trainer:
-    model = RecursiveModel(config.arch, VOCABULARY)
-    model.to(device.device)
+    model = RecursiveModel(config.arch, VOCABULARY).to(device.device)
     curriculum = Curriculum.of_epochs(len(examples), config.seed, config.epochs)
     return Trainer(config, model, TextTask(config, model, ExampleStream(examples, curriculum, 0), curriculum))
+
+
+def answering(device: FakeDevice, config: PretrainInstructConfig) -> RecursiveModel:
+    model = RecursiveModel(config.arch, VOCABULARY).to(device.device).eval()
+    model.cast_for_inference()
+    return model
+
+
+def ticks(device: FakeDevice, engine: Engine, lengths: tuple[int, ...], **options: object) -> list[tuple[int, list[str]]]:
+    """Of each tick of the answers to prompts of these lengths, three tokens each: the tokens it gave and where the host waited."""
+    for length in lengths:
+        engine.submit(Request(Prompt(np.arange(length) % VOCABULARY, np.ones(length, np.int32)), 3, **options))
+    found = []
+    while engine.busy:
+        device.waits.clear()
+        found.append((len(engine.tick()), device.waits.copy()))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -43,12 +82,189 @@ def test_a_step_of_training_waits_once(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, recursion: str, attention: str, packing: str
 ) -> None:
     config = tiny_config(*small(recursion), f"arch.attention={attention}", f"packing={packing}")
-    with FakeDevice() as device:
+    with fake_device() as device:
         steps = text_trainer(device, config, random_examples(12)).steps()
         for _ in range(2):
             device.waits.clear()
             device.largest_sent = 0
             next(steps)
-            assert device.waits == ["training/loop.py:_reduce_gradients"]
+            assert device.waits == OF_A_STEP
             # Nothing larger goes there than the ids of a batch, and no mask.
             assert device.largest_sent <= config.global_batch_size * config.dataset.seq_len
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("arch.halt.mode=settled", "micro_batch_size=2", "grad_clip=1.0", "arch.activation_checkpointing=true"),
+        ("arch.halt.mode=sampled", "act_steps_per_update=2", "arch.halt.backprop=true", "arch.loss=softmax"),
+    ],
+)
+def test_other_ways_to_train(tiny_config: ConfigFactory, random_examples: ExampleFactory, overrides: tuple[str, ...]) -> None:
+    with fake_device() as device:
+        trainer = text_trainer(device, tiny_config(*small("trm"), *overrides), random_examples(8))
+        window = training.run._Window(trainer.task.sum_names, trainer.model.config.halt_max_steps)
+        device.waits.clear()
+        window.add(next(trainer.steps()))
+        # Shares of settled tokens are what rows leave their slots by.
+        assert set(device.waits) <= {*OF_A_STEP, "training/text.py:_act_step"}
+        assert window.totals(Ranks())[0]["nll"]
+        trainer.task.mend()
+        trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_masks(
+    tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, attention: str, is_packed: bool, in_blocks: bool
+) -> None:
+    """Each kind over rows of two widths, in blocks as compiled code has it."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    config = tiny_config(*small("trm"), f"arch.attention={attention}")
+    with fake_device() as device, torch.no_grad():
+        model = answering(device, config)
+        model._is_compiled = in_blocks
+        lengths, device_ = (9, 8, 3), model.device
+        layout = lay_out(np.array(lengths), "packed" if is_packed else "bucketed", 8)
+        groups = [TokenRows(on_device(group.index_N, device_), *group[1:]) for group in layout.groups]
+        tokens = sum(lengths)
+        documents_N = on_device(layout.document_N, device_) if is_packed else None
+        device.waits.clear()
+        mask = model.mask_in_rows(groups, torch.ones(tokens, dtype=torch.int64, device=device_), documents_N)
+        x_ND = model.embed(torch.zeros(tokens, dtype=torch.int64, device=device_))
+        model.act_step(model.initial_states(tokens), x_ND, None, mask)
+        assert not device.waits
+
+
+@pytest.mark.parametrize("recursion", RECURSIONS)
+def test_a_token_waits_once_at_fixed_depth(tiny_config: ConfigFactory, recursion: str) -> None:
+    """Rows of uneven length, one of which enters when another leaves."""
+    with fake_device() as device:
+        model = answering(device, tiny_config(*small(recursion), "arch.attention=prefix"))
+        engine = Engine(model, eos_id=-1, act_steps=2, rows=2, positions=12)
+        found = ticks(device, engine, (5, 2))
+        assert found == [(2, OF_TOKENS), (2, OF_TOKENS), (0, []), (2, OF_TOKENS)]
+
+
+def test_halting_waits_once_more(tiny_config: ConfigFactory) -> None:
+    """Every token halts at its first step, and the engine reads which do."""
+    with fake_device() as device:
+        model = answering(device, tiny_config(*small("trm"), "arch.attention=prefix"))
+        engine = Engine(model, eos_id=-1, act_steps=3, rows=2, positions=12)
+        _, *found = ticks(device, engine, (5, 2), halt_threshold=0.5)
+        assert found == [(2, ["generation/engine.py:_halting", *OF_TOKENS])]
+
+
+def test_sampling_waits_no_more_than_greedy_choice(tiny_config: ConfigFactory) -> None:
+    sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    with fake_device() as device:
+        engine = Engine(answering(device, tiny_config(*small("trm"))), eos_id=-1, act_steps=1, rows=2, positions=12)
+        _, *found = ticks(device, engine, (5, 2), sampling=sampling, top=3)
+        assert found == [(2, OF_TOKENS)]
+
+
+def test_speculation(tiny_config: ConfigFactory) -> None:
+    with fake_device() as device:
+        engine = Engine(answering(device, tiny_config(*small("trm"))), eos_id=-1, act_steps=2, rows=1, positions=12, draft_tokens=2)
+        assert [count for count, _ in ticks(device, engine, (5,))] == [3]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_lanes_of_a_cache(tiny_config: ConfigFactory, count: int) -> None:
+    """Filling, extending by one token and by several, compiled code's way, and what halted tokens leave."""
+    with fake_device() as device, torch.inference_mode():
+        model = answering(device, tiny_config(*small("trm"), "arch.attention=prefix"))
+        cache = KVCache(
+            rows=3,
+            act_steps=2,
+            lanes=lane_count(model),
+            heads=model.config.num_heads,
+            positions=16,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        table = model.rotary(torch.arange(16))
+        assert table is not None
+        rotary = table.at(torch.arange(count, device=model.device))
+        device.waits.clear()
+        x_BTD = model.embed(torch.zeros(2, count, dtype=torch.int64, device=model.device))
+        states = model.initial_states(2, count)
+        active_BT = torch.ones(2, count, dtype=torch.bool, device=model.device)
+        filling = cache.fill([2, 0], [0, 1], [count, 1])
+        for step in range(2):
+            model.act_step(states, x_BTD, rotary, model.mask(active_BT.long()), filling.at_step(step, active_BT))
+        model.act_step(states, x_BTD, rotary, Mask(), cache.extend([0, 2], [0, 1], [4, 2]))
+        if count == 1:
+            model.act_step(states, x_BTD, rotary, Mask(), FusedLanes(cache, extend_call, [0, 2], [0, 1], [4, 2]))
+        cache.carry_halted(0, 4, 0, 2)
+        assert not device.waits
+
+
+@pytest.mark.parametrize("halt_threshold", [None, 0.5])
+def test_evaluation_on_text(tiny_config: ConfigFactory, random_examples: ExampleFactory, halt_threshold: float | None) -> None:
+    with fake_device() as device:
+        model, outputs = answering(device, tiny_config(*small("trm"), "arch.attention=prefix")), []
+        result = evaluate_language(
+            model,
+            random_examples(3),
+            eos_id=1,
+            batch_size=2,
+            act_steps=2,
+            halt_threshold=halt_threshold,
+            on_output=outputs.append,
+        )
+        assert result.by_depth[-1].conversations == 3 and len(outputs) == 2
+        record_halting(model, random_examples(3), batch_size=2, act_steps=2)
+
+
+PUZZLES = ("arch.forward_dtype=bfloat16", "arch.H_cycles=1", "ema=true")
+
+
+@pytest.mark.parametrize("recursion", ["trm", "hrm"])
+@pytest.mark.parametrize("overrides", [(), ("arch.mlp_t=true", "arch.pos_encodings=none", "arch.act_inference=true")])
+def test_puzzles(tmp_path: Path, recursion: str, overrides: tuple[str, ...]) -> None:
+    """Training with sparse puzzle vectors and evaluation."""
+    path = write_puzzles(tmp_path / "puzzles")
+    layers = ("arch.H_layers=1",) if recursion == "hrm" else ()
+    config = compose_as(
+        PretrainPuzzleConfig,
+        "cfg_pretrain",
+        [f"data_paths=[{path}]", *TINY_PUZZLES, f"arch={recursion}", *layers, *PUZZLES, *overrides],
+    )
+    data = PuzzleData(config.data_paths, "train")
+    meta = data.metadata
+    with fake_device() as device:
+        model = RecursiveModel(config.arch, meta.vocab_size, seq_len=meta.seq_len, puzzles=meta.num_puzzle_identifiers)
+        model.to(device.device)
+        trainer = Trainer(config, model, PuzzleTask(config, model, data))
+        steps = trainer.steps()
+        next(steps)
+        device.waits.clear()
+        next(steps)
+        # Which rows left, whether weights may move, and how many puzzles there were.
+        assert device.waits == ["training/puzzle.py:parts", *OF_A_STEP, "models/sparse_embedding.py:take_gradient"]
+        trainer.task.mend()
+        trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
+        evaluate_puzzles(model, data, batch_size=4, max_batches=1)
+
+
+def test_what_is_refused() -> None:
+    """The three faults that these tests are for, and what the host waits for."""
+    with fake_device() as device:
+        x = torch.zeros(4, 4, device="cuda")
+        with pytest.raises(TypeError, match="tensors on the host and on the device, in a test"):
+            x[torch.tensor([0, 1])]
+        with pytest.raises(TypeError, match="tensors on the host and on the device, in a test"):
+            x.masked_fill(torch.ones(4, 4, dtype=torch.bool).tril(), 0.0)
+        with pytest.raises(TypeError, match="float64 on the device"):
+            x.double()
+        assert not device.waits
+        x[on_device([0, 1], device.device)].tolist()
+        assert device.waits == ["a test"]
+        torch.tensor([0, 1], device="cuda")
+        x[x > 0]
+        x[x > 0] = 1.0
+        x[on_device([0], device.device)] = 1.0
+        assert float(x.sum()) == 1.0 and device.waits == ["a test"] * 5
