@@ -1,4 +1,4 @@
-"""What benchmarks share: flags, config, synthetic conversations and a trainer on them, counted FLOPs.
+"""What benchmarks share: flags, config, synthetic conversations, a trainer, counted FLOPs.
 
 Knows no side of a comparison.
 """
@@ -18,6 +18,7 @@ from dataset.text.loader import Example
 from models.act import RecursiveModel
 from models.device import peak_memory, pick_device, resolve_arch, set_matmul_precision
 from training.loop import Trainer
+from training.slots import Examples
 from training.text import TextTask
 
 VOCABULARY = 32_000
@@ -69,8 +70,8 @@ class SyntheticRows:
         self._next += count
 
 
-def synthetic_trainer(config: PretrainInstructConfig, rows: SyntheticRows, vocabulary: int, *, compiled: bool = False) -> Trainer:
-    """The real training loop on synthetic `rows`, on the device of `config`."""
+def trainer_on(config: PretrainInstructConfig, rows: Examples, vocabulary: int, *, compiled: bool = False) -> Trainer:
+    """The real training loop on `rows`, more than it takes, on the device of `config`."""
     device = pick_device(config.device)
     model = RecursiveModel(config.arch, vocabulary, seed=config.seed).to(device)
     set_matmul_precision(config.tf32, device)

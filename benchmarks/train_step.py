@@ -36,7 +36,7 @@ from benchmarks.common import (
     parser,
     peak_memory_bytes,
     synthetic_example,
-    synthetic_trainer,
+    trainer_on,
     use_threads,
 )
 from benchmarks.naive import NaiveTRM, check_arch, stablemax_cross_entropy, train_step
@@ -134,7 +134,7 @@ class Ours:
     """The real training loop."""
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
-        self.trainer = synthetic_trainer(config, SyntheticRows(config, vocabulary), vocabulary)
+        self.trainer = trainer_on(config, SyntheticRows(config, vocabulary), vocabulary)
         self.model = self.trainer.model
         self._steps = self.trainer.steps()
         self._seconds: dict[str, float] = {}

@@ -89,7 +89,19 @@ SHORT_RUN = (
 )
 
 # What takes longest begins first, so that of two processes none is left with much at the end.
-LONG_FILES = ("distributed", "readme", "resume", "benchmarks", "engine", "doors", "act", "loop", "sweeps", "recursive_reasoning")
+LONG_FILES = (
+    "distributed",
+    "cuda_benchmark",
+    "readme",
+    "resume",
+    "benchmarks",
+    "engine",
+    "doors",
+    "act",
+    "loop",
+    "sweeps",
+    "recursive_reasoning",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

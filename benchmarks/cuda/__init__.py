@@ -1,0 +1,1 @@
+"""The check-up on a CUDA device: python -m benchmarks.cuda."""

@@ -1,0 +1,166 @@
+"""What the parts of the check-up share: sizes, cases, and the workloads that more than one of them has. Knows no part."""
+
+import contextlib
+import gc
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import VOCABULARY, benchmark_config
+from config.schema import PretrainInstructConfig
+from models.device import peak_memory
+from training.loop import StepResult
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of what is measured, and where."""
+
+    device: str = "cuda"
+    data: Path | None = None
+    """Conversations, and puzzles in its folder sudoku."""
+    left: float = math.inf
+    """Seconds that the part's process may take."""
+    processes: int = 5
+    """Of a part that may share its cases among several."""
+    smoke: tuple[str, ...] = ("arch.hidden_size=128", "arch.num_heads=4", "dataset.seq_len=160", "global_batch_size=6")
+    """Of the smoke part: a float64 reference on the CPU takes a second, rows are longer than a block of FlexAttention."""
+    arch: tuple[str, ...] = ()
+    puzzles: tuple[str, ...] = ()
+    vocabulary: int = VOCABULARY
+    batch: int = 48
+    positions: int = 512
+    steps: int = 12
+    """Optimizer steps of a timing."""
+    settling: int = 10
+    """Optimizer steps on rows of varied lengths, after which nothing should compile any more."""
+    watched: int = 20
+    """Optimizer steps after these in which graphs are counted."""
+    epoch_steps: int = 200
+    training_seconds: float = 60.0
+    """Of each network at equal FLOPs."""
+    measured_rows: int = 500
+    sample_rows: int = 20_000
+    """To train on where no data are given."""
+    batches: tuple[int, ...] = (1, 8, 64)
+    act_steps: tuple[int, ...] = (1, 4, 16)
+    tokens: int = 4
+    """Of each row, behind one timing of decoding."""
+    matrix: int = 8192
+    copied_bytes: int = 2**31
+
+
+_TINY = ("arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=1", "arch.halt_max_steps=2")
+REHEARSAL = Scale(
+    device="cpu",
+    processes=2,
+    smoke=("arch.hidden_size=64", "arch.num_heads=2", "arch.H_cycles=1", "dataset.seq_len=24", "global_batch_size=3"),
+    arch=_TINY,
+    puzzles=(*_TINY, "global_batch_size=8"),
+    vocabulary=70,
+    batch=4,
+    positions=32,
+    steps=2,
+    settling=2,
+    watched=2,
+    epoch_steps=3,
+    training_seconds=0.2,
+    measured_rows=4,
+    sample_rows=200,
+    batches=(1, 2),
+    act_steps=(1, 2),
+    tokens=2,
+    matrix=128,
+    copied_bytes=2**20,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure, which fails alone, and the most seconds it may take."""
+
+    name: str
+    measure: Callable[[], Figures]
+    seconds: float = 30
+
+
+def synchronize(scale: Scale) -> None:
+    """Wait until the device has done all that it was given."""
+    if scale.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_memory(scale: Scale) -> None:
+    """Give back what nothing refers to any more, and measure the peak anew from here."""
+    gc.collect()
+    if scale.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gigabytes(scale: Scale) -> float:
+    """Most memory of tensors on the device since `free_memory`; on a CPU of the process."""
+    peak = peak_memory(torch.device(scale.device))
+    return peak.get("cuda_peak_bytes", peak["peak_rss_bytes"]) / 1e9
+
+
+def training_config(scale: Scale, overrides: Sequence[str]) -> PretrainInstructConfig:
+    """The default architecture and loss, batch and positions of `scale`."""
+    size = [f"dataset.seq_len={scale.positions}", f"global_batch_size={scale.batch}", "epochs=1000"]
+    return benchmark_config([*overrides, *scale.arch, *size, "arch.loss=softmax"], scale.device)
+
+
+def timed_steps(steps: Iterator[StepResult], count: int, scale: Scale) -> tuple[list[float], list[StepResult]]:
+    """Seconds and results of so many steps; the device has done each before the next begins."""
+    seconds, results = list[float](), list[StepResult]()
+    for _ in range(count):
+        started = time.perf_counter()
+        results.append(next(steps))
+        synchronize(scale)
+        seconds.append(time.perf_counter() - started)
+    return seconds, results
+
+
+# SlimOrca's rows have a median of 178 ids and a mean of about 340.
+_MEDIAN_LENGTH = 178
+_LENGTH_SPREAD = math.sqrt(2 * math.log(340 / _MEDIAN_LENGTH))
+
+
+def varied_lengths(most: int) -> Callable[[int], int]:
+    """Positions of row i, spread as SlimOrca's are where `most`, at which rows are cut, is 512; in proportion elsewhere."""
+
+    def length(row: int) -> int:
+        drawn = np.random.default_rng(row).lognormal(math.log(_MEDIAN_LENGTH), _LENGTH_SPREAD)
+        return max(2, min(most, round(drawn * most / 512)))
+
+    return length
+
+
+# How the engine decodes on CUDA: as it does by itself, with an ACT step of few rows in one kernel, all else in graphs; in graphs
+# alone; and kernel by kernel.
+ENGINES: dict[str, dict[str, Any]] = {
+    "one kernel": {},
+    "graphs": {"one_kernel": False},
+    "eager": {"record": lambda tick: tick, "one_kernel": False},
+}
+
+
+@contextlib.contextmanager
+def decoding_warnings(figures: Figures) -> Iterator[None]:
+    """Within the block, what the engine warns of is an error in `figures`: it didn't decode as it should have."""
+    handler, log = logging.Handler(), logging.getLogger("generation.device_tick")
+    handler.emit = lambda record: figures.update(error=record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
