@@ -18,8 +18,7 @@ from dataset.text.loader import Example
 from models.act import RecursiveModel
 from models.device import peak_memory, pick_device, resolve_arch, set_matmul_precision
 from training.loop import Trainer
-from training.slots import Examples
-from training.text import TextTask
+from training.text import Examples, TextTask
 
 VOCABULARY = 32_000
 # So many synthetic rows that the schedule never gets near its end.

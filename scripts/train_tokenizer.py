@@ -18,11 +18,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from google.protobuf.message import DecodeError
-from sentencepiece import SentencePieceTrainer
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -42,6 +41,7 @@ _HELD_OUT_ROWS = 2000
 # SentencePiece passes over a sentence that holds one of these: it marks borders and unknown characters by them.
 _RESERVED = re.compile("[\t\0\u2585]")
 Row = tuple[str, ...]
+_Proto: Any = sentencepiece_model_pb2
 
 
 def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
@@ -90,22 +90,22 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
     Texts of the rows have the same pieces as before; any other text is still encoded, of smaller pieces or bytes. Raises
     `UsageError` for a tokenizer that isn't a SentencePiece model of the kind BPE.
     """
-    model = ModelProto()
+    model = _Proto.ModelProto()
     try:
         model.ParseFromString(tokenizer.model_bytes)
     except DecodeError:
         model.Clear()
-    if model.trainer_spec.model_type != TrainerSpec.BPE:
+    if model.trainer_spec.model_type != _Proto.TrainerSpec.BPE:
         raise UsageError(f"--trim: {tokenizer.path} is no SentencePiece model of the kind BPE, name one by dataset.tokenizer_path")
     template = Template()
     used = set[int]()
     for row in chain([(*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))], rows):
         used.update(*tokenizer.encode_batch(row))
-    rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == ModelProto.SentencePiece.NORMAL}
+    rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
     for token in used:
         kept.update(merged_from(model.pieces[token].piece, rank))
-    pieces = [piece for piece in model.pieces if piece.piece in kept or piece.type != ModelProto.SentencePiece.NORMAL]
+    pieces = [piece for piece in model.pieces if piece.piece in kept or piece.type != _Proto.ModelProto.SentencePiece.NORMAL]
     del model.pieces[:]
     model.pieces.extend(pieces)
     model.trainer_spec.vocab_size = len(pieces)
