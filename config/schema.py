@@ -124,15 +124,10 @@ class ArchConfig(_Section):
     """How many of the last level calls carry gradient: of an ACT step's for puzzles, for text of all ACT steps of a row together.
     null: as the original, those of each ACT step's last H cycle, for hrm the last 2; none runs from one ACT step to the next."""
     norm: Literal["post", "pre"]
-    """Where a block has its norms: after its sums, as the original, or before its parts and at the end of a level call."""
-    output_init: Literal["normal", "zero"]
-    """How the last projections of attention and SwiGLU begin: as the others, or at 0, so that a block begins as the identity."""
-    initial_state: Literal["drawn", "zero", "learned"]
-    """States before the first ACT step: a vector drawn once, as the original, zeros, or a vector that is trained."""
+    """post: normalise after each residual sum, as the original. pre: the input of attention and of the SwiGLU, and the output of a
+    level call."""
     qk_norm: bool
-    """Normalise queries and keys before their product."""
-    residual_scale: float = Field(gt=0)
-    """What attention and SwiGLU give is multiplied by this before it is added."""
+    """Normalise the queries and keys of each head (RMS, without a weight) before they are rotated and multiplied."""
     attention: Literal["full", "causal", "prefix"]
     """full: all see all (puzzles). causal: the past. prefix: causal, but a prompt segment sees itself whole."""
     mlp_t: bool
@@ -212,6 +207,8 @@ class ArchConfig(_Section):
         if self.attention != "full" and (self.mlp_t or self.pos_encodings == "learned"):
             what = "mlp_t lets every position see every other" if self.mlp_t else "pos_encodings=learned is for rows of one length"
             raise ValueError(f"{what}: choose attention=full (puzzles), or leave it out")
+        if self.norm == "pre" and self.mlp_t:
+            raise ValueError("mlp_t normalises its residual sums over positions, which norm=pre has none of: choose norm=post")
         if self.puzzle_emb_ndim == 0 and self.puzzle_emb_len:
             raise ValueError(f"puzzle_emb_len {self.puzzle_emb_len} without a vector to fill it: set puzzle_emb_ndim, or this to 0")
         if self.puzzle_emb_ndim > self.prefix_len * self.hidden_size:
@@ -449,22 +446,26 @@ class TrainingConfig(_Section):
     """Draw the run into its folder, run.png, at each evaluation."""
     dry_run: bool
     """Say what the run would take (parameters, memory, steps, FLOPs, time) and write nothing but the token cache of its data."""
+    optimizer: Literal["adam_atan2", "muon"]
+    """adam_atan2: for all weights. muon: Muon for the matrices of the level stacks, AdamATan2 for the rest."""
     lr: float = Field(gt=0)
-    """Peak learning rate."""
+    """Peak learning rate of AdamATan2."""
+    muon_lr: float = Field(gt=0)
+    """Peak learning rate of Muon."""
     grad_clip: float | None = Field(gt=0)
     """Scale the gradient of a step down to this norm if it is larger; null: never."""
     skip_limit: PositiveInt
     """A step whose loss or gradient isn't finite moves no weight; after so many of them in a row the run stops."""
     lr_min_ratio: float = Field(ge=0, le=1)
-    """Share of lr left at the end of the cosine."""
+    """Share of the peak learning rates left at the end of the cosine."""
     lr_warmup_steps: int = Field(ge=0)
     """Warm-up. Puzzles: optimizer steps. Text: this times global_batch_size examples, at most a tenth of its schedule."""
     weight_decay: float = Field(ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay: a step multiplies weights by 1 - learning rate * weight_decay."""
     beta1: float = Field(ge=0, lt=1)
-    """Decay of the gradient's running mean."""
+    """AdamATan2: decay of the gradient's running mean."""
     beta2: float = Field(ge=0, lt=1)
-    """Decay of the squared gradient's running mean."""
+    """AdamATan2: decay of the squared gradient's running mean."""
     ema: bool
     """Keep an exponential moving average of the weights, evaluate and generate with it."""
     ema_rate: float = Field(gt=0, lt=1)
@@ -504,10 +505,6 @@ class PretrainInstructConfig(TrainingConfig):
     """growing: share of the run at which the number of ACT steps has come to halt_max_steps, in even steps."""
     loss_discount: float = Field(ge=0, le=1)
     """Weight of an ACT step's loss, relative to that of the step after it. 1: all weigh the same; 0: the last one alone."""
-    optimizer: Literal["adam_atan2", "muon"]
-    """muon: torch.optim.Muon for the matrices of the stacks, AdamATan2 for the rest."""
-    muon_lr: float = Field(gt=0)
-    """Peak learning rate of Muon's matrices."""
     eval_examples: PositiveInt | None
     """Test rows of each source used in evaluations; null: all."""
     sample_answers: int = Field(ge=0)

@@ -82,10 +82,7 @@ class RecursiveModel(nn.Module):
                 self.add_module(name, BlockStack(layers, config, mixed))
             for name in self.recursion.initial_states:
                 initial_D = truncated_normal_(torch.empty(config.hidden_size), 1.0)
-                if config.initial_state == "learned":
-                    self.register_parameter(name, nn.Parameter(initial_D))
-                else:
-                    self.register_buffer(name, initial_D.to(self.dtype) * (config.initial_state == "drawn"))
+                self.register_buffer(name, initial_D.to(self.dtype))
             self.embed_pos: Embedding | None = None
             if config.pos_encodings == "learned" and positions is not None:
                 self.embed_pos = Embedding(positions, config.hidden_size)
@@ -116,7 +113,7 @@ class RecursiveModel(nn.Module):
 
     def initial_states(self, *shape: int) -> States:
         """Every latent state before the first ACT step, each [*shape, D]; a view, not to be written to."""
-        return tuple(getattr(self, name).to(self.dtype).expand(*shape, -1) for name in self.recursion.initial_states)
+        return tuple(self.get_buffer(name).expand(*shape, -1) for name in self.recursion.initial_states)
 
     def embed(self, ids_BT: Tensor, puzzle_ids_B: Tensor | None = None) -> Tensor:
         """Input embedding, scaled by sqrt(D): [B, T, D], or with the vectors of the rows' puzzles before the tokens [B, P + T, D].

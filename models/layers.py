@@ -185,10 +185,11 @@ def rms_norm(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v come from one stacked projection.
 
-    Heads that don't divide the channels are narrower, together too: 12 heads of 512 channels have 42 each, 504 in all.
+    Heads that don't divide the channels are narrower, together too: 12 heads of 512 channels have 42 each, 504 in all. With
+    `qk_norm`, each head's query and key are normalised before they are rotated (arXiv 2010.04245, by RMS and without a scale).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qk_norm = qk_norm
@@ -242,10 +243,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block of attention and SwiGLU, each added to the stream h.
+    """Transformer block of attention and SwiGLU, each added to its input.
 
     Post-norm, as the original: h = rms(h + attention(h)), then h = rms(h + swiglu(h)). Pre-norm: h = h + attention(rms(h)), then
-    h = h + swiglu(rms(h)).
+    h = h + swiglu(rms(h)); the stack normalises what its last block gives.
 
     With `mixed_positions`, rows have exactly so many positions, and a SwiGLU over the positions of each channel takes the place of
     attention (`mlp_t`); as in the original, the norm of its sum runs over positions, too, not over channels.
@@ -255,32 +256,24 @@ class Block(nn.Module):
         super().__init__()
         hidden_size, expansion = config.hidden_size, config.expansion
         self.is_pre_norm = config.norm == "pre"
-        self.scale = config.residual_scale
         mixed = mixed_positions is not None
         self.self_attn = None if mixed else Attention(hidden_size, config.num_heads, config.qk_norm)
         self.mlp_t = SwiGLU(mixed_positions, expansion) if mixed_positions is not None else None
         self.mlp = SwiGLU(hidden_size, expansion)
-        if config.output_init == "zero":
-            for linear in (
-                None if self.self_attn is None else self.self_attn.o_proj,
-                self.mlp_t and self.mlp_t.down_proj,
-                self.mlp.down_proj,
-            ):
-                if linear is not None:
-                    nn.init.zeros_(linear.weight)
 
     def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
         if self.is_pre_norm:
             assert self.self_attn is not None
-            h = h + self.scale * self.self_attn(rms_norm(h), rotary, mask, lane)
-            return h + self.scale * self.mlp(rms_norm(h))
+            h = h + self.self_attn(rms_norm(h), rotary, mask, lane)
+            result: Tensor = h + self.mlp(rms_norm(h))
+            return result
         if self.mlp_t is not None:
             h_BDT = h.transpose(1, 2)
             h = rms_norm(h_BDT + self.mlp_t(h_BDT)).transpose(1, 2)
         else:
             assert self.self_attn is not None
-            h = rms_norm(h + self.scale * self.self_attn(h, rotary, mask, lane))
-        return rms_norm(h + self.scale * self.mlp(h))
+            h = rms_norm(h + self.self_attn(h, rotary, mask, lane))
+        return rms_norm(h + self.mlp(h))
 
 
 class BlockStack(nn.Module):

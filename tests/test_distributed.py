@@ -77,6 +77,19 @@ def test_two_ranks_are_one(together: Path, alone: Path) -> None:
     assert_equal(together, alone)
 
 
+def test_two_ranks_are_one_under_muon(run_config: RunConfig, tmp_path: Path) -> None:
+    """But for bfloat16, in which Muon computes: a sum in another order may round to its neighbour."""
+    muon = (*EXACT, "optimizer=muon", "muon_lr=0.1", "max_steps=3", "checkpoint.every_steps=1")
+    alone = run_instruct(run_config(tmp_path / "alone", *muon)).checkpoint
+    children = start_ranks(run_config(tmp_path, *muon), 2, tmp_path)
+    assert [child.end(240) for child in children] == [0, 0], "\n".join(child.text for child in children)
+    for step in (1, 2, 3):
+        found, expected = (load_file(f / f"step_{step}/model.safetensors") for f in (tmp_path / "SlimOrca-ACT/run", alone.parent))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * step, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_two_ranks_end_together_and_go_on(run_config: RunConfig, tmp_path: Path) -> None:
     """By the clock, which is the first one's, then by the held-out loss: in all the run of one process that knows no clock."""
     watched = (*EXACT, "eval_every_steps=3", "eval_interval=2", "early_stopping.patience=2", "early_stopping.min_delta=100")

@@ -30,6 +30,8 @@ EACH_RECURSION = [
     *itertools.product(["trm", "hrm"], ["causal", "prefix"], [UNEVEN, (4, 4)], [0]),
     *((name, "prefix", UNEVEN, 1) for name in ("trm_singlez", "trm_hier6", "transformers_baseline")),
 ]
+# The other kinds of blocks.
+OTHER_BLOCKS = ("arch.norm=pre", "arch.qk_norm=true")
 
 
 def make_prompts(lengths: Sequence[int], seed: int = 0, turns: int = 2) -> list[Prompt]:
@@ -88,12 +90,25 @@ def recomputed(model: RecursiveModel, prompt: Prompt, tokens: Sequence[Token], a
         return model.logits(output[0, -len(tokens) :])
 
 
-@pytest.mark.parametrize(("recursion", "attention", "lengths", "seed"), EACH_RECURSION)
+@pytest.mark.parametrize(
+    ("recursion", "attention", "lengths", "seed", "blocks"),
+    [
+        *((*case, ()) for case in EACH_RECURSION),
+        *(("transformers_baseline", "prefix", UNEVEN, 1, (kind,)) for kind in OTHER_BLOCKS),
+        ("trm", "causal", UNEVEN, 0, OTHER_BLOCKS),
+    ],
+)
 @pytest.mark.parametrize("act_steps", [1, 4, 16])
 def test_cached_equals_recomputed(
-    tiny_model: ModelFactory, recursion: str, attention: str, act_steps: int, lengths: tuple[int, ...], seed: int
+    tiny_model: ModelFactory,
+    recursion: str,
+    attention: str,
+    act_steps: int,
+    lengths: tuple[int, ...],
+    seed: int,
+    blocks: tuple[str, ...],
 ) -> None:
-    model = tiny_model(f"arch={recursion}", f"arch.attention={attention}", seed=seed)
+    model = tiny_model(f"arch={recursion}", f"arch.attention={attention}", *blocks, seed=seed)
     prompts = make_prompts(lengths)
     for prompt, tokens in zip(prompts, decode(model, requests_for(prompts, 5), act_steps=act_steps), strict=True):
         assert len(tokens) == 5 and [token.finish for token in tokens] == [None] * 4 + ["length"]

@@ -79,7 +79,12 @@ def test_parameters_are_the_original_layers_weights(tiny_config: ConfigFactory, 
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("arch.attention=prefix", "micro_batch_size=3"), ("arch.activation_checkpointing=true", "ema=true")],
+    [
+        (),
+        ("arch.attention=prefix", "micro_batch_size=3"),
+        ("arch.activation_checkpointing=true", "ema=true"),
+        ("optimizer=muon",),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_a_whole_step(
@@ -89,7 +94,8 @@ def test_memory_is_that_of_a_whole_step(
     model, _ = make_task(config, random_examples(8))
     memory, shallow = (estimate_memory(config, model, 5, config.dataset.seq_len, act_steps) for act_steps in (4, 1))
     parameters = 4 * count_parameters(model)
-    assert (memory.gradients, memory.optimizer) == (parameters, 2 * parameters)
+    muon = 4 * count_parameters(model.get_submodule("L_level")) if config.optimizer == "muon" else 0
+    assert (memory.gradients, memory.optimizer) == (parameters, 2 * parameters - muon)
     assert memory.average == (parameters if config.ema else 0) and memory.weights > parameters
     at_once = config.micro_batch_size or 5
     assert memory.activations == pytest.approx(saved_bytes(model, at_once, config.dataset.seq_len, 4), rel=0.01)

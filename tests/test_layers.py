@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from config.schema import PretrainInstructConfig
 from models.layers import (
     Attention,
-    Block,
+    BlockStack,
     Embedding,
     Linear,
     Mask,
@@ -84,9 +84,10 @@ def test_rotation_turns_half_split_pairs_by_the_position_angle() -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
-def test_attention_equals_the_plain_formula(kind: str) -> None:
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_equals_the_plain_formula(kind: str, qk_norm: bool) -> None:
     B, T, D, H = 2, 5, 12, 3
-    layer = Attention(D, H).double()
+    layer = Attention(D, H, qk_norm).double()
     x, segments = random(B, T, D), torch.tensor([[1, 1, 0, 2, 2], [1, 1, 1, 0, 0]])
     rotary = rotary_table(torch.arange(T), D // H, 10000.0, torch.float64)
     got = layer(x, rotary, attention_mask(kind, segments, T), None)
@@ -95,6 +96,8 @@ def test_attention_equals_the_plain_formula(kind: str) -> None:
     for h in range(H):
         part = slice(h * D // H, (h + 1) * D // H)
         q, k, v = (x @ qkv[i * D : (i + 1) * D][part].T for i in range(3))
+        if qk_norm:
+            q, k = (y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-5) for y in (q, k))
         q, k = rotate(torch.stack((q, k), 2).unsqueeze(3), rotary).squeeze(3).unbind(2)
         scores = q @ k.transpose(1, 2) / math.sqrt(D // H)
         for i in range(T):
@@ -108,10 +111,22 @@ def test_attention_equals_the_plain_formula(kind: str) -> None:
     torch.testing.assert_close(got, torch.cat(heads, -1) @ layer.o_proj.weight.T)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_scale_of_queries_and_keys_counts_unless_they_are_normalised(qk_norm: bool) -> None:
+    layer, x, mask = Attention(12, 3, qk_norm).double(), 30 * random(2, 5, 12), Mask(is_causal=True)
+    rotary = rotary_table(torch.arange(5), 4, 10000.0, torch.float64)
+    before = layer(x, rotary, mask, None)
+    with torch.no_grad():
+        layer.qkv_proj.weight[:12] *= 3
+        layer.qkv_proj.weight[12:24] *= 2
+    # As equal as the epsilon of the norm lets it be.
+    assert torch.allclose(layer(x, rotary, mask, None), before, rtol=0, atol=1e-4) == qk_norm
+
+
 @pytest.mark.parametrize("kind", ["causal", "prefix"])
 def test_tokens_without_padding_attend_as_in_padded_rows(kind: str) -> None:
     lengths, T, D = (5, 2, 1), 6, 8
-    layer = Attention(D, 2).double()
+    layer = Attention(D, 2, qk_norm=False).double()
     segments = torch.tensor([[1, 1, 0, 2, 2, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
     is_token = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
     token_rows = TokenRows(torch.nonzero(is_token.flatten()).squeeze(1), len(lengths), T)
@@ -132,11 +147,18 @@ def test_swiglu_width_is_rounded_up_to_256_and_gate_comes_first(hidden: int, exp
     torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T)
 
 
-def test_a_block_normalises_after_each_residual_sum(tiny_config: Callable[..., PretrainInstructConfig]) -> None:
-    arch = tiny_config("arch.norm=post", "arch.output_init=normal").arch
-    block, x, mask = Block(arch).double(), random(1, 4, 16), Mask(is_causal=True)
-    h = rms_norm(x + block.self_attn(x, None, mask, None))
-    torch.testing.assert_close(block(x, None, mask, None), rms_norm(h + block.mlp(h)))
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_stack_normalises_where_it_says(tiny_config: Callable[..., PretrainInstructConfig], norm: str) -> None:
+    stack, x, mask = BlockStack(2, tiny_config(f"arch.norm={norm}").arch).double(), random(1, 4, 16), Mask(is_causal=True)
+    h = x
+    for block in stack.layers:
+        if norm == "post":
+            h = rms_norm(h + block.self_attn(h, None, mask, None))
+            h = rms_norm(h + block.mlp(h))
+        else:
+            h = h + block.self_attn(rms_norm(h), None, mask, None)
+            h = h + block.mlp(rms_norm(h))
+    torch.testing.assert_close(stack(x, None, mask), h if norm == "post" else rms_norm(h))
 
 
 def test_linear_keeps_float32_weights_and_computes_in_its_inputs_format() -> None:

@@ -188,12 +188,13 @@ def test_a_large_gradient_is_scaled_down_to_its_limit(tiny_config: ConfigFactory
         assert_same(clipped, {name: g * min(1.0, limit / norm) for name, g in free.items()}, 1e-12)
 
 
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "muon"])
 def test_a_row_that_is_not_finite_costs_its_step_and_no_other(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     examples = random_examples(24, vocab_size=VOCABULARY - 1)
     examples[5].ids[1] = VOCABULARY - 1  # an id that no other row has
-    trainer = make_trainer(tiny_config("ema=true", "arch.halt_max_steps=3", "lr=1e-3"), examples)
+    trainer = make_trainer(tiny_config("ema=true", "arch.halt_max_steps=3", "lr=1e-3", f"optimizer={optimizer}"), examples)
     real = trainer.model.embed
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -450,11 +451,18 @@ def test_workers_padding_and_packing_change_no_weight(
     assert not torch.allclose(reference[0]["lm_head.weight"], start["lm_head.weight"]), "the run must have learned something"
 
 
-@pytest.mark.parametrize("act_steps", ["fixed", "growing", "drawn"])
+@pytest.mark.parametrize(
+    ("act_steps", "optimizer"), [("fixed", "adam_atan2"), ("growing", "adam_atan2"), ("drawn", "adam_atan2"), ("fixed", "muon")]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, tiny_tokenizer: Tokenizer, tmp_path: Path, act_steps: str
+    tiny_config: ConfigFactory,
+    random_examples: ExampleFactory,
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    act_steps: str,
+    optimizer: str,
 ) -> None:
-    settings = ("global_batch_size=2", "arch.forward_dtype=float32", "ema=true", "epochs=3", "lr=1e-3")
+    settings = (f"optimizer={optimizer}", "global_batch_size=2", "arch.forward_dtype=float32", "ema=true", "epochs=3", "lr=1e-3")
     config = tiny_config(f"act_steps={act_steps}", "arch.grad_calls=9", *settings)
     size = tiny_tokenizer.vocab_size
     examples = random_examples(11, vocab_size=size)
@@ -489,13 +497,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same(resumed.ema.average, undisturbed.ema.average)
 
 
-def test_parameters_that_never_had_a_gradient_resume_too(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
-    # The last level call, z_H = f(z_H + z_L), doesn't see the input embedding.
-    config, examples = tiny_config("arch.grad_calls=1", "lr=1e-3"), random_examples(24)
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "muon"])
+def test_parameters_that_never_had_a_gradient_resume_too(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, optimizer: str
+) -> None:
+    # The last level call, z_H = f(z_H + z_L), doesn't see the input embedding, nor hrm's L_level.
+    config, examples = tiny_config("arch=hrm", "arch.grad_calls=1", "lr=1e-3", f"optimizer={optimizer}"), random_examples(24)
     undisturbed, stopped = make_trainer(config, examples), make_trainer(config, examples)
     run(undisturbed, 6)
     run(stopped, 2)
     state = stopped.state()
+    assert not any(unreached in name for name in state.tensors for unreached in ("embed_tokens", "L_level"))
     resumed = make_trainer(config, examples, start=state.values["admitted"])
     resumed.model.load_state_dict(stopped.model.state_dict())
     resumed.load_state(state)

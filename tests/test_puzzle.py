@@ -184,14 +184,14 @@ def test_a_run_ends_with_the_schedule_or_the_data(build: Build) -> None:
     assert all(math.isfinite(result.grad_norm) for result in results)
 
 
-@pytest.mark.parametrize("stop", [1, 5])
-def test_a_run_goes_on_where_it_stood(build: Build, stop: int) -> None:
-    whole = build()
+@pytest.mark.parametrize(("stop", "settings"), [(1, ()), (5, ()), (5, ("optimizer=muon", "arch.mlp_t=true"))])
+def test_a_run_goes_on_where_it_stood(build: Build, stop: int, settings: tuple[str, ...]) -> None:
+    whole = build(*settings)
     for result in whole.steps():
         if result.step == stop:
             state, kept = whole.state(), weights(whole)
             state.tensors.update({name: value.clone() for name, value in state.tensors.items()})
-    resumed = build()
+    resumed = build(*settings)
     resumed.model.load_state_dict(kept)
     resumed.load_state(state)
     assert resumed.task.done == 4 * stop
@@ -209,8 +209,9 @@ def test_micro_batches_change_nothing(build: Build) -> None:
     assert_same(weights(whole), weights(parts), 1e-8)
 
 
-def test_frozen_weights_leave_the_puzzles_vectors_to_learn(build: Build) -> None:
-    trainer = build("freeze_weights=true", "ema=true")
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "muon"])
+def test_frozen_weights_leave_the_puzzles_vectors_to_learn(build: Build, optimizer: str) -> None:
+    trainer = build("freeze_weights=true", "ema=true", f"optimizer={optimizer}")
     before = weights(trainer)
     list(trainer.steps())
     moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}

@@ -119,7 +119,7 @@ def test_a_run_goes_on_bit_for_bit(
         (("eval_every_steps=5", "max_steps=23", "early_stopping.patience=9"), 23),
         # Nothing but the first evaluation counts as lower.
         (("eval_every_steps=5", "early_stopping.patience=3", "early_stopping.min_delta=100", "eval_interval=9"), 20),
-        (("eval_every_steps=auto", "eval_examples=1", "eval_interval=9", "max_steps=23"), 23),
+        (("eval_every_steps=auto", "eval_examples=1", "eval_interval=9", "max_steps=23", "optimizer=muon"), 23),
     ],
 )
 def test_a_run_with_limits_goes_on_bit_for_bit(
@@ -301,6 +301,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(killed: Path, run_c
         ("arch.hidden_size=32", "arch.hidden_size was 16, now 32"),
         ("seed=1", "seed was 0, now 1"),
         ("ema=false", "ema was True, now False"),
+        ("optimizer=muon", "optimizer was adam_atan2, now muon"),
         ("dataset.test_ratio=0.4", "its data_hash is"),
     ],
 )

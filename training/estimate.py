@@ -25,6 +25,7 @@ from models.device import memory_in_all, peak_memory
 from models.layers import Block, BlockStack
 from models.losses import workspace_bytes
 from training.loop import Trainer
+from training.optimizer import muon_matrices
 from training.puzzle import PuzzleTask
 from training.schedule import act_steps_at, expected_examples
 from training.stopping import Position, automatic_evaluations, is_evaluation_due
@@ -127,7 +128,8 @@ def estimate_memory(
         weights=parameters + sum(b.nbytes for b in model.buffers()) - vectors,
         puzzle_vectors=vectors,
         gradients=learning,
-        optimizer=2 * learning,
+        # AdamATan2 keeps two running means of a gradient, Muon one.
+        optimizer=2 * learning - sum(p.nbytes for p in muon_matrices(config, model) if p.requires_grad),
         average=parameters if config.ema else 0,
         carry=sum(t.nbytes for t in carry),
         # What is saved once, casts of the weights for one, and what each further row adds.

@@ -17,7 +17,10 @@ from config.errors import UsageError
 from config.schema import TrainingConfig
 from models.ema import EMA
 from training.distributed import Ranks
-from training.optimizer import AdamATan2
+from training.optimizer import ModelOptimizer
+
+# How the names of the optimizer's tensors begin among the trainer's.
+_OPTIMIZER = "optimizer."
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class StepResult:
 
     step: int
     lr: float
+    """Of AdamATan2."""
     weight: int
     """What the step's gradient was divided by."""
     grad_norm: float
@@ -125,14 +129,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.step_number = 0
         self.skipped_in_a_row = 0
-        matrices: list[nn.Parameter] = []
-        if getattr(config, "optimizer", "") == "muon":
-            matrices = [p for n, p in model.named_parameters() if "_level." in n and p.ndim == 2]
-        rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-        self.optimizer = AdamATan2(rest, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-        self.muon = None
-        if matrices:
-            self.muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+        self.optimizer = ModelOptimizer(config, model)
         self.ema = EMA(model, config.ema_rate) if config.ema else None
 
     def steps(self) -> Iterator[StepResult]:
@@ -153,11 +150,7 @@ class Trainer:
 
     def _step(self) -> StepResult:
         lr_factor = self.task.lr_factor(self.step_number + 1)
-        lr = self.config.lr * lr_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for p in self.model.parameters():
-            p.grad = None
+        self.optimizer.zero_grad()
         losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
         for part in self.task.parts():
             part.loss.backward()
@@ -172,16 +165,20 @@ class Trainer:
             self.task.mend()
         else:
             self.skipped_in_a_row = 0
-            self.optimizer.step()
-            if self.muon is not None:
-                for group in self.muon.param_groups:
-                    group["lr"] = self.config.muon_lr * lr_factor
-                self.muon.step()
+            self.optimizer.step(lr_factor)
             self.task.moved(lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
         self.step_number += 1
-        return StepResult(self.step_number, lr, weight, grad_norm, skipped, sums, self.task.finished_depths)
+        return StepResult(
+            step=self.step_number,
+            lr=self.config.lr * lr_factor,
+            weight=weight,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            sums=sums,
+            finished_depths=self.task.finished_depths,
+        )
 
     def _reduce_gradients(self, losses: list[Tensor], weight: int) -> tuple[int, float]:
         """Sum gradients over ranks, divide them by the weight of all parts, clip them; that weight, and the norm before clipping.
@@ -212,10 +209,7 @@ class Trainer:
     def state(self) -> TrainerState:
         """Everything that training goes on from, between two steps, but for the weights and their average."""
         task = self.task.state()
-        tensors = dict(task.tensors)
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        tensors = {**task.tensors, **{_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}}
         return TrainerState(tensors, {"step": self.step_number, "skipped_in_a_row": self.skipped_in_a_row, **task.values})
 
     def load_state(self, state: TrainerState, average: Mapping[str, Tensor] | None = None) -> None:
@@ -223,15 +217,8 @@ class Trainer:
 
         The weights must be loaded, and the task's data stand where the state was taken.
         """
-        tensors = state.tensors
-        for name, parameter in self.model.named_parameters():
-            if f"optimizer.step.{name}" not in tensors:
-                continue  # it never had a gradient: with grad_calls=1 nothing reaches the embedding
-            self.optimizer.state[parameter] = {
-                "step": int(tensors[f"optimizer.step.{name}"]),
-                "m": tensors[f"optimizer.m.{name}"].to(parameter.device, copy=True),
-                "v": tensors[f"optimizer.v.{name}"].to(parameter.device, copy=True),
-            }
+        own = {name.removeprefix(_OPTIMIZER): t for name, t in state.tensors.items() if name.startswith(_OPTIMIZER)}
+        self.optimizer.load_state(own)
         if self.ema is not None:
             if average is None:
                 raise ValueError("this run keeps a moving average, and there is none to go on from")

@@ -1,11 +1,71 @@
-"""AdamATan2, the optimizer of the original work. Knows no schedule: the learning rate of a step is set from outside."""
+"""What moves a model's weights: AdamATan2, the optimizer of the original work, or with it Muon. Knows no schedule and no loss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import Muon, Optimizer
+
+from config.schema import TrainingConfig
+from models.layers import BlockStack
+
+
+class ModelOptimizer:
+    """The optimizers of all parameters of a model, which follow one schedule. A parameter without gradient is left alone.
+
+    `optimizer=muon` gives `muon_matrices` to torch's Muon (https://kellerjordan.github.io/posts/muon/) at the peak learning rate
+    `muon_lr`; AdamATan2 has all others at `lr`. Muon computes its updates in bfloat16, whatever the format of the weights.
+    """
+
+    def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._peak_rates: dict[Optimizer, float] = {}
+        self._owners: dict[nn.Parameter, Optimizer] = {}
+        matrices = muon_matrices(config, model)
+        if matrices:
+            muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+            self._peak_rates[muon] = config.muon_lr
+            self._owners = dict.fromkeys(matrices, muon)
+        rest = [p for p in model.parameters() if p not in self._owners]
+        adam = AdamATan2(rest, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self._peak_rates[adam] = config.lr
+        self._owners |= dict.fromkeys(rest, adam)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in self._owners:
+            p.grad = None
+
+    def step(self, lr_factor: float) -> None:
+        """Update every parameter with a gradient, at this share of its peak learning rate."""
+        for optimizer, peak_rate in self._peak_rates.items():
+            for group in optimizer.param_groups:
+                group["lr"] = peak_rate * lr_factor
+            optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What is kept of each parameter that has had a gradient, by "<what>.<name of the parameter>"; a count has no dimension."""
+        return {
+            f"{what}.{name}": torch.as_tensor(value)
+            for name, p in self._parameters.items()
+            for what, value in self._owners[p].state.get(p, {}).items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of an optimizer of the same kind. Parameters that it doesn't name have never had a gradient."""
+        for place, value in state.items():
+            what, name = place.split(".", 1)
+            p = self._parameters[name]
+            self._owners[p].state[p][what] = value.to(p.device, copy=True) if value.dim() else int(value)
+
+
+def muon_matrices(config: TrainingConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that Muon moves: with `optimizer=muon` the matrices of the level stacks, else none."""
+    if config.optimizer != "muon":
+        return []
+    stacks = (module for module in model.modules() if isinstance(module, BlockStack))
+    return [p for stack in stacks for p in stack.parameters() if p.dim() == 2]
 
 
 class AdamATan2(Optimizer):

@@ -26,7 +26,7 @@ from config.schema import TrainingConfig
 from training.distributed import Ranks
 
 # Settings, by the beginnings of their names, with which a checkpoint means nothing if they have changed ...
-_FIXED = ("arch.", "seed", "global_batch_size", "ema", "dataset.seq_len", "dataset.seed")
+_FIXED = ("arch.", "seed", "global_batch_size", "optimizer", "ema", "dataset.seq_len", "dataset.seed")
 # ... those with which it goes on as a run that would have come of neither the old nor the new ones ...
 _NOT_FIXED = ("arch.forward_dtype", "arch.halt.", "ema_rate")
 # ... and those that a run's weights don't depend on.
