@@ -357,7 +357,7 @@ class GenerationConfig(_Section):
     compile: bool
     """torch.compile what an answer's next token takes: faster after a warm-up. DISABLE_COMPILE=1 turns it off.
 
-    On CUDA up to 16 answers of a float32 or bfloat16 model have a kernel of their own instead.
+    On CUDA up to 16 answers of a float32 or bfloat16 model with arch.norm=post have a kernel of their own instead.
     """
     kv_budget_gb: float = Field(gt=0)
     """Most memory for keys and values, in GB (10^9 bytes); answers wait for room."""

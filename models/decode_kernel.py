@@ -71,6 +71,7 @@ class ActStepKernel:
         self._cache = cache.buffer
         self._rotary = rotary
         self._vectors = vectors
+        self._qk_norm = model.config.qk_norm
         stacks = [model.get_submodule(level) for level in model.recursion.levels]
         blocks = [block for stack in stacks if isinstance(stack, BlockStack) for block in stack.layers]
 
@@ -95,8 +96,9 @@ class ActStepKernel:
 
     @staticmethod
     def knows(model: RecursiveModel) -> bool:
-        """Whether there is a kernel for this model."""
-        return not model.config.mlp_t and model.config.pos_encodings == "rope" and model.dtype in _DTYPES
+        """Whether there is a kernel for this model: blocks with attention, rotary positions and norms after their sums."""
+        config = model.config
+        return config.norm == "post" and not config.mlp_t and config.pos_encodings == "rope" and model.dtype in _DTYPES
 
     @staticmethod
     def serves(rows: int) -> bool:
@@ -140,6 +142,7 @@ class ActStepKernel:
             VECTORS=len(self._vectors) - 1,
             TABLE=self._blocks.shape[1],
             LANES=lanes,
+            QK_NORM=self._qk_norm,
             D=dim,
             H=heads,
             K=head_dim,
@@ -307,6 +310,7 @@ def _act_step(
     VECTORS: tl.constexpr,
     TABLE: tl.constexpr,
     LANES: tl.constexpr,
+    QK_NORM: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -368,6 +372,9 @@ def _act_step(
             partner = tl.where(is_low, k + K // 2, k - K // 2)
             columns = tl.minimum(part // 2, 2) * W + head * K + tl.where(is_partner, partner[None, :], k[None, :])
             own = _receive(qkv + (first_row + b) * 3 * W + columns, (part < 5) & (k[None, :] < K), epoch)
+            if QK_NORM:
+                # A channel's partner is one of the same head's: both lines of a query or key have one norm.
+                own *= tl.where(part < 4, _rms_scale(own, K), 1.0)
             angle = position * (K // 2) + tl.where(is_low, k, k - K // 2)
             cosine = tl.load(cos + angle, mask=k < K, other=0).to(tl.float32)
             sine = tl.load(sin + angle, mask=k < K, other=0).to(tl.float32)

@@ -18,8 +18,9 @@ from tests.test_engine import NEVER, decode, make_prompts
 pytest.importorskip("triton")
 ModelFactory = Callable[..., RecursiveModel]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = ("arch.H_cycles=1", "arch.L_cycles=1", "arch.L_layers=1", "arch.forward_dtype=float32")
-ONE_BLOCK = ("arch=transformers_baseline", "arch.H_layers=1", "arch.forward_dtype=float32")
+POST_NORM = ("arch.norm=post", "arch.qk_norm=false")
+SMALL = ("arch.H_cycles=1", "arch.L_cycles=1", "arch.L_layers=1", "arch.forward_dtype=float32", *POST_NORM)
+ONE_BLOCK = ("arch=transformers_baseline", "arch.H_layers=1", "arch.forward_dtype=float32", *POST_NORM)
 # Heads of 4 channels of a state of 14: no size is a power of two.
 ODD = ("arch.hidden_size=14", "arch.num_heads=3")
 
@@ -36,6 +37,9 @@ ODD = ("arch.hidden_size=14", "arch.num_heads=3")
         (ONE_BLOCK, 1, 600),
         (ONE_BLOCK, 2, 300),
         ((*SMALL, "arch.forward_dtype=bfloat16"), 1, 12),
+        ((*SMALL, *ODD, "arch.qk_norm=true"), 1, 12),
+        ((*SMALL, *ODD, "arch.qk_norm=true"), 3, 12),
+        ((*SMALL, "arch.qk_norm=true", "arch.forward_dtype=bfloat16"), 1, 12),
     ],
 )
 def test_an_act_step_equals_level_calls(tiny_model: ModelFactory, overrides: tuple[str, ...], rows: int, positions: int) -> None:
@@ -77,6 +81,21 @@ def test_an_act_step_equals_level_calls(tiny_model: ModelFactory, overrides: tup
     torch.testing.assert_close(first.buffer, second.buffer, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("other", "knows"),
+    [
+        ("arch.qk_norm=true", True),
+        ("arch.norm=pre", False),
+        ("arch.pos_encodings=none", False),
+        ("arch.forward_dtype=float64", False),
+    ],
+)
+def test_it_is_for_models_that_it_computes(tiny_model: ModelFactory, other: str, knows: bool) -> None:
+    from models.decode_kernel import ActStepKernel
+
+    assert ActStepKernel.knows(tiny_model(*SMALL, other)) == knows
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there the engine takes it by itself")
 def test_the_engine_decodes_with_it(tiny_model: ModelFactory, caplog: pytest.LogCaptureFixture) -> None:
     from models.decode_kernel import ActStepKernel
@@ -105,7 +124,8 @@ def compile_for_h100(rows: int, dtype: str) -> None:
 
     from models.decode_kernel import _act_step, block_sizes
 
-    constants = {"VECTORS": 3, "TABLE": 5, "LANES": 42, "D": 512, "H": 8, "K": 64, "I": 1536} | block_sizes(rows, 512, 8, 64, 1536)
+    constants = {"VECTORS": 3, "TABLE": 5, "LANES": 42, "QK_NORM": True, "D": 512, "H": 8, "K": 64, "I": 1536}
+    constants |= block_sizes(rows, 512, 8, 64, 1536)
     words = ("values", "qkv", "heard", "middle", "gated", "positions", "act_steps", "epochs")
     kinds = dict.fromkeys(words, "*i64") | dict.fromkeys(("blocks", "results"), "*i32") | dict.fromkeys(("cos", "sin"), "*fp32")
     kinds |= dict.fromkeys(("vectors", "w_qkv", "w_o", "w_gate_up", "w_down", "cache"), f"*{dtype}") | dict.fromkeys(
