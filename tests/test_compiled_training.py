@@ -20,7 +20,7 @@ from dataset.text.loader import Example, ExampleStream
 from dataset.text.packing import Packing
 from models.act import RecursiveModel
 from models.device import has_compiler
-from tests.fake_device import FakeDevice
+from tests.fake_device import fake_device
 from training.loop import Trainer
 from training.text import TextTask
 
@@ -168,7 +168,7 @@ def test_a_step_without_rows_waits_for_the_device_once(
     monkeypatch.setattr(RecursiveModel, "compile_levels", lambda model: setattr(model, "is_compiled", True))
     monkeypatch.setattr(models.losses, "_compiled_logits_to_gradient", lambda: models.losses._logits_to_gradient)
     config = config_of_uneven_rows(tiny_config, "arch.forward_dtype=bfloat16", "arch.attention=causal", "arch.hidden_size=32")
-    with FakeDevice() as device:
+    with fake_device() as device:
         trainer = make_trainer(config, uneven_rows(random_examples), compiled=True, device=device.device)
         assert trainer.model.needs_no_rows
         steps = trainer.steps()

@@ -39,7 +39,7 @@ def first(count: int) -> list[bool]:
 
 @pytest.fixture
 def questions() -> Questions:
-    return Questions([()] * ROWS, ["yes"] * ROWS, ["logic"] * ROWS)
+    return Questions([()] * ROWS, ["yes"] * ROWS, ["logic"] * ROWS, [None] * ROWS)
 
 
 def test_chosen_is_the_fastest_threshold_within_half_a_point(questions: Questions) -> None:
@@ -76,7 +76,7 @@ def responder(tiny_model: Callable[..., RecursiveModel], tiny_tokenizer: Tokeniz
 @pytest.fixture
 def asked() -> Questions:
     texts = [f"What is {index} plus {index * 7}?" for index in range(5)]
-    return Questions([(Turn("user", text),) for text in texts], ["?"] * 5, ["addition"] * 5)
+    return Questions([(Turn("user", text),) for text in texts], ["?"] * 5, ["addition"] * 5, [None] * 5)
 
 
 def test_a_higher_threshold_takes_as_many_steps_at_least(responder: Responder, asked: Questions) -> None:
