@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import SyntheticRows, benchmark_config, trainer_on
-from benchmarks.cuda.scale import ENGINES, Case, Figures, Scale, decoding_warnings, varied_lengths
+from benchmarks.cuda.scale import (
+    COMPILING_SECONDS,
+    ENGINES,
+    Case,
+    Figures,
+    Found,
+    Scale,
+    decoding_warnings,
+    engine_options,
+    varied_lengths,
+)
 from config.schema import PretrainInstructConfig
 from generation.engine import Engine, Prompt, Request, Token
 from models.act import RecursiveModel
@@ -83,7 +93,7 @@ def training_errors(overrides: tuple[str, ...], dtype: str, scale: Scale, compil
 
 
 @torch.inference_mode()
-def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str) -> Figures:
+def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str, _: Found) -> Figures:
     """Cached decoding against recomputing whole rows, at one ACT step: largest differences of log p, nats."""
     models = {}
     for dtype in ("float32", "bfloat16"):
@@ -103,9 +113,10 @@ def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str) -> Fi
     # Without candidates, ids are chosen on the device.
     top = _SMOKE_VOCABULARY if engine == "eager" else 0
     figures: Figures = {"passed": False}
+    # As tensors, of which the largest is NaN where one is.
     cached, rounding = dict[str, float](), 0.0
     for dtype, model in models.items():
-        decoder = Engine(model, eos_id=-1, act_steps=1, rows=len(prompts), positions=64, **ENGINES[engine])
+        decoder = Engine(model, eos_id=-1, act_steps=1, rows=len(prompts), positions=64, **engine_options(engine, scale))
         for prompt in prompts:
             decoder.submit(Request(Prompt(prompt, np.ones_like(prompt)), 8, top=top))
         answers: list[list[Token]] = [[] for _ in prompts]
@@ -134,19 +145,20 @@ def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str) -> Fi
 
 
 def smoke(scale: Scale) -> Iterator[Case]:
-    """Of untrained small models, relative errors against float64 on the CPU: losses of two steps, gradients of the first, by norm.
+    """Of untrained small models, at one ACT step.
 
-    Decoding: differences from log p recomputed in float32, nats, at one ACT step.
+    Training: relative errors against float64 on the CPU, of two steps' losses and the first step's gradients, by norm. Decoding:
+    differences from log p recomputed in float32, nats.
     """
 
     # One case of each recursion after the other, so that each of five processes has a recursion to itself.
     def sizes(name: str) -> tuple[str, ...]:
-        return (f"arch={name}", *scale.smoke, *_RECURSIONS[name][0])
+        return (f"arch={name}", *scale.smoke, *_RECURSIONS[name][0], "arch.halt_max_steps=1")
 
     def training(name: str, dtype: str, attention: str, packing: str, compiled: bool) -> Case:
         overrides = (*sizes(name), f"arch.attention={attention}", f"packing={packing}")
         label = f"{name}: {dtype}, {attention}, packing {packing}, {'compiled' if compiled else 'eager'}"
-        return Case(label, lambda: training_errors(overrides, dtype, scale, compiled), 90 if compiled else 30)
+        return Case(label, lambda _: training_errors(overrides, dtype, scale, compiled), COMPILING_SECONDS if compiled else 30)
 
     for name in _RECURSIONS:
         yield training(name, "float32", "causal", "off", compiled=False)
@@ -154,7 +166,8 @@ def smoke(scale: Scale) -> Iterator[Case]:
         yield training(name, "bfloat16", "prefix", "packed", compiled=False)
     for engine in ENGINES:
         for name in _RECURSIONS:
-            yield Case(f"{name}: decoding, {engine}", functools.partial(decoding_errors, sizes(name), scale, engine), seconds=60)
+            seconds = COMPILING_SECONDS if engine == "compiled graphs" else 60
+            yield Case(f"{name}: decoding, {engine}", functools.partial(decoding_errors, sizes(name), scale, engine), seconds)
     for name in _RECURSIONS:
         yield training(name, "bfloat16", "prefix", "packed", compiled=True)
     for name, (_, kind) in _RECURSIONS.items():
