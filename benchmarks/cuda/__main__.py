@@ -95,12 +95,12 @@ def said_by(*command: str) -> str:
 
 def machine(scale: Scale) -> dict[str, str]:
     """What is measured on."""
-    cores = len(os.sched_getaffinity(0))
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "device": scale.device,
         "GPU, memory, driver": said_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
-        "CPU": f"{cores} of {os.cpu_count()} cores, {said_by('grep', '-m1', 'model name', '/proc/cpuinfo')}",
+        "CPU": said_by("grep", "-m1", "model name", "/proc/cpuinfo").partition(": ")[2],
+        "threads, cores": f"{torch.get_num_threads()}, {os.cpu_count()}",
         "torch, Python": f"{torch.__version__}, {platform.python_version()}",
         "commit": said_by("git", "rev-parse", "--short", "HEAD"),
         "sizes": f"batch {scale.batch} x {scale.positions}, vocabulary {scale.vocabulary:,}",

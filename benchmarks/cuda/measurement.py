@@ -50,7 +50,7 @@ def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
     if scale.device == "cpu":
         torch.compiler.set_stance("force_eager")
     if part.processes > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // part.processes)
+        threads = max(1, torch.get_num_threads() // part.processes)
         torch.set_num_threads(threads)
         torch._inductor.config.compile_threads = threads
     cases = {case.name: case for case in part.cases(scale)}
@@ -59,6 +59,7 @@ def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
             name, seconds, found = connection.recv()
             faulthandler.dump_traceback_later(seconds, exit=True)
             try:
+                free_memory(scale)
                 figures = cases[name].measure(found)
             except torch.AcceleratorError:
                 raise  # the device answers this process no more
@@ -67,7 +68,6 @@ def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
                 figures = {"error": f"{type(error).__name__}: {tail(str(error))}"}
             faulthandler.cancel_dump_traceback_later()
             connection.send(figures)
-            free_memory(scale)
 
 
 def tail(message: str) -> str:
