@@ -1,27 +1,30 @@
 """What a training step and a decoded token cost, beside what the device can do and the naive way."""
 
 import argparse
-import collections
 import contextlib
 import functools
 import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
+from torch.utils.benchmark import Timer
 
 from benchmarks.common import SyntheticRows, benchmark_config, flop_counter, trainer_on
 from benchmarks.cuda.scale import (
+    COMPILING_SECONDS,
     ENGINES,
     Case,
     Figures,
+    Found,
     Scale,
     decoding_warnings,
+    engine_options,
     free_memory,
     peak_gigabytes,
     synchronize,
@@ -34,36 +37,24 @@ from benchmarks.train_step import Naive
 from generation.engine import cache_bytes
 
 
-def seconds_of(scale: Scale, work: Callable[[], object], repeats: int = 10) -> float:
-    """Mean time of `work`, by events on a CUDA device; the first runs are not timed."""
-    for _ in range(3):
-        work()
-    if scale.device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(repeats):
-            work()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / repeats / 1e3
-    started = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    return (time.perf_counter() - started) / repeats
+def seconds_of(work: Callable[[], object]) -> float:
+    """Mean time of `work`, once it is warm; the device is waited for."""
+    return float(Timer("work()", globals={"work": work}).timeit(10).mean)
 
 
 def device_peaks(scale: Scale) -> Figures:
     """What the device can do: products of square bfloat16 matrices of random data, and copies, reads and writes counted."""
     a, b = (torch.randn(scale.matrix, scale.matrix, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
-    matmul = 2 * scale.matrix**3 / seconds_of(scale, lambda: torch.mm(a, b))
-    source = torch.ones(scale.copied_bytes // 4, device=scale.device)
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / seconds_of(scale, lambda: target.copy_(source))
+    matmul = 2 * scale.matrix**3 / seconds_of(lambda: torch.mm(a, b))
+    source, target = a.float(), b.float()
+    copy = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
     return {"matrices": f"{scale.matrix}^3, bfloat16", "matmul TFLOP/s": matmul / 1e12, "copy GB/s": copy / 1e9}
 
 
-def host_waits(step: Callable[[], object]) -> list[Figures]:
-    """Where the host waited for the device during `step`, as torch warns of it."""
+def host_waits(scale: Scale, step: Callable[[], object]) -> str:
+    """How often the host waited for the device during `step` and where, as torch warns of it."""
+    if scale.device == "cpu":
+        return "needs CUDA"
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -71,8 +62,8 @@ def host_waits(step: Callable[[], object]) -> list[Figures]:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    found = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
-    return [{"place": place, "waits": count} for place, count in collections.Counter(found).items()]
+    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    return f"{len(places)}: {', '.join(sorted(set(places)))}"
 
 
 def dearest_kernels(scale: Scale, step: Callable[[], object], most: int = 10) -> list[Figures]:
@@ -84,62 +75,77 @@ def dearest_kernels(scale: Scale, step: Callable[[], object], most: int = 10) ->
     # Ranges that torch marks on the device, an optimizer's step for one, aren't kernels.
     marked = ("Optimizer.", "Torch-Compiled", "##", "ProfilerStep")
     wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    time_of = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if event.device_type == wanted and not event.key.startswith(marked)]
-    events.sort(key=lambda event: -getattr(event, time_of))
-    total = sum(getattr(event, time_of) for event in events) or 1.0
+    times = [
+        (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event)
+        for event in profile.key_averages()
+        if event.device_type == wanted and not event.key.startswith(marked)
+    ]
+    times.sort(key=lambda pair: -pair[0])
+    total = sum(time for time, _ in times) or 1.0
     return [
-        {
-            "kernel": f"`{event.key[:90]}`",
-            "calls": event.count,
-            "ms": getattr(event, time_of) / 1e3,
-            "share": getattr(event, time_of) / total,
-        }
-        for event in events[:most]
+        {"kernel": f"`{event.key[:90]}`", "calls": event.count, "ms": time / 1e3, "share": time / total}
+        for time, event in times[:most]
     ]
 
 
-def training_cost(scale: Scale, overrides: Sequence[str], compiled: bool = False, varied: bool = False) -> Figures:
-    """The real Trainer's step. Rows are full, or varied in length as SlimOrca's are."""
+def ratio(value: float | None, found: Found, case: str, figure: str) -> float | None:
+    """`value` over what an earlier case found, where there are both."""
+    return None if value is None or case not in found else value / found[case][figure]
+
+
+# Of one ACT step, so that cases compare with each other and with earlier figures; by default an optimizer step takes four.
+_ONE_ACT_STEP = "arch.halt_max_steps=1"
+
+
+def training_cost(
+    scale: Scale, found: Found, counted_in: str, overrides: Sequence[str], compiled: bool = False, varied: bool = False
+) -> Figures:
+    """The real Trainer's step. Rows are full, or varied in length as SlimOrca's are.
+
+    FLOPs a token are counted here unless the uncompiled case `counted_in` has.
+    """
     torch._dynamo.reset()
-    config = training_config(scale, overrides)
+    config = training_config(scale, [*overrides, _ONE_ACT_STEP])
     varying = varied_lengths(scale.positions)
     rows = SyntheticRows(config, scale.vocabulary, varying if varied else None)
     steps = trainer_on(config, rows, scale.vocabulary, compiled=compiled).steps()
-    warm_up, _ = timed_steps(steps, scale.settling if varied else 3, scale)
+    warm_up, _ = timed_steps(steps, scale.steps if varied else 3, scale)
     seconds, results = timed_steps(steps, scale.steps, scale)
     median = statistics.median(seconds)
-    totals = {name: sum(int(result.sums[name]) for result in results) for name in ("tokens", "supervised", "attended")}
-    figures: Figures = {
-        "dtype": config.arch.forward_dtype,
-        "ms": median * 1e3,
-        "from": min(seconds) * 1e3,
-        "to": max(seconds) * 1e3,
-        "tokens/s": totals["tokens"] / sum(seconds),
-        "supervised/s": totals["supervised"] / sum(seconds),
-        "TFLOP/s": None,
-        "of peak": None,
-        "to naive": None,
-        "GB": peak_gigabytes(scale),
-        "padding": 1 - totals["tokens"] / totals["attended"],
-        "loss": float(results[-1].sums["nll"]) / results[-1].weight,
-    }
-    waits = host_waits(lambda: next(steps)) if scale.device == "cuda" else []
-    figures["waits"] = sum(place["waits"] for place in waits) if scale.device == "cuda" else "needs CUDA"
+    totals = {name: sum(int(result.sums[name]) for result in results) for name in ("tokens", "supervised")}
+    pace = totals["tokens"] / sum(seconds)
+    gigabytes = peak_gigabytes(scale)
+    waits = host_waits(scale, lambda: next(steps))
     kernels = dearest_kernels(scale, lambda: next(steps))
+    counted: float | None = found[counted_in]["MFLOP/token"] if counted_in in found else None
+    compiling: Figures = {}
     if compiled:
         rows.length = varying
         graphs = torch._dynamo.utils.counters["stats"]
-        timed_steps(steps, scale.settling, scale)
+        timed_steps(steps, scale.steps, scale)
         before = graphs["unique_graphs"]
-        timed_steps(steps, scale.watched, scale)
-        figures["compile s"] = sum(warm_up) - len(warm_up) * median
-        figures |= {"graphs": before, "graphs after settling": graphs["unique_graphs"] - before}
-    else:
+        timed_steps(steps, scale.steps, scale)
+        compiling = {"compile s": sum(warm_up) - len(warm_up) * median, "graphs": before}
+        compiling["graphs after settling"] = graphs["unique_graphs"] - before
+    elif counted is None:
         with flop_counter() as counter:
             result = next(steps)
-        figures["MFLOP/token"] = counter.get_total_flops() / int(result.sums["tokens"]) / 1e6
-    return figures | {"host waits": waits, "most expensive kernels of a step": kernels}
+        counted = counter.get_total_flops() / int(result.sums["tokens"]) / 1e6
+    teraflops = None if counted is None else counted * pace / 1e6
+    return {
+        "ms": median * 1e3,
+        "tokens/s": pace,
+        "supervised/s": totals["supervised"] / sum(seconds),
+        "MFLOP/token": counted,
+        "TFLOP/s": teraflops,
+        "of peak": ratio(teraflops, found, "device", "matmul TFLOP/s"),
+        "to naive": ratio(pace, found, "naive", "naive tokens/s"),
+        "GB": gigabytes,
+        "loss": float(results[-1].sums["nll"]) / results[-1].weight,
+        "host waits": waits,
+        **compiling,
+        "most expensive kernels of a step": kernels,
+    }
 
 
 def naive_cost(scale: Scale) -> Figures:
@@ -147,23 +153,13 @@ def naive_cost(scale: Scale) -> Figures:
     batch = scale.batch
     while True:
         size = [f"dataset.seq_len={scale.positions}", f"global_batch_size={batch}"]
-        config = benchmark_config([*scale.arch, *size, "arch.forward_dtype=float32"], scale.device)
+        config = benchmark_config([*scale.arch, *size, "arch.forward_dtype=float32", _ONE_ACT_STEP], scale.device)
         with contextlib.suppress(torch.OutOfMemoryError):
             naive = Naive(config, scale.vocabulary)
-            naive.step()
-            seconds = []
-            for _ in range(3):
-                started = time.perf_counter()
-                naive.step()
-                synchronize(scale)
-                seconds.append(time.perf_counter() - started)
-            median = statistics.median(seconds)
-            return {
-                "batch": batch,
-                "naive ms": median * 1e3,
-                "naive tokens/s": batch * scale.positions / median,
-                "GB": peak_gigabytes(scale),
-            }
+            seconds, _ = timed_steps(iter(naive.step, None), 4, scale)
+            median = statistics.median(seconds[1:])
+            pace = batch * scale.positions / median
+            return {"batch": batch, "naive ms": median * 1e3, "naive tokens/s": pace, "GB": peak_gigabytes(scale)}
         if batch == 1:
             raise RuntimeError("not even one row fits")
         batch, naive = batch // 2, None  # type: ignore[assignment]
@@ -171,40 +167,32 @@ def naive_cost(scale: Scale) -> Figures:
 
 
 def train_step(scale: Scale) -> Iterator[Case]:
-    """The default architecture's training step: the median, and the host waits of one step.
+    """The default architecture's training step, at one ACT step a row where by default it takes four: medians; host waits of one.
 
     FLOPs are the model's: matrix products and all of attention's square, counted in uncompiled code, without what activation
     checkpointing computes again. Naive: float32, and float64 stablemax over all positions where ours has softmax. Graphs: made by
-    torch.compile, and of these after ten steps of varied lengths.
+    torch.compile, and of these after a dozen steps of varied lengths.
     """
-    prefix = {packing: ["arch.attention=prefix", f"packing={packing}"] for packing in ("bucketed", "packed")}
+    causal, prefix = "causal, eager", "prefix bucketed, varied lengths, eager"
     recomputing = ["arch.activation_checkpointing=true"]
 
-    def training(name: str, seconds: float, overrides: Sequence[str] = (), **kind: bool) -> Case:
-        return Case(name, lambda: training_cost(scale, overrides, **kind), seconds)
+    def training(name: str, counted_in: str, *overrides: str, **kind: bool) -> Case:
+        seconds = COMPILING_SECONDS if kind.get("compiled") else 40
+        return Case(name, lambda found: training_cost(scale, found, counted_in, overrides, **kind), seconds)
 
-    yield Case("device", lambda: device_peaks(scale))
-    yield training("causal, eager", 40)
-    yield training("causal, compiled", 100, compiled=True)
-    yield Case("naive", lambda: naive_cost(scale), 45)
-    yield training("causal, eager, activation checkpointing", 40, recomputing)
-    yield training("prefix bucketed, varied lengths, eager", 40, prefix["bucketed"], varied=True)
-    yield training("prefix bucketed, varied lengths, compiled", 70, prefix["bucketed"], compiled=True, varied=True)
-    yield training("causal, compiled, activation checkpointing", 60, recomputing, compiled=True)
-    yield training("prefix packed, varied lengths, compiled", 70, prefix["packed"], compiled=True, varied=True)
+    def of_prefix(packing: str, **kind: bool) -> Case:
+        name = f"prefix {packing}, varied lengths, {'compiled' if kind.get('compiled') else 'eager'}"
+        return training(name, prefix, "arch.attention=prefix", f"packing={packing}", varied=True, **kind)
 
-
-def compare_training(cases: Mapping[str, Figures]) -> None:
-    """Add what needs several cases, where they are there."""
-    for name, figures in cases.items():
-        if "tokens/s" in figures:
-            counted = cases.get("prefix bucketed, varied lengths, eager" if "prefix" in name else "causal, eager")
-            if counted is not None:
-                figures["TFLOP/s"] = counted["MFLOP/token"] * figures["tokens/s"] / 1e6
-            if "naive" in cases:
-                figures["to naive"] = figures["tokens/s"] / cases["naive"]["naive tokens/s"]
-            if "device" in cases and figures["TFLOP/s"] is not None:
-                figures["of peak"] = figures["TFLOP/s"] / cases["device"]["matmul TFLOP/s"]
+    yield Case("device", lambda _: device_peaks(scale))
+    yield Case("naive", lambda _: naive_cost(scale), 45)
+    yield training(causal, causal)
+    yield training("causal, compiled", causal, compiled=True)
+    yield of_prefix("bucketed")
+    yield of_prefix("bucketed", compiled=True)
+    yield training("causal, eager, activation checkpointing", causal, *recomputing)
+    yield training("causal, compiled, activation checkpointing", causal, *recomputing, compiled=True)
+    yield of_prefix("packed", compiled=True)
 
 
 def decoding(scale: Scale) -> Iterator[Case]:
@@ -213,28 +201,28 @@ def decoding(scale: Scale) -> Iterator[Case]:
     The limit: bytes of weights and cache that a token reads, over the copy bandwidth. Recomputation: every position anew for each
     token, one row. First s: prompts and the first tokens, with what is compiled and recorded then.
     """
-    settings: dict[int, Setting] = {}
 
+    @functools.cache
     def setting(batch: int) -> Setting:
-        if batch not in settings:
-            arguments = argparse.Namespace(overrides=scale.arch, vocabulary=scale.vocabulary, seed=0, compile=False)
-            shape = {"batch": batch, "positions": scale.positions, "act_steps": max(scale.act_steps)}
-            settings[batch] = Setting(arguments, dtype="auto", device=scale.device, **shape)
-            settings[batch].compared_ids = 0
-        return settings[batch]
+        arguments = argparse.Namespace(overrides=scale.arch, vocabulary=scale.vocabulary, seed=0, compile=False)
+        shape = {"batch": batch, "positions": scale.positions, "act_steps": max(scale.act_steps)}
+        made = Setting(arguments, dtype="auto", device=scale.device, **shape)
+        made.compared_ids = 0
+        return made
 
-    def cost(engine: str, batch: int, act_steps: int) -> Figures:
-        rows, warm_up = setting(batch), 4  # beyond 512 positions, where graphs are made anew
-        rows.engine_options = ENGINES[engine]
+    def cost(engine: str, batch: int, act_steps: int, found: Found) -> Figures:
+        rows, warm_up, timed = setting(batch), 4, 4  # warm beyond 512 positions, where graphs are made anew
+        rows.engine_options = engine_options(engine, scale)
         figures: Figures = {}
         started = time.perf_counter()
         with decoding_warnings(figures):
-            under_way = rows.decoding(1 + warm_up + 3 * scale.tokens, act_steps=act_steps)
+            under_way = rows.decoding(1 + warm_up + 3 * timed, act_steps=act_steps)
             for _ in range(warm_up):
                 under_way.next()
             first = time.perf_counter() - started
-            seconds = statistics.median(under_way.seconds(scale.tokens) for _ in range(3))
+            seconds = statistics.median(under_way.seconds(timed) for _ in range(3))
         read = rows.weight_bytes_per_token(act_steps) + cache_bytes(rows.model, act_steps, batch, scale.positions)
+        alone = batch / seconds if batch == 1 else None
         return figures | {
             "engine": engine,
             "batch": batch,
@@ -242,34 +230,22 @@ def decoding(scale: Scale) -> Iterator[Case]:
             "tokens/s": batch / seconds,
             "ms": seconds * 1e3,
             "MB read": read / 1e6,
-            "of limit": None,
-            "to recomputation": None,
+            "of limit": ratio(read / seconds / 1e9, found, "device", "copy GB/s"),
+            "to recomputation": ratio(alone, found, f"recomputation, {act_steps} ACT steps", "recomputed tokens/s"),
             "first s": first,
         }
 
-    def recomputation(act_steps: int) -> Figures:
-        alone, seconds = setting(1), []
-        for _ in range(4):
-            started = time.perf_counter()
-            float(alone.recomputed(torch.from_numpy(alone.prompts[0].ids[None]), act_steps)[0, 0])
-            seconds.append(time.perf_counter() - started)
+    def recomputation(act_steps: int, found: Found) -> Figures:
+        alone = setting(1)
+        ids_BT = torch.from_numpy(alone.prompts[0].ids[None])
+        seconds, _ = timed_steps(iter(lambda: alone.recomputed(ids_BT, act_steps), None), 4, scale)
         return {"recomputed tokens/s": 1 / statistics.median(seconds[1:])}
 
-    yield Case("device", lambda: device_peaks(scale))
+    yield Case("device", lambda _: device_peaks(scale))
     for act_steps in scale.act_steps:
         yield Case(f"recomputation, {act_steps} ACT steps", functools.partial(recomputation, act_steps))
     for engine in ENGINES:
+        seconds = COMPILING_SECONDS if engine == "compiled graphs" else 60
         for batch, act_steps in itertools.product(scale.batches[: 1 if engine == "eager" else None], scale.act_steps):
             name = f"{engine}, batch {batch}, {act_steps} ACT steps"
-            yield Case(name, functools.partial(cost, engine, batch, act_steps), 60)
-
-
-def compare_decoding(cases: Mapping[str, Figures]) -> None:
-    """Add what needs several cases, where they are there."""
-    for figures in cases.values():
-        if "engine" in figures:
-            recomputed = cases.get(f"recomputation, {figures['ACT steps']} ACT steps")
-            if recomputed is not None and figures["batch"] == 1:
-                figures["to recomputation"] = figures["tokens/s"] / recomputed["recomputed tokens/s"]
-            if "device" in cases:
-                figures["of limit"] = figures["MB read"] / cases["device"]["copy GB/s"] / figures["ms"]
+            yield Case(name, functools.partial(cost, engine, batch, act_steps), seconds)

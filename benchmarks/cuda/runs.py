@@ -1,6 +1,5 @@
 """Runs of some minutes: an epoch's time, two networks at equal FLOPs, and Sudoku."""
 
-import contextlib
 import functools
 import math
 import tempfile
@@ -9,11 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentencepiece import SentencePieceTrainer
 
 from benchmarks.common import SyntheticRows, trainer_on
-from benchmarks.cuda.scale import Case, Figures, Scale, peak_gigabytes, synchronize, timed_steps, training_config, varied_lengths
+from benchmarks.cuda.scale import (
+    COMPILING_SECONDS,
+    Case,
+    Figures,
+    Found,
+    Scale,
+    peak_gigabytes,
+    synchronize,
+    timed_steps,
+    training_config,
+    varied_lengths,
+)
 from benchmarks.equal_flops import Budget, compose_arm, measure, open_data
 from benchmarks.recursions import trainer_of
 from config.compose import compose_as
@@ -30,90 +39,83 @@ from training.text import TextTask
 _EPOCH_ROWS = 517_982
 
 
+def _data_settings(scale: Scale) -> list[str]:
+    return [] if scale.data is None else ["dataset=jsonl", f"dataset.data_dir={scale.data}", f"dataset.seq_len={scale.positions}"]
+
+
 def epoch(scale: Scale) -> Iterator[Case]:
     """Training on conversations at the default depth, and an epoch of SlimOrca's 517,982 rows at that pace.
 
     With `--data`, of as many rows like those. Loading: the host's time to read rows, lay out a batch and send it.
     """
 
-    def training(packing: str) -> Figures:
-        torch._dynamo.reset()
-        config = training_config(scale, [*_data_settings(scale), f"packing={packing}"])
-        with contextlib.ExitStack() as stack:
-            if scale.data is None:
-                rows: Any = SyntheticRows(config, scale.vocabulary, varied_lengths(scale.positions))
-                vocabulary = scale.vocabulary
-            else:
-                tokenizer, data, _ = open_data(config)
-                rows = stack.enter_context(ExampleStream(data.train, data.curriculum, config.dataloader_workers))
-                vocabulary = tokenizer.vocab_size
-            trainer = trainer_on(config, rows, vocabulary, compiled=True)
-            task, loading = trainer.task, list[float]()
-            assert isinstance(task, TextTask)
-            admit = task.admit
+    def training(_: Found) -> Figures:
+        config = training_config(scale, _data_settings(scale))
+        rows: Any = SyntheticRows(config, scale.vocabulary, varied_lengths(scale.positions))
+        vocabulary = scale.vocabulary
+        if scale.data is not None:
+            tokenizer, data, _test = open_data(config)
+            rows = ExampleStream(data.train, data.curriculum, config.dataloader_workers)
+            vocabulary = tokenizer.vocab_size
+        trainer = trainer_on(config, rows, vocabulary, compiled=True)
+        task, loading = trainer.task, list[float]()
+        assert isinstance(task, TextTask)
+        admit = task.admit
 
-            def timed_admit(step: int) -> None:
-                started = time.perf_counter()
-                admit(step)
-                loading.append(time.perf_counter() - started)
+        def timed_admit(step: int) -> None:
+            started = time.perf_counter()
+            admit(step)
+            loading.append(time.perf_counter() - started)
 
-            task.admit = timed_admit  # type: ignore[method-assign]
-            warm_up, _ = timed_steps(steps := trainer.steps(), scale.settling, scale)
-            done, begun = task.done, time.perf_counter()
-            results = [next(steps) for _ in range(scale.epoch_steps)]
-            synchronize(scale)
-            seconds = time.perf_counter() - begun
-        rows_done = task.done - done
+        task.admit = timed_admit  # type: ignore[method-assign]
+        warm_up, _steps = timed_steps(steps := trainer.steps(), scale.steps, scale)
+        done, begun = task.done, time.perf_counter()
+        results = [next(steps) for _step in range(scale.epoch_steps)]
+        synchronize(scale)
+        seconds = time.perf_counter() - begun
+        loaded = sum(loading[-scale.epoch_steps :])
         return {
             "data": "generated" if scale.data is None else scale.data.name,
-            "steps": scale.epoch_steps,
             "ms a step": 1e3 * seconds / scale.epoch_steps,
             "tokens/s": sum(int(result.sums["tokens"]) for result in results) / seconds,
-            "rows/s": rows_done / seconds,
-            "epoch, minutes": _EPOCH_ROWS / (rows_done / seconds) / 60 if rows_done else None,
-            "loading, ms a step": 1e3 * sum(loading[-scale.epoch_steps :]) / scale.epoch_steps,
-            "loading, share": sum(loading[-scale.epoch_steps :]) / seconds,
+            "epoch, minutes": _EPOCH_ROWS * seconds / (task.done - done) / 60,
+            "loading, ms a step": 1e3 * loaded / scale.epoch_steps,
+            "loading, share": loaded / seconds,
             "first steps, s": sum(warm_up),
         }
 
-    for packing in ("off", "packed"):
-        yield Case(f"packing {packing}", functools.partial(training, packing), 120)
-
-
-def _data_settings(scale: Scale) -> list[str]:
-    return [] if scale.data is None else ["dataset=jsonl", f"dataset.data_dir={scale.data}"]
+    yield Case("training", training, COMPILING_SECONDS)
 
 
 def equal_flops(scale: Scale) -> Iterator[Case]:
     """TRM for a minute, and a Transformer of eight blocks for as many FLOPs; then held-out rows. Code is not compiled."""
-    spent = list[float]()
 
-    def training(name: str) -> Figures:
-        if not spent and name != "trm":
+    def training(name: str, found: Found) -> Figures:
+        if name != "trm" and "trm" not in found:
             raise RuntimeError("trm failed, whose FLOPs this one gets")
         with tempfile.TemporaryDirectory() as folder:
-            source = _data_settings(scale)
-            if scale.data is None:
-                source = sample_data(Path(folder))
+            source = _data_settings(scale) or sample_data(scale, Path(folder))
             overrides = [*source, f"arch={name}", *scale.arch, f"device={scale.device}", f"global_batch_size={scale.batch}"]
-            overrides += [] if scale.data is None else [f"dataset.seq_len={scale.positions}"]
-            budget = Budget("FLOPs", spent[0]) if spent else Budget("seconds", scale.training_seconds)
-            found = measure(name, compose_arm(overrides, seed=0), budget, scale.measured_rows)
-        spent.append(found["flops"])
-        losses = [{"ACT step": step, **loss} for step, loss in enumerate(found["by_act_step"], 1)]
-        kept = {"TFLOP": found["flops"] / 1e12, **{key: found[key] for key in ("seconds", "steps", "rows", "parameters")}}
-        return {"data": "sample" if scale.data is None else scale.data.name, **kept, "held-out rows": losses}
-
-    def sample_data(folder: Path) -> list[str]:
-        """Makes the bundled tasks with a tokenizer of their own: the settings."""
-        build_sample_dataset.build(folder, train_size=scale.sample_rows, test_per_family=20)
-        place: dict[str, Any] = {"input": str(folder / "train.jsonl"), "model_prefix": str(folder / "tokenizer")}
-        SentencePieceTrainer.train(**place, vocab_size=500, byte_fallback=True, minloglevel=2)
-        tokenizer = f"dataset.tokenizer_path={folder / 'tokenizer.model'}"
-        return ["dataset=sample", f"dataset.data_dir={folder}", tokenizer, "generation.max_output_tokens=4"]
+            budget = Budget("FLOPs", 1e12 * found["trm"]["TFLOP"]) if found else Budget("seconds", scale.training_seconds)
+            result = measure(name, compose_arm(overrides, seed=0), budget, scale.measured_rows)
+        return {
+            "data": "sample" if scale.data is None else scale.data.name,
+            "TFLOP": result["flops"] / 1e12,
+            **{key: result[key] for key in ("seconds", "steps", "rows", "parameters")},
+            "held-out rows": [{"ACT step": step, **loss} for step, loss in enumerate(result["by_act_step"], 1)],
+        }
 
     for name in ("trm", "transformers_baseline"):
         yield Case(name, functools.partial(training, name), 60 + 2 * scale.training_seconds)
+
+
+def sample_data(scale: Scale, folder: Path) -> list[str]:
+    """Make the bundled tasks with a tokenizer of their own: the settings."""
+    build_sample_dataset.build(folder, train_size=scale.sample_rows, test_per_family=20)
+    place: dict[str, Any] = {"input": str(folder / "train.jsonl"), "model_prefix": str(folder / "tokenizer")}
+    SentencePieceTrainer.train(**place, vocab_size=500, byte_fallback=True, minloglevel=2)
+    tokenizer = f"dataset.tokenizer_path={folder / 'tokenizer.model'}"
+    return ["dataset=sample", f"dataset.data_dir={folder}", tokenizer, "generation.max_output_tokens=4"]
 
 
 # Steps of the paper's run on Sudoku-Extreme: 50,000 epochs of 1,000 puzzles in batches of 768.
@@ -127,45 +129,42 @@ def sudoku(scale: Scale) -> Iterator[Case]:
     And how long the paper's 65,104 steps would take. Without puzzles in `--data`, 6x6 grids are generated: no reproduction.
     """
 
-    def training() -> Figures:
-        torch._dynamo.reset()
-        source = None if scale.data is None else scale.data / "sudoku"
-        begun = time.perf_counter()
+    def training(_: Found) -> Figures:
+        source = None if scale.data is None or not (scale.data / "sudoku").is_dir() else scale.data / "sudoku"
         with tempfile.TemporaryDirectory() as temporary:
             folder = f"{temporary}/sudoku"
-            if source is not None and source.is_dir():
-                build_sudoku_dataset.build(folder, source, subsample_size=1000, num_aug=100)
-            else:
+            if source is None:
                 build_small_puzzles.build_sudoku(folder, train_size=1000, test_size=200)
+            else:
+                build_sudoku_dataset.build(folder, source, subsample_size=1000, num_aug=100)
             settings = ["experiment=sudoku_mlp", f"data_paths=[{folder}]", f"device={scale.device}", *scale.puzzles]
             config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
             config = config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
-            trainer = trainer_of(config, _PAPER_STEPS)
-            model, test = trainer.model, PuzzleData([folder], "test")
-            assert isinstance(model, RecursiveModel) and trainer.ema is not None
-            model.compile_levels()
-            warm_up, _ = timed_steps(steps := trainer.steps(), 3, scale)
-            # Of what is left once all is ready, less what the evaluations take.
-            left = scale.left - (time.perf_counter() - begun) - _SUDOKU_RESERVE
-            seconds = scale.training_seconds if scale.device == "cpu" else max(5.0, left)
-            spent, curve = 0.0, list[Figures]()
-            while len(curve) < _SUDOKU_POINTS:
-                took, _ = timed_steps(steps, 1, scale)
-                spent += took[0]
-                if spent >= seconds * (len(curve) + 1) / _SUDOKU_POINTS:
-                    with trainer.ema.swapped_in(model):
-                        found = evaluate_puzzles(model, test, batch_size=config.global_batch_size, max_batches=1).report()
-                    kept = {key: found[key] for key in ("exact_accuracy", "accuracy", "lm_loss")}
-                    curve.append({"seconds": spent, "step": trainer.step_number, **kept})
-            pace = (trainer.step_number - len(warm_up)) / spent
-            return {
-                "puzzles": "6x6, generated" if source is None or not source.is_dir() else str(source),
-                "batch": config.global_batch_size,
-                "steps/s": pace,
-                "the paper's run, hours": _PAPER_STEPS / pace / 3600,
-                "first steps, s": sum(warm_up),
-                "GB": peak_gigabytes(scale),
-                "accuracy over time": curve,
-            }
+            trainer, test = trainer_of(config, _PAPER_STEPS), PuzzleData([folder], "test")
+        model = trainer.model
+        assert isinstance(model, RecursiveModel) and trainer.ema is not None
+        model.compile_levels()
+        warm_up, _steps = timed_steps(steps := trainer.steps(), 3, scale)
+        # Of what is left once all is ready, less what the evaluations take.
+        left = scale.deadline - time.monotonic() - _SUDOKU_RESERVE
+        seconds = scale.training_seconds if scale.device == "cpu" else max(5.0, left)
+        spent, curve = 0.0, list[Figures]()
+        while len(curve) < _SUDOKU_POINTS:
+            spent += timed_steps(steps, 1, scale)[0][0]
+            if spent >= seconds * (len(curve) + 1) / _SUDOKU_POINTS:
+                with trainer.ema.swapped_in(model):
+                    result = evaluate_puzzles(model, test, batch_size=config.global_batch_size, max_batches=1).report()
+                kept = {key: result[key] for key in ("exact_accuracy", "accuracy", "lm_loss")}
+                curve.append({"seconds": spent, "step": trainer.step_number, **kept})
+        pace = (trainer.step_number - len(warm_up)) / spent
+        return {
+            "puzzles": "6x6, generated" if source is None else str(source),
+            "batch": config.global_batch_size,
+            "steps/s": pace,
+            "the paper's run, hours": _PAPER_STEPS / pace / 3600,
+            "first steps, s": sum(warm_up),
+            "GB": peak_gigabytes(scale),
+            "accuracy over time": curve,
+        }
 
     yield Case("sudoku_mlp", training, math.inf)

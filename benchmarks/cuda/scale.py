@@ -5,20 +5,23 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from benchmarks.common import VOCABULARY, benchmark_config
 from config.schema import PretrainInstructConfig
+from generation.device_tick import Recorder, graph_recorder
 from models.device import peak_memory
-from training.loop import StepResult
 
 Figures = dict[str, Any]
+Found = Mapping[str, Figures]
+"""Figures of a part's earlier cases, by name; of those that failed, none."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,8 @@ class Scale:
     device: str = "cuda"
     data: Path | None = None
     """Conversations, and puzzles in its folder sudoku."""
-    left: float = math.inf
-    """Seconds that the part's process may take."""
-    processes: int = 5
-    """Of a part that may share its cases among several."""
+    deadline: float = math.inf
+    """When the part's time is over, as time.monotonic counts."""
     smoke: tuple[str, ...] = ("arch.hidden_size=128", "arch.num_heads=4", "dataset.seq_len=160", "global_batch_size=6")
     """Of the smoke part: a float64 reference on the CPU takes a second, rows are longer than a block of FlexAttention."""
     arch: tuple[str, ...] = ()
@@ -40,11 +41,7 @@ class Scale:
     batch: int = 48
     positions: int = 512
     steps: int = 12
-    """Optimizer steps of a timing."""
-    settling: int = 10
-    """Optimizer steps on rows of varied lengths, after which nothing should compile any more."""
-    watched: int = 20
-    """Optimizer steps after these in which graphs are counted."""
+    """Optimizer steps of a timing, and on rows of varied lengths before nothing should compile any more."""
     epoch_steps: int = 200
     training_seconds: float = 60.0
     """Of each network at equal FLOPs."""
@@ -53,16 +50,12 @@ class Scale:
     """To train on where no data are given."""
     batches: tuple[int, ...] = (1, 8, 64)
     act_steps: tuple[int, ...] = (1, 4, 16)
-    tokens: int = 4
-    """Of each row, behind one timing of decoding."""
     matrix: int = 8192
-    copied_bytes: int = 2**31
 
 
 _TINY = ("arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=1", "arch.halt_max_steps=2")
 REHEARSAL = Scale(
     device="cpu",
-    processes=2,
     smoke=("arch.hidden_size=64", "arch.num_heads=2", "arch.H_cycles=1", "dataset.seq_len=24", "global_batch_size=3"),
     arch=_TINY,
     puzzles=(*_TINY, "global_batch_size=8"),
@@ -70,18 +63,16 @@ REHEARSAL = Scale(
     batch=4,
     positions=32,
     steps=2,
-    settling=2,
-    watched=2,
     epoch_steps=3,
     training_seconds=0.2,
     measured_rows=4,
     sample_rows=200,
     batches=(1, 2),
     act_steps=(1, 2),
-    tokens=2,
-    matrix=128,
-    copied_bytes=2**20,
+    matrix=256,
 )
+COMPILING_SECONDS = 150.0
+"""The limit of a case that compiles: the default training step took 24 s with 16 cores and nothing cached, and cores may be few."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Case:
     """Something to measure, which fails alone, and the most seconds it may take."""
 
     name: str
-    measure: Callable[[], Figures]
+    measure: Callable[[Found], Figures]
     seconds: float = 30
 
 
@@ -116,12 +107,12 @@ def peak_gigabytes(scale: Scale) -> float:
 def training_config(scale: Scale, overrides: Sequence[str]) -> PretrainInstructConfig:
     """The default architecture and loss, batch and positions of `scale`."""
     size = [f"dataset.seq_len={scale.positions}", f"global_batch_size={scale.batch}", "epochs=1000"]
-    return benchmark_config([*overrides, *scale.arch, *size, "arch.loss=softmax"], scale.device)
+    return benchmark_config(["arch.loss=softmax", *scale.arch, *size, *overrides], scale.device)
 
 
-def timed_steps(steps: Iterator[StepResult], count: int, scale: Scale) -> tuple[list[float], list[StepResult]]:
+def timed_steps(steps: Iterator[T], count: int, scale: Scale) -> tuple[list[float], list[T]]:
     """Seconds and results of so many steps; the device has done each before the next begins."""
-    seconds, results = list[float](), list[StepResult]()
+    seconds, results = list[float](), list[T]()
     for _ in range(count):
         started = time.perf_counter()
         results.append(next(steps))
@@ -145,13 +136,20 @@ def varied_lengths(most: int) -> Callable[[int], int]:
     return length
 
 
-# How the engine decodes on CUDA: as it does by itself, with an ACT step of few rows in one kernel, all else in graphs; in graphs
-# alone; and kernel by kernel.
-ENGINES: dict[str, dict[str, Any]] = {
-    "one kernel": {},
-    "graphs": {"one_kernel": False},
-    "eager": {"record": lambda tick: tick, "one_kernel": False},
-}
+ENGINES = ("one kernel", "compiled graphs", "graphs", "eager")
+
+
+def engine_options(engine: str, scale: Scale) -> dict[str, Any]:
+    """How the engine decodes: as it does by itself, an ACT step of few rows in one kernel; by graphs alone; kernel by kernel.
+
+    Without CUDA nothing is recorded.
+    """
+
+    def unrecorded(function: Callable[[], None]) -> Callable[[], None]:
+        return function
+
+    record: Recorder = graph_recorder() if scale.device == "cuda" and engine != "eager" else unrecorded
+    return {} if engine == "one kernel" else {"record": record, "compiled": engine == "compiled graphs"}
 
 
 @contextlib.contextmanager

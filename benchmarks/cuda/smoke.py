@@ -2,13 +2,24 @@
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.common import SyntheticRows, benchmark_config, trainer_on
-from benchmarks.cuda.scale import ENGINES, Case, Figures, Scale, decoding_warnings, varied_lengths
+from benchmarks.cuda.scale import (
+    COMPILING_SECONDS,
+    ENGINES,
+    Case,
+    Figures,
+    Found,
+    Scale,
+    decoding_warnings,
+    engine_options,
+    varied_lengths,
+)
 from config.schema import PretrainInstructConfig
 from generation.engine import Engine, Prompt, Request, Token
 from models.act import RecursiveModel
@@ -31,22 +42,33 @@ _ALLOWED = {"float32": (1e-5, 2e-4), "bfloat16": (1e-2, 0.4)}
 _ALLOWED_CACHED, _ALLOWED_BFLOAT16 = 1e-4, 3.0
 
 
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> PretrainInstructConfig:
-    return benchmark_config(["lr_warmup_steps=0", *overrides])
+class Network(NamedTuple):
+    """A small network, and how it is computed."""
 
-
-def configured(overrides: tuple[str, ...], dtype: str, device: str) -> PretrainInstructConfig:
-    """Settings for this number format and device."""
-    config = _composed(overrides)
-    return config.model_copy(update={"device": device, "arch": config.arch.model_copy(update={"forward_dtype": dtype})})
+    recursion: str
+    dtype: str
+    attention: str
+    packing: str = "off"
 
 
 @functools.cache
-def two_steps(overrides: tuple[str, ...], dtype: str, device: str, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _composed(scale: Scale, recursion: str) -> PretrainInstructConfig:
+    settings = [f"arch={recursion}", "arch.halt_max_steps=1", "lr_warmup_steps=0", *scale.smoke, *_RECURSIONS[recursion][0]]
+    return benchmark_config(settings)
+
+
+def configured(network: Network, scale: Scale, device: str) -> PretrainInstructConfig:
+    """Its settings on this device."""
+    config = _composed(scale, network.recursion)
+    arch = config.arch.model_copy(update={"forward_dtype": network.dtype, "attention": network.attention})
+    return config.model_copy(update={"device": device, "arch": arch, "packing": network.packing})
+
+
+@functools.cache
+def two_steps(network: Network, scale: Scale, device: str, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Losses per token of two optimizer steps; all gradients of the first, and those of the levels alone."""
     torch._dynamo.reset()
-    config = configured(overrides, dtype, device)
+    config = configured(network, scale, device)
     rows = SyntheticRows(config, _SMOKE_VOCABULARY, varied_lengths(config.dataset.seq_len))
     trainer = trainer_on(config, rows, _SMOKE_VOCABULARY, compiled=compiled)
     steps = trainer.steps()
@@ -57,17 +79,17 @@ def two_steps(overrides: tuple[str, ...], dtype: str, device: str, compiled: boo
     return losses, torch.cat(list(gradients.values())), torch.cat([g for name, g in gradients.items() if "_level." in name])
 
 
-def training_errors(overrides: tuple[str, ...], dtype: str, scale: Scale, compiled: bool) -> Figures:
+def training_errors(network: Network, scale: Scale, compiled: bool, _: Found) -> Figures:
     """Relative errors against float64 on the CPU; of compiled code, differences from the uncompiled besides."""
-    found = two_steps(overrides, dtype, scale.device, compiled)
+    found = two_steps(network, scale, scale.device, compiled)
 
     def errors(reference: tuple[Tensor, Tensor, Tensor]) -> list[float]:
         parts = list(zip(found, reference, strict=True))
         loss = (parts[0][0] / parts[0][1] - 1).abs().max()  # NaN where one is
         return [float(loss), *(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in parts[1:])]
 
-    loss, gradient, of_levels = errors(two_steps(overrides, "float64", "cpu"))
-    loss_allowed, gradient_allowed = _ALLOWED[dtype]
+    loss, gradient, of_levels = errors(two_steps(network._replace(dtype="float64"), scale, "cpu"))
+    loss_allowed, gradient_allowed = _ALLOWED[network.dtype]
     figures: Figures = {
         "passed": loss <= loss_allowed and gradient <= gradient_allowed and of_levels <= gradient_allowed,
         "loss": loss,
@@ -77,17 +99,17 @@ def training_errors(overrides: tuple[str, ...], dtype: str, scale: Scale, compil
         "allowed ": gradient_allowed,
     }
     if compiled:
-        to_eager = errors(two_steps(overrides, dtype, scale.device))
+        to_eager = errors(two_steps(network, scale, scale.device))
         figures |= {"loss to eager": to_eager[0], "gradient to eager": to_eager[1]}
     return figures
 
 
 @torch.inference_mode()
-def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str) -> Figures:
+def decoding_errors(recursion: str, scale: Scale, engine: str, _: Found) -> Figures:
     """Cached decoding against recomputing whole rows, at one ACT step: largest differences of log p, nats."""
     models = {}
     for dtype in ("float32", "bfloat16"):
-        config = configured((*overrides, "arch.attention=prefix"), dtype, scale.device)
+        config = configured(Network(recursion, dtype, "prefix"), scale, scale.device)
         models[dtype] = RecursiveModel(config.arch, _SMOKE_VOCABULARY).to(scale.device)
         models[dtype].cast_for_inference()
 
@@ -103,9 +125,10 @@ def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str) -> Fi
     # Without candidates, ids are chosen on the device.
     top = _SMOKE_VOCABULARY if engine == "eager" else 0
     figures: Figures = {"passed": False}
+    # As tensors, of which the largest is NaN where one is.
     cached, rounding = dict[str, float](), 0.0
     for dtype, model in models.items():
-        decoder = Engine(model, eos_id=-1, act_steps=1, rows=len(prompts), positions=64, **ENGINES[engine])
+        decoder = Engine(model, eos_id=-1, act_steps=1, rows=len(prompts), positions=64, **engine_options(engine, scale))
         for prompt in prompts:
             decoder.submit(Request(Prompt(prompt, np.ones_like(prompt)), 8, top=top))
         answers: list[list[Token]] = [[] for _ in prompts]
@@ -134,28 +157,28 @@ def decoding_errors(overrides: tuple[str, ...], scale: Scale, engine: str) -> Fi
 
 
 def smoke(scale: Scale) -> Iterator[Case]:
-    """Of untrained small models, relative errors against float64 on the CPU: losses of two steps, gradients of the first, by norm.
+    """Of untrained small models, at one ACT step.
 
-    Decoding: differences from log p recomputed in float32, nats, at one ACT step.
+    Training: relative errors against float64 on the CPU, of two steps' losses and the first step's gradients, by norm. Decoding:
+    differences from log p recomputed in float32, nats.
     """
 
+    def training(network: Network, compiled: bool) -> Case:
+        code = "compiled" if compiled else "eager"
+        name = f"{network.recursion}: {network.dtype}, {network.attention}, packing {network.packing}, {code}"
+        seconds = COMPILING_SECONDS if compiled else 30
+        return Case(name, functools.partial(training_errors, network, scale, compiled), seconds)
+
     # One case of each recursion after the other, so that each of five processes has a recursion to itself.
-    def sizes(name: str) -> tuple[str, ...]:
-        return (f"arch={name}", *scale.smoke, *_RECURSIONS[name][0])
-
-    def training(name: str, dtype: str, attention: str, packing: str, compiled: bool) -> Case:
-        overrides = (*sizes(name), f"arch.attention={attention}", f"packing={packing}")
-        label = f"{name}: {dtype}, {attention}, packing {packing}, {'compiled' if compiled else 'eager'}"
-        return Case(label, lambda: training_errors(overrides, dtype, scale, compiled), 90 if compiled else 30)
-
     for name in _RECURSIONS:
-        yield training(name, "float32", "causal", "off", compiled=False)
+        yield training(Network(name, "float32", "causal"), compiled=False)
     for name in _RECURSIONS:
-        yield training(name, "bfloat16", "prefix", "packed", compiled=False)
+        yield training(Network(name, "bfloat16", "prefix", "packed"), compiled=False)
     for engine in ENGINES:
+        seconds = COMPILING_SECONDS if engine == "compiled graphs" else 60
         for name in _RECURSIONS:
-            yield Case(f"{name}: decoding, {engine}", functools.partial(decoding_errors, sizes(name), scale, engine), seconds=60)
+            yield Case(f"{name}: decoding, {engine}", functools.partial(decoding_errors, name, scale, engine), seconds)
     for name in _RECURSIONS:
-        yield training(name, "bfloat16", "prefix", "packed", compiled=True)
+        yield training(Network(name, "bfloat16", "prefix", "packed"), compiled=True)
     for name, (_, kind) in _RECURSIONS.items():
-        yield training(name, "float32", *kind, compiled=True)
+        yield training(Network(name, "float32", *kind), compiled=True)
