@@ -1,7 +1,8 @@
-"""Networks and recipes against each other, each trained for the same FLOPs or the same seconds, over several seeds.
+"""Networks and recipes against each other, each trained for the same FLOPs, seconds or examples, over several seeds.
 
     python -m benchmarks.equal_flops --tera-flops 60 --parallel 2 --output checkpoints/equal_flops
     python -m benchmarks.equal_flops --seconds 150 --seeds 0 1 2 --data FOLDER --rows 2000 --output checkpoints/conversations
+    python -m benchmarks.equal_flops --examples 28000 --output checkpoints/equal_examples
 
 Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are among
 them. Learning rate and depth follow the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
@@ -358,7 +359,7 @@ def parse_arguments() -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--tera-flops", type=float, help="training of each arm and seed, in 10^12 counted operations")
     budget.add_argument("--seconds", type=float, help="or so many seconds of training steps")
-    budget.add_argument("--examples", type=float, help="or so many examples")
+    budget.add_argument("--examples", type=int, help="or so many examples, in whole batches")
     add = parser.add_argument
     add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
     add("--only", nargs="+", metavar="NAME", help="only these arms, of the file and of the plain Transformers")
@@ -376,15 +377,20 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def chosen_budget(arguments: argparse.Namespace) -> Budget:
+    """The one that the command line names."""
+    if arguments.tera_flops is not None:
+        return Budget("FLOPs", 1e12 * arguments.tera_flops)
+    if arguments.seconds is not None:
+        return Budget("seconds", arguments.seconds)
+    return Budget("examples", arguments.examples)
+
+
 def main() -> None:
     """Compose all arms, measure what isn't there yet, report."""
     arguments = parse_arguments()
     own = [] if arguments.data is None else ["dataset=jsonl", f"dataset.data_dir={arguments.data.resolve()}"]
-    budget = Budget("seconds", arguments.seconds or 0)
-    if arguments.tera_flops:
-        budget = Budget("FLOPs", 1e12 * arguments.tera_flops)
-    elif arguments.examples:
-        budget = Budget("examples", arguments.examples)
+    budget = chosen_budget(arguments)
     arms = {
         (name, seed): compose_arm([*overrides, *own, *arguments.overrides], seed)
         for name, overrides in read_arms(arguments.arms, arguments.only).items()

@@ -122,7 +122,7 @@ def _against(
 def markdown(found: Mapping[str, Any]) -> str:
     """The table and how to read it."""
     amount, unit = found["budget"]
-    spent = f"{amount / 1e12:g} x 10^12 FLOPs" if unit == "FLOPs" else f"{amount:g} seconds"
+    spent = f"{amount / 1e12:g} x 10^12 FLOPs" if unit == "FLOPs" else f"{amount:,.9g} {unit}"
     best = found["best_plain"]
     titles = [
         *("arm", "seeds", "parameters: core, all", "TFLOPs", "seconds", "steps", "rows", "nats a token", "bits a byte", "exact, %"),

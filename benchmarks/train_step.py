@@ -121,7 +121,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_
 def dense_loss(
     output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str, compiled: bool
 ) -> TokenLoss:
-    """models.losses.token_loss the naive way: all logits at once, stablemax in float64."""
+    """models.losses.token_loss the naive way: all logits at once, stablemax in float64, never compiled."""
     logits_NV = output_ND @ head_VD.to(output_ND.dtype).T
     nll_N = stablemax_cross_entropy(logits_NV, labels_N)
     argmax_N = logits_NV.argmax(-1)

@@ -1,4 +1,4 @@
-"""Arms are trained for equal counted FLOPs or seconds, each once, and their results are whole (benchmarks/equal_flops.py)."""
+"""Arms are trained for equal FLOPs, seconds or examples, each once, and their results are whole (benchmarks/equal_flops.py)."""
 
 import itertools
 import json
@@ -146,6 +146,17 @@ def test_seconds_end_training_and_its_schedule(arm: Callable[..., PretrainInstru
     assert 1e-3 <= result["last_lr"] < 3e-3
 
 
+def test_examples_end_training_and_its_schedule(arm: Callable[..., PretrainInstructConfig]) -> None:
+    """In whole batches, whatever an example costs."""
+    shallow, deep = (
+        measure("arm", arm(f"arch.halt_max_steps={steps}"), Budget("examples", amount), rows=2)
+        for steps, amount in ((1, 48), (2, 46))
+    )
+    assert (shallow["rows"], shallow["steps"]) == (deep["rows"], deep["steps"]) == (48, 12)
+    assert shallow["last_lr"] == pytest.approx(1e-3) and deep["last_lr"] == pytest.approx(1e-3, rel=0.01)
+    assert shallow["flops"] < deep["flops"]
+
+
 def test_a_counted_step_takes_the_time_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
@@ -240,6 +251,13 @@ def test_a_comparison_goes_on_after_it_was_killed(
     assert (tmp_path / "out/equal_flops.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_budget_of_examples_from_the_command_line(run: Callable[..., str], places: list[str]) -> None:
+    printed = run("--examples", 12, "--only", "small", "plain_2", "--overrides", *places)
+    found = json.loads(printed.splitlines()[-1])
+    assert found["budget"] == [12, "examples"] and "Each arm was trained for 12 examples " in printed
+    assert [(row["arm"], row["rows"], row["steps"]) for row in found["arms"]] == [("small", 12, 3), ("plain_2", 12, 3)]
+
+
 def test_conversations_of_ones_own_and_an_arm_that_fails(
     run: Callable[..., str], places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,3 +310,5 @@ def test_no_held_out_rows_and_wrong_numbers_are_told(run: Callable[..., str], pl
         run("--tera-flops", 1, "--overrides", *places, "dataset.test_ratio=0")
     with pytest.raises(UsageError, match="--rows 0: expected more than 0"):
         run("--tera-flops", 1, "--rows", 0)
+    with pytest.raises(UsageError, match="--examples 0: expected more than 0"):
+        run("--examples", 0)
