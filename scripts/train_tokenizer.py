@@ -41,6 +41,7 @@ _HELD_OUT_ROWS = 2000
 # SentencePiece passes over a sentence that holds one of these: it marks borders and unknown characters by them.
 _RESERVED = re.compile("[\t\0\u2585]")
 Row = tuple[str, ...]
+_NO_ROWS = "expected training rows, found none: check the data and dataset.test_ratio"
 _Proto: Any = sentencepiece_model_pb2
 
 
@@ -53,7 +54,7 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
     sentences = (part for row in rows for text in row for part in _RESERVED.split(text) if part)
     first = next(sentences, None)
     if first is None:
-        raise UsageError("expected training rows, found none: check the data and dataset.test_ratio")
+        raise UsageError(_NO_ROWS)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -85,21 +86,30 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
 
 
 def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
-    """The tokenizer with no pieces but those that `rows` and the template use, those that they are merged from, and ASCII.
+    """The tokenizer without the pieces that neither `rows`, the template nor ASCII characters need.
 
-    Texts of the rows have the same pieces as before; any other text is still encoded, of smaller pieces or bytes. Raises
-    `UsageError` for a tokenizer that isn't a SentencePiece model of the kind BPE.
+    rows: texts of the turns. They have the same pieces as before, under other ids; any other text is encoded in smaller pieces or
+    bytes, and comes back as it did. Raises `UsageError` for no rows, and for a tokenizer that isn't a SentencePiece model of the
+    kind BPE with byte fallback: of another kind, fewer pieces could change how texts of the rows are cut, or leave text unknown.
     """
     model = _Proto.ModelProto()
     try:
         model.ParseFromString(tokenizer.model_bytes)
     except DecodeError:
         model.Clear()
-    if model.trainer_spec.model_type != _Proto.TrainerSpec.BPE:
-        raise UsageError(f"--trim: {tokenizer.path} is no SentencePiece model of the kind BPE, name one by dataset.tokenizer_path")
+    if model.trainer_spec.model_type != _Proto.TrainerSpec.BPE or not model.trainer_spec.byte_fallback:
+        raise UsageError(
+            f"--trim: {tokenizer.path} isn't a SentencePiece model of the kind BPE with byte fallback: name one by "
+            "dataset.tokenizer_path"
+        )
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise UsageError(_NO_ROWS)
     template = Template()
+    always = (*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))
     used = set[int]()
-    for row in chain([(*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))], rows):
+    for row in chain([always, first], rows):
         used.update(*tokenizer.encode_batch(row))
     rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
@@ -113,7 +123,10 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
 
 
 def merged_from(piece: str, rank: Mapping[str, float]) -> Iterator[str]:
-    """The piece and those that come to be on the way to it, as BPE merges its characters: the neighbours of lowest rank first."""
+    """The piece, its characters, and what BPE makes on the way from these to it: it merges the neighbours of lowest rank first.
+
+    rank: of each piece, by which merges are ordered.
+    """
     parts = list(piece)
     yield from parts
     while len(parts) > 1:
@@ -173,7 +186,7 @@ def settings(data: Path | None, overrides: Sequence[str]) -> PretrainInstructCon
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 2 and one message when no tokenizer could be trained."""
+    """The command; exit status 2 and one message when no tokenizer could be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
     kind = parser.add_mutually_exclusive_group(required=True)
@@ -181,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind.add_argument("--trim", action="store_true", help="cut dataset.tokenizer_path down to the pieces that the data uses")
     parser.add_argument("--data", type=Path, help="folder or file of conversations; default: what the settings name")
     parser.add_argument("--output", type=Path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
-    parser.add_argument("--max-rows", type=int, default=100_000, help="train on so many rows at most, drawn by `seed`")
+    parser.add_argument("--max-rows", type=int, default=100_000, help="read so many rows at most, drawn by `seed`")
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():
         for flag, value in (("--max-rows", options.max_rows), ("--vocab-size", options.vocab_size)):
@@ -201,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_atomically(output, tokenizer.model_bytes)
         except OSError as error:
             raise UsageError(f"{output} can't be written: {error}; use another --output") from error
-        print(f"{'trimmed to' if options.trim else 'trained on'} {len(rows):,} rows")
+        print(f"{'trimmed to the pieces of' if options.trim else 'trained on'} {len(rows):,} rows")
         report(config, output)
 
 

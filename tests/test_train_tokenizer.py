@@ -1,5 +1,6 @@
-"""A tokenizer of one's own: it gives every text back, sees no held-out row, and a run uses it from end to end."""
+"""A tokenizer of one's own, trained or trimmed: it gives every text back, sees no held-out row, and a run uses it to the end."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -60,6 +61,61 @@ def test_text_beside_reserved_characters_is_learned_from() -> None:
 def test_a_vocabulary_that_cannot_be_is_told(rows: list[tuple[str, ...]], size: int, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         script.train_tokenizer(rows, size)
+
+
+def test_no_rows_to_trim_to_is_told() -> None:
+    with pytest.raises(UsageError, match="found none"):
+        script.trim_tokenizer(TRAINED, [])
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [tokenizer.piece(token) for token in tokenizer.encode(text)]
+
+
+TEXTS = st.lists(
+    BLANKS | st.text(CHARACTERS, max_size=8) | st.sampled_from(["What is", "plus", "leading", "Indented:"]), max_size=8
+)
+
+
+@given(st.lists(TEXTS.map("".join), min_size=1, max_size=4), TEXTS.map("".join))
+@settings(max_examples=100)
+def test_a_trimmed_tokenizer_cuts_its_rows_as_before_and_says_any_text(row: list[str], other: str) -> None:
+    trimmed = script.trim_tokenizer(TRAINED, [tuple(row)])
+    assert trimmed.vocab_size < TRAINED.vocab_size and (trimmed.bos_id, trimmed.eos_id) == (1, 2)
+    for text in (*row, "[SYSTEM]\n", "[USER]\n", "[ASSISTANT]\n"):
+        assert pieces(trimmed, text) == pieces(TRAINED, text)
+    for text in (*row, other):
+        assert trimmed.decode(trimmed.encode(text)) == text and 0 not in trimmed.encode(text)
+
+
+def test_trimming_keeps_what_is_used_and_what_that_is_merged_from() -> None:
+    llama = Tokenizer(LLAMA)
+    trimmed = script.trim_tokenizer(llama, ROWS)
+    # 256 bytes, three that stand for no text, a few hundred for the words of the rows.
+    assert 259 < trimmed.vocab_size < 700
+    for text in itertools.chain.from_iterable(ROWS):
+        assert pieces(trimmed, text) == pieces(llama, text)
+    left = {trimmed.piece(token) for token in range(trimmed.vocab_size)}
+    assert "\u2581What" in left and "\u2581Which" not in left
+    merged = [piece for piece in left if len(piece) > 1 and not piece.startswith("<")]
+    assert merged and all(any(piece[:at] in left and piece[at:] in left for at in range(1, len(piece))) for piece in merged)
+    assert script.trim_tokenizer(llama, ROWS).model_bytes == trimmed.model_bytes
+    unseen = "\u65e5\u672c Which one?"
+    assert trimmed.decode(trimmed.encode(unseen)) == unseen and len(trimmed.encode(unseen)) > len(llama.encode(unseen))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tokenizer_files.byte_level(),
+        tokenizer_files.sentencepiece_model(model_type="unigram", byte_fallback=True),
+        tokenizer_files.sentencepiece_model(model_type="bpe"),
+    ],
+    ids=["tokenizer.json", "unigram", "no byte fallback"],
+)
+def test_a_tokenizer_of_another_kind_is_not_trimmed(content: bytes) -> None:
+    with pytest.raises(UsageError, match="isn't a SentencePiece model of the kind BPE with byte fallback: name one by"):
+        script.trim_tokenizer(Tokenizer.from_bytes(content), ROWS)
 
 
 def test_a_draw_of_rows_depends_on_the_seed_alone() -> None:
@@ -133,6 +189,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit) as caught:
         script.main(arguments)
     assert caught.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_the_command_that_trims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = write(tmp_path), tmp_path / "own/tokenizer.model"
+    settings = ["dataset.test_ratio=0.25", "arch.hidden_size=32", f"dataset.tokenizer_path={LLAMA}"]
+    script.main(["--trim", "--data", str(path), "--output", str(output), *settings])
+    first, own, before = capsys.readouterr().out.splitlines()
+    assert first.startswith("trimmed to the pieces of ") and f"{LLAMA}: 32,000 pieces" in before
+    trimmed = Tokenizer(output)
+    assert f"{output}: {trimmed.vocab_size} pieces" in own and trimmed.vocab_size < 700
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--trim", "--vocab-size", "400"])
+    assert caught.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 def test_a_run_refuses_a_tokenizer_that_loses_text_before_it_tokenizes(
