@@ -21,11 +21,7 @@ checkpoint="$(ls -d "$run"/step_* 2>/dev/null | sort -V | tail -n 1 || true)"
 if [ -n "$checkpoint" ]; then
     echo "reusing $checkpoint${1:+ as it is, without your settings} (delete $run to train again)"
 else
-    # On CPUs a process for each of two cores: small batches gain more from it than from threads.
-    ranks="$(python -c 'import os, torch; print(1 if torch.accelerator.is_available() else min(2, len(os.sched_getaffinity(0))))')"
-    train=(python)
-    [ "$ranks" -eq 1 ] || train=(torchrun --nproc-per-node "$ranks")
-    checkpoint="$("${train[@]}" pretrain_instruct.py experiment=quickstart "dataset.tokenizer_path=$tokenizer" "$@" | tee /dev/stderr | sed -n 's/^checkpoint //p' | tail -n 1)"
+    checkpoint="$(python pretrain_instruct.py experiment=quickstart "dataset.tokenizer_path=$tokenizer" "$@" | tee /dev/stderr | sed -n 's/^checkpoint //p' | tail -n 1)"
     run="$(dirname "$checkpoint")"
 fi
 
