@@ -350,10 +350,6 @@ class GenerationConfig(_Section):
     """An answer ends before the first of these texts."""
     batch_size: PositiveInt
     """Answers that form at the same time, at most."""
-    draft_tokens: int = Field(ge=0)
-    """Tokens that an answer at fixed depth which forms alone drafts before it checks them together; 0: none."""
-    draft_act_steps: PositiveInt
-    """ACT steps behind a drafted token."""
     compile: bool
     """torch.compile what an answer's next token takes: faster after a warm-up. DISABLE_COMPILE=1 turns it off.
 

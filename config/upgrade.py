@@ -26,6 +26,9 @@ REMOVED: tuple[str, ...] = (
     # When a row left its slot, in which it stayed for several optimizer steps. Puzzles never read them.
     "act_steps_per_update",
     *(f"arch.halt.{key}" for key in ("mode", "depth_floor", "deepen_at", "settled_share", "settled_probability")),
+    # Tokens drafted with few ACT steps and checked together: slower wherever code is compiled or on a GPU.
+    "generation.draft_tokens",
+    "generation.draft_act_steps",
 )
 # What the program did before it had a key, where the shipped default is something else.
 BEFORE: dict[str, Any] = {"eval_every_steps": None}

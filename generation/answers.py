@@ -64,9 +64,8 @@ class Responder:
     """A model with its tokenizer and template, ready to answer.
 
     `context` is the most input positions the model was trained on; a prompt must leave room for at least one new token in it.
-    At most `rows` answers form at the same time, fewer where `kv_budget_gb` (GB of keys and values) says so. One that forms alone
-    drafts `draft_tokens` tokens with `draft_act_steps` ACT steps (generation/engine.py). If `compiled`, the weights are copied into
-    compiled code and must not change any more.
+    At most `rows` answers form at the same time, fewer where `kv_budget_gb` (GB of keys and values) says so. If
+    `compiled`, the weights are copied into compiled code and must not change any more.
     """
 
     model: RecursiveModel
@@ -76,8 +75,6 @@ class Responder:
     options: Options
     rows: int
     kv_budget_gb: float
-    draft_tokens: int = 0
-    draft_act_steps: int = 1
     compiled: bool = False
 
     def prompt(self, conversation: Conversation) -> Prompt:
@@ -160,8 +157,6 @@ class Speaker:
             act_steps=act_steps,
             rows=rows_that_fit(responder.model, act_steps, positions, responder.kv_budget_gb, rows),
             positions=positions,
-            draft_tokens=responder.draft_tokens,
-            draft_act_steps=responder.draft_act_steps,
             compiled=responder.compiled,
         )
         self._streams: dict[int, TextStream] = {}

@@ -3,9 +3,8 @@
 The unit of work is a tick: one ACT step of every running row. A row whose token has halted chooses its id and begins the next token
 in the next tick, so tokens that halt early cost less and shapes stay as they are. Finished rows leave, waiting requests enter. At a
 fixed number of ACT steps the result equals full recomputation; with a halting threshold an assistant's token stops for good on its
-own, those of earlier answers too, and prompt segments go to full depth. A single row at fixed depth may speculate on itself: it
-drafts tokens with few ACT steps and checks them together. Shape suffixes as in models/layers.py; P counts prompts, R rows that
-choose an id.
+own, those of earlier answers too, and prompt segments go to full depth. Shape suffixes as in
+models/layers.py; P counts prompts, R rows that choose an id.
 """
 
 import collections
@@ -26,8 +25,6 @@ from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
 from models.device import on_device
 from models.layers import Mask, Rotary, TokenRows
-from models.losses import argmax
-from models.recursive_reasoning.base import States
 
 # Prompts are short, so a coarser rounding would cost more than the kernels it saves; see models/layers.TOKEN_MULTIPLE.
 _PROMPT_TOKEN_MULTIPLE = 8
@@ -126,15 +123,10 @@ class Engine:
         act_steps: int,
         rows: int,
         positions: int,
-        draft_tokens: int = 0,
-        draft_act_steps: int = 1,
         compiled: bool = False,
         record: Recorder | None = None,
     ) -> None:
         """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
-
-        draft_tokens: how many tokens a single row at fixed depth drafts, at `draft_act_steps` ACT steps, before it checks them at
-        full depth; 0: none. What is said stays the same.
 
         compiled: torch.compile what the next tokens take, once for a single row and once for several. Compiled code holds the
         weights in a form of its own.
@@ -146,8 +138,6 @@ class Engine:
         self.eos_id = eos_id
         self.act_steps = act_steps
         self.positions = positions
-        self._draft_tokens = draft_tokens
-        self._draft_act_steps = draft_act_steps
         self._cache = KVCache(
             rows=rows,
             act_steps=act_steps,
@@ -218,9 +208,7 @@ class Engine:
         """Let waiting requests enter free rows, then take one ACT step with every running row: the tokens that are ready."""
         tokens = self._admit() if self._waiting else []
         running = [slot for slot, row in enumerate(self._rows) if row is not None]
-        if len(running) == 1 and self._may_speculate(running[0]):
-            tokens += self._speculate(running[0])
-        elif running:
+        if running:
             tokens += self._step(running) if self._on_device is None else self._step_on_device(self._on_device, running)
         return tokens
 
@@ -237,7 +225,7 @@ class Engine:
             self._x[index_B],
             self._rotary_at(positions),
             Mask(),
-            self._cache.extend_by_one(slots, act_steps, positions),
+            self._cache.extend(slots, act_steps, positions),
         )
         for kept, new in zip(self._states, states, strict=True):
             kept[index_B] = new
@@ -277,46 +265,6 @@ class Engine:
             if row.act_step == row.depth or halts[place]:
                 done.append(place)
         return done
-
-    def _may_speculate(self, slot: int) -> bool:
-        (row,) = self._rows_in([slot])
-        is_fixed = row.request.halt_threshold is None and row.depth > self._draft_act_steps
-        return self._draft_tokens > 0 and is_fixed and row.act_step == 0 and row.given < row.request.max_new_tokens - 1
-
-    def _speculate(self, slot: int) -> list[Token]:
-        """Draft some tokens after the one in work, then bring all of them to full depth together and give those that are right.
-
-        The steps of the draft are the first steps of the check: nothing of an accepted token is computed twice.
-        """
-        model = self.model
-        (row,) = self._rows_in([slot])
-        count = 1 + min(self._draft_tokens, row.request.max_new_tokens - row.given - 1)
-        drafted: list[int] = []
-        x, states = [self._x[slot]], []
-        for ahead in range(count):
-            position = row.position + ahead
-            state: States = model.initial_states(1, 1)
-            for act_step in range(self._draft_act_steps):
-                lanes = self._cache.extend_by_one([slot], [act_step], [position])
-                state, output_BTD = model.act_step(state, x[ahead][None], self._rotary_at([position]), Mask(), lanes)
-            states.append(state)
-            if ahead < count - 1:
-                drafted.append(int(argmax(model.logits(output_BTD[0]))))
-                x.append(model.embed(on_device(drafted[-1:], model.device)))
-        x_BTD = torch.stack(x, dim=1)
-        state = tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
-        rotary = self._rotary_at(range(row.position, row.position + count), rows=1)
-        for act_step in range(self._draft_act_steps, row.depth):
-            lanes = self._cache.extend([slot], [act_step], [row.position])
-            state, output_BTD = model.act_step(state, x_BTD, rotary, Mask(), lanes)
-        logits_TV = model.logits(output_BTD[0])
-        tokens: list[Token] = []
-        for ahead in range(count):
-            row.act_step = row.depth
-            tokens += self._give([slot], logits_TV[ahead : ahead + 1])
-            if tokens[-1].finish is not None or (ahead < count - 1 and tokens[-1].id != drafted[ahead]):
-                break
-        return tokens
 
     def _halting(self, output_BD: Tensor, rows: Sequence[_Row]) -> np.ndarray:
         """Whether each row's token halts by its threshold (bool[B])."""
@@ -426,9 +374,6 @@ class Engine:
         """The rows in these slots, which must be running."""
         return [row for slot in slots if (row := self._rows[slot]) is not None]
 
-    def _rotary_at(self, positions: Sequence[int], rows: int | None = None) -> Rotary | None:
-        """Tables of one position for each row, or of several for each of `rows`."""
-        if self._rotary is None:
-            return None
-        positions_BT = on_device(positions, self.model.device).view(rows or len(positions), -1)
-        return self._rotary.at(positions_BT)
+    def _rotary_at(self, positions: Sequence[int]) -> Rotary | None:
+        """Tables of one position for each row."""
+        return None if self._rotary is None else self._rotary.at(on_device(positions, self.model.device).unsqueeze(1))

@@ -59,6 +59,4 @@ def make_responder(model: RecursiveModel, tokenizer: Tokenizer, template: Templa
         options=Options(config.answer_limit, config.depth, generation.halt_threshold, sampling, tuple(generation.stop)),
         rows=generation.batch_size,
         kv_budget_gb=generation.kv_budget_gb,
-        draft_tokens=generation.draft_tokens,
-        draft_act_steps=generation.draft_act_steps,
     )

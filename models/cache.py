@@ -140,21 +140,17 @@ class KVCache:
         return _FillingLanes(self, [(row, prompt, lengths[prompt]) for row, prompt in zip(rows, prompts, strict=True)])
 
     def extend(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
-        """Lanes for one ACT step of the next tokens, T >= 1 of each of `rows`, which attend to what stands before them.
+        """Lanes for one ACT step of the next token of each of `rows`, which attends to what stands before it; compiled if this is.
 
-        act_steps: the ACT step of each row, counted from 0. starts: the position of the first of its tokens.
+        act_steps: the ACT step of each row, counted from 0. starts: the position of its token.
         """
-        return ExtendingLanes(self, rows, act_steps, starts)
-
-    def extend_by_one(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> StepLanes:
-        """The same for T = 1, compiled if this cache is."""
         if not self.is_compiled:
-            return self.extend(rows, act_steps, starts)
+            return ExtendingLanes(self, rows, act_steps, starts)
         rows_B, act_steps_B, starts_B = on_device([list(rows), list(act_steps), list(starts)], self.buffer.device)
         return self.extend_together(rows_B, act_steps_B, starts_B, max(starts), compiled=True)
 
     def extend_together(self, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int, *, compiled: bool) -> StepLanes:
-        """The same for T = 1 and rows told in integer tensors of the cache's device, whose values the host needn't know.
+        """The same for rows told in integer tensors of the cache's device, whose values the host needn't know.
 
         past: no row's token stands beyond this position; so many positions are read. compiled: which `is_compiled` must allow.
         """
@@ -184,7 +180,7 @@ class _FillingLanes(HeldLanes):
 
 @dataclass(frozen=True)
 class ExtendingLanes(LayerLanes):
-    """One ACT step of the next tokens of some rows; see `KVCache.extend`."""
+    """One ACT step of the next token of some rows; see `KVCache.extend`."""
 
     cache: KVCache
     rows: Sequence[int]
@@ -203,19 +199,18 @@ class RowByRowLane:
     lane: int
 
     def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
-        step, count = self.step, q_BHTK.shape[2]
+        step = self.step
         # Of a bfloat16 cache, too: torch's CPU kernel for a single query takes three times as long in that format, casts included.
         exact = torch.promote_types(q_BHTK.dtype, torch.float32)
         q_BHTK = q_BHTK.to(exact)
         y_BHTK = []
         for place, (row, act_step, start) in enumerate(zip(step.rows, step.act_steps, step.starts, strict=True)):
             k_kept, v_kept = step.cache.lanes_of(row, act_step)[self.lane]
-            end, this = start + count, slice(place, place + 1)
-            k_kept[:, :, start:end] = k_BHTK[this]
-            v_kept[:, :, start:end] = v_BHTK[this]
-            visible_11TS = None if count == 1 else torch.ones(1, 1, count, end, dtype=torch.bool, device=q_BHTK.device).tril(start)
-            k_seen, v_seen = k_kept[:, :, :end].to(exact), v_kept[:, :, :end].to(exact)
-            y_BHTK.append(attend(q_BHTK[this], k_seen, v_seen, Mask(visible=visible_11TS)))
+            this = slice(place, place + 1)
+            k_kept[:, :, start : start + 1] = k_BHTK[this]
+            v_kept[:, :, start : start + 1] = v_BHTK[this]
+            k_seen, v_seen = k_kept[:, :, : start + 1].to(exact), v_kept[:, :, : start + 1].to(exact)
+            y_BHTK.append(attend(q_BHTK[this], k_seen, v_seen, Mask()))
         return torch.cat(y_BHTK).to(k_BHTK.dtype)
 
 

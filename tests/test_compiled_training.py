@@ -102,8 +102,11 @@ def causal_weights(q_NHK: Tensor, k_NHK: Tensor, starts_R1: Tensor) -> Tensor:
 
 
 @varlen._varlen_attn.register_kernel("cpu")
-def varlen_on_cpu(q: Tensor, k: Tensor, v: Tensor, starts_R1: Tensor, *rest: Any, **also: Any) -> tuple[Tensor, ...]:
+def varlen_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, starts_R1: Tensor, ends_R1: Tensor, most_q: int, most_k: int, is_causal: bool, *rest: Any
+) -> tuple[Tensor, ...]:
     """The operator that only CUDA has a kernel for; what else it returns is for that kernel's backward pass."""
+    assert is_causal, "what is asked for is another attention"
     y_NHK = torch.einsum("hij,jhk->ihk", causal_weights(q, k, starts_R1), v).contiguous()
     return y_NHK, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 

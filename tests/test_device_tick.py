@@ -93,13 +93,6 @@ def test_rows_enter_and_leave_at_any_time(tiny_model: ModelFactory) -> None:
     assert_same(answers, alone)
 
 
-def test_a_speculating_row_goes_on_in_ticks_of_fixed_shape(tiny_model: ModelFactory) -> None:
-    model = tiny_model("arch.H_cycles=1", "arch.L_cycles=1")
-    requests = [Request(prompt, 4 + 8 * number) for number, prompt in enumerate(make_prompts((9, 4)))]
-    expected = decode(model, requests, act_steps=4)
-    assert_same(decode(model, requests, act_steps=4, record=Recordings(), draft_tokens=3), expected)
-
-
 def _fails(function: Callable[[], None]) -> Callable[[], None]:
     raise RuntimeError("operation not permitted when stream is capturing")
 

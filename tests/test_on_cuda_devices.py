@@ -170,15 +170,8 @@ def test_sampling_waits_no_more_than_greedy_choice(tiny_config: ConfigFactory) -
         assert found == [(2, OF_TOKENS)]
 
 
-def test_speculation(tiny_config: ConfigFactory) -> None:
-    with fake_device() as device:
-        engine = Engine(answering(device, tiny_config(*small("trm"))), eos_id=-1, act_steps=2, rows=1, positions=12, draft_tokens=2)
-        assert [count for count, _ in ticks(device, engine, (5,))] == [3]
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_lanes_of_a_cache(tiny_config: ConfigFactory, count: int) -> None:
-    """Filling, extending by one token and by several, compiled code's way, and what halted tokens leave."""
+def test_lanes_of_a_cache(tiny_config: ConfigFactory) -> None:
+    """Filling, extending row by row and together, and what halted tokens leave."""
     with fake_device() as device, torch.inference_mode():
         model = answering(device, tiny_config(*small("trm"), "arch.attention=prefix"))
         cache = KVCache(
@@ -193,19 +186,18 @@ def test_lanes_of_a_cache(tiny_config: ConfigFactory, count: int) -> None:
         )
         table = model.rotary(torch.arange(16))
         assert table is not None
-        rotary = table.at(torch.arange(count, device=model.device))
+        rotary = table.at(torch.arange(1, device=model.device))
         device.waits.clear()
-        x_BTD = model.embed(torch.zeros(2, count, dtype=torch.int64, device=model.device))
-        states = model.initial_states(2, count)
-        active_BT = torch.ones(2, count, dtype=torch.bool, device=model.device)
-        filling = cache.fill([2, 0], [0, 1], [count, 1])
+        x_BTD = model.embed(torch.zeros(2, 1, dtype=torch.int64, device=model.device))
+        states = model.initial_states(2, 1)
+        active_BT = torch.ones(2, 1, dtype=torch.bool, device=model.device)
+        filling = cache.fill([2, 0], [0, 1], [1, 1])
         for step in range(2):
             model.act_step(states, x_BTD, rotary, model.mask(active_BT.long()), filling.at_step(step, active_BT))
         model.act_step(states, x_BTD, rotary, Mask(), cache.extend([0, 2], [0, 1], [4, 2]))
-        if count == 1:
-            rows_B, act_steps_B, starts_B = on_device([[0, 2], [0, 1], [4, 2]], model.device)
-            lanes = cache.extend_together(rows_B, act_steps_B, starts_B, 4, compiled=False)
-            model.act_step(states, x_BTD, rotary, Mask(), lanes)
+        rows_B, act_steps_B, starts_B = on_device([[0, 2], [0, 1], [4, 2]], model.device)
+        lanes = cache.extend_together(rows_B, act_steps_B, starts_B, 4, compiled=False)
+        model.act_step(states, x_BTD, rotary, Mask(), lanes)
         cache.carry_halted(0, 4, 0, 2)
         assert not device.waits
 
