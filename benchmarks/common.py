@@ -26,7 +26,7 @@ ENDLESS_ROWS = 1_000_000
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that both benchmarks have."""
+    """The flags that several benchmarks have."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--dtype", choices=["auto", "bfloat16", "float32", "float64"])
     flags.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")

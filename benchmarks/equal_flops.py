@@ -258,18 +258,17 @@ def generated(
     """The share of exact answers at each ACT step; at the deepest, which answers are exact, and the share of each family."""
     responder = make_responder(model, tokenizer, Template(), config)
     questions = ask(test, responder, min(rows, len(test)))
-    texts = list[str]()
-    exact = list[float]()
-    for depth in range(1, config.depth + 1):
-        texts = [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
-        exact.append(statistics.fmean(map(is_exact, questions.references, texts)))
+    depths, has_hops = range(1, config.depth + 1), any(questions.hops)
+    answers = {
+        depth: [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
+        for depth in (*depths, *([2 * config.depth] if has_hops else []))
+    }
+    texts = answers[config.depth]
+    exact = [statistics.fmean(map(is_exact, questions.references, answers[depth])) for depth in depths]
     by_hops = dict[int, dict[int, float]]()
-    if any(questions.hops):
-        for depth in (*range(1, config.depth + 1), 2 * config.depth):
-            texts = [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
-            found = score_by_hops(questions.hops, questions.families, questions.references, texts)
-            by_hops[depth] = {hops: score["overall"]["accuracy"] for hops, score in found.items()}
-        texts = [answer.text for answer in responder.at_depth(config.depth).answers(questions.histories)]
+    for depth, given in answers.items() if has_hops else ():
+        found = score_by_hops(questions.hops, questions.families, questions.references, given)
+        by_hops[depth] = {hops: score["overall"]["accuracy"] for hops, score in found.items()}
     families = score_answers(questions.families, questions.references, texts)["families"]
     return {
         "exact_by_act_step": exact,
@@ -319,7 +318,7 @@ def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
     arms = found.arms
     unknown = [name for name in only or [] if name not in arms | PLAIN]
     if unknown:
-        raise UsageError(f"--only {unknown[0]}: {path} has the arms {', '.join(arms)}; {', '.join(PLAIN)} are always there")
+        raise UsageError(f"--only {unknown[0]}: {path} has the arms {', '.join(arms)}; the plain {', '.join(PLAIN)}")
     return {name: [*found.all, *own] for name, own in (arms | PLAIN).items() if only is None or name in only}
 
 

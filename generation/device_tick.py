@@ -162,7 +162,8 @@ class DeviceTick:
         past = self._round_up(past, _FEWEST_POSITIONS, self._cache.buffer.shape[-2])
         ways = {"level calls": functools.partial(self._step, self._level_calls, rows, past, may_halt)}
         if self._cache.is_compiled:
-            ways = {"compiled level calls": functools.partial(self._step, self._compiled_level_calls, rows, past, may_halt)} | ways
+            compiled = functools.partial(self._level_calls, compiled=True)
+            ways = {"compiled level calls": functools.partial(self._step, compiled, rows, past, may_halt)} | ways
         if self._kernel is not None and self._kernel.serves(rows):
             # It reads as much of the past as there is.
             past = self._cache.buffer.shape[-2]
@@ -209,9 +210,6 @@ class DeviceTick:
     def _kernel_call(self, rows: int, past: int) -> None:
         assert self._kernel is not None
         self._kernel(rows, self._positions_B, self._act_steps_B)
-
-    def _compiled_level_calls(self, rows: int, past: int) -> None:
-        self._level_calls(rows, past, compiled=True)
 
     def _level_calls(self, rows: int, past: int, compiled: bool = False) -> None:
         _, most_steps, *_, positions, _ = self._cache.buffer.shape

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config.errors import UsageError
 from config.schema import ArchConfig
-from models.cache import Lanes, StepLanes
+from models.cache import HeldLanes, StepLanes
 from models.device import on_device
 from models.document_attention import can_attend_in_documents, documents_side_by_side
 from models.initialization import truncated_normal_
@@ -260,7 +260,7 @@ class RecursiveModel(nn.Module):
         mask: Mask,
         *,
         act_steps: int,
-        lanes: Lanes | None = None,
+        lanes: HeldLanes | None = None,
         halt_threshold: float | None = None,
         may_halt_BT: Tensor | None = None,
     ) -> Iterator[Refined]:

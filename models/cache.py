@@ -37,16 +37,6 @@ class LayerLanes(ABC):
         return stack.forward(h, rotary, mask, self.of_call(first_lane, len(stack.layers)))
 
 
-class Lanes(Protocol):
-    """The lanes of all ACT steps."""
-
-    def at_step(self, act_step: int, active_BT: Tensor | None) -> StepLanes:
-        """The lanes of ACT step `act_step`, counted from 0; steps come in order.
-
-        Where `active_BT` is given and false, a token has halted and keeps the keys and values it halted with.
-        """
-
-
 class HeldLanes(LayerLanes):
     """Whole rows refined step by step while some tokens have already halted: those keep the keys and values they halted with."""
 
@@ -57,7 +47,10 @@ class HeldLanes(LayerLanes):
         self.act_step = 0
 
     def at_step(self, act_step: int, active_BT: Tensor | None) -> LayerLanes:
-        """The lanes of ACT step `act_step`; see `Lanes`."""
+        """The lanes of ACT step `act_step`, counted from 0; steps come in order.
+
+        Where `active_BT` is given and false, a token has halted and keeps the keys and values it halted with.
+        """
         self.act_step = act_step
         self._keeps = active_BT is not None
         self._active_B1T1 = None if active_BT is None or act_step == 0 else active_BT[:, None, :, None]

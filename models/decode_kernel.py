@@ -57,10 +57,7 @@ def plan_of(model: RecursiveModel) -> _Plan:
 
     step: Callable[..., Any] = model.recursion.step
     new_states, output = step(tuple((number,) for number in range(states)), (states,), call)
-    results = []
-    for (number,) in (*new_states, output):
-        results.append(number)
-    return _Plan(blocks, results)
+    return _Plan(blocks, [number for (number,) in (*new_states, output)])
 
 
 class ActStepKernel:

@@ -31,8 +31,8 @@ class Documents(NamedTuple):
 
 def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether there are kernels for attention of `kind`, causal or prefix; those for prefix are in compiled code only."""
-    # FlashAttention wants half precision and rows of 16 bytes, FlexAttention heads of 16 channels or more.
-    is_supported = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and 16 <= head_dim <= 256
+    # FlashAttention wants bfloat16 and rows of 16 bytes, FlexAttention heads of 16 channels or more.
+    is_supported = dtype == torch.bfloat16 and head_dim % 8 == 0 and 16 <= head_dim <= 256
     return is_supported and device.type == "cuda" and kind in ("causal", "prefix")
 
 
@@ -91,5 +91,5 @@ def _block_mask(first_N: Tensor, last_N: Tensor) -> Any:
         is_seen: Tensor = (first_N[i] <= j) & (j <= last_N[i])
         return is_seen
 
-    count_11C, index_11CC = ((end_C - begin_C + 1)[None, None], seen_CC.clamp(max=blocks - 1)[None, None])
+    count_11C, index_11CC = (end_C - begin_C + 1)[None, None], seen_CC.clamp(max=blocks - 1)[None, None]
     return BlockMask.from_kv_blocks(count_11C, index_11CC, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))

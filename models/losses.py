@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class TokenLoss(NamedTuple):
-    """What the supervised tokens of one ACT step gave."""
+    """What supervised tokens gave, of one ACT step or of several."""
 
     total: Tensor
     """Scalar, differentiable: sum over tokens of weight * (CE + 0.5 BCE)."""

@@ -1,7 +1,9 @@
 """What a recursion must say of itself. It holds no weights: `models/act.py` owns them and hands `call` to it."""
 
+import functools
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,10 +32,18 @@ class Recursion(ABC):
     def levels(self) -> dict[str, int]:
         """Number of blocks of each level's stack, by its name in the state dict."""
 
-    @property
-    @abstractmethod
+    @functools.cached_property
     def calls(self) -> tuple[str, ...]:
-        """The level of every call of one ACT step, in order."""
+        """The level of every call of one ACT step, in order: those of a step of empty tuples, which add up as vectors do."""
+        levels: list[str] = []
+
+        def call(level: str, terms: Any) -> Any:
+            levels.append(level)
+            return terms
+
+        step: Callable[..., Any] = self.step
+        step(tuple(() for _ in self.initial_states), (), call)
+        return tuple(levels)
 
     @property
     @abstractmethod
@@ -42,4 +52,7 @@ class Recursion(ABC):
 
     @abstractmethod
     def step(self, states: States, x_BTD: Tensor, call: LevelCall) -> tuple[States, Tensor]:
-        """One ACT step from `states` and the input embedding: the new states, and the output [B, T, D] that the heads read."""
+        """One ACT step from `states` and the input embedding: the new states, and the output [B, T, D] that the heads read.
+
+        It does nothing with vectors but add them up and pass them to `call`.
+        """

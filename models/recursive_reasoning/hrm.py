@@ -15,10 +15,6 @@ class HRM(Recursion):
         return {"H_level": self.config.H_layers, "L_level": self.config.L_layers}
 
     @property
-    def calls(self) -> tuple[str, ...]:
-        return (("L_level",) * self.config.L_cycles + ("H_level",)) * self.config.H_cycles
-
-    @property
     def default_grad_calls(self) -> int:
         # One of each level: the gradient at the fixed point, approximated to first order (section 2 of the paper).
         return 2

@@ -15,10 +15,6 @@ class TransformerBaseline(Recursion):
         return {"H_level": self.config.H_layers}
 
     @property
-    def calls(self) -> tuple[str, ...]:
-        return ("H_level",)
-
-    @property
     def default_grad_calls(self) -> int:
         return 1
 

@@ -15,10 +15,6 @@ class TRM(Recursion):
         return {"L_level": self.config.L_layers}
 
     @property
-    def calls(self) -> tuple[str, ...]:
-        return ("L_level",) * (self.config.H_cycles * (self.config.L_cycles + 1))
-
-    @property
     def default_grad_calls(self) -> int:
         return self.config.L_cycles + 1
 
