@@ -37,9 +37,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return flags
 
 
-def benchmark_config(overrides: Sequence[str], device: str = "cpu") -> PretrainInstructConfig:
-    """cfg_pretrain_instruct with `overrides`, its number format decided; the loss is the original's unless they say otherwise."""
-    config = compose_config("cfg_pretrain_instruct", [f"device={device}", "arch.loss=stablemax", *overrides])
+def benchmark_config(
+    overrides: Sequence[str], device: str = "cpu", original: Sequence[str] = ("experiment=original_depth", "arch.loss=stablemax")
+) -> PretrainInstructConfig:
+    """cfg_pretrain_instruct with `original`, the original's network and loss unless told otherwise, and then with `overrides`.
+
+    Its number format is decided.
+    """
+    config = compose_config("cfg_pretrain_instruct", [f"device={device}", *original, *overrides])
     return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
 
 

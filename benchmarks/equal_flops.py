@@ -58,8 +58,8 @@ ARMS = Path(__file__).with_suffix(".yaml")
 # Among the arms, whatever the file says.
 PLAIN = {
     f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
-        *("arch=transformers_baseline", f"arch.H_layers={blocks}", "arch.L_layers=0", "arch.H_cycles=1", "arch.L_cycles=0"),
-        *("arch.halt_max_steps=1", "arch.grad_calls=null", "act_steps=fixed", f"arch.norm={norm}"),
+        *("arch=looped", f"arch.L_layers={blocks}", "arch.H_cycles=1", "arch.L_cycles=0"),
+        *("arch.halt_max_steps=1", "arch.grad_calls=all", "act_steps=fixed", f"arch.norm={norm}"),
     ]
     for norm in ("post", "pre")
     for blocks in (2, 4, 8)
@@ -176,7 +176,7 @@ def texts_hash(data: RunData) -> str:
 
 def is_plain(config: PretrainInstructConfig) -> bool:
     """Whether the network is a Transformer without any recursion."""
-    return config.arch.name == "transformers_baseline" and config.arch.halt_max_steps == 1
+    return config.arch.level_calls * config.arch.halt_max_steps == 1
 
 
 def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class HaltConfig(_Section):
 class ArchConfig(_Section):
     """The network: sizes, recursion, attention, number format, halting."""
 
-    name: Literal["trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
+    name: Literal["looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
     """The recursion, a file of models/recursive_reasoning/."""
     hidden_size: PositiveInt
     """Channels of the state."""
@@ -119,8 +119,9 @@ class ArchConfig(_Section):
     H_cycles: PositiveInt
     """Updates of the answer state in one ACT step."""
     L_cycles: int = Field(ge=0)
-    """Updates of the reasoning state before each update of the answer state; 0 for transformers_baseline, which has none."""
-    grad_calls: PositiveInt | None
+    """Updates of the reasoning state before each update of the answer state; 0 for transformers_baseline, which has none. looped
+    has one state, which is updated H_cycles * (L_cycles + 1) times."""
+    grad_calls: PositiveInt | Literal["all"] | None
     """How many of the last level calls carry gradient: of an ACT step's for puzzles, for text of all ACT steps of a row together.
     null: as the original, those of each ACT step's last H cycle, for hrm the last 2; none runs from one ACT step to the next."""
     norm: Literal["post", "pre"]
@@ -167,6 +168,11 @@ class ArchConfig(_Section):
         return self.hidden_size // self.num_heads
 
     @property
+    def level_calls(self) -> int:
+        """Calls of a stack in one ACT step, of any recursion."""
+        return self.H_cycles * (self.L_cycles + 1)
+
+    @property
     def prefix_len(self) -> int:
         """Positions before the tokens that the puzzle's vector takes."""
         return self.puzzle_emb_len or -(-self.puzzle_emb_ndim // self.hidden_size)
@@ -181,7 +187,7 @@ class ArchConfig(_Section):
         has_H, has_L = self.name in ("hrm", "transformers_baseline"), self.name != "transformers_baseline"
         for key, has in (("H_layers", has_H), ("L_layers", has_L), ("L_cycles", has_L)):
             value = getattr(self, key)
-            if has and not value:
+            if has and not value and (self.name, key) != ("looped", "L_cycles"):
                 raise ValueError(f"{key} must be at least 1 for {self.name}")
             if value and not has:
                 raise ValueError(f"{key} {value} means nothing to {self.name}: set it to 0")
@@ -189,9 +195,8 @@ class ArchConfig(_Section):
             raise ValueError(f"H_cycles {self.H_cycles}: transformers_baseline passes its blocks once per ACT step, set it to 1")
         if self.name == "trm_hier6" and self.L_cycles > 6:
             raise ValueError(f"L_cycles {self.L_cycles}: trm_hier6 has a state for each of at most 6 L calls")
-        # So many calls has an ACT step of any recursion.
-        calls = self.H_cycles * (self.L_cycles + 1) * self.halt_max_steps
-        if self.grad_calls is not None and self.grad_calls > calls:
+        calls = self.level_calls * self.halt_max_steps
+        if isinstance(self.grad_calls, int) and self.grad_calls > calls:
             raise ValueError(
                 f"grad_calls {self.grad_calls} is more than the {calls} level calls of {self.halt_max_steps} ACT steps"
             )
@@ -618,11 +623,10 @@ class PretrainPuzzleConfig(TrainingConfig):
                 f"arch.attention={self.arch.attention} hides a puzzle from the position whose state says when it is solved: "
                 "choose full"
             )
-        calls = self.arch.H_cycles * (self.arch.L_cycles + 1)
-        if self.arch.grad_calls is not None and self.arch.grad_calls > calls:
+        if isinstance(self.arch.grad_calls, int) and self.arch.grad_calls > self.arch.level_calls:
             raise ValueError(
-                f"arch.grad_calls {self.arch.grad_calls} is more than the {calls} level calls of an ACT step, and an optimizer "
-                "step on puzzles takes one"
+                f"arch.grad_calls {self.arch.grad_calls} is more than the {self.arch.level_calls} level calls of an ACT step, and "
+                "an optimizer step on puzzles takes one"
             )
         if self.freeze_weights and not self.arch.puzzle_emb_ndim:
             raise ValueError("freeze_weights leaves nothing to learn without the puzzles' vectors: set arch.puzzle_emb_ndim")

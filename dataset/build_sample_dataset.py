@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config.errors import UsageError, one_clear_message
-from dataset.deep_tasks import DEEP_FAMILIES, DEEP_TEST_FRACTION, MOST_HOPS
+from dataset.deep_tasks import DEEP_FAMILIES, DEEP_TEST_FRACTION, MOST_HOPS, TABLE_FAMILIES
 from dataset.sample_tasks import FAMILIES, TEST_FRACTION, Example, stated_sums
 
 GENERATOR = "sample-tasks"
@@ -25,6 +25,8 @@ SOURCES = ("build_sample_dataset.py", "sample_tasks.py", "sample_words.py", "dee
 
 # How many numbers of hops beyond those of training test_deeper asks.
 DEEPER = 2
+# Questions that a training row asks about its table: one answer of a token is little to learn from in so many.
+TABLE_QUESTIONS = 4
 HELD_OUT_FRACTION = TEST_FRACTION | dict.fromkeys(DEEP_FAMILIES, DEEP_TEST_FRACTION)
 
 # Rows of a family in training, relative to the others, by how many of them the quickstart's model needed: arithmetic wants most,
@@ -78,7 +80,7 @@ def draw_family(family: str, split: str, rows: int, seed: int, hops: Sequence[in
         rng = random.Random(f"{seed}/{split}/{family}/{row}")
         met = 0
         for _ in range(MAX_ATTEMPTS):
-            example = DEEP_FAMILIES[family](rng, hops[row % len(hops)]) if hops else FAMILIES[family](rng)
+            example = _draw_deep(family, split, rng, hops, row) if hops else FAMILIES[family](rng)
             if not _belongs(example, split, seed):
                 continue
             new_question = example.questions not in seen_questions
@@ -98,6 +100,16 @@ def draw_family(family: str, split: str, rows: int, seed: int, hops: Sequence[in
     return examples, repeats
 
 
+def _draw_deep(family: str, split: str, rng: random.Random, hops: Sequence[int], row: int) -> Example:
+    """Row `row` of a deep family: the hops of its first question take turns. In training tables have any size and more questions."""
+    asked = [hops[row % len(hops)]]
+    if split != "train":
+        return DEEP_FAMILIES[family](rng, asked, MOST_HOPS)
+    if family in TABLE_FAMILIES:
+        asked += rng.choices(hops, k=TABLE_QUESTIONS - 1)
+    return DEEP_FAMILIES[family](rng, asked, rng.randint(max(asked), MOST_HOPS))
+
+
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Split `total` rows in proportion to `weights` by largest remainder; the parts add up to `total`."""
     scale = total / sum(weights.values())
@@ -109,14 +121,20 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def to_row(family: str, example: Example, rng: random.Random) -> dict[str, Any]:
-    """The SlimOrca-form row of one example, with a system prompt on a share of the rows; none with hops, which are equally long."""
+    """The SlimOrca-form row of one example, with a system prompt on a share of the rows; none with hops, which are equally long.
+
+    `hops` is the number, where one question is asked, else the list.
+    """
     conversations = []
-    if example.hops is None and rng.random() < SYSTEM_PROMPT_SHARE:
+    if not example.hops and rng.random() < SYSTEM_PROMPT_SHARE:
         conversations.append({"from": "system", "value": rng.choice(SYSTEM_PROMPTS)})
     for question, answer in example.turns:
         conversations.append({"from": "human", "value": question})
         conversations.append({"from": "gpt", "value": answer})
-    return {"conversations": conversations, "task": family, **({} if example.hops is None else {"hops": example.hops})}
+    row = {"conversations": conversations, "task": family}
+    if not example.hops:
+        return row
+    return {**row, "hops": example.hops[0] if len(example.hops) == 1 else list(example.hops)}
 
 
 def _as_rows(split: str, family: str, examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:

@@ -1,17 +1,19 @@
 """The deep task families of the bundled data set: the answer takes a known number of dependent steps, and no working is written.
 
-Each draws a question of a given number of steps, its hops. All questions of a family have equally many words and signs: what the
-asked hops don't need stays in the question as a distractor. It knows nothing of splits' sizes, files, tokenizers or models.
+Each draws a table and asks about it once for each of the given numbers of steps, the hops. A table is made for `size` hops, no
+fewer than are asked: what they don't need stays in it as a distractor. A lookup is first learned from small tables; tests have
+the largest, so that all their questions of a family have equally many words and signs. Letters and words stand between blanks, so
+that a tokenizer cuts them alike wherever they stand. It knows nothing of splits' sizes, files, tokenizers or models.
 """
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dataset.sample_tasks import Example
 
-# Every table is made for this many hops, so that its size tells nothing about the number asked.
+# The largest tables are made for so many hops.
 MOST_HOPS = 8
 
 
@@ -25,32 +27,44 @@ def _cycle(rng: random.Random, places: Sequence[str]) -> dict[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def deep_pointers(rng: random.Random, hops: int) -> Example:
-    """The letter that so many arrows lead to. The arrows form one cycle, twice as long as the most hops: no way back is shorter.
+def _about(table: str, questions: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Turns of which the first states the table."""
+    return tuple((f"{'' if number else table}{question}", answer) for number, (question, answer) in enumerate(questions))
+
+
+def deep_pointers(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS) -> Example:
+    """The letter that so many arrows lead to. The arrows form one cycle, twice as long as `size`: no way back is shorter.
 
     Key: the arrows in any order, whatever is asked.
     """
-    following = _cycle(rng, _letters(2 * MOST_HOPS))
-    start = reached = rng.choice(_letters(2 * MOST_HOPS))
-    for _ in range(hops):
-        reached = following[reached]
-    arrows = [f"{source}>{target}" for source, target in following.items()]
-    question = f"Arrows: {', '.join(rng.sample(arrows, len(arrows)))}. Start at {start}. Where after step {hops}?"
-    return Example(f"deep_pointers:{','.join(sorted(arrows))}", ((question, reached),), hops)
+    following = _cycle(rng, rng.sample(_letters(2 * MOST_HOPS), 2 * size))
+
+    def question(hops: int) -> tuple[str, str]:
+        start = reached = rng.choice([*following])
+        for _ in range(hops):
+            reached = following[reached]
+        return f"Start at {start}. Where after step {hops}?", reached
+
+    arrows = [f"{source} {target}" for source, target in following.items()]
+    table = f"Arrows: {', '.join(rng.sample(arrows, len(arrows)))}. "
+    return Example(f"deep_pointers:{','.join(sorted(arrows))}", _about(table, map(question, hops)), tuple(hops))
 
 
-def deep_permutations(rng: random.Random, hops: int) -> Example:
+def deep_permutations(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS) -> Example:
     """A place sent through the first rows of digits: a row sends place i, counted from 0, to its digit there.
 
     Later rows are distractors. Key: all rows in their order, whatever is asked.
     """
-    rows = [rng.sample(range(5), 5) for _ in range(MOST_HOPS)]
-    start = reached = rng.randrange(5)
-    for row in rows[:hops]:
-        reached = row[reached]
+    rows = [rng.sample(range(5), 5) for _ in range(size)]
+
+    def question(hops: int) -> tuple[str, str]:
+        start = reached = rng.randrange(5)
+        for row in rows[:hops]:
+            reached = row[reached]
+        return f"Start at {start}. Where after row {hops}?", str(reached)
+
     table = " ".join("".join(map(str, row)) for row in rows)
-    question = f"Rows: {table}. Start at {start}. Where after row {hops}?"
-    return Example(f"deep_permutations:{table}", ((question, str(reached)),), hops)
+    return Example(f"deep_permutations:{table}", _about(f"Rows: {table}. ", map(question, hops)), tuple(hops))
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ def _nested(rng: random.Random, operations: Sequence[_Operation], values: Sequen
     for level in range(depth):
         operation = rng.choice(operations)
         leaf = rng.choice(operation.leaves)
-        inner = f"({text})" if level else text
+        inner = f"( {text} )" if level else text
         leaf_first = rng.random() < 0.5
         left, right = (values[leaf], inner) if leaf_first else (inner, values[leaf])
         text = f"{left} {operation.sign} {right}"
@@ -97,75 +111,85 @@ def _nested(rng: random.Random, operations: Sequence[_Operation], values: Sequen
 
 
 def _asked_of_two(
-    rng: random.Random, operations: Sequence[_Operation], values: Sequence[str], hops: int
+    rng: random.Random, operations: Sequence[_Operation], values: Sequence[str], hops: int, size: int
 ) -> tuple[str, tuple[str, str], str]:
     """Two nested expressions that share all operations, as (question, keys of the asked one and of the other, answer)."""
     asked, key, answer = _nested(rng, operations, values, hops)
-    other, other_key, _ = _nested(rng, operations, values, MOST_HOPS + 1 - hops)
+    other, other_key, _ = _nested(rng, operations, values, size + 1 - hops)
     name, other_name = rng.sample(("p", "q"), 2)
     lines = sorted((f"{name} = {asked}", f"{other_name} = {other}"))
     return f"{'; '.join(lines)}. What is {name}?", (key, other_key), answer
 
 
-def deep_arithmetic(rng: random.Random, hops: int) -> Example:
+def deep_arithmetic(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS) -> Example:
     """The value modulo 10 of one of two nested expressions; the more operations one has, the fewer has the other.
 
-    Key: the asked expression, up to the order of terms and factors.
+    There is one question. Key: the asked expression, up to the order of terms and factors.
     """
-    question, (key, _), answer = _asked_of_two(rng, _ARITHMETIC, tuple(map(str, range(10))), hops)
-    return Example(f"deep_arithmetic:{key}", ((f"Modulo 10: {question}", answer),), hops)
+    question, (key, _), answer = _asked_of_two(rng, _ARITHMETIC, tuple(map(str, range(10))), *hops, size)
+    return Example(f"deep_arithmetic:{key}", ((f"Modulo 10: {question}", answer),), tuple(hops))
 
 
-def deep_boolean(rng: random.Random, hops: int) -> Example:
+def deep_boolean(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS) -> Example:
     """The truth of one of two nested expressions, as in deep_arithmetic.
 
-    Key: both expressions, whichever is asked: one of a single operation has only a handful of forms, too few to hold any out.
+    There is one question. Key: both expressions, whichever is asked: one of a single operation has only a handful of forms, too few
+    to hold any out.
     """
-    question, keys, answer = _asked_of_two(rng, _BOOLEAN, ("false", "true"), hops)
-    return Example(f"deep_boolean:{','.join(sorted(keys))}", ((question, answer),), hops)
+    question, keys, answer = _asked_of_two(rng, _BOOLEAN, ("false", "true"), *hops, size)
+    return Example(f"deep_boolean:{','.join(sorted(keys))}", ((question, answer),), tuple(hops))
 
 
-def deep_map(rng: random.Random, hops: int) -> Example:
+def deep_map(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS) -> Example:
     """The room reached after the first of several moves, each through the left or the right door of the room it starts in.
 
     Left doors lead through all rooms in turn, and so do right doors, to other rooms. Key: the map, whatever the walk.
     """
-    rooms = _letters(8)
+    rooms = rng.sample(_letters(MOST_HOPS), max(3, size))
     left, right = _cycle(rng, rooms), _cycle(rng, rooms)
     while any(left[room] == right[room] for room in rooms):
         right = _cycle(rng, rooms)
-    moves = rng.choices(("left", "right"), k=MOST_HOPS)
-    start = reached = rng.choice(rooms)
-    for move in moves[:hops]:
-        reached = (left if move == "left" else right)[reached]
-    table = [f"{room} {left[room]} {right[room]}" for room in rooms]
-    question = (
-        f"Room, left door, right door: {', '.join(rng.sample(table, len(table)))}. "
-        f"From {start} go {' '.join(moves)}. Where after move {hops}?"
-    )
-    return Example(f"deep_map:{','.join(table)}", ((question, reached),), hops)
+
+    def question(hops: int) -> tuple[str, str]:
+        moves = rng.choices(("left", "right"), k=size)
+        start = reached = rng.choice(rooms)
+        for move in moves[:hops]:
+            reached = (left if move == "left" else right)[reached]
+        return f"From {start} go {' '.join(moves)}. Where after move {hops}?", reached
+
+    doors = [f"{room} {left[room]} {right[room]}" for room in sorted(rooms)]
+    table = f"Room, left door, right door: {', '.join(rng.sample(doors, len(doors)))}. "
+    return Example(f"deep_map:{','.join(doors)}", _about(table, map(question, hops)), tuple(hops))
 
 
-def deep_order(rng: random.Random, hops: int) -> Example:
+def deep_order(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS) -> Example:
     """Which of two letters is surely less, or greater, than a third, by facts about neighbours in two orders, all shuffled.
 
     The wrong choice has the right one's place in the other order, so that only the facts between tell. Key: both orders.
     """
-    length = MOST_HOPS + 1
-    letters = rng.sample(_letters(2 * length), 2 * length)
-    order, other = letters[:length], letters[length:]
-    facts = [f"{high}>{low}" for chain in (order, other) for high, low in itertools.pairwise(chain)]
-    above = rng.randrange(length - hops)
-    word, subject, place = rng.choice((("less", above, above + hops), ("greater", above + hops, above)))
-    choices = rng.sample((order[place], other[place]), 2)
-    question = f"{', '.join(rng.sample(facts, len(facts)))}. Which is surely {word} than {order[subject]}: {' or '.join(choices)}?"
-    return Example(f"deep_order:{','.join(sorted(facts))}", ((question, order[place]),), hops)
+    length = size + 1
+    letters = rng.sample(_letters(2 * (MOST_HOPS + 1)), 2 * length)
+    orders = letters[:length], letters[length:]
+    facts = [f"{high} > {low}" for chain in orders for high, low in itertools.pairwise(chain)]
+
+    def question(hops: int) -> tuple[str, str]:
+        order, other = rng.sample(orders, 2)
+        above = rng.randrange(length - hops)
+        word, subject, place = rng.choice((("less", above, above + hops), ("greater", above + hops, above)))
+        choices = rng.sample((order[place], other[place]), 2)
+        return f"Which is surely {word} than {order[subject]}: {' or '.join(choices)}?", order[place]
+
+    table = f"{', '.join(rng.sample(facts, len(facts)))}. "
+    return Example(f"deep_order:{','.join(sorted(facts))}", _about(table, map(question, hops)), tuple(hops))
 
 
-DEEP_FAMILIES: dict[str, Callable[[random.Random, int], Example]] = {
+DEEP_FAMILIES: dict[str, Callable[[random.Random, Sequence[int], int], Example]] = {
     family.__name__: family
     for family in (deep_pointers, deep_permutations, deep_arithmetic, deep_boolean, deep_map, deep_order)
 }  # fmt: skip
+
+# Families with a table to ask several questions about.
+TABLE_FAMILIES = frozenset(DEEP_FAMILIES) - {"deep_arithmetic", "deep_boolean"}
 
 # Share of each family's keys that is held out.
 DEEP_TEST_FRACTION = 0.15

@@ -19,12 +19,12 @@ class Example:
     """One conversation without its system prompt.
 
     `key` is "<space>:<canonical operands>"; families that share a space hold out the same operands.
-    `turns` are (question, answer) pairs in order. `hops`: of the deep families, how many dependent steps the answer takes.
+    `turns` are (question, answer) pairs in order. `hops`: of the deep families, how many dependent steps each answer takes.
     """
 
     key: str
     turns: tuple[tuple[str, str], ...]
-    hops: int | None = None
+    hops: tuple[int, ...] = ()
 
     @property
     def questions(self) -> tuple[str, ...]:

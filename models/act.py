@@ -235,10 +235,12 @@ class RecursiveModel(nn.Module):
 
     def grad_calls_by_step(self, act_steps: int) -> list[int]:
         """How many of the last level calls of each ACT step carry gradient, where an optimizer step takes `act_steps` of them."""
-        if self.config.grad_calls is None:
+        calls, last = len(self.level_calls), self.config.grad_calls
+        if last is None:
             return [self.recursion.default_grad_calls] * act_steps
-        calls = len(self.level_calls)
-        return [min(calls, max(0, self.config.grad_calls - calls * later)) for later in reversed(range(act_steps))]
+        if last == "all":
+            return [calls] * act_steps
+        return [min(calls, max(0, last - calls * later)) for later in reversed(range(act_steps))]
 
     def act_steps(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, count: int) -> Iterator[Tensor]:
         """The output [B, T, D] for the heads after each of `count` ACT steps from the initial states: what training differentiates.

@@ -40,6 +40,8 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 TINY = (
+    "arch=trm",
+    "arch.halt_max_steps=4",
     "arch.hidden_size=16",
     "arch.num_heads=2",
     "arch.expansion=1",
@@ -58,6 +60,7 @@ TINY = (
 # What a recursion says otherwise at toy size, its layers in the first place.
 TINY_RECURSIONS = {
     "arch=hrm": ("arch.H_layers=1", "arch.L_layers=2"),
+    "arch=looped": ("arch.H_cycles=1", "arch.qk_norm=false"),
     "arch=transformers_baseline": ("arch.H_layers=2", "arch.H_cycles=1", "arch.L_cycles=0"),
 }
 

@@ -69,7 +69,8 @@ def test_every_experiment_composes_with_every_data_set(experiment: str, dataset:
 def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAMA_TOKENIZER", raising=False)
     config = compose_config(MAIN)
-    assert (config.arch.name, config.arch.puzzle_emb_ndim, config.arch.puzzle_emb_len) == ("trm", 0, 0)
+    assert (config.arch.name, config.arch.puzzle_emb_ndim, config.arch.puzzle_emb_len) == ("looped", 0, 0)
+    assert (config.arch.L_layers, config.arch.level_calls, config.arch.halt_max_steps, config.arch.grad_calls) == (2, 1, 2, "all")
     data = config.dataset
     assert (data.data_dir, data.subset_size, data.seq_len, data.test_ratio, data.seed) == ("data/slimorca", 1000, 512, 0.05, 0)
     assert data.tokenizer_path == "tokenizers/llama-32k/tokenizer.model"
@@ -83,6 +84,7 @@ def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "layers", "cycles", "heads", "prefix_len", "compares"),
     [
+        ("looped", (0, 2), (1, 0), 8, 16, False),
         ("trm", (0, 2), (3, 6), 8, 16, False),
         ("trm_singlez", (0, 2), (3, 6), 8, 16, False),
         ("trm_hier6", (0, 2), (3, 6), 8, 16, False),
@@ -243,7 +245,7 @@ def test_values_of_a_sweep_stay_apart_and_are_text() -> None:
             "checkpoint_path: no such key here, the folder of a run is <checkpoint_dir>/<project_name>/",
         ),
         (["dataset=nope"], "dataset/nope"),
-        (["arch=trn"], "did you mean trm? There are hrm, transformers_baseline, trm"),
+        (["arch=trn"], "did you mean trm? There are hrm, looped, transformers_baseline, trm"),
         (["experiment=quickstrat"], "did you mean quickstart?"),
         (["lr=1,2"], "'lr=1,2' has several values: write a list as key=[a,b]"),
         (["dataset.files=[a"], "'dataset.files=[a': expected key=value; no viable alternative"),

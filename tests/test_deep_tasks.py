@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.build_sample_dataset import build
-from dataset.deep_tasks import DEEP_FAMILIES, MOST_HOPS
+from dataset.deep_tasks import DEEP_FAMILIES, MOST_HOPS, TABLE_FAMILIES
 
 HOPS = range(1, MOST_HOPS + 1)
 ROWS_EACH = 400
@@ -30,8 +30,8 @@ CHANCE = {
 
 def question_of(family: str, hops: int, seed: object) -> tuple[str, str]:
     """(question, answer)."""
-    example = DEEP_FAMILIES[family](random.Random(f"{family}/{hops}/{seed}"), hops)
-    assert example.hops == hops
+    example = DEEP_FAMILIES[family](random.Random(f"{family}/{hops}/{seed}"), [hops], MOST_HOPS)
+    assert example.hops == (hops,)
     ((question, answer),) = example.turns
     return question, answer
 
@@ -49,7 +49,7 @@ def stated_hops(question: str) -> int:
 
 
 def arrows(question: str) -> dict[str, str]:
-    return dict(re.findall(r"([A-Z])>([A-Z])", question))
+    return dict(re.findall(r"\b([A-Z]) ([A-Z])(?=[,.])", question))
 
 
 def rows_of_digits(question: str) -> list[str]:
@@ -95,7 +95,7 @@ def reached(question: str, hops: int) -> str:
 
 def below(question: str, letter: str) -> dict[str, int]:
     """Letters that are surely less, with the number of facts between."""
-    facts = re.findall(r"([A-Z])>([A-Z])", question)
+    facts = re.findall(r"([A-Z]) > ([A-Z])", question)
     found, edge = {letter: 0}, {letter}
     while edge := {low for high, low in facts if high in edge} - found.keys():
         found |= dict.fromkeys(edge, max(found.values()) + 1)
@@ -148,8 +148,10 @@ def operands(family: str, question: str) -> Any:
         return family, *sorted(map(canonical, expressions(question)))
     if family == "deep_permutations":
         return family, *rows_of_digits(question)
-    table: Iterable[Any] = doors(question).items() if family == "deep_map" else re.findall(r"[A-Z]>[A-Z]", question)
-    return family, *sorted(table)
+    if family == "deep_order":
+        return family, *sorted(re.findall(r"[A-Z] > [A-Z]", question))
+    table: Any = doors(question) if family == "deep_map" else arrows(question)
+    return family, *sorted(table.items())
 
 
 def pieces(question: str) -> list[str]:
@@ -160,6 +162,24 @@ def test_every_answer_is_what_an_independent_reader_of_the_question_finds(drawn:
     for (family, _), examples in drawn.items():
         for question, answer in examples:
             assert solve(family, question) == answer, question
+
+
+def test_a_training_row_asks_several_questions_about_a_table_of_any_size(tmp_path: Path) -> None:
+    build(tmp_path, 720, 6, 0, families="deep")
+    sizes: dict[str, set[int]] = {}
+    for row in read(tmp_path, "train"):
+        table, asked = "", row["hops"] if isinstance(row["hops"], list) else [row["hops"]]
+        turns = [turn["value"] for turn in row["conversations"]]
+        for number, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+            whole = table + question
+            assert solve(row["task"], whole) == answer, whole
+            if row["task"] == "deep_order":
+                assert distance(whole, answer) == asked[number]
+            elif row["task"] in TABLE_FAMILIES:
+                assert stated_hops(whole) == asked[number]
+            table = table or re.split(r"(?=Start at|From|Which)", question)[0]
+        sizes.setdefault(row["task"], set()).add(len(pieces(turns[0])))
+    assert all(len(found) >= 6 for found in sizes.values()), sizes
 
 
 def test_the_number_of_hops_is_what_the_answer_takes(drawn: dict[tuple[str, int], Any]) -> None:
@@ -194,7 +214,7 @@ def test_the_wrong_choice_has_the_same_place_in_the_other_order(drawn: dict[tupl
 @given(st.sampled_from(("deep_arithmetic", "deep_boolean")), st.integers(2, MOST_HOPS), st.integers())
 def test_the_innermost_bracket_always_decides(family: str, hops: int, seed: int) -> None:
     expression = expressions(question_of(family, hops, seed)[0])[0]
-    innermost = re.findall(r"\([^()]*\)", expression)
+    innermost = re.findall(r"\( [^()]* \)", expression)
     assert len(innermost) == 1
     values = ("true", "false") if family == "deep_boolean" else tuple(map(str, range(10)))
     found = {answer_in_words(evaluate(expression.replace(innermost[0], value))) for value in values}
@@ -254,14 +274,14 @@ def test_a_shallow_reader_of_an_order_learns_nothing(drawn: dict[tuple[str, int]
             subject, pair, _ = choices(question)
             facts = question.split(". ")[0]
             earlier += min(pair, key=facts.index) == answer
-            assert not any(f"{a}>{b}" in facts for choice in pair for a, b in ((subject, choice), (choice, subject)))
+            assert not any(f"{a} > {b}" in facts for choice in pair for a, b in ((subject, choice), (choice, subject)))
         assert 1 - at_most("deep_order") < earlier / ROWS_EACH < at_most("deep_order")
 
 
 @pytest.mark.parametrize("family", list(DEEP_FAMILIES))
 def test_keys_are_equal_exactly_where_the_operands_in_the_text_are(family: str) -> None:
     rng = random.Random(0)
-    examples = [DEEP_FAMILIES[family](rng, 1 + row % MOST_HOPS) for row in range(1600)]
+    examples = [DEEP_FAMILIES[family](rng, [hops := 1 + row % MOST_HOPS], rng.randint(hops, MOST_HOPS)) for row in range(1600)]
     pairs = {(example.key, operands(family, example.questions[0])) for example in examples}
     assert len(pairs) == len({key for key, _ in pairs}) == len({found for _, found in pairs})
     assert {example.key.split(":")[0] for example in examples} == {family}
@@ -271,7 +291,7 @@ def test_sides_that_commute_have_one_key() -> None:
     one, other = "Modulo 10: p = 4 - (3 * 8); q = 1. What is p?", "Modulo 10: p = 9 + 2; q = 4 - (8 * 3). What is q?"
     assert operands("deep_arithmetic", one) == operands("deep_arithmetic", other)
     assert canonical("3 - 4") != canonical("4 - 3")
-    keys = Counter(DEEP_FAMILIES["deep_arithmetic"](random.Random(row), 1).key for row in range(3000))
+    keys = Counter(DEEP_FAMILIES["deep_arithmetic"](random.Random(row), [1], MOST_HOPS).key for row in range(3000))
     assert keys["deep_arithmetic:(2+5)"] > 0 and keys["deep_arithmetic:(5+2)"] == 0
     assert keys["deep_arithmetic:(5-2)"] > 0 and keys["deep_arithmetic:(2-5)"] > 0
 
@@ -301,10 +321,13 @@ def test_hops_are_even_in_every_family_and_stand_in_the_rows(tmp_path: Path) -> 
     assert described["hops"] == {"train": [1, 2, 3, 4], "test": [1, 2, 3, 4], "test_deeper": [5, 6]}
     for split, each in (("train", 15), ("test", 3), ("test_deeper", 6)):
         rows = read(tmp_path, split)
-        assert Counter((row["task"], row["hops"]) for row in rows) == {
+        hops = [row["hops"] if isinstance(row["hops"], list) else [row["hops"]] for row in rows]
+        assert Counter((row["task"], first) for row, (first, *_) in zip(rows, hops, strict=True)) == {
             (family, hops): each for family in DEEP_FAMILIES for hops in described["hops"][split]
         }
         assert all(set(row) == {"conversations", "task", "hops"} for row in rows)
-        assert all([turn["from"] for turn in row["conversations"]] == ["human", "gpt"] for row in rows)
+        for row, asked in zip(rows, hops, strict=True):
+            assert len(asked) == (4 if split == "train" and row["task"] in TABLE_FAMILIES else 1)
+            assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * len(asked)
     # Any first part of a test split has every family.
     assert {row["task"] for row in read(tmp_path, "test_deeper")[: len(DEEP_FAMILIES)]} == set(DEEP_FAMILIES)

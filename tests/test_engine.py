@@ -28,7 +28,7 @@ UNEVEN = (5, 2, 9, 3)
 # with which tokens halt at different steps.
 EACH_RECURSION = [
     *itertools.product(["trm", "hrm"], ["causal", "prefix"], [UNEVEN, (4, 4)], [0]),
-    *((name, "prefix", UNEVEN, 1) for name in ("trm_singlez", "trm_hier6", "transformers_baseline")),
+    *((name, "prefix", UNEVEN, 1) for name in ("looped", "trm_singlez", "trm_hier6", "transformers_baseline")),
 ]
 # The other kinds of blocks.
 OTHER_BLOCKS = ("arch.norm=pre", "arch.qk_norm=true")

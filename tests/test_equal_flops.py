@@ -295,7 +295,7 @@ def test_a_file_of_arms_that_is_wrong_is_told(tmp_path: Path, content: str, told
 def test_the_arms_of_the_file_compose() -> None:
     found = {name: compose_arm(overrides, 0) for name, overrides in read_arms(benchmarks.equal_flops.ARMS, None).items()}
     assert {name for name, config in found.items() if benchmarks.equal_flops.is_plain(config)} == set(PLAIN)
-    assert [found[name].arch.H_layers for name in PLAIN] == [2, 4, 8, 2, 4, 8]
+    assert [found[name].arch.L_layers for name in PLAIN] == [2, 4, 8, 2, 4, 8]
     assert compose_arm([], 3).seed == 3
 
 

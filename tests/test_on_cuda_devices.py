@@ -33,7 +33,7 @@ from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 ExampleFactory = Callable[..., list[Example]]
-RECURSIONS = ("trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
+RECURSIONS = ("looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
 VOCABULARY = 13
 # Steps and tokens: the host reads whether weights may move, and the ids.
 OF_A_STEP = ["training/loop.py:_reduce_gradients"]

@@ -105,7 +105,7 @@ def moves(config: PretrainInstructConfig, lr_factor: float) -> dict[str, torch.T
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recursion", ["trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"])
+@pytest.mark.parametrize("recursion", ["looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"])
 def test_muon_has_the_matrices_of_the_stacks_and_no_others(tiny_config: ConfigFactory, recursion: str) -> None:
     config = tiny_config(f"arch={recursion}", "optimizer=muon")
     model = with_gradients(config)

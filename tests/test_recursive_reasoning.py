@@ -22,7 +22,7 @@ from training.loop import Trainer
 from training.optimizer import AdamATan2
 from training.text import TextTask
 
-ALL = ["trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
+ALL = ["looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline"]
 VOCABULARY, HIDDEN, SEQ_LEN, PUZZLES = 11, 8, 5, 4
 IDS = torch.tensor([[1, 5, 2, 10, 0], [3, 3, 8, 1, 9], [7, 0, 0, 2, 4]])
 # Two rows of one puzzle: their gradients meet in one vector.
@@ -36,6 +36,7 @@ def puzzle_arch(name: str, **changes: Any) -> ArchConfig:
     """The recursion's own settings at toy size, in float64, as a puzzle has them."""
     text = compose_config("cfg_pretrain_instruct", [f"arch={name}", "dataset.tokenizer_path=unused"]).arch
     toy = {"hidden_size": HIDDEN, "num_heads": 2, "expansion": 1, "forward_dtype": "float64", "attention": "full"}
+    toy |= {"grad_calls": None, "qk_norm": False}
     toy |= {key: min(value, most) for key, most in (("H_layers", 2), ("L_layers", 1)) if (value := getattr(text, key))}
     return ArchConfig.model_validate({**text.model_dump(), **toy, "puzzle_emb_ndim": HIDDEN, "puzzle_emb_len": 2, **changes})
 
@@ -115,6 +116,13 @@ def singlez(f: Call, z: States, x: Tensor, H: int, L: int) -> tuple[States, Tens
     return (z_l,), z_l
 
 
+def looped(f: Call, z: States, x: Tensor, H: int, L: int) -> tuple[States, Tensor]:
+    (z_l,) = z
+    for _ in range(H * (L + 1)):
+        z_l = f("L_level", z_l + x)
+    return (z_l,), z_l
+
+
 def hier6(f: Call, z: States, x: Tensor, H: int, L: int) -> tuple[States, Tensor]:
     z_h, a, b, c, d, e, g = z
     for _ in range(H):
@@ -142,9 +150,17 @@ def baseline(f: Call, z: States, x: Tensor, H: int, L: int) -> tuple[States, Ten
     return (z_h,), z_h
 
 
-PLAIN = {"trm": trm, "trm_singlez": singlez, "trm_hier6": hier6, "hrm": hrm, "transformers_baseline": baseline}
+PLAIN = {
+    "looped": looped,
+    "trm": trm,
+    "trm_singlez": singlez,
+    "trm_hier6": hier6,
+    "hrm": hrm,
+    "transformers_baseline": baseline,
+}
 # H cycles, L cycles, level calls of an ACT step, and how many of them carry gradient: of HRM, the last of each level.
 SHAPE = {
+    "looped": (2, 1, 4, 2),
     "trm": (2, 3, 8, 4),
     "trm_singlez": (2, 3, 8, 4),
     "trm_hier6": (2, 6, 14, 7),
@@ -155,6 +171,8 @@ GOLDEN: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ALL] + [
     ("trm", {"mlp_t": True, "pos_encodings": "none"}),
     ("trm", {"pos_encodings": "learned"}),
     ("trm", {"puzzle_emb_ndim": 12, "puzzle_emb_len": 3}),
+    ("looped", {"grad_calls": "all"}),
+    ("looped", {"L_cycles": 0, "grad_calls": 1}),
     ("trm_singlez", {"grad_calls": 1}),
     ("trm_hier6", {"L_cycles": 2, "grad_calls": 5}),
     ("hrm", {"grad_calls": 1}),
@@ -186,7 +204,7 @@ def test_three_steps_equal_the_straight_line_program(name: str, changes: dict[st
     def call(level: str, h: Tensor) -> Tensor:
         nonlocal left
         left -= 1
-        with torch.set_grad_enabled(left < (arch.grad_calls or gradient_calls)):
+        with torch.set_grad_enabled(left < (calls if arch.grad_calls == "all" else arch.grad_calls or gradient_calls)):
             for layer in range(layers[level]):
                 h = plain_block(w, f"{level}.layers.{layer}.", h, arch)
             return h
@@ -246,6 +264,7 @@ NARROW_BLOCK = {**BLOCK, "self_attn.qkv_proj.weight": (1512, 512), "self_attn.o_
     [
         ("trm", {}, ["H_init", "L_init"], {"L_level": 2}, BLOCK),
         ("trm", {"mlp_t": True, "pos_encodings": "learned"}, ["H_init", "L_init"], {"L_level": 2}, MIXING_BLOCK),
+        ("looped", {}, ["L_init"], {"L_level": 2}, BLOCK),
         ("trm_singlez", {}, ["L_init"], {"L_level": 2}, BLOCK),
         ("trm_hier6", {}, ["H_init", *(f"L{i}_init" for i in range(1, 7))], {"L_level": 2}, BLOCK),
         ("hrm", {}, ["H_init", "L_init"], {"H_level": 4, "L_level": 4}, BLOCK),

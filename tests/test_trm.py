@@ -139,7 +139,7 @@ def test_the_knob_changes_gradients_and_no_output(tiny_config: Callable[..., Pre
 
 
 def test_names_shapes_and_number_of_parameters_are_the_originals() -> None:
-    arch = compose_config("cfg_pretrain_instruct", ["dataset.tokenizer_path=unused"]).arch
+    arch = compose_config("cfg_pretrain_instruct", ["arch=trm", "dataset.tokenizer_path=unused"]).arch
     with torch.device("meta"):
         model = RecursiveModel(arch.model_copy(update={"forward_dtype": "bfloat16"}), 32_000)
     expected = {

@@ -34,7 +34,7 @@ from config.errors import UsageError, one_clear_message
 from config.schema import user_path
 
 PARTS = {
-    "smoke": Part(smoke, 90, processes=5),
+    "smoke": Part(smoke, 90, processes=6),
     "train_step": Part(train_step, 140),
     "decoding": Part(decoding, 70),
     "epoch": Part(epoch, 70),

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
@@ -93,19 +94,25 @@ def ratio(value: float | None, found: Found, case: str, figure: str) -> float | 
     return None if value is None or case not in found else value / found[case][figure]
 
 
-# Of one ACT step, so that cases compare with each other and with earlier figures; by default an optimizer step takes four.
+# So that cases compare with each other and with earlier figures.
 _ONE_ACT_STEP = "arch.halt_max_steps=1"
 
 
 def training_cost(
-    scale: Scale, found: Found, counted_in: str, overrides: Sequence[str], compiled: bool = False, varied: bool = False
+    scale: Scale,
+    found: Found,
+    counted_in: str,
+    overrides: Sequence[str],
+    original: Sequence[str] = ("experiment=original_depth", _ONE_ACT_STEP),
+    compiled: bool = False,
+    varied: bool = False,
 ) -> Figures:
     """The real Trainer's step. Rows are full, or varied in length as SlimOrca's are.
 
     FLOPs a token are counted here unless the uncompiled case `counted_in` has.
     """
     torch._dynamo.reset()
-    config = training_config(scale, [*overrides, _ONE_ACT_STEP])
+    config = training_config(scale, overrides, original)
     varying = varied_lengths(scale.positions)
     rows = SyntheticRows(config, scale.vocabulary, varying if varied else None)
     steps = trainer_on(config, rows, scale.vocabulary, compiled=compiled).steps()
@@ -167,7 +174,7 @@ def naive_cost(scale: Scale) -> Figures:
 
 
 def train_step(scale: Scale) -> Iterator[Case]:
-    """The default architecture's training step, at one ACT step a row where by default it takes four: medians; host waits of one.
+    """A training step by the original's network, one ACT step of 21 level calls, and by the default: medians; host waits of one.
 
     FLOPs are the model's: matrix products and all of attention's square, counted in uncompiled code, without what activation
     checkpointing computes again. Naive: float32, and float64 stablemax over all positions where ours has softmax. Graphs: made by
@@ -176,11 +183,11 @@ def train_step(scale: Scale) -> Iterator[Case]:
     causal, prefix = "causal, eager", "prefix bucketed, varied lengths, eager"
     recomputing = ["arch.activation_checkpointing=true"]
 
-    def training(name: str, counted_in: str, *overrides: str, **kind: bool) -> Case:
+    def training(name: str, counted_in: str, *overrides: str, **kind: Any) -> Case:
         seconds = COMPILING_SECONDS if kind.get("compiled") else 40
         return Case(name, lambda found: training_cost(scale, found, counted_in, overrides, **kind), seconds)
 
-    def of_prefix(packing: str, **kind: bool) -> Case:
+    def of_prefix(packing: str, **kind: Any) -> Case:
         name = f"prefix {packing}, varied lengths, {'compiled' if kind.get('compiled') else 'eager'}"
         return training(name, prefix, "arch.attention=prefix", f"packing={packing}", varied=True, **kind)
 
@@ -188,6 +195,8 @@ def train_step(scale: Scale) -> Iterator[Case]:
     yield Case("naive", lambda _: naive_cost(scale), 45)
     yield training(causal, causal)
     yield training("causal, compiled", causal, compiled=True)
+    yield training("default, eager", "default, eager", original=())
+    yield training("default, compiled", "default, eager", original=(), compiled=True)
     yield of_prefix("bucketed")
     yield of_prefix("bucketed", compiled=True)
     yield training("causal, eager, activation checkpointing", causal, *recomputing)

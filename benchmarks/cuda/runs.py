@@ -4,7 +4,7 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,13 @@ def _data_settings(scale: Scale) -> list[str]:
 
 
 def epoch(scale: Scale) -> Iterator[Case]:
-    """Training on conversations at the default depth, and an epoch of SlimOrca's 517,982 rows at that pace.
+    """Training on conversations by each of two networks, and an epoch of SlimOrca's 517,982 rows at that pace.
 
     With `--data`, of as many rows like those. Loading: the host's time to read rows, lay out a batch and send it.
     """
 
-    def training(_: Found) -> Figures:
-        config = training_config(scale, _data_settings(scale))
+    def training(original: Sequence[str], _: Found) -> Figures:
+        config = training_config(scale, _data_settings(scale), original)
         rows: Any = SyntheticRows(config, scale.vocabulary, varied_lengths(scale.positions))
         vocabulary = scale.vocabulary
         if scale.data is not None:
@@ -84,7 +84,8 @@ def epoch(scale: Scale) -> Iterator[Case]:
             "first steps, s": sum(warm_up),
         }
 
-    yield Case("training", training, COMPILING_SECONDS)
+    yield Case("default", functools.partial(training, ()), COMPILING_SECONDS)
+    yield Case("original's depth", functools.partial(training, ("experiment=original_depth",)), COMPILING_SECONDS)
 
 
 def equal_flops(scale: Scale) -> Iterator[Case]:

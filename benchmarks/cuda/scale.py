@@ -104,10 +104,12 @@ def peak_gigabytes(scale: Scale) -> float:
     return peak.get("cuda_peak_bytes", peak["peak_rss_bytes"]) / 1e9
 
 
-def training_config(scale: Scale, overrides: Sequence[str]) -> PretrainInstructConfig:
-    """The default architecture and loss, batch and positions of `scale`."""
+def training_config(
+    scale: Scale, overrides: Sequence[str], original: Sequence[str] = ("experiment=original_depth",)
+) -> PretrainInstructConfig:
+    """The original's network or another, with softmax, batch and positions of `scale`."""
     size = [f"dataset.seq_len={scale.positions}", f"global_batch_size={scale.batch}", "epochs=1000"]
-    return benchmark_config(["arch.loss=softmax", *scale.arch, *size, *overrides], scale.device)
+    return benchmark_config([*scale.arch, *size, *overrides], scale.device, original)
 
 
 def timed_steps(steps: Iterator[T], count: int, scale: Scale) -> tuple[list[float], list[T]]:

@@ -27,6 +27,7 @@ from models.losses import log_probs
 
 # Recursion: its settings, and attention and packing of its second compiled case.
 _RECURSIONS: dict[str, tuple[list[str], tuple[str, str]]] = {
+    "looped": ([], ("prefix", "off")),
     "trm": ([], ("prefix", "bucketed")),
     "trm_singlez": ([], ("causal", "off")),
     "trm_hier6": ([], ("causal", "packed")),
@@ -169,7 +170,7 @@ def smoke(scale: Scale) -> Iterator[Case]:
         seconds = COMPILING_SECONDS if compiled else 30
         return Case(name, functools.partial(training_errors, network, scale, compiled), seconds)
 
-    # One case of each recursion after the other, so that each of five processes has a recursion to itself.
+    # One case of each recursion after the other, so that each of six processes has a recursion to itself.
     for name in _RECURSIONS:
         yield training(Network(name, "float32", "causal"), compiled=False)
     for name in _RECURSIONS:
