@@ -101,7 +101,7 @@ def draw_family(family: str, split: str, rows: int, seed: int, hops: Sequence[in
 
 
 def _draw_deep(family: str, split: str, rng: random.Random, hops: Sequence[int], row: int) -> Example:
-    """Row `row` of a deep family: the hops of its first question take turns. In training tables have any size and more questions."""
+    """Row `row` of a deep family; the hops of first questions take turns. In training tables have any size and more questions."""
     asked = [hops[row % len(hops)]]
     if split != "train":
         return DEEP_FAMILIES[family](rng, asked, MOST_HOPS)
