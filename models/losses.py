@@ -84,16 +84,6 @@ def _workspace(rows: int, vocab_size: int, dtype: torch.dtype, exact: torch.dtyp
     return tuple(torch.empty(rows, vocab_size, dtype=kind, device=device) for kind in (dtype, exact, exact))
 
 
-def workspace_bytes(weight_VD: Tensor, dtype: torch.dtype) -> int:
-    """Bytes that `linear_cross_entropy` holds at the same time, not compiled, beside outputs of `dtype` and their gradient."""
-    vocab_size = len(weight_VD)
-    exact = torch.promote_types(dtype, torch.float32)
-    logits = _chunk_tokens(vocab_size) * vocab_size * (dtype.itemsize + 2 * exact.itemsize)
-    # A cast of the weight, and a chunk's share of its gradient in both formats.
-    casts = weight_VD.numel() * (2 * dtype.itemsize if dtype != weight_VD.dtype else 0)
-    return logits + casts + weight_VD.nbytes
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum_n w_n * -log p(label_n) with logits = output @ weight^T, a chunk of tokens at a time, gradients made on the way."""
 

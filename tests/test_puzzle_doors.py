@@ -157,7 +157,7 @@ def test_checkpoints_at_the_end_only(trained: Path) -> None:
 
 def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
     outcome = run_well("pretrain.py", "data_paths=[data/toy]", *RUN, "run_name=dry", "dry_run=true", folder=trained)
-    for said in ("parameters  ", "puzzle vectors  ", "memory  ", "optimizer steps  ", "FLOPs a position  ", "expected time  "):
+    for said in ("parameters  ", "puzzle vectors  ", "memory  ", "optimizer steps  ", "FLOPs a token  ", "expected time  "):
         assert said in outcome.out
     assert not (trained / RUN_FOLDER / "dry").exists()
 

@@ -69,13 +69,13 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         make_ready(model, config, device, start, ranks)
         report = data.report()
         _say_data(config, report, ranks)
+        if config.dry_run:
+            dry_run_instruct(config, model, data, ranks)
+            return None
         # Threads that read ahead can't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
         with ExampleStream(data.train, data.curriculum, workers, start=start.position) as stream:
             task = TextTask(config, model, stream, data.curriculum, ranks)
-            if config.dry_run:
-                dry_run_instruct(config, model, task, data, ranks.say)
-                return None
             job = _InstructJob(config, model, task, tokenizer, data.train.data_hash, report, data.test)
             result = Run(config, job, start, ranks).train()
         ranks.say(f"checkpoint {result.checkpoint}")

@@ -67,7 +67,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             f"{test_rows:,} test rows; {task.total_steps:,} steps"
         )
         if config.dry_run:
-            dry_run_puzzles(config, model, task, ranks.say)
+            dry_run_puzzles(config, model, task, train, ranks)
             return None
         job = _PuzzleJob(
             config, model, task, train, identifiers_sha256(config.data_paths), measurement, test_rows, start.folder, ranks
