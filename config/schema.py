@@ -565,13 +565,6 @@ class PretrainInstructConfig(TrainingConfig):
         return self
 
 
-class SlotsConfig(_Section):
-    """How rows of the loader come to slots."""
-
-    refill: Literal["discard"]
-    """discard: each step takes one batch, of which rows for slots still at work are lost, as in the original; text loses none."""
-
-
 class EvaluatorConfig(_Section):
     """A measure beyond the metrics of rows. Given in a list, so its defaults, the original's, stand here."""
 
@@ -594,7 +587,6 @@ class PretrainPuzzleConfig(TrainingConfig):
     """Folders whose test split is measured; none: those of data_paths."""
     evaluators: tuple[EvaluatorConfig, ...]
     """Measures beyond the metrics of rows."""
-    slots: SlotsConfig
     puzzle_emb_lr: float = Field(ge=0)
     """Peak learning rate of the puzzles' vectors."""
     puzzle_emb_weight_decay: float = Field(ge=0)

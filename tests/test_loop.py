@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, read_saved_run, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
@@ -480,7 +480,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         data_hash="",
     )
     checkpoint = open_checkpoint(tmp_path / "step_7")
-    state = checkpoint.trainer_state()
+    state = read_saved_run(tmp_path / "step_7").trainer
     # Another seed: whatever isn't restored would show.
     resumed = make_trainer(config, examples, vocab_size=size, start=state.values["admitted"], halt_scale=3.0)
     load_weights(resumed.model, checkpoint.weights(ema=False), tmp_path)
