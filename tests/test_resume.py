@@ -330,7 +330,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(
     config = run_config(killed.parents[1], "resume=auto")
     said: list[str] = []
     with find_start(config, Ranks()) as start:
-        start.check({**config.model_dump(), "lr_schedule": "stage"}, {}, said.append)
+        start.check(config.model_copy(update={"lr_schedule": "stage"}), {}, said.append)
     assert len(said) == 1 and said[0].endswith("begun: lr_schedule was run, now stage")
     run_instruct(config)
     assert "other settings" not in capsys.readouterr().out

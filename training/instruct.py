@@ -61,11 +61,11 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
                 f"early_stopping.patience={config.early_stopping.patience} watches the held-out loss, and dataset.test_ratio=0 "
                 "holds nothing out: raise dataset.test_ratio, or set early_stopping.patience=null"
             )
-        settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
+        decided = config.model_copy(update={"arch": arch})
+        start.check(decided, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
         if config.load_checkpoint is not None and start.saved is None:
-            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), settings, ranks), tokenizer)
+            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), decided, ranks), tokenizer)
         make_ready(model, config, device, start, ranks)
         report = data.report()
         _say_data(config, report, ranks)

@@ -45,8 +45,8 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
                 )
         test_rows = sum(map(len, test.sets.values()))
         measurement = PuzzleMeasurement(config, test, test_paths)
-        settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": train.data_hash}, ranks.say)
+        decided = config.model_copy(update={"arch": arch})
+        start.check(decided, {"data_hash": train.data_hash}, ranks.say)
         model = RecursiveModel(
             arch,
             train.metadata.vocab_size,
@@ -55,7 +55,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
         )
         if config.load_checkpoint is not None and start.saved is None:
-            source = weights_to_begin_with(Path(config.load_checkpoint), settings, ranks)
+            source = weights_to_begin_with(Path(config.load_checkpoint), decided, ranks)
             load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
         if config.freeze_weights:
             model.requires_grad_(False)
