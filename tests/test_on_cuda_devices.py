@@ -14,7 +14,7 @@ from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
-from dataset.text.packing import lay_out
+from dataset.text.packing import row_layout
 from evaluators.calibration import record_halting
 from evaluators.language import evaluate_language
 from evaluators.puzzles import evaluate_puzzles
@@ -132,7 +132,7 @@ def test_masks(tiny_config: ConfigFactory, attention: str, is_packed: bool) -> N
     with fake_device() as device, torch.no_grad():
         model = answering(device, config)
         lengths, device_ = (9, 8, 3), model.device
-        layout = lay_out(np.array(lengths), "packed" if is_packed else "bucketed", 8)
+        layout = row_layout(np.array(lengths), "packed" if is_packed else "bucketed", 8)
         groups = [TokenRows(on_device(group.index_N, device_), *group[1:]) for group in layout.groups]
         tokens = sum(lengths)
         documents_N = on_device(layout.document_N, device_) if is_packed else None

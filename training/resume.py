@@ -32,7 +32,7 @@ _NOT_OF_WEIGHTS = ("arch.forward_dtype", "arch.activation_checkpointing", "arch.
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run is kept, and what it goes on from, if anything."""
 
     folder: Path
@@ -74,7 +74,7 @@ class Start:
 
 
 @contextlib.contextmanager
-def find_start(config: TrainingConfig, ranks: Ranks) -> Iterator[Start]:
+def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePoint]:
     """The run's folder, and its newest whole checkpoint if `config.resume` asks for it; rank 0 decides for all.
 
     Within the block the folder belongs to this run: rank 0 holds its lock. Damaged checkpoints that are newer are moved aside,
@@ -85,7 +85,7 @@ def find_start(config: TrainingConfig, ranks: Ranks) -> Iterator[Start]:
         place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
         if found is None:
             folder, checkpoint = place
-            found = Start(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
+            found = ResumePoint(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
         yield found
 
 
@@ -105,7 +105,7 @@ def weights_to_begin_with(path: Path, config: TrainingConfig, ranks: Ranks) -> P
     return source
 
 
-def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> Start:
+def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> ResumePoint:
     check_folder_name("project_name", config.project_name)
     if config.run_name is not None:
         check_folder_name("run_name", config.run_name)
@@ -124,11 +124,11 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
     # From here on no other process changes what is in it; one may have until now.
     if config.resume is None:
         _refuse_to_overwrite(folder)
-        return Start(folder)
+        return ResumePoint(folder)
     candidates = checkpoints_of(folder) if config.resume == "auto" else _named(config, Path(config.resume))[1]
     if not candidates:
         say(f"{folder} has no checkpoint yet: beginning at step 0")
-        return Start(folder)
+        return ResumePoint(folder)
     if not config.dry_run:
         clear_remains(folder)
     damaged: list[Path] = []
@@ -142,7 +142,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
         for path in damaged if not config.dry_run else ():
             say(f"{path} is moved to {_move_aside(path)}")
         say(f"going on from {checkpoint}")
-        return Start(folder, saved)
+        return ResumePoint(folder, saved)
     raise UsageError(
         f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)}), and a run that was begun is not "
         "begun again unasked: put a whole one there, or delete the folder to begin at step 0"

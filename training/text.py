@@ -16,7 +16,7 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
-from dataset.text.packing import lay_out
+from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
 from models.layers import TOKEN_MULTIPLE, TokenRows
@@ -26,7 +26,7 @@ from training.loop import Part
 from training.schedule import act_steps_at, expected_examples, learning_rate
 
 
-class Examples(Protocol):
+class ExampleIterator(Protocol):
     """Where examples come from: `dataset.text.loader.ExampleStream`, in the run's fixed order."""
 
     def __next__(self) -> tuple[Draw, Example]:
@@ -49,7 +49,7 @@ class TextTask:
         self,
         config: PretrainInstructConfig,
         model: RecursiveModel,
-        stream: Examples,
+        stream: ExampleIterator,
         curriculum: Curriculum,
         ranks: Ranks | None = None,
     ) -> None:
@@ -80,12 +80,12 @@ class TextTask:
 
     @property
     def epochs_done(self) -> int:
-        """Examples trained, in epochs; batches flow over epoch ends, so the last few may be of the next one."""
+        """ExampleIterator trained, in epochs; batches flow over epoch ends, so the last few may be of the next one."""
         return self._curriculum.rounds_before(self.done)
 
     @property
     def expected(self) -> float:
-        """Examples that the run comes to, where its schedules end."""
+        """ExampleIterator that the run comes to, where its schedules end."""
         return expected_examples(self.config, self.total)
 
     def lr_factor(self, step: int) -> float:
@@ -161,7 +161,7 @@ class TextTask:
         packing = config.packing
         if model.needs_no_rows or (model.is_compiled and packing == "bucketed"):
             packing = "off"  # where rows are groups, code would be compiled anew for each number of them
-        layout = lay_out(batch["lengths"], packing, config.pad_multiple, TOKEN_MULTIPLE)
+        layout = row_layout(batch["lengths"], packing, config.pad_multiple, TOKEN_MULTIPLE)
         # The padding positions that count as tokens may stand beyond the batch's width.
         beyond = (0, layout.width - batch["inputs"].shape[1])
         inputs_M, segments_M, labels_M = (
