@@ -23,7 +23,7 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.losses import log_probs
 from training.distributed import Ranks
-from training.loop import Part, StepResult, Trainer
+from training.loop import MicroBatch, StepResult, Trainer
 from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
@@ -276,11 +276,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     """The examples that tasks compute from here on, in order; nothing is computed of them."""
     found: list[Example] = []
 
-    def remembered(task: TextTask, examples: Sequence[Example]) -> Part:
+    def remembered(task: TextTask, examples: Sequence[Example]) -> MicroBatch:
         found.extend(examples)
-        return Part(sum(p.sum() for p in task.model.parameters()), 1, {"tokens": 1})  # type: ignore[arg-type]
+        return MicroBatch(sum(p.sum() for p in task.model.parameters()), 1, {"tokens": 1})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextTask, "_part_of", remembered)
+    monkeypatch.setattr(TextTask, "_micro_batch", remembered)
     return found
 
 
@@ -330,7 +330,7 @@ def test_ranks_train_every_example_once_an_epoch_across_a_restart(
             for task in tasks:
                 task.admit(1 + step)
                 assert task.busy
-                assert len(list(task.parts())) <= 1 and len(task.finished_depths) == len(task._examples)
+                assert len(list(task.micro_batches())) <= 1 and len(task.finished_depths) == len(task._examples)
             batch = slice(start + 5 * step, start + 5 * (step + 1))
             assert order_of(examples, trained) == drawn[batch]
         assert len({task.done for task in tasks}) == 1

@@ -120,7 +120,7 @@ def test_other_ways_to_train(tiny_config: ConfigFactory, random_examples: Exampl
         window.add(next(trainer.steps()))
         assert device.waits == OF_A_STEP
         assert window.totals(Ranks())[0]["nll"]
-        trainer.task.mend()
+        trainer.task.after_skipped_step()
         trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
 
 
@@ -244,8 +244,8 @@ def test_puzzles(tmp_path: Path, recursion: str, overrides: tuple[str, ...]) -> 
         device.waits.clear()
         next(steps)
         # Which rows left, whether weights may move, and how many puzzles there were.
-        assert device.waits == ["training/puzzle.py:parts", *OF_A_STEP, "models/sparse_embedding.py:take_gradient"]
-        trainer.task.mend()
+        assert device.waits == ["training/puzzle.py:micro_batches", *OF_A_STEP, "models/sparse_embedding.py:take_gradient"]
+        trainer.task.after_skipped_step()
         trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
         evaluate_puzzles(model, data, batch_size=4, max_batches=1)
 

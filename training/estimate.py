@@ -75,12 +75,12 @@ def flops_per_token(task: Task) -> float:
     """FLOPs of the task's next optimizer step, forward and backward, for each of its tokens and ACT steps.
 
     Matrix products and attention over whole rows are counted (a causal kernel may skip half of that), a multiplication and an
-    addition as two; elementwise work isn't. Only the first part of the step is taken.
+    addition as two; elementwise work isn't. Only the first micro-batch is taken.
     """
     with FlopCounterMode(display=False) as counter:
-        part = next(task.parts())
-        part.loss.backward()
-    return float(counter.get_total_flops() / part.sums["tokens"])
+        micro_batch = next(task.micro_batches())
+        micro_batch.loss.backward()
+    return float(counter.get_total_flops() / micro_batch.sums["tokens"])
 
 
 def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data: RunData, ranks: Ranks) -> None:

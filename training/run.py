@@ -294,7 +294,7 @@ class Run:
             "seconds": now,
             "tokens_per_second": totals["tokens"] / (now - self._logged),
             "supervised_tokens_per_second": totals["supervised"] / (now - self._logged),
-            **(task.report_work(totals) if window.steps else {}),
+            **(task.timing(totals) if window.steps else {}),
             **peak_memory(self.job.model.device),
         }
         if self._logger is not None:

@@ -22,7 +22,7 @@ from models.device import on_device
 from models.layers import TOKEN_MULTIPLE, TokenRows
 from models.losses import token_loss
 from training.distributed import Ranks
-from training.loop import Part
+from training.loop import MicroBatch
 from training.schedule import act_steps_at, expected_examples, learning_rate
 
 
@@ -116,7 +116,7 @@ class TextTask:
             "supervised_tokens": tokens,
         }
 
-    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Of the positions that attention computed, the share that was padding."""
         return {"attention_padding": 1 - sums["tokens"] / max(1, sums["attended"])}
 
@@ -146,16 +146,16 @@ class TextTask:
         self._stream.skip(count - end)
         self.admitted += count
 
-    def parts(self) -> Iterator[Part]:
+    def micro_batches(self) -> Iterator[MicroBatch]:
         """The rows taken, `micro_batch_size` at a time, each through all ACT steps."""
         rows = self._examples
         at_once = self.config.micro_batch_size or max(1, len(rows))
         for first in range(0, len(rows), at_once):
-            yield self._part_of(rows[first : first + at_once])
+            yield self._micro_batch(rows[first : first + at_once])
         self.finished_depths = [self.act_steps] * len(rows)
         self.done = self.admitted
 
-    def _part_of(self, examples: Sequence[Example]) -> Part:
+    def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
         model, config, device, act_steps = self.model, self.config, self.model.device, self.act_steps
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
         packing = config.packing
@@ -207,7 +207,7 @@ class TextTask:
             values.view(len(weights_S), -1) for values in (loss.nll_N, loss.argmax_N, loss.halt_bce_N)
         )
         has_first = 1 < act_steps == len(weights_S)
-        return Part(
+        return MicroBatch(
             loss=loss.total,
             weight=len(supervised),
             sums={
@@ -221,8 +221,8 @@ class TextTask:
             },
         )
 
-    def moved(self, lr_factor: float) -> None:
+    def after_step(self, lr_factor: float) -> None:
         """Nothing: all of a language model's weights are the optimizer's."""
 
-    def mend(self) -> None:
+    def after_skipped_step(self) -> None:
         """Nothing: no row outlives its step."""
