@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from config.doors import run_door, run_job
 from config.schema import PretrainInstructConfig
 from models.device import keep_freed_memory
-from training.instruct import run_instruct
+from training.instruct_run import run_instruct
 
 
 def train(config: PretrainInstructConfig) -> float | None:

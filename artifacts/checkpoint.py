@@ -158,11 +158,6 @@ class Checkpoint:
     def _weights_file(self, ema: bool) -> Path:
         return _weights_file(self.folder, ema)
 
-    def trainer_state(self) -> TrainerState:
-        """The trainer's state as it was saved."""
-        values = _read_json(self.folder / "trainer/state.json")
-        return TrainerState(_load_tensors(self.folder / "trainer/tensors.safetensors"), values)
-
 
 def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
     """Open a folder written by `save_checkpoint`, or the newest in a run's folder, see `newest_checkpoint`.

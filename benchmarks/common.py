@@ -18,7 +18,7 @@ from dataset.text.loader import Example
 from models.act import RecursiveModel
 from models.device import peak_memory, pick_device, resolve_arch, set_matmul_precision
 from training.loop import Trainer
-from training.text import Examples, TextTask
+from training.text import ExampleIterator, TextTask
 
 VOCABULARY = 32_000
 # So many synthetic rows that the schedule never gets near its end.
@@ -74,7 +74,7 @@ class SyntheticRows:
         self._next += count
 
 
-def trainer_on(config: PretrainInstructConfig, rows: Examples, vocabulary: int, *, compiled: bool = False) -> Trainer:
+def trainer_on(config: PretrainInstructConfig, rows: ExampleIterator, vocabulary: int, *, compiled: bool = False) -> Trainer:
     """The real training loop on `rows`, more than it takes, on the device of `config`."""
     device = pick_device(config.device)
     model = RecursiveModel(config.arch, vocabulary, seed=config.seed).to(device)

@@ -33,7 +33,7 @@ from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import last_exchange, open_instruct_split
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextDataset
-from evaluators.answers import Score, is_exact, score_answers, wilson_upper_bound
+from evaluators.answer_scores import Score, is_exact, score_answers, wilson_upper_bound
 from evaluators.calibration import record_halting, reliability
 from generation.answers import Answer, Responder
 from generation.loading import load_responder

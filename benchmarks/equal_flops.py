@@ -44,7 +44,7 @@ from dataset.instruct import RunData, open_run_data
 from dataset.text.conversation import Template
 from dataset.text.loader import Example, ExampleStream, TextDataset
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
-from evaluators.answers import is_exact, score_answers, score_by_hops
+from evaluators.answer_scores import is_exact, score_answers, score_by_hops
 from evaluators.language import DepthOutput, evaluate_language
 from generation.engine import Engine, Prompt, Request
 from generation.loading import make_responder

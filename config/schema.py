@@ -7,6 +7,7 @@ this one; a value that is wrong, or a key that does not exist, is a `UsageError`
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
@@ -34,6 +35,20 @@ FieldName = Literal[
     "messages", "prompt", "input", "context", "response", "system", "history", "text",
     "role", "content", "weight", "train", "loss", "mask",
 ]  # fmt: skip
+
+
+class OnResume(Enum):
+    """What it means that a field has another value when a run is resumed; a field without a mark has its section's."""
+
+    FIXED = "the checkpoint means nothing under another value, so it is refused"
+    REPORTED = "the run resumes, and says that it isn't quite the one that was begun"
+    FREE = "no weight depends on it, or what it names is compared by content"
+
+
+Value = TypeVar("Value")
+Fixed = Annotated[Value, OnResume.FIXED]
+Reported = Annotated[Value, OnResume.REPORTED]
+Free = Annotated[Value, OnResume.FREE]
 # A file or folder; a leading ~ is the home folder.
 PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
 
@@ -139,9 +154,9 @@ class ArchConfig(_Section):
     """Base of the rotary frequencies."""
     tie_embeddings: bool
     """Use the embedding matrix as the vocabulary head."""
-    forward_dtype: Literal["auto", "bfloat16", "float32", "float64"]
+    forward_dtype: Reported[Literal["auto", "bfloat16", "float32", "float64"]]
     """Number format of activations; weights stay float32. auto: bfloat16 where the processor multiplies it natively."""
-    activation_checkpointing: bool
+    activation_checkpointing: Free[bool]
     """Training keeps only the inputs of the level calls that carry gradient and computes them again in the backward pass."""
     loss: Literal["stablemax", "softmax"]
     """How logits become probabilities, in training, measuring and sampling alike."""
@@ -160,7 +175,7 @@ class ArchConfig(_Section):
     """Channels of the learned vector that each puzzle has; 0: none, as for text."""
     puzzle_emb_len: int = Field(ge=0)
     """Positions before the tokens that the vector is laid out over, padded with zeros; 0: as few as it needs."""
-    halt: HaltConfig
+    halt: Reported[HaltConfig]
 
     @property
     def head_dim(self) -> int:
@@ -229,33 +244,33 @@ class SourceConfig(_Section):
 
     source: Literal["slimorca", "openorca", "jsonl", "hub", "sample"]
     """slimorca, openorca, jsonl: files in data_dir. hub: a data set of the Hugging Face hub. sample: the bundled task families."""
-    data_dir: PathStr
+    data_dir: Free[PathStr]
     """Folder of the data; or one that `datasets` has saved to."""
-    files: tuple[PathStr, ...]
+    files: Free[tuple[PathStr, ...]]
     """openorca, jsonl: names or globs in data_dir (docs/data.md has the formats); none: all files there that can be read."""
     shards: PositiveInt | None
     """openorca, jsonl: so many of these files, drawn by seed; null: all."""
-    repo: str | None
+    repo: Free[str | None]
     """Dataset repository on the Hugging Face hub. Not hub: the one that missing files are fetched from; null: none are fetched."""
-    revision: str
+    revision: Free[str]
     """Branch, tag or commit of it."""
-    sha256: dict[str, str]
+    sha256: Free[dict[str, str]]
     """Expected SHA-256 of its files by name; a file that isn't named is checked against the hub's own."""
-    config: str | None
+    config: Free[str | None]
     """hub: which of the repository's configurations; null: its default."""
-    split: str
+    split: Free[str]
     """hub, and folders that `datasets` has saved to: the split to train on."""
-    validation_split: str | None
+    validation_split: Free[str | None]
     """hub, and folders that `datasets` has saved to: the split to measure on, in place of test_ratio; null: none."""
-    validation_files: tuple[PathStr, ...]
+    validation_files: Free[tuple[PathStr, ...]]
     """openorca, jsonl: files to measure on, in place of test_ratio; as `files`."""
-    fields: dict[FieldName, str]
+    fields: Free[dict[FieldName, str]]
     """What rows call a field, where that isn't one of its usual names (docs/data.md): {prompt: pregunta, response: respuesta}."""
-    roles: dict[str, Literal["system", "user", "assistant", "tool"]]
+    roles: Free[dict[str, Literal["system", "user", "assistant", "tool"]]]
     """Names of roles beside the usual ones, and whose turns theirs are."""
-    tool_turns: Literal["error", "drop", "as_user"]
+    tool_turns: Free[Literal["error", "drop", "as_user"]]
     """A tool's turn or call: stop; leave it out; or read what a tool says as the user's, and a call as the assistant's, in JSON."""
-    ignore: tuple[str, ...]
+    ignore: Free[tuple[str, ...]]
     """Keys, of rows or within them, whose text is no part of the conversation. Text under any other unknown key stops the run."""
     subset_size: PositiveInt | None
     """Training rows taken, with the test split's proportional share; of a split opened by itself, its rows. null: all."""
@@ -289,13 +304,13 @@ class SourceConfig(_Section):
 class DatasetConfig(SourceConfig):
     """Which conversations, how they become tokens, and how they are split."""
 
-    tokenizer_path: PathStr
+    tokenizer_path: Free[PathStr]
     """SentencePiece model, or tokenizer.json of Hugging Face tokenizers."""
-    seq_len: int = Field(ge=2)
+    seq_len: Fixed[int] = Field(ge=2)
     """Most input positions of a row."""
     test_ratio: float = Field(ge=0, lt=1)
     """Share of the rows held out; 0 trains without evaluation."""
-    seed: int = Field(ge=0)
+    seed: Fixed[int] = Field(ge=0)
     """Seed of the split."""
     default_system_prompt: str | None
     """System turn for rows that have none; null or empty: no system turn."""
@@ -305,9 +320,9 @@ class DatasetConfig(SourceConfig):
     """A malformed row stops the run with file and line, or is counted and skipped."""
     supervise: Literal["assistant", "all"]
     """Train on the assistant's text and its EOS, or on every token."""
-    processes: PositiveInt | None
+    processes: Free[PositiveInt | None]
     """Processes that tokenize; the tokens are the same for any number. null: one for each CPU, at most 16."""
-    cache_dir: PathStr | None
+    cache_dir: Free[PathStr | None]
     """Where rows and tokens are kept for later runs, and a hub data set's files; null: where `datasets` keeps its (HF_HOME)."""
 
 
@@ -400,19 +415,19 @@ class EarlyStoppingConfig(_Section):
 class TrainingConfig(_Section):
     """What every training run has, whatever it trains on."""
 
-    arch: ArchConfig
-    project_name: str = Field(min_length=1)
+    arch: Fixed[ArchConfig]
+    project_name: Free[str] = Field(min_length=1)
     """Folder of the run under checkpoint_dir, and its W&B project."""
-    run_name: str | None
+    run_name: Free[str | None]
     """Name of the run; null: generated."""
-    checkpoint_dir: PathStr
+    checkpoint_dir: Free[PathStr]
     """Where runs are kept: <checkpoint_dir>/<project_name>/<run_name>/step_<N>."""
-    checkpoint: CheckpointConfig
-    resume: PathStr | None
+    checkpoint: Free[CheckpointConfig]
+    resume: Free[PathStr | None]
     """auto: go on from the newest whole checkpoint of run_name, if there is one. A folder, step_<N> or a run's: from there."""
-    load_checkpoint: PathStr | None
+    load_checkpoint: Free[PathStr | None]
     """Begin with the weights of this checkpoint (their moving average, if it has one) instead of drawn ones, at step 0."""
-    seed: int = Field(ge=0)
+    seed: Fixed[int] = Field(ge=0)
     """Seed of weights, order and drawn depths."""
     device: Literal["auto", "cpu", "cuda", "mps"]
     """auto: CUDA (of AMD's cards, too) if there is one, else MPS (Apple's), else the CPU."""
@@ -422,32 +437,32 @@ class TrainingConfig(_Section):
     """Multiply float32 matrices in TF32 on CUDA: faster, with 10 bits of mantissa. For arch.forward_dtype=float32."""
     epochs: PositiveInt
     """Passes over the training split."""
-    global_batch_size: PositiveInt
+    global_batch_size: Fixed[PositiveInt]
     """Rows of an optimizer step, of all ranks together; for puzzles slots, in which rows stay for several."""
     micro_batch_size: PositiveInt | None
     """Most rows that one rank computes at the same time, to save memory; gradients add up to the same. null: all of its rows."""
-    dist_timeout_minutes: float = Field(gt=0)
+    dist_timeout_minutes: Free[float] = Field(gt=0)
     """Several ranks: a rank that waits so long for another gives up."""
-    eval_interval: PositiveInt
+    eval_interval: Free[PositiveInt]
     """Epochs between evaluations; the end of the run is always evaluated."""
-    eval_every_steps: Annotated[Literal["auto"] | PositiveInt | None, BeforeValidator(_auto_or_steps)]
+    eval_every_steps: Free[Annotated[Literal["auto"] | PositiveInt | None, BeforeValidator(_auto_or_steps)]]
     """Also evaluate after every so many optimizer steps. auto: ten times, evenly spaced, if the run is long enough; null: never."""
     max_steps: PositiveInt | None
     """End after so many optimizer steps; the learning rate reaches its end there. null: at the end of the data."""
-    max_minutes: float | None = Field(gt=0)
+    max_minutes: Free[float | None] = Field(gt=0)
     """End once the run has taken so long, restarts included; the learning rate doesn't know of it. null: at the end of the data."""
-    early_stopping: EarlyStoppingConfig
-    log_interval: PositiveInt
+    early_stopping: Free[EarlyStoppingConfig]
+    log_interval: Free[PositiveInt]
     """Optimizer steps between lines of metrics.jsonl."""
-    wandb: Literal["offline", "online", "disabled"] | None
+    wandb: Free[Literal["offline", "online", "disabled"] | None]
     """Log to W&B: into the run's folder for a later `wandb sync`, at once, not at all. null: as WANDB_MODE says, else offline."""
-    tensorboard: bool
+    tensorboard: Free[bool]
     """Log to TensorBoard, too, in the run's folder; needs `pip install tensorboard`."""
-    plot: bool
+    plot: Free[bool]
     """Draw the run into its folder, run.png, at each evaluation."""
-    dry_run: bool
+    dry_run: Free[bool]
     """Say what the run would take (parameters, memory, steps, FLOPs, time) and write nothing but the token cache of its data."""
-    optimizer: Literal["adam_atan2", "muon"]
+    optimizer: Fixed[Literal["adam_atan2", "muon"]]
     """adam_atan2: for all weights. muon: Muon for the matrices of the level stacks, AdamATan2 for the rest."""
     lr: float = Field(gt=0)
     """Peak learning rate of AdamATan2."""
@@ -455,7 +470,7 @@ class TrainingConfig(_Section):
     """Peak learning rate of Muon."""
     grad_clip: float | None = Field(gt=0)
     """Scale the gradient of a step down to this norm if it is larger; null: never."""
-    skip_limit: PositiveInt
+    skip_limit: Free[PositiveInt]
     """A step whose loss or gradient isn't finite moves no weight; after so many of them in a row the run stops."""
     lr_min_ratio: float = Field(ge=0, le=1)
     """Share of the peak learning rates left at the end of the cosine."""
@@ -467,7 +482,7 @@ class TrainingConfig(_Section):
     """AdamATan2: decay of the gradient's running mean."""
     beta2: float = Field(ge=0, lt=1)
     """AdamATan2: decay of the squared gradient's running mean."""
-    ema: bool
+    ema: Fixed[bool]
     """Keep an exponential moving average of the weights, evaluate and generate with it."""
     ema_rate: float = Field(gt=0, lt=1)
     """Decay of that average per optimizer step."""
@@ -498,7 +513,7 @@ class PretrainInstructConfig(TrainingConfig):
     """What is trained on, one after the other, each with epochs of its own (one, if it counts examples); none: all of `dataset`."""
     lr_schedule: Literal["run", "stage"]
     """Warm-up and cosine once over the whole run, or anew over each of its stages."""
-    generation: GenerationConfig
+    generation: Free[GenerationConfig]
     act_steps: Literal["fixed", "growing", "drawn"]
     """How many ACT steps the rows of an optimizer step take: halt_max_steps; 1 at first and halt_max_steps from `grow_until` on; or
     a number drawn for the step, evenly of 1..halt_max_steps."""
@@ -506,13 +521,13 @@ class PretrainInstructConfig(TrainingConfig):
     """growing: share of the run at which the number of ACT steps has come to halt_max_steps, in even steps."""
     loss_discount: float = Field(ge=0, le=1)
     """Weight of an ACT step's loss, relative to that of the step after it. 1: all weigh the same; 0: the last one alone."""
-    eval_examples: PositiveInt | None
+    eval_examples: Free[PositiveInt | None]
     """Test rows of each source used in evaluations; null: all."""
-    sample_answers: int = Field(ge=0)
+    sample_answers: Free[int] = Field(ge=0)
     """Answers generated and shown at each evaluation."""
-    dataloader_workers: int = Field(ge=0)
+    dataloader_workers: Free[int] = Field(ge=0)
     """Background threads that read rows ahead of the training loop; 0 reads in the loop, as several ranks always do."""
-    pad_multiple: PositiveInt
+    pad_multiple: Free[PositiveInt]
     """Row lengths are padded to a multiple of this for attention (few distinct shapes help compiled code)."""
     packing: Annotated[Literal["off", "bucketed", "packed"], BeforeValidator(_off)]
     """Attention rows in training: one conversation each, as wide as the longest; in groups of like length; or several to a row.
@@ -570,13 +585,6 @@ class PretrainInstructConfig(TrainingConfig):
         return self
 
 
-class SlotsConfig(_Section):
-    """How rows of the loader come to slots."""
-
-    refill: Literal["discard"]
-    """discard: each step takes one batch, of which rows for slots still at work are lost, as in the original; text loses none."""
-
-
 class EvaluatorConfig(_Section):
     """A measure beyond the metrics of rows. Given in a list, so its defaults, the original's, stand here."""
 
@@ -593,22 +601,21 @@ class EvaluatorConfig(_Section):
 class PretrainPuzzleConfig(TrainingConfig):
     """One run on puzzles, under the original's names."""
 
-    data_paths: tuple[PathStr, ...] = Field(min_length=1)
+    data_paths: Free[tuple[PathStr, ...]] = Field(min_length=1)
     """Folders of puzzle data sets, trained on one after the other."""
-    data_paths_test: tuple[PathStr, ...]
+    data_paths_test: Free[tuple[PathStr, ...]]
     """Folders whose test split is measured; none: those of data_paths."""
-    evaluators: tuple[EvaluatorConfig, ...]
+    evaluators: Free[tuple[EvaluatorConfig, ...]]
     """Measures beyond the metrics of rows."""
-    slots: SlotsConfig
     puzzle_emb_lr: float = Field(ge=0)
     """Peak learning rate of the puzzles' vectors."""
     puzzle_emb_weight_decay: float = Field(ge=0)
     """Decoupled weight decay of the puzzles' vectors."""
     freeze_weights: bool
     """Learn the puzzles' vectors and nothing else."""
-    checkpoint_every_eval: bool
+    checkpoint_every_eval: Free[bool]
     """Keep a checkpoint at each evaluation; off: at the end, and where `checkpoint` says so."""
-    eval_save_outputs: tuple[PuzzleOutput, ...]
+    eval_save_outputs: Free[tuple[PuzzleOutput, ...]]
     """Tensors of each evaluation that are kept in the run's folder."""
 
     @property
@@ -668,6 +675,21 @@ def type_of_key(path: Sequence[str], kind: type[TrainingConfig]) -> Any:
             is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
             found = get_args(found)[1] if get_origin(found) is dict else get_args(found)[0] if is_item else None
     return found
+
+
+def on_resume(key: str, kind: type[TrainingConfig]) -> OnResume:
+    """What another value of `key`, a dotted name, means to a run of `kind` that is resumed."""
+    found: Any = kind
+    mark = OnResume.REPORTED
+    for part in key.split("."):
+        if get_origin(found) is dict:
+            # The names in it are the user's.
+            found = get_args(found)[1]
+        elif isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
+            field = found.model_fields[part]
+            mark = next((own for own in field.metadata if isinstance(own, OnResume)), mark)
+            found = field.annotation
+    return mark
 
 
 def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:

@@ -29,6 +29,8 @@ REMOVED: tuple[str, ...] = (
     # Tokens drafted with few ACT steps and checked together: slower wherever code is compiled or on a GPU.
     "generation.draft_tokens",
     "generation.draft_act_steps",
+    # How puzzles' rows come to slots, which has one answer.
+    "slots",
 )
 # What the program did before it had a key, where the shipped default is something else.
 BEFORE: dict[str, Any] = {"eval_every_steps": None}

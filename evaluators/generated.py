@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
-from evaluators.answers import is_exact, score_answers, score_by_hops
+from evaluators.answer_scores import is_exact, score_answers, score_by_hops
 from generation.answers import Answer, Responder
 from generation.batch import Asked, answers_in_order, positions_needed
 

@@ -163,8 +163,8 @@ class RecursiveModel(nn.Module):
                 group = group._replace(rows=max(2, group.rows))
             documents_BT = None
             if documents_N is not None:
-                documents_BT = group.lay_out(documents_N.split(sizes)[number] + 1)  # 0: where no document stands
-            segments_BT = group.lay_out(segments)
+                documents_BT = group.scatter(documents_N.split(sizes)[number] + 1)  # 0: where no document stands
+            segments_BT = group.scatter(segments)
             mask = attention_mask(self.config.attention, segments_BT, group.positions, documents_BT)
             masks.append(mask._replace(token_rows=group))
         return masks[0] if len(masks) == 1 else Mask(groups=tuple(masks))
@@ -226,11 +226,11 @@ class RecursiveModel(nn.Module):
 
         def recomputed(stack: BlockStack, h_BTD: Tensor) -> Tensor:
             # Backward comes here after the step: with other casts, compiled code would be made anew and save other tensors.
-            with self._holding(casts):
+            with self._caching_casts(casts):
                 result: Tensor = stack(h_BTD, rotary, mask)
             return result
 
-        with self._holding(casts):
+        with self._caching_casts(casts):
             return self.recursion.step(states, x_BTD, call)
 
     def grad_calls_by_step(self, act_steps: int) -> list[int]:
@@ -280,8 +280,8 @@ class RecursiveModel(nn.Module):
         for step in range(act_steps):
             step_lanes = None
             if lanes is not None:
-                laid_out_BT = active_BT if mask.token_rows is None else mask.token_rows.lay_out(active_BT)
-                step_lanes = lanes.at_step(step, None if halt_threshold is None else laid_out_BT)
+                scattered_BT = active_BT if mask.token_rows is None else mask.token_rows.scatter(active_BT)
+                step_lanes = lanes.at_step(step, None if halt_threshold is None else scattered_BT)
             new_states, new_output_BTD = self.act_step(states, x_BTD, rotary, mask, step_lanes)
             steps_BT = steps_BT + active_BT
             if output_BTD is None or halt_threshold is None:
@@ -330,14 +330,14 @@ class RecursiveModel(nn.Module):
             self.get_submodule(name).compile(dynamic=True)
 
     @contextlib.contextmanager
-    def _holding(self, casts: Sequence[Tensor | None]) -> Iterator[None]:
+    def _caching_casts(self, casts: Sequence[Tensor | None]) -> Iterator[None]:
         """Within the block the levels' linear layers compute with these casts of their weights."""
         linears = self._level_linears
-        before = [linear.held_cast for linear in linears]
+        before = [linear.cached_cast for linear in linears]
         for linear, cast in zip(linears, casts, strict=True):
-            linear.held_cast = cast
+            linear.cached_cast = cast
         try:
             yield
         finally:
             for linear, cast in zip(linears, before, strict=True):
-                linear.held_cast = cast
+                linear.cached_cast = cast

@@ -62,7 +62,7 @@ class TokenRows(NamedTuple):
     rows: int
     positions: int
 
-    def lay_out(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, T, ...], zeros where there is no token."""
         padded = x.new_zeros(self.rows * self.positions, *x.shape[1:]).index_copy(0, self.index_N, x)
         return padded.view(self.rows, self.positions, *x.shape[1:])
@@ -152,16 +152,16 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(truncated_normal_(torch.empty(out_features, in_features), in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.held_cast: Tensor | None = None
-        """The weight in the compute format, held for many calls, so that gradients of all meet before the cast back."""
+        self.cached_cast: Tensor | None = None
+        """The weight in the compute format, kept for many calls, so that gradients of all meet before the cast back."""
 
     def cast_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The weight in `dtype`, to be held; None if it has that format itself."""
+        """The weight in `dtype`, to be cached; None if it has that format itself."""
         return None if dtype == self.weight.dtype else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        weight = self.weight.to(x.dtype) if self.held_cast is None else self.held_cast
+        weight = self.weight.to(x.dtype) if self.cached_cast is None else self.cached_cast
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -220,7 +220,7 @@ class Attention(nn.Module):
     def _attend_in_rows(qk: Tensor, v: Tensor, mask: Mask, lane: Lane | None) -> Tensor:
         """qk [..., 2, H, K], v [..., H, K] -> [..., D]"""
         if mask.token_rows is not None:
-            qk, v = mask.token_rows.lay_out(qk), mask.token_rows.lay_out(v)
+            qk, v = mask.token_rows.scatter(qk), mask.token_rows.scatter(v)
         q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
         y_BHTK = (attend if lane is None else lane.attend)(q_BHTK, k_BHTK, v_BHTK, mask)
         y = y_BHTK.transpose(1, 2).flatten(2)

@@ -75,25 +75,6 @@ def _compiled_logits_to_gradient() -> Callable[[Tensor, Tensor, Tensor, str], tu
     return torch.compile(_logits_to_gradient, dynamic=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _workspace(rows: int, vocab_size: int, dtype: torch.dtype, exact: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Room for a chunk's logits in both number formats and its log p.
-
-    Kept, because a fresh tensor of this size costs its pages: with other sizes at every step, more time than the softmax itself.
-    """
-    return tuple(torch.empty(rows, vocab_size, dtype=kind, device=device) for kind in (dtype, exact, exact))
-
-
-def workspace_bytes(weight_VD: Tensor, dtype: torch.dtype) -> int:
-    """Bytes that `linear_cross_entropy` holds at the same time, not compiled, beside outputs of `dtype` and their gradient."""
-    vocab_size = len(weight_VD)
-    exact = torch.promote_types(dtype, torch.float32)
-    logits = _chunk_tokens(vocab_size) * vocab_size * (dtype.itemsize + 2 * exact.itemsize)
-    # A cast of the weight, and a chunk's share of its gradient in both formats.
-    casts = weight_VD.numel() * (2 * dtype.itemsize if dtype != weight_VD.dtype else 0)
-    return logits + casts + weight_VD.nbytes
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum_n w_n * -log p(label_n) with logits = output @ weight^T, a chunk of tokens at a time, gradients made on the way."""
 
@@ -109,7 +90,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_ND = torch.empty_like(output_ND) if needs_output else None
         grad_VD: Tensor | None = None
         chunk = _chunk_tokens(len(weight_VD), compiled)
-        room = () if compiled else _workspace(chunk, len(weight_VD), output_ND.dtype, exact, output_ND.device)
+        if not compiled:
+            # Of one size whatever the number of tokens: where freed memory is kept (models/device.py), it is used again.
+            raw_CV, exact_CV, logp_CV = (
+                torch.empty(chunk, len(weight_VD), dtype=dtype, device=output_ND.device)
+                for dtype in (output_ND.dtype, exact, exact)
+            )
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             labels = labels_N[part]
@@ -125,7 +111,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nll, best = _compiled_logits_to_gradient()(raw, padded[0], padded[1], loss)
                 nll_N[part], argmax_N[part] = nll[:count], best[:count]
             else:
-                raw_CV, exact_CV, logp_CV = room
                 raw = torch.mm(output, cast_VD.T, out=raw_CV[:rounded])
                 logits, logp = exact_CV[:count].copy_(raw[:count]), logp_CV[:count]
                 argmax_N[part] = argmax(logits)

@@ -20,7 +20,7 @@ if python -m dataset.slimorca --data-dir "$data_dir"; then
 else
     echo "smoke: no SlimOrca in $data_dir and none to be had: using the bundled data instead"
     python -m dataset.build_sample_dataset --output-dir data/smoke --train-size 2000
-    settings=("dataset=sample" "dataset.data_dir=data/smoke" "${settings[@]}")
+    settings=("dataset=sample" "dataset.data_dir=data/smoke" "project_name=Sample-ACT" "${settings[@]}")
 fi
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "smoke: no GPU, using the small preset experiment=cpu_small"

@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment requirements.txt
 
-run=checkpoints/SlimOrca-ACT/quickstart
+run=checkpoints/Sample-ACT/quickstart
 started=$SECONDS
 
 echo; echo "== tokenizer"

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from artifacts.checkpoint import newest_checkpoint
 from config.errors import UsageError, one_clear_message
-from evaluators.answers import Score, wilson_upper_bound
+from evaluators.answer_scores import Score, wilson_upper_bound
 
 
 def read_metrics(path: Path, split: str | None) -> dict[str, Any]:

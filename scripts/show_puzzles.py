@@ -97,7 +97,7 @@ def draw(data: PuzzleData, rows: Sequence[int], outputs: Path | None, path: Path
     size = len(data.sets[set_name])
     if not 0 < len(rows) <= _MOST_ROWS or not all(0 <= row < size for row in rows):
         raise UsageError(f"--rows: expected at most {_MOST_ROWS} numbers from 0 to {size - 1}, found {' '.join(map(str, rows))}")
-    batch = data.batch(set_name, np.array(rows), len(rows), len(rows))
+    batch = data.batch(set_name, np.array(rows), len(rows))
     lines = []
     for index, row in enumerate(rows):
         supervised = batch.labels[index] != IGNORE_LABEL_ID

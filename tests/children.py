@@ -22,7 +22,7 @@ import torch._dynamo  # noqa: F401  an optimizer's first step imports it
 import training.run
 from config.errors import one_clear_message
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
-from training.instruct import run_instruct
+from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
 
 PHASES = ("starting", "training", "evaluating", "saving", "finished")

@@ -10,7 +10,7 @@ import torch
 
 from config.schema import PretrainInstructConfig
 from dataset.text.loader import Example, collate
-from dataset.text.packing import Packing, lay_out
+from dataset.text.packing import Packing, row_layout
 from models.act import RecursiveModel
 from models.device import has_compiler
 from models.layers import TokenRows
@@ -227,7 +227,7 @@ def test_tied_heads_are_one_tensor(tiny_model: ModelFactory) -> None:
 @torch.no_grad()
 def losses_in_rows(model: RecursiveModel, rows: Sequence[Example], packing: Packing, steps: int) -> list[torch.Tensor]:
     """Nats of each document's labels after the last of `steps` ACT steps, all documents side by side."""
-    layout = lay_out(np.array([len(row.ids) - 1 for row in rows]), packing, multiple=4, token_multiple=8)
+    layout = row_layout(np.array([len(row.ids) - 1 for row in rows]), packing, multiple=4, token_multiple=8)
     batch = collate(rows, pad_id=0, length_multiple=4)
     room = ((0, 0), (0, layout.width - batch["inputs"].shape[1]))
     inputs_N, labels_N, segments_N = (

@@ -19,6 +19,7 @@ from artifacts.checkpoint import (
     load_weights,
     newest_checkpoint,
     open_checkpoint,
+    read_saved_run,
     read_weights,
     save_checkpoint,
 )
@@ -73,7 +74,7 @@ def test_what_is_opened_is_what_was_saved(tmp_path: Path, save: Save, tiny_token
     assert (checkpoint.config, checkpoint.template, checkpoint.step, checkpoint.data_hash) == (config, TEMPLATE, 7, "abc")
     assert checkpoint.tokenizer.sha256 == tiny_tokenizer.sha256
     assert same(checkpoint.weights(ema=True), model.state_dict()) and same(checkpoint.weights(ema=False), model.state_dict())
-    state = checkpoint.trainer_state()
+    state = read_saved_run(folder).trainer
     assert same(state.tensors, {"carry": torch.tensor([[0, 3], [1, 4], [2, 5]]), "m": torch.ones(2)})
     assert state.values == {"step": 7, "name": "é"}
     assert json.loads((folder / "train_metrics.json").read_text()) == {"loss": 0.5}
@@ -257,7 +258,7 @@ def test_damaged_tensors_are_told_when_read(tmp_path: Path, save: Save, file: st
         assert same(readers["ema"](), readers["model"]())
         return
     with pytest.raises(UsageError, match=path.name):
-        readers.get(path.stem, checkpoint.trainer_state)()
+        readers.get(path.stem, lambda: read_saved_run(folder).trainer.tensors)()
 
 
 def test_another_format_or_config_is_refused(tmp_path: Path, save: Save) -> None:

@@ -20,7 +20,7 @@ from dataset.build_sample_dataset import build
 from dataset.text.conversation import Template, Turn
 from dataset.text.loader import TextDataset
 from dataset.text.tokenizer import Tokenizer
-from evaluators.answers import score_answers, wilson_upper_bound
+from evaluators.answer_scores import score_answers, wilson_upper_bound
 from generation.answers import Answer, Options, Responder
 from models.act import RecursiveModel
 

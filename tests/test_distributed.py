@@ -26,7 +26,7 @@ from tests.children import start_ranks
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.distributed import Ranks, _unused_part, joined_ranks
-from training.instruct import run_instruct
+from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
 
 RunConfig = Callable[..., PretrainInstructConfig]

@@ -1,8 +1,9 @@
-"""What a dry run says, against what a run does: parameters, bytes and FLOPs counted on tiny models, steps by training."""
+"""What a dry run says, against what a run does: parameters and FLOPs of tiny models, steps by training."""
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.compose import compose_as
+from config.errors import UsageError
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.instruct import RunData
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream, TextCorpus, TextDataset
 from models.act import RecursiveModel
-from models.losses import token_loss
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
-from training.estimate import (
-    act_step_flops,
-    count_parameters,
-    count_steps,
-    dry_run_instruct,
-    dry_run_puzzles,
-    estimate_memory,
-    saved_bytes,
-)
-from training.loop import Trainer
+from training.distributed import Ranks
+from training.estimate import count_parameters, count_steps, dry_run_instruct, dry_run_puzzles, flops_per_token
+from training.loop import StepResult, Trainer
 from training.puzzle import PuzzleTask
 from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 ExampleFactory = Callable[..., list[Example]]
-VOCABULARY, ROWS, POSITIONS = 48, 2, 64
+VOCABULARY = 48
 
 
-def make_task(config: PretrainInstructConfig, examples: Any) -> tuple[RecursiveModel, TextTask]:
-    model, curriculum = RecursiveModel(config.arch, VOCABULARY), passes(config, len(examples))
+def make_task(
+    config: PretrainInstructConfig, examples: Any, model: RecursiveModel | None = None
+) -> tuple[RecursiveModel, TextTask]:
+    model, curriculum = model or RecursiveModel(config.arch, VOCABULARY), passes(config, len(examples))
     return model, TextTask(config, model, ExampleStream(examples, curriculum, 0), curriculum)
 
 
@@ -48,25 +44,20 @@ def passes(config: PretrainInstructConfig, rows: int) -> Curriculum:
     return Curriculum.of_epochs(rows, config.seed, config.epochs)
 
 
-@pytest.mark.parametrize("backprop", ["true", "false"])
-@pytest.mark.parametrize("again", ["true", "false"])
-@pytest.mark.parametrize("grad_calls", ["null", "2", "8"])
-def test_flops_are_those_that_torch_counts(tiny_config: ConfigFactory, backprop: str, again: str, grad_calls: str) -> None:
-    """Of two ACT steps, the gradient of 8 calls beginning in the first."""
-    arch = tiny_config(
-        f"arch.halt.backprop={backprop}", f"arch.activation_checkpointing={again}", f"arch.grad_calls={grad_calls}"
-    ).arch
-    model = RecursiveModel(arch, VOCABULARY)
-    ids = torch.zeros(ROWS, POSITIONS, dtype=torch.int64)
+@pytest.mark.parametrize("grad_calls", ["null", "8"])
+def test_flops_are_those_of_a_real_step(tiny_config: ConfigFactory, random_examples: ExampleFactory, grad_calls: str) -> None:
+    config = tiny_config(f"arch.grad_calls={grad_calls}", "arch.activation_checkpointing=true")
+    examples = random_examples(4)
+    with torch.device("meta"):
+        on_meta = RecursiveModel(config.arch, VOCABULARY)
+    _, task = make_task(config, examples, on_meta)
+    task.admit(1)
+    model, task_on_cpu = make_task(config, examples)
     # Only the plain kernel's products are counted on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        steps = model.act_steps(model.embed(ids), model.rotary(torch.arange(POSITIONS)), model.mask(ids), 2)
-        output = torch.cat([output.flatten(0, 1) for output in steps])
-        halting = model.halt_logits(output if arch.halt.backprop else output.detach())[:, 0]
-        labels = ids.flatten().repeat(2)
-        token_loss(output, model.lm_head.weight, halting, labels, torch.ones_like(halting), arch.loss).total.backward()
-    flops = [act_step_flops(model, POSITIONS, calls) for calls in model.grad_calls_by_step(2)]
-    assert ROWS * POSITIONS * sum(map(sum, flops)) == counter.get_total_flops()
+        result = next(Trainer(config, model, task_on_cpu).steps())
+    # The vocabulary head of a CPU takes a round number of tokens.
+    assert flops_per_token(task) * int(result.sums["tokens"]) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
@@ -75,56 +66,6 @@ def test_parameters_are_the_original_layers_weights(tiny_config: ConfigFactory, 
     block = 3 * 16 * 16 + 16 * 16 + 2 * 256 * 16 + 256 * 16
     vocabulary = VOCABULARY * 16 * (1 if tied == "true" else 2)
     assert count_parameters(model) == 2 * block + vocabulary + 2 * 16 + 2
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (),
-        ("arch.attention=prefix", "micro_batch_size=3"),
-        ("arch.activation_checkpointing=true", "ema=true"),
-        ("optimizer=muon",),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_that_of_a_whole_step(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, settings: tuple[str, ...], dtype: str
-) -> None:
-    config = tiny_config(f"arch.forward_dtype={dtype}", *settings)
-    model, _ = make_task(config, random_examples(8))
-    memory, shallow = (estimate_memory(config, model, 5, config.dataset.seq_len, act_steps) for act_steps in (4, 1))
-    parameters = 4 * count_parameters(model)
-    muon = 4 * count_parameters(model.get_submodule("L_level")) if config.optimizer == "muon" else 0
-    assert (memory.gradients, memory.optimizer) == (parameters, 2 * parameters - muon)
-    assert memory.average == (parameters if config.ema else 0) and memory.weights > parameters
-    at_once = config.micro_batch_size or 5
-    assert memory.activations == pytest.approx(saved_bytes(model, at_once, config.dataset.seq_len, 4), rel=0.01)
-    # Three further ACT steps, each with its outputs twice and their gradient.
-    assert memory.loss - shallow.loss == 3 * 3 * at_once * config.dataset.seq_len * 16 * model.dtype.itemsize
-    assert memory.carry == 0 and memory.total == sum(vars(memory).values())
-
-
-@pytest.mark.parametrize("again", ["true", "false"])
-def test_activations_are_those_of_the_level_calls_with_gradient(tiny_config: ConfigFactory, again: str) -> None:
-    """Of four ACT steps of six level calls."""
-
-    def saved(grad_calls: object, act_steps: int) -> int:
-        arch = tiny_config(f"arch.grad_calls={grad_calls}", f"arch.activation_checkpointing={again}").arch
-        return saved_bytes(RecursiveModel(arch, VOCABULARY), 2, 32, act_steps)
-
-    # What is saved once, for one of the calls, and what each further one adds.
-    each = saved(6, 4) - saved(5, 4)
-    assert saved(24, 4) - saved(6, 4) == pytest.approx(18 * each, rel=0.1)
-    assert saved(6, 4) == saved(6, 1)
-    assert saved("null", 4) == pytest.approx(saved(12, 4), rel=0.1)
-
-
-def test_activations_computed_again_are_an_eighth_or_less(tiny_config: ConfigFactory) -> None:
-    kept, again = (
-        saved_bytes(RecursiveModel(tiny_config(f"arch.activation_checkpointing={value}").arch, VOCABULARY), 2, 32)
-        for value in ("false", "true")
-    )
-    assert 0 < again < kept / 8
 
 
 @pytest.mark.parametrize(
@@ -154,31 +95,70 @@ def test_steps_are_those_of_the_run(
     assert counted.evaluations == evaluations
 
 
-def test_a_dry_run_says_it_all_and_what_it_measured(
+@pytest.fixture
+def dry_run(
+    random_examples: ExampleFactory, text_dataset: Callable[..., TextDataset], capsys: pytest.CaptureFixture[str]
+) -> Callable[[PretrainInstructConfig], str]:
+    """What a dry run on 40 rows says."""
+
+    def run(config: PretrainInstructConfig) -> str:
+        examples = random_examples(40)
+        held_out = TextCorpus({"rows": text_dataset([{"question": f"What is {i}?", "answer": f"{i}"} for i in range(3)])})
+        data = RunData(examples, held_out, passes(config, len(examples)))  # type: ignore[arg-type]
+        dry_run_instruct(config, RecursiveModel(config.arch, VOCABULARY), data, Ranks())
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_dry_run_says_it_all(
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, dry_run: Callable[[PretrainInstructConfig], str]
+) -> None:
+    said = dry_run(tiny_config())
+    lengths = [len(example.ids) - 1 for example in random_examples(40)]
+    assert "optimizer steps   10, 4.00 ACT steps a row" in said
+    assert "evaluations       1, each of 3 held-out rows" in said
+    assert f"tokens a row      {np.mean(lengths):.1f} (mean of 40 rows)" in said
+    assert re.search(r"memory            peak_rss \d+\.\d\d GB, measured; there is \d+\.\d\d GB", said)
+    assert "measured on 3 steps" in said
+
+
+def test_flops_of_a_run_follow_its_depths(tiny_config: ConfigFactory, dry_run: Callable[[PretrainInstructConfig], str]) -> None:
+    def total(*settings: str) -> float:
+        found = re.search(r"; (\S+) in the run", dry_run(tiny_config(*settings)))
+        assert found is not None
+        return float(found[1])
+
+    deep, shallow = total(), total("act_steps=growing", "max_steps=1")
+    # Ten steps of four ACT steps, against one of one.
+    assert deep == pytest.approx(40 * shallow, rel=0.02)
+
+
+def test_a_short_run_is_not_timed(tiny_config: ConfigFactory, dry_run: Callable[[PretrainInstructConfig], str]) -> None:
+    said = dry_run(tiny_config("global_batch_size=40"))
+    assert "optimizer steps   1, 4.00 ACT steps a row" in said
+    assert "expected time     not measured: the whole run has too few steps" in said
+
+
+def test_the_longest_rows_are_tried_and_a_gpu_they_do_not_fit_into_is_told(
     tiny_config: ConfigFactory,
     random_examples: ExampleFactory,
-    text_dataset: Callable[..., TextDataset],
+    dry_run: Callable[[PretrainInstructConfig], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, examples = tiny_config("loss_discount=0"), random_examples(40)
-    held_out = TextCorpus({"rows": text_dataset([{"question": f"What is {i}?", "answer": f"{i}"} for i in range(3)])})
-    data = RunData(examples, held_out, passes(config, len(examples)))  # type: ignore[arg-type]
-    said: list[str] = []
-    dry_run_instruct(config, *make_task(config, examples), data, said.append)
-    text = "\n".join(said)
-    lengths = np.array([len(example.ids) - 1 for example in examples])
-    assert "optimizer steps   10, 4.00 ACT steps a row" in text
-    assert "evaluations       1, each of 3 held-out rows" in text
-    assert f"tokens a row      {lengths.mean():.1f}" in text
-    assert "measured on 3 steps after a first one" in text and "peak_rss_bytes" in text
-    monkeypatch.setattr("training.estimate.memory_in_all", lambda device: 10**5)
-    said.clear()
-    dry_run_instruct(config, *make_task(config, examples), data, said.append)
-    assert "not measured: the memory would not suffice" in "\n".join(said)
-    said.clear()
-    config = tiny_config("act_steps=growing", "max_steps=1")
-    dry_run_instruct(config, *make_task(config, examples), data, said.append)
-    assert "optimizer steps   1, 1.00 ACT steps a row" in said
+    """Raises on the first step, which isn't the run's first."""
+    tokens = 4 * sum(sorted(len(example.ids) - 1 for example in random_examples(40))[-4:])
+
+    class FullTrainer(Trainer):
+        def steps(self) -> Iterator[StepResult]:
+            for result in super().steps():
+                assert result.sums["tokens"] == tokens
+                raise torch.OutOfMemoryError
+            yield result
+
+    monkeypatch.setattr("training.estimate.Trainer", FullTrainer)
+    with pytest.raises(UsageError, match=r"doesn't fit into the .* GB of cpu memory: lower micro_batch_size"):
+        dry_run(tiny_config())
 
 
 # Puzzles: 16 tokens behind 2 positions of a vector, 4 rows, which makes a chunk of the vocabulary head whole.
@@ -190,66 +170,45 @@ PUZZLES = {
     "frozen": ("freeze_weights=true", "arch.halt.backprop=false"),
     "no_vectors": ("arch.puzzle_emb_ndim=0", "arch.puzzle_emb_len=0", "micro_batch_size=2", "ema=true"),
 }
+PuzzleRun = tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask, PuzzleData]
 
 
-@pytest.fixture(params=PUZZLES)
-def puzzles(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask]:
+@pytest.fixture
+def puzzle_run(tmp_path: Path) -> Callable[..., PuzzleRun]:
     path = write_puzzles(tmp_path / "puzzles", tokens=TOKENS)
-    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"data_paths=[{path}]", *TINY_PUZZLES, *PUZZLES[request.param]])
-    data = PuzzleData(config.data_paths, "train")
-    meta = data.metadata
-    model = RecursiveModel(config.arch, meta.vocab_size, seq_len=TOKENS, puzzles=meta.num_puzzle_identifiers)
-    model.requires_grad_(not config.freeze_weights)
-    return config, model, PuzzleTask(config, model, data)
+
+    def build(*settings: str) -> PuzzleRun:
+        config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"data_paths=[{path}]", *TINY_PUZZLES, *settings])
+        data = PuzzleData(config.data_paths, "train")
+        meta = data.metadata
+        model = RecursiveModel(config.arch, meta.vocab_size, seq_len=TOKENS, puzzles=meta.num_puzzle_identifiers)
+        model.requires_grad_(not config.freeze_weights)
+        return config, model, PuzzleTask(config, model, data), data
+
+    return build
 
 
-def test_flops_of_puzzles_are_those_that_a_step_takes(puzzles: tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask]) -> None:
-    config, model, task = puzzles
-    flops = act_step_flops(model, model.prefix_len + TOKENS)
-    a_row = (model.prefix_len + TOKENS) * flops.per_position + flops.per_halting + TOKENS * flops.per_label
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        next(iter(Trainer(config, model, task).steps()))
-    # Of a micro-batch half a chunk is filled up with tokens that are none.
-    filled = 0 if config.micro_batch_size is None else TOKENS * flops.per_label * config.global_batch_size
-    assert counter.get_total_flops() == config.global_batch_size * a_row + filled
-
-
-def test_memory_of_puzzles_counts_vectors_apart_and_frozen_weights_once(
-    puzzles: tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask],
+@pytest.mark.parametrize("kind", PUZZLES)
+def test_a_dry_run_of_puzzles_says_it_all(
+    puzzle_run: Callable[..., PuzzleRun], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, model, task = puzzles
-    memory = estimate_memory(config, model, 4, TOKENS, carry=tuple(task.carry.tensors().values()))
-    parameters = 8 * count_parameters(model)
-    learning = 0 if config.freeze_weights else parameters
-    assert (memory.gradients, memory.optimizer) == (learning, 2 * learning)
-    assert memory.average == (parameters if config.ema else 0)
-    # 12 groups and the blank one.
-    assert memory.puzzle_vectors == (8 * 13 * 16 if config.arch.puzzle_emb_ndim else 0)
-    others = sum(buffer.nbytes for name, buffer in model.named_buffers() if "puzzle_emb" not in name)
-    assert memory.weights == parameters + others
-    at_once = config.micro_batch_size or config.global_batch_size
-    assert memory.activations == pytest.approx(saved_bytes(model, at_once, TOKENS), rel=0.01)
-    # No looked-up vector is left behind for the first step.
-    assert model.puzzle_emb is None or not model.puzzle_emb._looked_up
+    config, model, task, data = puzzle_run(*PUZZLES[kind])
+    steps = task.total_steps
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        next(Trainer(config, model, task).steps())
+    flops = counter.get_total_flops() / (config.global_batch_size * TOKENS)
+    config, model, task, data = puzzle_run(*PUZZLES[kind])
+    dry_run_puzzles(config, model, task, data, Ranks())
+    said = capsys.readouterr().out
+    assert f"parameters        {count_parameters(model):,}: " in said
+    assert ("puzzle vectors    208: 13 of 16 channels" in said) == (model.puzzle_emb is not None)
+    assert f"optimizer steps   {steps} at most, each an ACT step of 4 rows" in said
+    assert f"tokens a row      16, behind {model.prefix_len} positions of its puzzle's vector" in said
+    assert f"FLOPs a token     {flops:.3g} an ACT step; {steps * 4 * TOKENS * flops:.3g} in the run" in said
+    assert "measured on 3 steps" in said
 
 
-def test_a_dry_run_of_puzzles_ends_at_max_steps(tmp_path: Path) -> None:
-    path = write_puzzles(tmp_path / "puzzles", tokens=TOKENS)
-    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", [f"data_paths=[{path}]", *TINY_PUZZLES, "max_steps=5"])
-    data = PuzzleData(config.data_paths, "train")
-    model = RecursiveModel(config.arch, data.metadata.vocab_size, seq_len=TOKENS, puzzles=data.metadata.num_puzzle_identifiers)
-    said: list[str] = []
-    dry_run_puzzles(config, model, PuzzleTask(config, model, data), said.append)
-    assert "optimizer steps   5 at most, each an ACT step of 4 rows" in said
-
-
-def test_a_dry_run_of_puzzles_says_it_all(puzzles: tuple[PretrainPuzzleConfig, RecursiveModel, PuzzleTask]) -> None:
-    config, model, task = puzzles
-    said: list[str] = []
-    dry_run_puzzles(config, model, task, said.append)
-    text = "\n".join(said)
-    assert f"parameters        {count_parameters(model):,}: " in text
-    assert ("puzzle vectors    208: 13 of 16 channels" in text) == (model.puzzle_emb is not None)
-    assert f"optimizer steps   {task.total_steps} at most, each an ACT step of 4 rows" in text
-    assert f"positions a row   {model.prefix_len + TOKENS}, 16 of them tokens" in text
-    assert "FLOPs a position" in text and "measured on 3 steps after a first one" in text
+def test_a_dry_run_of_puzzles_ends_at_max_steps(puzzle_run: Callable[..., PuzzleRun], capsys: pytest.CaptureFixture[str]) -> None:
+    config, model, task, data = puzzle_run("max_steps=5")
+    dry_run_puzzles(config, model, task, data, Ranks())
+    assert "optimizer steps   5 at most, each an ACT step of 4 rows" in capsys.readouterr().out

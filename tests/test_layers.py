@@ -131,7 +131,7 @@ def test_tokens_without_padding_attend_as_in_padded_rows(kind: str) -> None:
     is_token = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
     token_rows = TokenRows(torch.nonzero(is_token.flatten()).squeeze(1), len(lengths), T)
     x_ND, mask = random(sum(lengths), D), attention_mask(kind, segments, T)
-    x_BTD = token_rows.lay_out(x_ND)
+    x_BTD = token_rows.scatter(x_ND)
     assert torch.equal(x_BTD[~is_token], torch.zeros(3 * T - 8, D)) and torch.equal(token_rows.gather(x_BTD), x_ND)
     padded = layer(x_BTD, rotary_table(torch.arange(T), 4, 10000.0, torch.float64), mask, None)
     rotary_N = rotary_table(token_rows.index_N % T, 4, 10000.0, torch.float64)
@@ -166,7 +166,7 @@ def test_linear_keeps_float32_weights_and_computes_in_its_inputs_format() -> Non
     x = torch.randn(3, 6).bfloat16()
     assert layer.weight.dtype == torch.float32 and layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight.bfloat16(), layer.bias.bfloat16()))
-    layer.held_cast = layer.cast_weight(torch.bfloat16)
+    layer.cached_cast = layer.cast_weight(torch.bfloat16)
     (layer(x).float().sum() + layer(2 * x).float().sum()).backward()
     assert layer.weight.grad.dtype == torch.float32
     torch.testing.assert_close(layer.weight.grad[0], 3 * x.float().sum(0), rtol=2e-2, atol=2e-2)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.errors import UsageError
-from dataset.text.conversation import Template, Turn, encode_conversation
+from dataset.text.conversation import Template, Turn, encode_batch
 from dataset.text.curriculum import Curriculum, permutation
 from dataset.text.loader import Example, ExampleStream, TextCorpus, TextDataset, collate
 from dataset.text.token_cache import HashSplit, load_split
@@ -61,7 +61,7 @@ def test_an_example_leads_back_to_its_row_and_conversation(source: Path) -> None
             assert dataset.place(index) == f"{source}:{line}" and original == all_rows[line - 1]
             turns = dataset.conversation(index)
             assert turns[0] == Turn("system", "Help.") and turns[-1].text == original["answer"]
-            encoded, example = encode_conversation(turns, TOKENIZER, Template()), dataset[index]
+            encoded, example = encode_batch([turns], TOKENIZER, Template())[0], dataset[index]
             assert np.array_equal(example.ids, encoded.ids) and example.ids.dtype == np.int32
             assert np.array_equal(example.supervised, encoded.supervised) and example.supervised.dtype == np.bool_
             assert np.array_equal(example.segment, encoded.segment) and example.segment.dtype == np.int32

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, read_saved_run, save_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
@@ -23,7 +23,7 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.losses import log_probs
 from training.distributed import Ranks
-from training.loop import Part, StepResult, Trainer
+from training.loop import MicroBatch, StepResult, Trainer
 from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
@@ -276,11 +276,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     """The examples that tasks compute from here on, in order; nothing is computed of them."""
     found: list[Example] = []
 
-    def remembered(task: TextTask, examples: Sequence[Example]) -> Part:
+    def remembered(task: TextTask, examples: Sequence[Example]) -> MicroBatch:
         found.extend(examples)
-        return Part(sum(p.sum() for p in task.model.parameters()), 1, {"tokens": 1})  # type: ignore[arg-type]
+        return MicroBatch(sum(p.sum() for p in task.model.parameters()), 1, {"tokens": 1})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextTask, "_part_of", remembered)
+    monkeypatch.setattr(TextTask, "_micro_batch", remembered)
     return found
 
 
@@ -330,7 +330,7 @@ def test_ranks_train_every_example_once_an_epoch_across_a_restart(
             for task in tasks:
                 task.admit(1 + step)
                 assert task.busy
-                assert len(list(task.parts())) <= 1 and len(task.finished_depths) == len(task._examples)
+                assert len(list(task.micro_batches())) <= 1 and len(task.finished_depths) == len(task._examples)
             batch = slice(start + 5 * step, start + 5 * (step + 1))
             assert order_of(examples, trained) == drawn[batch]
         assert len({task.done for task in tasks}) == 1
@@ -480,7 +480,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         data_hash="",
     )
     checkpoint = open_checkpoint(tmp_path / "step_7")
-    state = checkpoint.trainer_state()
+    state = read_saved_run(tmp_path / "step_7").trainer
     # Another seed: whatever isn't restored would show.
     resumed = make_trainer(config, examples, vocab_size=size, start=state.values["admitted"], halt_scale=3.0)
     load_weights(resumed.model, checkpoint.weights(ema=False), tmp_path)

@@ -240,3 +240,20 @@ def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made
     linear_cross_entropy(output, head, labels, torch.ones(5), "softmax")
     assert made
+
+
+def test_losses_at_the_same_time_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of two threads, one of which comes to its turn in the middle of the other's loss."""
+    head, labels, weights = torch.randn(30, 4), torch.zeros(9, dtype=torch.int64), torch.ones(9)
+    outputs = torch.randn(2, 9, 4)
+    expected = [linear_cross_entropy(output, head, labels, weights, "softmax")[1:] for output in outputs]
+    real, inner = models.losses.argmax, list[Any]()
+
+    def interrupted(logits_NV: Tensor) -> Tensor:
+        monkeypatch.setattr(models.losses, "argmax", real)
+        inner.append(linear_cross_entropy(outputs[1], head, labels, weights, "softmax")[1:])
+        return real(logits_NV)
+
+    monkeypatch.setattr(models.losses, "argmax", interrupted)
+    outer = linear_cross_entropy(outputs[0], head, labels, weights, "softmax")[1:]
+    assert all(map(torch.equal, (*outer, *inner[0]), (*expected[0], *expected[1])))

@@ -14,7 +14,7 @@ from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
-from dataset.text.packing import lay_out
+from dataset.text.packing import row_layout
 from evaluators.calibration import record_halting
 from evaluators.language import evaluate_language
 from evaluators.puzzles import evaluate_puzzles
@@ -120,7 +120,7 @@ def test_other_ways_to_train(tiny_config: ConfigFactory, random_examples: Exampl
         window.add(next(trainer.steps()))
         assert device.waits == OF_A_STEP
         assert window.totals(Ranks())[0]["nll"]
-        trainer.task.mend()
+        trainer.task.after_skipped_step()
         trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
 
 
@@ -132,7 +132,7 @@ def test_masks(tiny_config: ConfigFactory, attention: str, is_packed: bool) -> N
     with fake_device() as device, torch.no_grad():
         model = answering(device, config)
         lengths, device_ = (9, 8, 3), model.device
-        layout = lay_out(np.array(lengths), "packed" if is_packed else "bucketed", 8)
+        layout = row_layout(np.array(lengths), "packed" if is_packed else "bucketed", 8)
         groups = [TokenRows(on_device(group.index_N, device_), *group[1:]) for group in layout.groups]
         tokens = sum(lengths)
         documents_N = on_device(layout.document_N, device_) if is_packed else None
@@ -244,8 +244,8 @@ def test_puzzles(tmp_path: Path, recursion: str, overrides: tuple[str, ...]) -> 
         device.waits.clear()
         next(steps)
         # Which rows left, whether weights may move, and how many puzzles there were.
-        assert device.waits == ["training/puzzle.py:parts", *OF_A_STEP, "models/sparse_embedding.py:take_gradient"]
-        trainer.task.mend()
+        assert device.waits == ["training/puzzle.py:micro_batches", *OF_A_STEP, "models/sparse_embedding.py:take_gradient"]
+        trainer.task.after_skipped_step()
         trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
         evaluate_puzzles(model, data, batch_size=4, max_batches=1)
 

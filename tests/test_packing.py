@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.text.packing import Layout, Packing, best_fit, lay_out, tokens_in_rows
+from dataset.text.packing import Layout, Packing, best_fit, row_layout, tokens_in_rows
 
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(np.array)
 
@@ -32,7 +32,7 @@ def stands(layout: Layout) -> list[tuple[int, int, int]]:
 def test_every_token_stands_once_and_next_to_its_own(
     lengths: np.ndarray, packing: Packing, multiple: int, token_multiple: int
 ) -> None:
-    layout = lay_out(lengths, packing, multiple, token_multiple)
+    layout = row_layout(lengths, packing, multiple, token_multiple)
     places = stands(layout)
     assert len(places) == len(set(places)) == len(set(layout.place_N.tolist())) == len(layout.place_N)
     assert len(places) % token_multiple == 0
@@ -75,7 +75,7 @@ def test_best_fit_takes_the_row_with_the_least_room() -> None:
 
 def test_groups_and_packing_leave_less_padding() -> None:
     lengths = np.random.default_rng(0).integers(20, 513, 48)
-    attended = {packing: lay_out(lengths, packing, 8, 64).attended for packing in get_args(Packing)}
+    attended = {packing: row_layout(lengths, packing, 8, 64).attended for packing in get_args(Packing)}
     real = int(lengths.sum())
     assert 1 - real / attended["off"] > 0.4
     assert 1 - real / attended["bucketed"] < 0.25 and 1 - real / attended["packed"] < 0.2

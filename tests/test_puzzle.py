@@ -150,7 +150,7 @@ def test_rows_for_busy_slots_are_lost(build: Build) -> None:
     task.admit(1)
     seen_busy = seen_free = False
     for _ in range(6):
-        list(task.parts())
+        list(task.micro_batches())
         before, free = task.carry.inputs_BT.clone(), task.carry.halted_B.clone()
         batch = task._batch
         assert batch is not None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from config.compose import compose_config
@@ -16,6 +17,7 @@ from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
 from models.layers import Mask
 from models.losses import row_loss
+from models.recursive_reasoning import build_recursion
 from models.row_halting import continue_target, halted
 from models.sparse_embedding import sign_sgd_
 from training.loop import Trainer
@@ -186,6 +188,18 @@ def loss_of(logits: Tensor, halting: Tensor) -> Tensor:
     """Any smooth function that weighs every logit differently."""
     weights = torch.cos(torch.arange(logits.numel(), dtype=torch.float64)).view(logits.shape)
     return (weights * logits.tanh()).sum() + (halting * torch.tensor([1.0, -0.5])).sum()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("H", "L"), [(1, 1), (3, 2), (2, 6)])
+def test_a_step_makes_as_many_calls_as_the_settings_are_checked_by(name: str, H: int, L: int) -> None:
+    """The limit of arch.grad_calls, which config/schema.py knows without a recursion."""
+    cycles = {"H_cycles": 1, "L_cycles": 0} if name == "transformers_baseline" else {"H_cycles": H, "L_cycles": L}
+    arch = puzzle_arch(name, **cycles, halt_max_steps=1)
+    calls = len(build_recursion(arch).calls)
+    puzzle_arch(name, **cycles, halt_max_steps=1, grad_calls=calls)
+    with pytest.raises(ValidationError, match=f"grad_calls {calls + 1} is more than the {calls} level calls"):
+        puzzle_arch(name, **cycles, halt_max_steps=1, grad_calls=calls + 1)
 
 
 @pytest.mark.parametrize(("name", "changes"), GOLDEN, ids=[f"{name}-{'-'.join(map(str, c.values()))}" for name, c in GOLDEN])

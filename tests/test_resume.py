@@ -29,8 +29,8 @@ from dataset.text.tokenizer import Tokenizer
 from tests.children import Child
 from tests.conftest import SHORT_RUN
 from training.distributed import Ranks
-from training.instruct import run_instruct
-from training.resume import find_start
+from training.instruct_run import run_instruct
+from training.resume import find_resume_point
 from training.run import Run
 
 RunConfig = Callable[..., PretrainInstructConfig]
@@ -207,8 +207,8 @@ def test_a_run_that_is_at_work_is_left_alone(run_config: RunConfig, tmp_path: Pa
         assert child.phase != "finished"
         child.kill()
         assert "Traceback" not in child.text
-    with find_start(config, Ranks()) as start:
-        assert start.saved is not None
+    with find_resume_point(config, Ranks()) as resume_point:
+        assert resume_point.saved is not None
 
 
 def test_runs_without_a_name_that_start_together_have_a_folder_each(run_config: RunConfig, tmp_path: Path) -> None:
@@ -267,8 +267,8 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     (newest / file).unlink()
     if content is not None:
         (newest / file).write_bytes(content)
-    with find_start(run_config(killed.parents[1], "resume=auto"), Ranks()) as start:
-        assert start.saved is not None and start.saved.folder == older
+    with find_resume_point(run_config(killed.parents[1], "resume=auto"), Ranks()) as resume_point:
+        assert resume_point.saved is not None and resume_point.saved.folder == older
     said = capsys.readouterr().out
     assert str(newest) in said and "looking for an older checkpoint" in said and f"going on from {older}" in said
     assert f"{newest} is moved to {newest}.damaged" in said and Path(f"{newest}.damaged").is_dir()
@@ -329,8 +329,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(
     path.write_text(yaml.safe_dump(settings))
     config = run_config(killed.parents[1], "resume=auto")
     said: list[str] = []
-    with find_start(config, Ranks()) as start:
-        start.check({**config.model_dump(), "lr_schedule": "stage"}, {}, said.append)
+    with find_resume_point(config, Ranks()) as resume_point:
+        resume_point.check(config.model_copy(update={"lr_schedule": "stage"}), {}, said.append)
     assert len(said) == 1 and said[0].endswith("begun: lr_schedule was run, now stage")
     run_instruct(config)
     assert "other settings" not in capsys.readouterr().out

@@ -17,7 +17,7 @@ from dataset.text.curriculum import Curriculum
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.estimate import count_steps
-from training.instruct import _InstructJob, run_instruct
+from training.instruct_run import _InstructJob, run_instruct
 from training.puzzle_run import run_puzzles
 from training.text import TextTask
 

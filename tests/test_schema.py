@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from config.errors import UsageError
-from config.schema import PretrainInstructConfig, SourceConfig, parse_config
+from config.schema import OnResume, PretrainInstructConfig, SourceConfig, on_resume, parse_config
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 
@@ -252,3 +252,30 @@ def test_choices_and_numbers_are_not_taken_for_text(values: dict[str, Any]) -> N
         put(wrong, key, value)
         with pytest.raises(UsageError, match=key):
             parse_config(wrong)
+
+
+@pytest.mark.parametrize(
+    ("key", "meaning"),
+    [
+        ("seed", OnResume.FIXED),
+        ("arch.hidden_size", OnResume.FIXED),
+        ("arch.halt.bias", OnResume.REPORTED),
+        ("lr", OnResume.REPORTED),
+        ("dataset.source", OnResume.REPORTED),
+        ("arch.activation_checkpointing", OnResume.FREE),
+        ("checkpoint.keep_last", OnResume.FREE),
+        ("dataset.sha256.rows.jsonl", OnResume.FREE),
+        ("sources.mine.data_dir", OnResume.FREE),
+        ("sources.mine.subset_size", OnResume.REPORTED),
+    ],
+)
+def test_a_field_says_what_it_means_to_a_resumed_run(key: str, meaning: OnResume) -> None:
+    assert on_resume(key, PretrainInstructConfig) is meaning
+
+
+def test_a_new_field_is_reported_whatever_its_name_begins_with() -> None:
+    class Later(PretrainInstructConfig):
+        eval_more: int
+        plot_of_weights: bool
+
+    assert {on_resume(key, Later) for key in ("eval_more", "plot_of_weights")} == {OnResume.REPORTED}

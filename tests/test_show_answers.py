@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evaluators.answers import score_answers
+from evaluators.answer_scores import score_answers
 from scripts.show_answers import main
 
 SCORE = {"accuracy": 0.5, "lower_95": 0.25, "baseline": 0.1, "count": 4}

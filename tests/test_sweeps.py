@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-import training.instruct
+import training.instruct_run
 from config.errors import StoppedBySignal
 from config.schema import PretrainInstructConfig
 from dataset.build_sample_dataset import build
@@ -121,7 +121,7 @@ def test_any_fault_of_a_job_is_shown_and_ends_no_other(sweep: Sweep, tmp_path: P
         if config.seed == 0:
             raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(training.instruct, "run_instruct", run)
+    monkeypatch.setattr(training.instruct_run, "run_instruct", run)
     outcome = sweep("seed=0,1", "hydra.sweeper.max_batch_size=1")
     assert outcome.status == 2 and "Traceback" in outcome.err and "error: 1 of 2 jobs failed: job 0 seed=0" in outcome.err
     assert [job.get("error") for job in jobs_of(tmp_path)] == ["ZeroDivisionError: a bug", None]
@@ -135,7 +135,7 @@ def test_a_full_disk_and_a_loss_that_is_no_number_are_failures_of_their_job(
             raise OSError(errno.ENOSPC, "No space left on device")
         return RunResult(prepared, math.nan)
 
-    monkeypatch.setattr(training.instruct, "run_instruct", run)
+    monkeypatch.setattr(training.instruct_run, "run_instruct", run)
     outcome = sweep("seed=0,1", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid")
     assert outcome.status == 2 and "Traceback" not in outcome.err + outcome.out
     full, no_number = sorted(job["error"] for job in jobs_of(tmp_path))
@@ -151,7 +151,7 @@ def test_a_signal_ends_the_sweep(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, 
         begun.append(config.seed)
         raise stop
 
-    monkeypatch.setattr(training.instruct, "run_instruct", run)
+    monkeypatch.setattr(training.instruct_run, "run_instruct", run)
     assert sweep("seed=0,1").status == status
     assert begun == [0]
 
@@ -160,7 +160,7 @@ def test_unnamed_jobs_have_folders_of_their_own_and_one_sweep(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[PretrainInstructConfig] = []
-    monkeypatch.setattr(training.instruct, "run_instruct", trained.append)
+    monkeypatch.setattr(training.instruct_run, "run_instruct", trained.append)
     # The keys that the sweep's folder is named after may differ between its jobs.
     assert sweep("project_name=007,1e5,a", "checkpoint_dir=~/runs").status == 0
     assert [config.project_name for config in trained] == ["007", "1e5", "a"]

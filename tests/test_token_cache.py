@@ -19,7 +19,7 @@ import pytest
 
 from config.errors import UsageError
 from dataset.text import row_encoder, token_cache
-from dataset.text.conversation import Template, Turn, encode_batch, encode_conversation
+from dataset.text.conversation import Template, Turn, encode_batch
 from dataset.text.forms import FormOptions
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
 from dataset.text.rows import RowFile
@@ -102,7 +102,7 @@ def test_rows_are_stored_as_they_are_encoded(source: Path, monkeypatch: pytest.M
     assert len(loaded.rows) == len(tokens) == 40
     for number in range(40):
         turns = (Turn("user", f"Question {number}?"), Turn("assistant", f"Answer {number}."))
-        expected = encode_conversation(turns, TOKENIZER, Template())
+        expected = encode_batch([turns], TOKENIZER, Template())[0]
         for name in ("ids", "supervised", "segment"):
             assert np.array_equal(tokens.list(name, number), getattr(expected, name))
         assert tokens.value("turn_bytes", number) == expected.turn_bytes == len(f"Answer {number}.")
@@ -364,7 +364,7 @@ def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
     cut = load(source, seq_len=40)
     assert cut.counts["dropped"] == {"answer_beyond_seq_len": 1}
     assert column(cut, "cut") == [0, ANSWER_CUT]
-    whole = encode_conversation((Turn("user", "Go on?"), Turn("assistant", "word " * 100)), TOKENIZER, Template())
+    whole = encode_batch([(Turn("user", "Go on?"), Turn("assistant", "word " * 100))], TOKENIZER, Template())[0]
     assert ids_of(cut, 1) == whole.ids[:41].tolist()
     kept_answer = TOKENIZER.decode(whole.ids[:41][whole.supervised[:41]])
     assert column(cut, "turn_bytes")[1] == len(kept_answer) < whole.turn_bytes

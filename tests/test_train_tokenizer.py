@@ -20,7 +20,7 @@ from dataset.text.tokenizer import Tokenizer
 from generation.loading import load_responder
 from scripts import train_tokenizer as script
 from tests import tokenizer_files
-from training.instruct import run_instruct
+from training.instruct_run import run_instruct
 
 ROWS = [
     ("def f(x):\n    return x\n\n\n", "Indented:\r\n\tby a tab", "  leading and trailing  "),

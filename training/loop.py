@@ -24,15 +24,15 @@ _OPTIMIZER = "optimizer."
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of an optimizer step: the losses of some rows. Its graph is freed before the next part is asked for."""
+class MicroBatch:
+    """The loss of some rows of an optimizer step. Its graph is freed before the next micro-batch is asked for."""
 
     loss: Tensor
     """Scalar to differentiate: a sum, not a mean."""
     weight: int
-    """What the loss sums over: the step's gradient is divided by the weights of all its parts together."""
+    """What the loss sums over: the step's gradient is divided by the weights of all its micro-batches together."""
     sums: dict[str, Tensor | int]
-    """What is logged, summed over the part, with at least the counts "tokens" and "supervised"; tensors are left on the device."""
+    """What is logged, summed over the rows, with at least the counts "tokens" and "supervised"; tensors are left on the device."""
 
 
 class Task(Protocol):
@@ -60,7 +60,7 @@ class Task(Protocol):
 
     @property
     def sum_names(self) -> Sequence[str]:
-        """The names of a part's sums."""
+        """The names of a micro-batch's sums."""
 
     @property
     def epochs(self) -> int:
@@ -80,20 +80,20 @@ class Task(Protocol):
     def lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at optimizer step number `step`, from 1, once its rows are taken."""
 
-    def parts(self) -> Iterator[Part]:
-        """This rank's parts of one optimizer step. Rows have moved on when the iterator is exhausted."""
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of one optimizer step. Rows have moved on when the iterator is exhausted."""
 
-    def moved(self, lr_factor: float) -> None:
-        """After a step that wasn't skipped, at this share of the peak learning rate: move what the optimizer doesn't know of."""
+    def after_step(self, lr_factor: float) -> None:
+        """Called after each applied step, at this share of the peak learning rate: update what the optimizer does not own."""
 
-    def mend(self) -> None:
-        """After a step that was skipped: let no row carry on what isn't finite."""
+    def after_skipped_step(self) -> None:
+        """Called after a step that was skipped: let no row carry on what isn't finite."""
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What is logged of some steps, from their parts' sums: the same for any number of ranks and micro-batches."""
+        """What is logged of some steps, from their micro-batches' sums: the same for any number of ranks and micro-batches."""
 
-    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What is logged of how they were computed, which is not."""
+    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What is logged with the times of those steps: how they were computed, which is not."""
 
     def state(self) -> TrainerState:
         """The position in the data, and what rows of all ranks carry from step to step, between two steps."""
@@ -152,21 +152,21 @@ class Trainer:
         lr_factor = self.task.lr_factor(self.step_number + 1)
         self.optimizer.zero_grad()
         losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
-        for part in self.task.parts():
-            part.loss.backward()
-            losses.append(part.loss.detach())
-            weight += part.weight
-            for name, value in part.sums.items():
+        for micro_batch in self.task.micro_batches():
+            micro_batch.loss.backward()
+            losses.append(micro_batch.loss.detach())
+            weight += micro_batch.weight
+            for name, value in micro_batch.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
         weight, grad_norm = self._reduce_gradients(losses, weight)
         skipped = not math.isfinite(grad_norm)
         if skipped:
             self.skipped_in_a_row += 1
-            self.task.mend()
+            self.task.after_skipped_step()
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step(lr_factor)
-            self.task.moved(lr_factor)
+            self.task.after_step(lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
         self.step_number += 1
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def _reduce_gradients(self, losses: list[Tensor], weight: int) -> tuple[int, float]:
-        """Sum gradients over ranks, divide them by the weight of all parts, clip them; that weight, and the norm before clipping.
+        """Sum gradients over ranks, divide by the weight of all micro-batches, clip; that weight, and the norm before clipping.
 
         The norm is not finite if a loss isn't. Reading it is the one time in a step that the host waits for the device: whether
         weights may move depends on it.
@@ -197,7 +197,7 @@ class Trainer:
         zero = grads[0].new_zeros(()) if grads else torch.zeros((), device=losses[0].device)
         loss = torch.stack(losses).sum().to(zero.dtype) if losses else zero
         self.ranks.sum_([*grads, loss])
-        # Divided once, at the end: by then the parts of all ranks have said what they sum over.
+        # Divided once, at the end: by then the micro-batches of all ranks have said what they sum over.
         if grads:
             torch._foreach_div_(grads, float(max(1, weight)))
         norm = torch.nn.utils.get_total_norm(grads)

@@ -22,7 +22,7 @@ from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
 from models.sparse_embedding import sign_sgd_
 from training.distributed import Ranks
-from training.loop import Part
+from training.loop import MicroBatch
 from training.schedule import learning_rate_at_step
 
 # Separates this module's draws from others that are keyed by the same seed.
@@ -169,7 +169,7 @@ class PuzzleTask:
         carry.steps_B.masked_fill_(free_B, 0)
         carry.halted_B = torch.zeros_like(free_B)
 
-    def parts(self) -> Iterator[Part]:
+    def micro_batches(self) -> Iterator[MicroBatch]:
         """One ACT step of every slot, `micro_batch_size` at a time."""
         arch, carry, rows = self.config.arch, self.carry, len(self._part)
         minimum = exploration(
@@ -199,7 +199,7 @@ class PuzzleTask:
             self._iteration = self._batches.iteration()
         return None
 
-    def _act_step(self, part: slice, minimum_B: Tensor) -> Part:
+    def _act_step(self, part: slice, minimum_B: Tensor) -> MicroBatch:
         """One ACT step of the slots `part`."""
         model, carry, arch = self.model, self.carry, self.config.arch
         labels_BT = carry.labels_BT[part]
@@ -240,14 +240,14 @@ class PuzzleTask:
                 "q_continue_loss": loss.continue_bce_B.sum(),
                 **{name: (value_B * counted_B).sum() for name, value_B in of_halted.items()},
             }
-        return Part(loss=loss.total, weight=len(labels_BT), sums=sums)
+        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums)
 
-    def moved(self, lr_factor: float) -> None:
+    def after_step(self, lr_factor: float) -> None:
         """Let the puzzles' vectors follow the weights: their own optimizer, learning rate and decay, and the same schedule."""
         if self.model.puzzle_emb is not None:
             sign_sgd_(self.model.puzzle_emb, self.config.puzzle_emb_lr * lr_factor, self.config.puzzle_emb_weight_decay)
 
-    def mend(self) -> None:
+    def after_skipped_step(self) -> None:
         """Forget the vectors' gradient, and give initial states again to rows whose states aren't finite."""
         if self.model.puzzle_emb is not None:
             self.model.puzzle_emb.take_gradient()
@@ -265,7 +265,7 @@ class PuzzleTask:
         # Of no row nothing is known, and nothing is said.
         return {**losses, **(measures if sums["halted"] else {}), "halted_rows": sums["halted"]}
 
-    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Nothing: every position of a row is computed."""
         return {}
 

@@ -20,7 +20,7 @@ from models.device import pick_device, resolve_arch
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
-from training.resume import find_start, weights_to_begin_with
+from training.resume import find_resume_point, weights_to_begin_with
 from training.run import Run, RunResult, make_ready
 
 
@@ -31,10 +31,10 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)
-        config = config.model_copy(update={"run_name": start.folder.name})
+        config = config.model_copy(update={"run_name": resume_point.folder.name})
         test_paths = config.data_paths_test or config.data_paths
         train, test = PuzzleData(config.data_paths, "train"), PuzzleData(test_paths, "test")
         for field in ("vocab_size", "seq_len"):
@@ -45,8 +45,8 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
                 )
         test_rows = sum(map(len, test.sets.values()))
         measurement = PuzzleMeasurement(config, test, test_paths)
-        settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": train.data_hash}, ranks.say)
+        decided = config.model_copy(update={"arch": arch})
+        resume_point.check(decided, {"data_hash": train.data_hash}, ranks.say)
         model = RecursiveModel(
             arch,
             train.metadata.vocab_size,
@@ -54,12 +54,12 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             seq_len=train.metadata.seq_len,
             puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
         )
-        if config.load_checkpoint is not None and start.saved is None:
-            source = weights_to_begin_with(Path(config.load_checkpoint), settings, ranks)
+        if config.load_checkpoint is not None and resume_point.saved is None:
+            source = weights_to_begin_with(Path(config.load_checkpoint), decided, ranks)
             load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
         if config.freeze_weights:
             model.requires_grad_(False)
-        make_ready(model, config, device, start, ranks)
+        make_ready(model, config, device, resume_point, ranks)
         task = PuzzleTask(config, model, train, ranks)
         train_rows = sum(map(len, train.sets.values()))
         ranks.say(
@@ -67,12 +67,12 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             f"{test_rows:,} test rows; {task.total_steps:,} steps"
         )
         if config.dry_run:
-            dry_run_puzzles(config, model, task, ranks.say)
+            dry_run_puzzles(config, model, task, train, ranks)
             return None
         job = _PuzzleJob(
-            config, model, task, train, identifiers_sha256(config.data_paths), measurement, test_rows, start.folder, ranks
+            config, model, task, train, identifiers_sha256(config.data_paths), measurement, test_rows, resume_point.folder, ranks
         )
-        result = Run(config, job, start, ranks).train()
+        result = Run(config, job, resume_point, ranks).train()
         ranks.say(f"checkpoint {result.checkpoint}")
         return result
 

@@ -22,55 +22,8 @@ from artifacts.checkpoint import (
 )
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
-from config.schema import TrainingConfig
+from config.schema import OnResume, TrainingConfig, on_resume
 from training.distributed import Ranks
-
-# Settings, by the beginnings of their names, with which a checkpoint means nothing if they have changed ...
-_FIXED = ("arch.", "seed", "global_batch_size", "optimizer", "ema", "dataset.seq_len", "dataset.seed")
-# ... those with which it goes on as a run that would have come of neither the old nor the new ones ...
-_NOT_FIXED = ("arch.forward_dtype", "arch.halt.", "ema_rate")
-# ... and those that a run's weights don't depend on.
-_FREE = (
-    "project_name",
-    "run_name",
-    "checkpoint",
-    "resume",
-    "load_checkpoint",
-    "arch.activation_checkpointing",
-    "wandb",
-    "tensorboard",
-    "plot",
-    "dry_run",
-    "eval_",
-    # When a run ends, not how it gets there; max_steps is none of them, because the learning rate follows it.
-    "max_minutes",
-    "early_stopping.",
-    "evaluators",
-    "log_interval",
-    "sample_answers",
-    "generation.",
-    "dist_timeout_minutes",
-    "skip_limit",
-    "dataloader_workers",
-    "pad_multiple",
-    # What they name is compared by its content.
-    "data_paths",
-    "dataset.data_dir",
-    "dataset.tokenizer_path",
-    "dataset.processes",
-    "dataset.files",
-    "dataset.repo",
-    "dataset.revision",
-    "dataset.sha256",
-    "dataset.config",
-    "dataset.split",
-    "dataset.cache_dir",
-    "dataset.validation_",
-    "dataset.fields",
-    "dataset.roles",
-    "dataset.tool_turns",
-    "dataset.ignore",
-)
 
 # Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
 _OF_WEIGHTS = ("arch.", "dataset.seq_len", "dataset.default_system_prompt", "dataset.supervise")
@@ -79,7 +32,7 @@ _NOT_OF_WEIGHTS = ("arch.forward_dtype", "arch.activation_checkpointing", "arch.
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run is kept, and what it goes on from, if anything."""
 
     folder: Path
@@ -90,11 +43,11 @@ class Start:
         """Examples that were admitted before."""
         return 0 if self.saved is None else int(self.saved.trainer.values["admitted"])
 
-    def check(self, settings: Mapping[str, Any], content: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def check(self, config: TrainingConfig, content: Mapping[str, str], say: Callable[[str], None]) -> None:
         """Compare what was saved with the run that is to go on from it.
 
-        settings: the run's, as plain dicts, with forward_dtype decided; those that differ are refused or said. content: hashes
-        under their names in checkpoint.json, which must be equal. Raises UsageError where the run can't go on.
+        config: the run's, with forward_dtype decided; fields that differ are refused, said or free (`config.schema.OnResume`).
+        content: hashes under their names in checkpoint.json, which must be equal. Raises UsageError where the run can't go on.
         """
         if self.saved is None:
             return
@@ -104,23 +57,24 @@ class Start:
                     f"{self.saved.folder} can't be gone on with: its {name} is {str(self.saved.about.get(name))[:16]}..., now it "
                     f"is {value[:16]}...; use the same data and tokenizer, or begin another run (run_name, load_checkpoint)"
                 )
-        old, new = dict(_flat(self.saved.settings)), dict(_flat(settings))
+        old, new = dict(_flat(self.saved.settings)), dict(_flat(config.model_dump()))
         # What "auto" was decided to be.
         old["arch.forward_dtype"] = self.saved.trainer.values["forward_dtype"]
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(_FREE)]
-        differences = {key: f"{key} was {old.get(key)}, now {new.get(key)}" for key in changed}
-        refused = [text for key, text in differences.items() if key.startswith(_FIXED) and not key.startswith(_NOT_FIXED)]
-        if refused:
+        changed: dict[OnResume, list[str]] = {mark: [] for mark in OnResume}
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                changed[on_resume(key, type(config))].append(f"{key} was {old.get(key)}, now {new.get(key)}")
+        if refused := changed[OnResume.FIXED]:
             raise UsageError(
                 f"{self.saved.folder} can't be gone on with under other settings: {'; '.join(refused)}; use the old ones, or begin "
                 "another run (run_name, load_checkpoint)"
             )
-        if differences:
-            say(f"under other settings, so not exactly as the run that was begun: {'; '.join(differences.values())}")
+        if reported := changed[OnResume.REPORTED]:
+            say(f"under other settings, so not exactly as the run that was begun: {'; '.join(reported)}")
 
 
 @contextlib.contextmanager
-def find_start(config: TrainingConfig, ranks: Ranks) -> Iterator[Start]:
+def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePoint]:
     """The run's folder, and its newest whole checkpoint if `config.resume` asks for it; rank 0 decides for all.
 
     Within the block the folder belongs to this run: rank 0 holds its lock. Damaged checkpoints that are newer are moved aside,
@@ -131,27 +85,27 @@ def find_start(config: TrainingConfig, ranks: Ranks) -> Iterator[Start]:
         place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
         if found is None:
             folder, checkpoint = place
-            found = Start(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
+            found = ResumePoint(Path(folder), None if checkpoint is None else read_saved_run(Path(checkpoint)))
         yield found
 
 
-def weights_to_begin_with(path: Path, settings: Mapping[str, Any], ranks: Ranks) -> Path:
+def weights_to_begin_with(path: Path, config: TrainingConfig, ranks: Ranks) -> Path:
     """What `load_checkpoint=path` names: a file of weights or a checkpoint, of a run's folder its newest; rank 0 decides for all.
 
-    settings: the run's, as plain dicts. Says which checkpoint it is, and where its settings differ from the run's, which takes
-    over weights and nothing else. Raises UsageError if none of a run's checkpoints is whole.
+    Says which checkpoint it is, and where its settings differ from the run's `config`, which takes over weights and nothing else.
+    Raises UsageError if none of a run's checkpoints is whole.
     """
     source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
     ranks.say(f"beginning with the weights of {source}")
     if (source / "config.yaml").is_file():
-        old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(settings))
+        old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(config.model_dump()))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
                 ranks.say(f"  not taken over: {key} was {old[key]!r}, now {new[key]!r}")
     return source
 
 
-def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> Start:
+def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> ResumePoint:
     check_folder_name("project_name", config.project_name)
     if config.run_name is not None:
         check_folder_name("run_name", config.run_name)
@@ -170,11 +124,11 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
     # From here on no other process changes what is in it; one may have until now.
     if config.resume is None:
         _refuse_to_overwrite(folder)
-        return Start(folder)
+        return ResumePoint(folder)
     candidates = checkpoints_of(folder) if config.resume == "auto" else _named(config, Path(config.resume))[1]
     if not candidates:
         say(f"{folder} has no checkpoint yet: beginning at step 0")
-        return Start(folder)
+        return ResumePoint(folder)
     if not config.dry_run:
         clear_remains(folder)
     damaged: list[Path] = []
@@ -188,7 +142,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
         for path in damaged if not config.dry_run else ():
             say(f"{path} is moved to {_move_aside(path)}")
         say(f"going on from {checkpoint}")
-        return Start(folder, saved)
+        return ResumePoint(folder, saved)
     raise UsageError(
         f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)}), and a run that was begun is not "
         "begun again unasked: put a whole one there, or delete the folder to begin at step 0"

@@ -1,7 +1,7 @@
 """What every training run does around its loop: logs, evaluations, checkpoints, signals, the progress bar.
 
 With resume.py and loggers.py the only files of this room that touch disk and the screen. Knows no Hydra, and not what is trained:
-that is a `Job` (conversations: training/instruct.py).
+that is a `Job` (conversations: training/instruct_run.py).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from models.device import peak_memory, set_matmul_precision, should_compile
 from training.distributed import Ranks
 from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
-from training.resume import Start
+from training.resume import ResumePoint
 from training.stopping import EarlyStopping, Position, automatic_evaluations, is_evaluation_due, reason_to_end
 
 # A loss this much above the median of the last lines is said to be a spike: a factor, and nats beside it for losses near 0.
@@ -74,7 +74,9 @@ class RunResult:
     """Held-out loss of that checkpoint, `task.loss_name`; None: there is no held-out data."""
 
 
-def make_ready(model: RecursiveModel, config: TrainingConfig, device: torch.device, start: Start, ranks: Ranks) -> None:
+def make_ready(
+    model: RecursiveModel, config: TrainingConfig, device: torch.device, resume_point: ResumePoint, ranks: Ranks
+) -> None:
     """Bring `model` to where and how it is trained, and say so."""
     model.to(device)
     set_matmul_precision(config.tf32, device)
@@ -82,7 +84,7 @@ def make_ready(model: RecursiveModel, config: TrainingConfig, device: torch.devi
         model.compile_levels()
     parameters = sum(p.numel() for p in model.parameters())
     processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    ranks.say(f"run {start.folder}: {parameters:,} parameters, {device.type}, {model.config.forward_dtype}{processes}")
+    ranks.say(f"run {resume_point.folder}: {parameters:,} parameters, {device.type}, {model.config.forward_dtype}{processes}")
 
 
 class _Window:
@@ -138,25 +140,25 @@ class _Window:
 
 
 class Run:
-    """One training run, begun at `start`."""
+    """One training run, begun at `resume_point`."""
 
-    def __init__(self, config: TrainingConfig, job: Job, start: Start, ranks: Ranks) -> None:
+    def __init__(self, config: TrainingConfig, job: Job, resume_point: ResumePoint, ranks: Ranks) -> None:
         self.config = config
         self.job = job
-        self.folder = start.folder
+        self.folder = resume_point.folder
         self.ranks = ranks
         self.trainer = Trainer(config, job.model, job.task, ranks)
         self._window = self._new_window()
         self._loss: float | None = None
         self._seconds_before = self._logged = 0.0
-        self._saved = None if start.saved is None else start.saved.folder
+        self._saved = None if resume_point.saved is None else resume_point.saved.folder
         values: dict[str, Any] = {}
-        if start.saved is not None:
-            values = start.saved.trainer.values
-            load_weights(job.model, start.saved.weights, start.saved.folder)
-            self.trainer.load_state(start.saved.trainer, start.saved.average)
+        if resume_point.saved is not None:
+            values = resume_point.saved.trainer.values
+            load_weights(job.model, resume_point.saved.weights, resume_point.saved.folder)
+            self.trainer.load_state(resume_point.saved.trainer, resume_point.saved.average)
             self._window.load_state(values["window"], ranks)
-            self._loss = held_out_loss(start.saved.folder, job.task.loss_name)
+            self._loss = held_out_loss(resume_point.saved.folder, job.task.loss_name)
             self._seconds_before, self._logged = values["seconds"], values["seconds_at_line"]
         self._losses = deque[float](values.get("losses", ()), maxlen=_SPIKE_LINES)
         self._early_stopping = EarlyStopping(config.early_stopping, values.get("early_stopping"))
@@ -292,7 +294,7 @@ class Run:
             "seconds": now,
             "tokens_per_second": totals["tokens"] / (now - self._logged),
             "supervised_tokens_per_second": totals["supervised"] / (now - self._logged),
-            **(task.report_work(totals) if window.steps else {}),
+            **(task.timing(totals) if window.steps else {}),
             **peak_memory(self.job.model.device),
         }
         if self._logger is not None:

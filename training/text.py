@@ -16,17 +16,17 @@ from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
-from dataset.text.packing import lay_out
+from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
 from models.layers import TOKEN_MULTIPLE, TokenRows
 from models.losses import token_loss
 from training.distributed import Ranks
-from training.loop import Part
+from training.loop import MicroBatch
 from training.schedule import act_steps_at, expected_examples, learning_rate
 
 
-class Examples(Protocol):
+class ExampleIterator(Protocol):
     """Where examples come from: `dataset.text.loader.ExampleStream`, in the run's fixed order."""
 
     def __next__(self) -> tuple[Draw, Example]:
@@ -49,7 +49,7 @@ class TextTask:
         self,
         config: PretrainInstructConfig,
         model: RecursiveModel,
-        stream: Examples,
+        stream: ExampleIterator,
         curriculum: Curriculum,
         ranks: Ranks | None = None,
     ) -> None:
@@ -80,12 +80,12 @@ class TextTask:
 
     @property
     def epochs_done(self) -> int:
-        """Examples trained, in epochs; batches flow over epoch ends, so the last few may be of the next one."""
+        """ExampleIterator trained, in epochs; batches flow over epoch ends, so the last few may be of the next one."""
         return self._curriculum.rounds_before(self.done)
 
     @property
     def expected(self) -> float:
-        """Examples that the run comes to, where its schedules end."""
+        """ExampleIterator that the run comes to, where its schedules end."""
         return expected_examples(self.config, self.total)
 
     def lr_factor(self, step: int) -> float:
@@ -116,7 +116,7 @@ class TextTask:
             "supervised_tokens": tokens,
         }
 
-    def report_work(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Of the positions that attention computed, the share that was padding."""
         return {"attention_padding": 1 - sums["tokens"] / max(1, sums["attended"])}
 
@@ -146,22 +146,22 @@ class TextTask:
         self._stream.skip(count - end)
         self.admitted += count
 
-    def parts(self) -> Iterator[Part]:
+    def micro_batches(self) -> Iterator[MicroBatch]:
         """The rows taken, `micro_batch_size` at a time, each through all ACT steps."""
         rows = self._examples
         at_once = self.config.micro_batch_size or max(1, len(rows))
         for first in range(0, len(rows), at_once):
-            yield self._part_of(rows[first : first + at_once])
+            yield self._micro_batch(rows[first : first + at_once])
         self.finished_depths = [self.act_steps] * len(rows)
         self.done = self.admitted
 
-    def _part_of(self, examples: Sequence[Example]) -> Part:
+    def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
         model, config, device, act_steps = self.model, self.config, self.model.device, self.act_steps
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
         packing = config.packing
         if model.needs_no_rows or (model.is_compiled and packing == "bucketed"):
             packing = "off"  # where rows are groups, code would be compiled anew for each number of them
-        layout = lay_out(batch["lengths"], packing, config.pad_multiple, TOKEN_MULTIPLE)
+        layout = row_layout(batch["lengths"], packing, config.pad_multiple, TOKEN_MULTIPLE)
         # The padding positions that count as tokens may stand beyond the batch's width.
         beyond = (0, layout.width - batch["inputs"].shape[1])
         inputs_M, segments_M, labels_M = (
@@ -207,7 +207,7 @@ class TextTask:
             values.view(len(weights_S), -1) for values in (loss.nll_N, loss.argmax_N, loss.halt_bce_N)
         )
         has_first = 1 < act_steps == len(weights_S)
-        return Part(
+        return MicroBatch(
             loss=loss.total,
             weight=len(supervised),
             sums={
@@ -221,8 +221,8 @@ class TextTask:
             },
         )
 
-    def moved(self, lr_factor: float) -> None:
+    def after_step(self, lr_factor: float) -> None:
         """Nothing: all of a language model's weights are the optimizer's."""
 
-    def mend(self) -> None:
+    def after_skipped_step(self) -> None:
         """Nothing: no row outlives its step."""

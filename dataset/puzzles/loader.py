@@ -26,7 +26,6 @@ class PuzzleBatch:
 
     inputs int32 [B, T]; labels int64 [B, T], -100 where not supervised; puzzle_identifiers int32 [B]; rows int64 [B], where they
     stand in their set. Rows of padding: the padding token, -100, the blank identifier, -1. set_name: which set of which data path.
-    global_rows: rows without padding, over all ranks.
     """
 
     set_name: str
@@ -34,7 +33,6 @@ class PuzzleBatch:
     labels: npt.NDArray[np.int64]
     puzzle_identifiers: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int64]
-    global_rows: int
 
 
 class PuzzleData:
@@ -65,7 +63,7 @@ class PuzzleData:
                 digest.update(array[sample].astype("<i8").data)
         self.data_hash: str = digest.hexdigest()
 
-    def batch(self, set_name: str, rows: npt.NDArray[np.int64], size: int, global_rows: int) -> PuzzleBatch:
+    def batch(self, set_name: str, rows: npt.NDArray[np.int64], size: int) -> PuzzleBatch:
         """The batch of these rows (at most `size`) of a set, padded to `size` rows."""
         puzzles, meta = self.sets[set_name], self.metadata
         inputs = np.full((size, meta.seq_len), meta.pad_id, np.int32)
@@ -79,7 +77,7 @@ class PuzzleData:
             labels[labels == meta.ignore_label_id] = IGNORE_LABEL_ID
         identifiers[:count] = puzzles.puzzle_identifiers[puzzles.puzzles_of(rows)]
         places[:count] = rows
-        return PuzzleBatch(set_name, inputs, labels, identifiers, places, global_rows)
+        return PuzzleBatch(set_name, inputs, labels, identifiers, places)
 
 
 def _merged(parts: Sequence[PuzzleMetadata], data_paths: Sequence[str | Path]) -> PuzzleMetadata:
@@ -162,7 +160,7 @@ class TrainBatches:
                 self._drawn = None
                 self._path += 1
             else:
-                yield self._data.batch(self._names[self._path], rows[self._local], self._local_size, self._size)
+                yield self._data.batch(self._names[self._path], rows[self._local], self._local_size)
         self._path = 0
 
     def state(self) -> dict[str, int | str]:
@@ -238,7 +236,7 @@ def evaluation_batches(data: PuzzleData, *, global_batch_size: int, rank: int = 
             end = min(len(puzzles), start + global_batch_size)
             local = start + rank * local_size
             rows = np.arange(min(local, end), min(local + local_size, end))
-            yield data.batch(name, rows, local_size, end - start)
+            yield data.batch(name, rows, local_size)
 
 
 def evaluation_batch_count(data: PuzzleData, global_batch_size: int) -> int:

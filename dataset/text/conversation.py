@@ -102,11 +102,6 @@ def with_default_system(turns: Sequence[Turn], default_system_prompt: str | None
     return kept
 
 
-def encode_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
-    """Ids of a whole conversation: every assistant turn, and raw text, ends with EOS."""
-    return encode_batch([turns], tokenizer, template)[0]
-
-
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
     """Ids of the history followed by the opening of the next assistant turn (BOS and tag, no EOS)."""
     return encode_batch([turns], tokenizer, template, open_assistant=True)[0]
@@ -120,7 +115,7 @@ def encode_batch(
     open_assistant: bool = False,
     keep_prompt_end: bool = False,
 ) -> list[Encoded]:
-    """Encode many conversations at once.
+    """Encode many conversations at once: every assistant turn, and raw text, ends with EOS.
 
     max_ids: longer sequences are cut to it, at their end; `turn_bytes` counts what is kept.
     keep_prompt_end: before that, a longer sequence loses what is oldest in its prompt (see `_shorten_prompt`).

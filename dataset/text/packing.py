@@ -54,7 +54,7 @@ class Layout:
         return sum(group.rows * group.positions for group in self.groups)
 
 
-def lay_out(lengths_R: Integers, packing: Packing, multiple: int = 1, token_multiple: int = 1) -> Layout:
+def row_layout(lengths_R: Integers, packing: Packing, multiple: int = 1, token_multiple: int = 1) -> Layout:
     """The layout of documents of these lengths (each at least 1).
 
     off: one a row, as wide as the longest. bucketed: one a row, rows of like length in groups. packed: best fit of several into

@@ -24,7 +24,7 @@ from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_instruct
-from training.resume import find_start, weights_to_begin_with
+from training.resume import find_resume_point, weights_to_begin_with
 from training.run import Run, RunResult, make_ready
 from training.text import TextTask
 
@@ -39,14 +39,14 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
     Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
     """
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_start(config, ranks) as start:
+    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         if ranks.size > config.global_batch_size:
             raise UsageError(
                 f"{ranks.size} ranks share the {config.global_batch_size} rows of global_batch_size: start fewer, or raise it"
             )
         device = pick_device(config.device)
         arch = resolve_arch(config.arch, device)
-        config = config.model_copy(update={"run_name": start.folder.name})
+        config = config.model_copy(update={"run_name": resume_point.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
         data = open_run_data(config, tokenizer, Template())
         # Slots flow over the ends of short stages: the longest decides whether there is enough.
@@ -61,23 +61,23 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
                 f"early_stopping.patience={config.early_stopping.patience} watches the held-out loss, and dataset.test_ratio=0 "
                 "holds nothing out: raise dataset.test_ratio, or set early_stopping.patience=null"
             )
-        settings = config.model_copy(update={"arch": arch}).model_dump()
-        start.check(settings, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
+        decided = config.model_copy(update={"arch": arch})
+        resume_point.check(decided, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
-        if config.load_checkpoint is not None and start.saved is None:
-            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), settings, ranks), tokenizer)
-        make_ready(model, config, device, start, ranks)
+        if config.load_checkpoint is not None and resume_point.saved is None:
+            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), decided, ranks), tokenizer)
+        make_ready(model, config, device, resume_point, ranks)
         report = data.report()
         _say_data(config, report, ranks)
+        if config.dry_run:
+            dry_run_instruct(config, model, data, ranks)
+            return None
         # Threads that read ahead can't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
-        with ExampleStream(data.train, data.curriculum, workers, start=start.position) as stream:
+        with ExampleStream(data.train, data.curriculum, workers, start=resume_point.position) as stream:
             task = TextTask(config, model, stream, data.curriculum, ranks)
-            if config.dry_run:
-                dry_run_instruct(config, model, task, data, ranks.say)
-                return None
             job = _InstructJob(config, model, task, tokenizer, data.train.data_hash, report, data.test)
-            result = Run(config, job, start, ranks).train()
+            result = Run(config, job, resume_point, ranks).train()
         ranks.say(f"checkpoint {result.checkpoint}")
         return result
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import UsageError
-from evaluators.answers import score_answers, score_by_hops, wilson_lower_bound
+from evaluators.answer_scores import score_answers, score_by_hops, wilson_lower_bound
 
 
 @pytest.mark.parametrize(
