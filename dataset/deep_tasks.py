@@ -126,7 +126,8 @@ def deep_arithmetic(rng: random.Random, hops: Sequence[int], size: int = MOST_HO
 
     There is one question. Key: the asked expression, up to the order of terms and factors.
     """
-    question, (key, _), answer = _asked_of_two(rng, _ARITHMETIC, tuple(map(str, range(10))), *hops, size)
+    (asked,) = hops
+    question, (key, _), answer = _asked_of_two(rng, _ARITHMETIC, tuple(map(str, range(10))), asked, size)
     return Example(f"deep_arithmetic:{key}", ((f"Modulo 10: {question}", answer),), tuple(hops))
 
 
@@ -136,7 +137,8 @@ def deep_boolean(rng: random.Random, hops: Sequence[int], size: int = MOST_HOPS)
     There is one question. Key: both expressions, whichever is asked: one of a single operation has only a handful of forms, too few
     to hold any out.
     """
-    question, keys, answer = _asked_of_two(rng, _BOOLEAN, ("false", "true"), *hops, size)
+    (asked,) = hops
+    question, keys, answer = _asked_of_two(rng, _BOOLEAN, ("false", "true"), asked, size)
     return Example(f"deep_boolean:{','.join(sorted(keys))}", ((question, answer),), tuple(hops))
 
 
