@@ -1,11 +1,13 @@
 """Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>`.
 
-With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json.
+With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json. With
+`--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, get_args
 
@@ -13,12 +15,16 @@ from tqdm import tqdm
 
 from artifacts.checkpoint import load_weights, read_weights
 from artifacts.outputs import output_folder, write_json
-from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
+from artifacts.puzzle_checkpoint import PuzzleCheckpoint, open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainPuzzleConfig, PuzzleOutput, user_path
+from dataset.puzzles.kinds import Arc, kind_of
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
+from dataset.puzzles.storage import read_identifiers
+from evaluators.own_puzzles import Solver
 from evaluators.puzzles import PuzzleMeasurement
+from evaluators.search import DEFAULT_NOISE, Choice, Search
 from models.act import RecursiveModel
 from models.device import keep_freed_memory, pick_device, resolve_arch, set_matmul_precision, should_compile
 
@@ -39,6 +45,22 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=("train", "test"), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches")
+    add(
+        "--puzzle",
+        type=user_path,
+        metavar="FILE",
+        help="solve this Sudoku or maze (text, or CSV with a column question) or ARC task (JSON)",
+    )
+    add("--show", action="store_true", help="with --puzzle: show every ACT step")
+    add("--samples", type=int, default=1, metavar="K", help="start each puzzle K times; default: 1")
+    add(
+        "--noise",
+        type=float,
+        default=DEFAULT_NOISE,
+        metavar="S",
+        help=f"standard deviation of the starts' noise; default: {DEFAULT_NOISE}",
+    )
+    add("--choose", choices=get_args(Choice), default="halting", help="whose answer is taken; default: halting")
     add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
     names = get_args(PuzzleOutput)
     add("--save-outputs", nargs="+", default=[], choices=names, metavar="KEY", help=f"tensors to keep, of {', '.join(names)}")
@@ -55,33 +77,61 @@ def settings(trained: PretrainPuzzleConfig, arguments: argparse.Namespace) -> Pr
     return config
 
 
-def main() -> None:
-    """Load, measure, write, print."""
-    arguments = parse_arguments()
-    refuse_several_ranks()
-    if arguments.max_batches is not None and arguments.max_batches < 1:
-        raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
-    checkpoint = open_puzzle_checkpoint(arguments.checkpoint)
-    config = settings(checkpoint.config, arguments)
-    data_paths = config.data_paths_test or config.data_paths
-    data = PuzzleData(data_paths, arguments.split)
-    checkpoint.check_data(data, data_paths)
-    measurement = PuzzleMeasurement(config, data, data_paths)
-    folder = output_folder(arguments.output_dir or checkpoint.folder)
+def load(checkpoint: PuzzleCheckpoint, config: PretrainPuzzleConfig) -> RecursiveModel:
+    """The checkpoint's model, ready to answer."""
     device = pick_device(config.device)
-    arch = resolve_arch(config.arch, device)
     known = checkpoint.metadata
+    arch = resolve_arch(config.arch, device)
     model = RecursiveModel(arch, known.vocab_size, seq_len=known.seq_len, puzzles=known.num_puzzle_identifiers)
     load_weights(model, read_weights(checkpoint.folder), checkpoint.folder)
     model.to(device).eval()
     set_matmul_precision(config.tf32, device)
     if should_compile(config.compile, device):
         model.compile_levels()
-    batches = evaluation_batch_count(data, config.global_batch_size)
+    return model
+
+
+def solve_own(
+    checkpoint: PuzzleCheckpoint, config: PretrainPuzzleConfig, search: Search, arguments: argparse.Namespace
+) -> Iterator[str]:
+    """What to tell about the puzzles of `--puzzle`."""
+    kind = kind_of(checkpoint.metadata)
+    solver = Solver(
+        load(checkpoint, config), kind, search, rows_at_once=config.global_batch_size, max_batches=arguments.max_batches
+    )
+    if isinstance(kind, Arc):
+        data_paths = arguments.data_paths or config.data_paths
+        checkpoint.check_identifiers(data_paths)
+        return solver.solve_task(arguments.puzzle, [read_identifiers(path) for path in data_paths], arguments.show)
+    return solver.solve_file(arguments.puzzle, arguments.show)
+
+
+def main() -> None:
+    """Load, measure or solve, write, print."""
+    arguments = parse_arguments()
+    refuse_several_ranks()
+    if arguments.max_batches is not None and arguments.max_batches < 1:
+        raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
+    checkpoint = open_puzzle_checkpoint(arguments.checkpoint)
+    config = settings(checkpoint.config, arguments)
+    kind = kind_of(checkpoint.metadata) if arguments.choose == "rules" else None
+    search = Search(arguments.samples, arguments.noise, arguments.choose, config.seed, kind)
+    if arguments.puzzle is not None:
+        for told in solve_own(checkpoint, config, search, arguments):
+            print(told)
+        return
+    data_paths = config.data_paths_test or config.data_paths
+    data = PuzzleData(data_paths, arguments.split)
+    checkpoint.check_data(data, data_paths)
+    measurement = PuzzleMeasurement(config, data, data_paths)
+    folder = output_folder(arguments.output_dir or checkpoint.folder)
+    model = load(checkpoint, config)
+    batches = evaluation_batch_count(data, search.puzzles_at_once(config.global_batch_size))
     report = measurement.measure(
         model,
         folder,
         arguments.split,
+        search=search,
         save=arguments.save_outputs,
         max_batches=arguments.max_batches,
         progress=partial(tqdm, desc=arguments.split, unit="batch", total=min(batches, arguments.max_batches or batches)),
@@ -91,6 +141,7 @@ def main() -> None:
         "step": checkpoint.step,
         "split": arguments.split,
         "max_batches": arguments.max_batches,
+        "samples": search.samples,
         **report,
     }
     write_json(folder / f"metrics_{arguments.split}.json", metrics)

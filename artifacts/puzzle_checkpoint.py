@@ -65,6 +65,10 @@ class PuzzleCheckpoint:
                     f"{self.folder} is for {field} {expected}, found {found} in {', '.join(data_paths)}: use the data set the "
                     "model was trained on, or one built like it"
                 )
+        self.check_identifiers(data_paths)
+
+    def check_identifiers(self, data_paths: Sequence[str]) -> None:
+        """Raises UsageError if puzzles have vectors and those of this data other numbers than the model knows."""
         if self.config.arch.puzzle_emb_ndim and identifiers_sha256(data_paths) != self.identifiers_sha256:
             raise UsageError(
                 f"{self.folder} knows puzzles under other numbers than identifiers.json of {', '.join(data_paths)}: use the data "
