@@ -7,26 +7,22 @@ With the run's data and batch size its figures are those of the evaluation in tr
 import argparse
 import json
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, get_args
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import load_weights, read_weights
 from artifacts.outputs import output_folder, write_json
-from artifacts.puzzle_checkpoint import PuzzleCheckpoint, open_puzzle_checkpoint
+from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainPuzzleConfig, PuzzleOutput, user_path
-from dataset.puzzles.kinds import Arc, kind_of
+from dataset.puzzles.kinds import kind_of
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
-from dataset.puzzles.storage import read_identifiers
-from evaluators.own_puzzles import Solver
+from evaluators.own_puzzles import answer_file
 from evaluators.puzzles import PuzzleMeasurement
-from evaluators.search import DEFAULT_NOISE, Choice, Search
-from models.act import RecursiveModel
-from models.device import keep_freed_memory, pick_device, resolve_arch, set_matmul_precision, should_compile
+from evaluators.search import Choice, Search
+from models.device import keep_freed_memory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,13 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--show", action="store_true", help="with --puzzle: show every ACT step")
     add("--samples", type=int, default=1, metavar="K", help="start each puzzle K times; default: 1")
-    add(
-        "--noise",
-        type=float,
-        default=DEFAULT_NOISE,
-        metavar="S",
-        help=f"standard deviation of the starts' noise; default: {DEFAULT_NOISE}",
-    )
+    add("--noise", type=float, default=0.0, metavar="S", help="standard deviation of what is added to the states of further starts")
+    add("--symmetries", action="store_true", help="further starts take symmetric forms of the puzzle")
     add("--choose", choices=get_args(Choice), default="halting", help="whose answer is taken; default: halting")
     add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
     names = get_args(PuzzleOutput)
@@ -77,47 +68,23 @@ def settings(trained: PretrainPuzzleConfig, arguments: argparse.Namespace) -> Pr
     return config
 
 
-def load(checkpoint: PuzzleCheckpoint, config: PretrainPuzzleConfig) -> RecursiveModel:
-    """The checkpoint's model, ready to answer."""
-    device = pick_device(config.device)
-    known = checkpoint.metadata
-    arch = resolve_arch(config.arch, device)
-    model = RecursiveModel(arch, known.vocab_size, seq_len=known.seq_len, puzzles=known.num_puzzle_identifiers)
-    load_weights(model, read_weights(checkpoint.folder), checkpoint.folder)
-    model.to(device).eval()
-    set_matmul_precision(config.tf32, device)
-    if should_compile(config.compile, device):
-        model.compile_levels()
-    return model
-
-
-def solve_own(
-    checkpoint: PuzzleCheckpoint, config: PretrainPuzzleConfig, search: Search, arguments: argparse.Namespace
-) -> Iterator[str]:
-    """What to tell about the puzzles of `--puzzle`."""
-    kind = kind_of(checkpoint.metadata)
-    solver = Solver(
-        load(checkpoint, config), kind, search, rows_at_once=config.global_batch_size, max_batches=arguments.max_batches
-    )
-    if isinstance(kind, Arc):
-        data_paths = arguments.data_paths or config.data_paths
-        checkpoint.check_identifiers(data_paths)
-        return solver.solve_task(arguments.puzzle, [read_identifiers(path) for path in data_paths], arguments.show)
-    return solver.solve_file(arguments.puzzle, arguments.show)
-
-
 def main() -> None:
     """Load, measure or solve, write, print."""
     arguments = parse_arguments()
     refuse_several_ranks()
     if arguments.max_batches is not None and arguments.max_batches < 1:
         raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
+    if arguments.show and arguments.puzzle is None:
+        raise UsageError("--show goes with --puzzle FILE")
+    if arguments.puzzle is not None and (arguments.save_outputs or arguments.output_dir):
+        raise UsageError("--puzzle writes nothing: --save-outputs and --output-dir are for measuring a split")
     checkpoint = open_puzzle_checkpoint(arguments.checkpoint)
     config = settings(checkpoint.config, arguments)
-    kind = kind_of(checkpoint.metadata) if arguments.choose == "rules" else None
-    search = Search(arguments.samples, arguments.noise, arguments.choose, config.seed, kind)
+    kind = kind_of(checkpoint.metadata) if arguments.symmetries or arguments.choose == "rules" else None
+    search = Search(arguments.samples, arguments.noise, arguments.symmetries, arguments.choose, config.seed, kind)
     if arguments.puzzle is not None:
-        for told in solve_own(checkpoint, config, search, arguments):
+        own = {"data_paths": arguments.data_paths or config.data_paths, "max_batches": arguments.max_batches}
+        for told in answer_file(arguments.puzzle, checkpoint, config, search, show=arguments.show, **own):
             print(told)
         return
     data_paths = config.data_paths_test or config.data_paths
@@ -125,7 +92,7 @@ def main() -> None:
     checkpoint.check_data(data, data_paths)
     measurement = PuzzleMeasurement(config, data, data_paths)
     folder = output_folder(arguments.output_dir or checkpoint.folder)
-    model = load(checkpoint, config)
+    model = checkpoint.model(config)
     batches = evaluation_batch_count(data, search.puzzles_at_once(config.global_batch_size))
     report = measurement.measure(
         model,

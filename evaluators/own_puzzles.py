@@ -8,15 +8,40 @@ from pathlib import Path
 
 import numpy as np
 
+from artifacts.puzzle_checkpoint import PuzzleCheckpoint
 from config.errors import UsageError
+from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.arc_grids import Grid, Pair, grid_hash, lay_out, parse_grid, parse_name
-from dataset.puzzles.kinds import Arc, Kind, Tokens, read_questions
+from dataset.puzzles.kinds import Arc, Kind, Tokens, kind_of, read_questions
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch
-from dataset.puzzles.storage import BLANK_IDENTIFIER_ID, read_json
+from dataset.puzzles.storage import BLANK_IDENTIFIER_ID, read_identifiers, read_json
 from evaluators.arc import ATTEMPTS, Votes
 from evaluators.puzzles import PuzzleOutput, solve
 from evaluators.search import Search
 from models.act import RecursiveModel
+
+
+def answer_file(
+    path: Path,
+    checkpoint: PuzzleCheckpoint,
+    config: PretrainPuzzleConfig,
+    search: Search,
+    *,
+    data_paths: Sequence[str],
+    max_batches: int | None,
+    show: bool,
+) -> Iterator[str]:
+    """What to tell about each puzzle of a file. What puzzles the model is for, its checkpoint says.
+
+    data_paths: of the data it was trained on, for the names of ARC's puzzles. max_batches: after so many batches the rest is left
+    out. show: each ACT step, too. Raises UsageError.
+    """
+    kind = kind_of(checkpoint.metadata)
+    solver = Solver(checkpoint.model(config), kind, search, rows_at_once=config.global_batch_size, max_batches=max_batches)
+    if isinstance(kind, Arc):
+        checkpoint.check_identifiers(data_paths)
+        return solver.solve_task(path, [read_identifiers(data_path) for data_path in data_paths], show)
+    return solver.solve_file(path, show)
 
 
 class Solver:
@@ -48,8 +73,8 @@ class Solver:
         names: those of all puzzle identifiers, of each data set. Raises UsageError.
         """
         tests = _read_tests(path)
-        named = {number: parse_name(name) for of_path in names for number, name in enumerate(of_path)}
-        forms = {number: form for number, form in named.items() if form[0] == path.stem}
+        named = [(number, parse_name(name)) for of_path in names for number, name in enumerate(of_path)]
+        forms = {number: form for number, form in named if form[0] == path.stem}
         if not forms:
             raise UsageError(
                 f"{path}: the model knows no puzzle {path.stem!r}. It learns a task's demonstrations in training, as a vector of "
@@ -68,7 +93,7 @@ class Solver:
             votes.add_rows(of_rows, **{key: ballots[key] for key in ("inputs", "preds", "q_halt_logits")})
         for number, test in enumerate(tests, 1):
             question = path.stem, grid_hash(test)
-            candidates = votes.counts[question]
+            candidates = votes.counts.get(question, {})
             total = sum(count for count, _ in candidates.values())
             told = [f"test {number} of {len(tests)}; ARC has no rules that tell a right answer"]
             for attempt, key in enumerate(votes.ranked(question)[:ATTEMPTS], 1):

@@ -147,14 +147,18 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
     positions = model.prefix_len + tokens
     rotary = model.rotary(torch.arange(positions))
     mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
-    x_RTD = model.embed(inputs_BT, puzzle_ids_B).repeat_interleave(samples, dim=0)
-    labels_RT = labels_BT.repeat_interleave(samples, dim=0)
-    states = search.starts(model.initial_states(rows, positions), batch.rows[real].tolist())
+    inputs_RT, labels_RT = (values.repeat_interleave(samples, dim=0) for values in (inputs_BT, labels_BT))
+    places = batch.rows[real].tolist()
+    forms = search.forms(places, model.device)
+    if forms is not None:
+        inputs_RT, labels_RT = forms.of(inputs_RT), forms.of(labels_RT)
+    x_RTD = model.embed(inputs_RT, puzzle_ids_B.repeat_interleave(samples))
+    states = search.starts(model.initial_states(rows, positions), places)
     # Of every row as it stands after its last step: one column for each of _MEASURES.
     exact = torch.promote_types(model.dtype, torch.float32)
     measured_RM = torch.zeros(rows * samples, len(_MEASURES), dtype=exact, device=model.device)
-    preds_RT, halt_logits_R = torch.zeros_like(labels_RT), torch.zeros(rows * samples, device=model.device)
-    steps_R = torch.zeros_like(preds_RT[:, 0])
+    argmax_RT, halt_logits_R = torch.zeros_like(labels_RT), torch.zeros(rows * samples, device=model.device)
+    steps_R = torch.zeros_like(argmax_RT[:, 0])
     has_halted_R = torch.zeros_like(steps_R, dtype=torch.bool)
     everyone_B, at_work = torch.arange(rows, device=model.device), torch.arange(rows * samples, device=model.device)
     measured, preds, halt_logits = [], [], []
@@ -166,12 +170,13 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
                 output_RTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_R2, labels_RT[at_work], config.loss
             )
             now = torch.full_like(at_work, step)
-            preds_RT[at_work], steps_R[at_work] = loss.argmax_BT, now
+            argmax_RT[at_work], steps_R[at_work] = loss.argmax_BT, now
             halt_logits_R[at_work] = halt_logits_R2[:, 0].to(halt_logits_R.dtype)
             says_right_R = halt_logits_R2[:, 0] >= 0
             columns = (loss.accuracy_B, loss.is_right_B, says_right_R == loss.is_right_B, now, loss.nll_B, loss.halt_bce_B)
             measured_RM[at_work] = torch.stack([column.to(exact) for column in columns], dim=1)
             has_halted_R[at_work] = halted(config, halt_logits_R2, now, None)
+            preds_RT = argmax_RT.clone() if forms is None else forms.undone(argmax_RT)
             chosen_B, is_settled_B = search.choice(
                 inputs_BT, *(values.unflatten(0, (rows, samples)) for values in (preds_RT, halt_logits_R, has_halted_R))
             )
@@ -180,7 +185,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
                 # Rows that have left cost nothing more.
                 at_work, states = at_work[~leaves], tuple(state[~leaves] for state in states)
         measured.append(_of_chosen(measured_RM.unflatten(0, (rows, samples)), chosen_B))
-        preds.append(preds_RT.clone())
+        preds.append(preds_RT)
         halt_logits.append(halt_logits_R.clone())
     chosen_R = everyone_B * samples + chosen_B
     output = PuzzleOutput(

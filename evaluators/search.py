@@ -1,4 +1,4 @@
-"""Test-time search: a trained model takes each puzzle from several starts, and one of the answers is chosen.
+"""Test-time search: a trained model answers each puzzle several times, from other states or in other forms; one answer is taken.
 
 Knows no labels and no files. Shape suffixes as in models/layers.py; K counts the samples of a puzzle, which stand one after the
 other in R = B * K rows; P counts a puzzle vector's positions.
@@ -7,21 +7,39 @@ other in R = B * K rows; P counts a puzzle vector's positions.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config.errors import UsageError
+from dataset.puzzles.draws import raw_bits
 from dataset.puzzles.kinds import Kind
 from models.device import on_device
 from models.recursive_reasoning.base import States
 
 Choice = Literal["halting", "first", "votes", "rules"]
-DEFAULT_NOISE = 1.0
 # Separates this module's draws from others that are keyed by the same seed.
 _NOISE_DRAW = 3
+_SYMMETRY_DRAW = "samples"
+
+
+class Forms(NamedTuple):
+    """Symmetric forms of R rows of tokens: which cell comes to each, and what each token becomes (dataset.puzzles.kinds)."""
+
+    cells_RT: Tensor
+    tokens_RV: Tensor
+
+    def of(self, rows_RT: Tensor) -> Tensor:
+        """The forms of these rows; a negative label stays."""
+        moved_RT = rows_RT.gather(1, self.cells_RT)
+        return torch.where(moved_RT < 0, moved_RT, self.tokens_RV.gather(1, moved_RT.clamp(min=0)))
+
+    def undone(self, rows_RT: Tensor) -> Tensor:
+        """The rows whose forms these are."""
+        tokens_RT = self.tokens_RV.argsort(dim=1).gather(1, rows_RT)
+        return torch.empty_like(rows_RT).scatter_(1, self.cells_RT, tokens_RT)
 
 
 @dataclass(frozen=True)
@@ -29,39 +47,51 @@ class Search:
     """How many starts, how far from the model's own, and whose answer is taken. Raises UsageError."""
 
     samples: int = 1
-    """K. The first one starts as the model was trained to."""
-    noise: float = DEFAULT_NOISE
+    """K. The first one is the puzzle as it is, from the states that the model was trained to begin with."""
+    noise: float = 0.0
     """Standard deviation of what is added to the initial states of the others, which themselves have about 1."""
+    symmetries: bool = False
+    """The others are symmetric forms of the puzzle, of whose answers the symmetry is undone."""
     choose: Choice = "halting"
     """halting: the highest halting logit. first: of those that halt first, and then the others stop. votes: what most samples
     answer. rules: what solves the puzzle by its rules, and then the others stop. Among equals the highest halting logit."""
     seed: int = 0
     kind: Kind | None = None
-    """The puzzle whose rules choose."""
+    """The puzzle that has these symmetries and rules; None where nothing asks for them."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UsageError(f"--samples {self.samples}: expected at least 1")
         if not 0 <= self.noise < math.inf:
             raise UsageError(f"--noise {self.noise}: expected a finite number of at least 0")
-        if self.samples > 1 and not self.noise:
-            raise UsageError(f"--samples {self.samples} without noise are all the same: give --noise, 1 for example")
-        if self.choose == "rules" and not (self.kind and self.kind.has_rules):
+        if (self.symmetries or self.choose == "rules") and not (self.kind and self.kind.has_rules):
+            raise UsageError("--symmetries and --choose rules are for Sudoku and mazes: choose halting, first or votes, and noise")
+        if (self.samples > 1) != bool(self.noise or self.symmetries):
             raise UsageError(
-                "--choose rules: only Sudoku and mazes have rules that tell a solution: choose halting, first or votes"
+                f"--samples {self.samples}, --noise {self.noise}: several samples differ by --noise, 1 for example, or by "
+                "--symmetries, and a single one has none"
             )
 
     def puzzles_at_once(self, rows: int) -> int:
         """How many puzzles have about `rows` samples."""
         return max(1, rows // self.samples)
 
+    def forms(self, rows: Sequence[int], device: torch.device) -> "Forms | None":
+        """The samples' forms of puzzles that stand at `rows` of their set, by seed and row alone; None: the puzzles as they are."""
+        if not self.symmetries:
+            return None
+        assert self.kind is not None
+        drawn = [self.kind.symmetries(raw_bits(self.seed, _SYMMETRY_DRAW, row), self.samples) for row in rows]
+        return Forms(*(on_device(np.concatenate(tables), device) for tables in zip(*drawn, strict=True)))
+
     def starts(self, states: States, rows: Sequence[int]) -> States:
         """The latent states [B, P + T, D] of puzzles that stand at `rows` of their set, as those of their samples [R, P + T, D].
 
         A sample's noise depends on the seed, the row and the sample's number alone.
         """
-        if self.samples == 1:
-            return states
+        repeated = tuple(state.repeat_interleave(self.samples, dim=0) for state in states)
+        if not self.noise:
+            return repeated
         shape = (len(states), *states[0].shape[1:])
         noise = np.zeros((len(rows), self.samples, *shape), np.float32)
         for index, row in enumerate(rows):
@@ -69,9 +99,7 @@ class Search:
                 key = np.random.Philox(key=self.seed, counter=[0, _NOISE_DRAW, row, sample])
                 noise[index, sample] = np.random.Generator(key).standard_normal(shape, np.float32)
         drawn = on_device(noise, states[0].device).flatten(0, 1).to(states[0].dtype)
-        return tuple(
-            state.repeat_interleave(self.samples, dim=0) + self.noise * drawn[:, number] for number, state in enumerate(states)
-        )
+        return tuple(state + self.noise * drawn[:, number] for number, state in enumerate(repeated))
 
     def choice(
         self, questions_BT: Tensor, preds_BKT: Tensor, halt_logits_BK: Tensor, has_halted_BK: Tensor

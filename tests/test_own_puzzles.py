@@ -1,4 +1,4 @@
-"""A person's own puzzles: what is told of answers that are right, wrong, or voted on. The model is one that answers as a test wants."""
+"""A person's own puzzles: what is told of answers that are right, wrong, or voted on. The model answers as a test wants."""
 
 import json
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def test_many_puzzles_are_asked_a_batch_at_a_time(answering: Callable[..., Any],
     path = tmp_path / "many.csv"
     path.write_text("question\n" + f"{ASKED}\n" * 5)
     asked = answering(lambda inputs: inputs[:, None, None])
-    told = list(solver(SIX, Search(samples=2)).solve_file(path, show=False))
+    told = list(solver(SIX, Search(samples=2, noise=1)).solve_file(path, show=False))
     assert [text.split("\n")[0] for text in told] == [f"puzzle {number} of 5" for number in range(1, 6)]
     assert [batch.rows.tolist() for batch in asked] == [[0, 1], [2, 3], [4]]
     assert (asked[0].labels == -100).all() and not asked[0].puzzle_identifiers.any()
@@ -124,8 +124,10 @@ def test_forms_of_a_task_vote(answering: Callable[..., Any], tmp_path: Path) -> 
     assert first == f"test 1 of 2; {no_rule}\nattempt 1: 2 of 2 votes, mean halting probability 0.500\n1 2\n3 4"
     assert second.endswith("2 of 2 votes, mean halting probability 0.500\n5 6 7")
     # With choice by votes, every sample has one.
-    first, second = solver(Arc(), Search(samples=2, choose="votes"), rows_at_once=100).solve_task(path, names, show=False)
-    assert "attempt 1: 3 of 4 votes" in first and first.endswith("attempt 2: 1 of 4 votes, mean halting probability 0.500\n0 2\n3 4")
+    first, second = solver(Arc(), Search(samples=2, noise=1, choose="votes"), rows_at_once=100).solve_task(path, names, show=False)
+    assert "attempt 1: 3 of 4 votes" in first and first.endswith(
+        "attempt 2: 1 of 4 votes, mean halting probability 0.500\n0 2\n3 4"
+    )
     shown, *_ = solver(Arc()).solve_task(path, names, show=True)
     assert shown == "test 1 of 2\n1 2\n3 4\nACT step 1: 0 cells changed, halting probability 0.500"
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from config.errors import UsageError
-from dataset.puzzles.kinds import Arc, Kind, Tokens
+from dataset.puzzles import sudoku
+from dataset.puzzles.kinds import Arc, Kind, Sudoku, Tokens
 from evaluators.search import Choice, Search
 
 STATES = (torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
@@ -48,11 +49,11 @@ def test_the_first_start_is_the_models_own_and_the_others_have_noise() -> None:
 
 
 def test_noise_is_keyed_by_seed_row_and_sample() -> None:
-    together = starts(Search(samples=3), 7, 8)
-    assert torch.equal(together[3:], starts(Search(samples=3), 8))
-    assert torch.equal(together[:2], starts(Search(samples=2), 7))
+    together = starts(Search(samples=3, noise=1), 7, 8)
+    assert torch.equal(together[3:], starts(Search(samples=3, noise=1), 8))
+    assert torch.equal(together[:2], starts(Search(samples=2, noise=1), 7))
     torch.testing.assert_close(2 * together[:3] - together[0], starts(Search(samples=3, noise=2), 7))
-    different = [together[1], together[2], together[4], starts(Search(samples=2, seed=1), 7)[1]]
+    different = [together[1], together[2], together[4], starts(Search(samples=2, noise=1, seed=1), 7)[1]]
     assert not any(torch.equal(one, other) for i, one in enumerate(different) for other in different[:i])
 
 
@@ -69,7 +70,7 @@ def test_whose_answer_is_taken(choose: Choice, chosen: list[int], settled: list[
     has_halted[0, :2] = True
     if choose == "first":
         has_halted[1, 0], settled = True, [True, True]
-    search = Search(samples=4, choose=choose, kind=FirstIsThree())
+    search = Search(samples=4, noise=1, choose=choose, kind=FirstIsThree())
     found, done = search.choice(torch.zeros(2, 2, dtype=torch.int64), preds, logits, has_halted)
     assert (found.tolist(), done.tolist()) == (chosen, settled)
 
@@ -81,11 +82,30 @@ def test_whose_answer_is_taken(choose: Choice, chosen: list[int], settled: list[
         ({"noise": -1.0}, "--noise -1.0"),
         ({"noise": math.nan}, "--noise nan"),
         ({"noise": math.inf}, "--noise inf"),
-        ({"samples": 2, "noise": 0.0}, "are all the same"),
-        ({"choose": "rules"}, "only Sudoku and mazes"),
-        ({"choose": "rules", "kind": Arc()}, "only Sudoku and mazes"),
+        ({"samples": 2}, "--samples 2, --noise 0.0: several samples differ by"),
+        ({"noise": 1.0}, "--samples 1, --noise 1.0: several samples differ by"),
+        ({"choose": "rules"}, "are for Sudoku and mazes"),
+        ({"choose": "rules", "kind": Arc()}, "are for Sudoku and mazes"),
+        ({"samples": 2, "symmetries": True, "kind": Arc()}, "are for Sudoku and mazes"),
     ],
 )
 def test_what_can_not_be_searched_for_is_told(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         Search(**settings)
+
+
+def test_forms_are_undone() -> None:
+    kind = Sudoku(sudoku.SIX)
+    search = Search(samples=5, symmetries=True, kind=kind)
+    forms = search.forms([4, 9], torch.device("cpu"))
+    assert forms is not None
+    rows = torch.randint(0, kind.shape.vocab_size, (10, kind.shape.cells), generator=torch.Generator().manual_seed(0))
+    made = forms.of(rows)
+    assert torch.equal(forms.undone(made), rows)
+    is_plain = (made == rows).all(dim=1)
+    assert is_plain.nonzero().flatten().tolist() == [0, 5]
+    # By seed and row alone, and what isn't supervised stays so.
+    later = search.forms([9], torch.device("cpu"))
+    assert later is not None and torch.equal(later.of(rows[5:]), made[5:])
+    assert (forms.of(torch.full_like(rows, -100)) == -100).all()
+    assert Search(samples=5, noise=1).forms([4, 9], torch.device("cpu")) is None
