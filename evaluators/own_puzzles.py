@@ -135,11 +135,12 @@ def _read_tests(path: Path) -> list[Grid]:
 
 def _steps(kind: Kind, output: PuzzleOutput, index: int) -> Iterator[str]:
     """The question and the answer after each ACT step, as far as the row took them; grids that stay the same are left out."""
+    sample = index, output.chosen_B[index]
     before = output.inputs_BT[index]
     yield kind.text(before.cpu().numpy())
-    steps = zip(output.preds_by_step_BST[index], output.halt_logits_by_step_BS[index].sigmoid().tolist(), strict=True)
+    steps = zip(output.preds_BKST[sample], output.halt_logits_BKS[sample].sigmoid().tolist(), strict=True)
     for step, (tokens, probability) in enumerate(steps, 1):
-        if step <= output.steps_B[index]:
+        if step <= output.steps_BK[sample]:
             changed = int((tokens != before).sum())
             yield f"ACT step {step}: {changed} cells changed, halting probability {probability:.3f}"
             if changed:
@@ -149,9 +150,10 @@ def _steps(kind: Kind, output: PuzzleOutput, index: int) -> Iterator[str]:
 
 def _how_sure(output: PuzzleOutput, index: int) -> str:
     """The chosen answer's halting probability, its depth, and how many samples agree."""
-    answer_T, samples_KT = output.preds_by_step_BST[index, -1], output.preds_BKT[index]
-    probability = output.halt_logits_by_step_BS[index, -1].sigmoid().item()
-    sure = f"halting probability {probability:.3f} after {output.steps_B[index]} ACT steps"
-    if len(samples_KT) > 1:
-        sure += f", the answer of {int((samples_KT == answer_T).all(dim=1).sum())} of {len(samples_KT)} samples"
+    sample = index, output.chosen_B[index]
+    answers_KT = output.preds_BKST[index, :, -1]
+    probability = output.halt_logits_BKS[sample][-1].sigmoid().item()
+    sure = f"halting probability {probability:.3f} after {output.steps_BK[sample]} ACT steps"
+    if len(answers_KT) > 1:
+        sure += f", the answer of {int((answers_KT == answers_KT[sample[1]]).all(dim=1).sum())} of {len(answers_KT)} samples"
     return sure

@@ -39,35 +39,36 @@ class PuzzleOutput:
     inputs_BT: Tensor
     labels_BT: Tensor
     puzzle_ids_B: Tensor
-    preds_by_step_BST: Tensor
-    """The most probable tokens after each ACT step; after a row has left, those it left with."""
-    halt_logits_by_step_BS: Tensor
-    steps_B: Tensor
-    """ACT steps of the chosen sample."""
-    preds_BKT: Tensor
-    """What each sample answers, chosen or not."""
-    halt_logits_BK: Tensor
+    preds_BKST: Tensor
+    """The most probable tokens of each sample after each ACT step; after it has left, those it left with."""
+    halt_logits_BKS: Tensor
+    """Its halting logits likewise."""
+    steps_BK: Tensor
+    """ACT steps that it took."""
+    chosen_B: Tensor
+    """The sample whose answer counts."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by the names under which it can be saved (config.schema.PuzzleOutput)."""
+        """All of the chosen samples, by the names under which it can be saved (config.schema.PuzzleOutput)."""
+        place = torch.arange(len(self.chosen_B), device=self.chosen_B.device), self.chosen_B
         return {
             "inputs": self.inputs_BT,
             "labels": self.labels_BT,
             "puzzle_identifiers": self.puzzle_ids_B,
-            "q_halt_logits": self.halt_logits_by_step_BS[:, -1],
-            "preds": self.preds_by_step_BST[:, -1],
-            "preds_by_step": self.preds_by_step_BST,
-            "steps": self.steps_B,
+            "q_halt_logits": self.halt_logits_BKS[..., -1][place],
+            "preds": self.preds_BKST[:, :, -1][place],
+            "preds_by_step": self.preds_BKST[place],
+            "steps": self.steps_BK[place],
         }
 
     def ballots(self) -> dict[str, Tensor]:
         """Every sample's answer as a row of its own, [B * K, ...], by the names that evaluators ask for."""
-        samples = self.preds_BKT.shape[1]
+        samples = self.preds_BKST.shape[1]
         return {
             "inputs": self.inputs_BT.repeat_interleave(samples, dim=0),
             "puzzle_identifiers": self.puzzle_ids_B.repeat_interleave(samples),
-            "q_halt_logits": self.halt_logits_BK.flatten(),
-            "preds": self.preds_BKT.flatten(0, 1),
+            "q_halt_logits": self.halt_logits_BKS[..., -1].flatten(),
+            "preds": self.preds_BKST[:, :, -1].flatten(0, 1),
         }
 
 
@@ -160,7 +161,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
     argmax_RT, halt_logits_R = torch.zeros_like(labels_RT), torch.zeros(rows * samples, device=model.device)
     steps_R = torch.zeros_like(argmax_RT[:, 0])
     has_halted_R = torch.zeros_like(steps_R, dtype=torch.bool)
-    everyone_B, at_work = torch.arange(rows, device=model.device), torch.arange(rows * samples, device=model.device)
+    at_work = torch.arange(rows * samples, device=model.device)
     measured, preds, halt_logits = [], [], []
     for step in range(1, config.halt_max_steps + 1):
         if len(at_work):
@@ -187,18 +188,16 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
         measured.append(_of_chosen(measured_RM.unflatten(0, (rows, samples)), chosen_B))
         preds.append(preds_RT)
         halt_logits.append(halt_logits_R.clone())
-    chosen_R = everyone_B * samples + chosen_B
     output = PuzzleOutput(
         set_name=batch.set_name,
         row=torch.from_numpy(batch.rows[real]),
         inputs_BT=inputs_BT,
         labels_BT=labels_BT,
         puzzle_ids_B=puzzle_ids_B,
-        preds_by_step_BST=torch.stack(preds, dim=1)[chosen_R],
-        halt_logits_by_step_BS=torch.stack(halt_logits, dim=1)[chosen_R],
-        steps_B=steps_R[chosen_R],
-        preds_BKT=preds_RT.unflatten(0, (rows, samples)),
-        halt_logits_BK=halt_logits_R.unflatten(0, (rows, samples)),
+        preds_BKST=torch.stack(preds, dim=1).unflatten(0, (rows, samples)),
+        halt_logits_BKS=torch.stack(halt_logits, dim=1).unflatten(0, (rows, samples)),
+        steps_BK=steps_R.unflatten(0, (rows, samples)),
+        chosen_B=chosen_B,
     )
     # Summed on the host, where there is float64 whatever the device.
     counted_B1 = torch.from_numpy((batch.labels[real] != IGNORE_LABEL_ID).any(axis=1, keepdims=True))

@@ -45,11 +45,10 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[PuzzleBatch
                 inputs_BT=inputs_BT,
                 labels_BT=torch.from_numpy(batch.labels),
                 puzzle_ids_B=torch.from_numpy(batch.puzzle_identifiers).long(),
-                preds_by_step_BST=preds_BKST[:, 0],
-                halt_logits_by_step_BS=logits_BS,
-                steps_B=torch.full((len(inputs_BT),), len(steps)),
-                preds_BKT=preds_BKST[:, :, -1],
-                halt_logits_BK=logits_BS[:, -1:].expand(-1, preds_BKST.shape[1]),
+                preds_BKST=preds_BKST,
+                halt_logits_BKS=logits_BS.unsqueeze(1).expand(preds_BKST.shape[:3]),
+                steps_BK=torch.full(preds_BKST.shape[:2], len(steps)),
+                chosen_B=torch.zeros(len(inputs_BT), dtype=torch.int64),
             ), None
 
         monkeypatch.setattr(own_puzzles, "solve", solve)

@@ -132,8 +132,10 @@ def test_samples_are_measured_together(opened: Open) -> None:
     outputs: list[PuzzleOutput] = []
     result = evaluate_puzzles(model, data, batch_size=4, search=search, on_output=outputs.append)
     logits, preds, saved = (
-        torch.cat([getattr(output, name) if name else output.tensors()["preds"] for output in outputs])
-        for name in ("halt_logits_BK", "preds_BKT", "")
+        torch.cat(parts)
+        for parts in zip(
+            *((o.halt_logits_BKS[..., -1], o.preds_BKST[:, :, -1], o.tensors()["preds"]) for o in outputs), strict=True
+        )
     )
     torch.testing.assert_close(logits[:, 0], single["q_halt_logits"])
     assert torch.equal(preds[:, 0], single["preds"]) and not torch.equal(preds[:, 1], preds[:, 2])
@@ -154,7 +156,8 @@ def test_samples_stop_with_the_first_that_halts(opened: Open) -> None:
     outputs: list[PuzzleOutput] = []
     search = Search(samples=3, noise=1.0, choose="first")
     result = evaluate_puzzles(model, data, batch_size=4, search=search, on_output=outputs.append)
-    steps, logits = (torch.cat([getattr(output, name) for output in outputs]) for name in ("steps_B", "halt_logits_BK"))
+    steps = torch.cat([output.tensors()["steps"] for output in outputs])
+    logits = torch.cat([output.halt_logits_BKS[..., -1] for output in outputs])
     assert set(steps.tolist()) >= {1, 3}
     assert ((logits > 0).any(dim=1) | (steps == 3)).all()
     assert result.report()["steps"] == pytest.approx(3 * steps.double().mean().item())
