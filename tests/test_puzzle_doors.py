@@ -69,6 +69,22 @@ def test_the_originals_command_line_is_understood() -> None:
     ]
 
 
+def test_the_originals_names_of_classes_and_losses_are_understood() -> None:
+    command = [
+        "arch.name=recursive_reasoning.trm_singlez@TinyRecursiveReasoningModel_ACTV1",
+        "arch.loss.loss_type=softmax_cross_entropy",
+        "eval_interval=null",
+        "+min_eval_interval=3",
+    ]
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", command)
+    assert (config.arch.name, config.arch.loss, config.min_eval_interval) == ("trm_singlez", "softmax", 3)
+    assert config.eval_interval == config.epochs == 100_000
+    sweep = plain_overrides(
+        ["arch.loss.loss_type=stablemax_cross_entropy,softmax_cross_entropy"], PretrainPuzzleConfig, is_sweep=True
+    )
+    assert sweep == ["arch.loss=stablemax,softmax"]
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -171,8 +187,13 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
         (["data_paths=[data/none]"], "data/none"),
         (["lrr=1"], "lrr: no such key, did you mean lr?"),
         (["checkpoint_path=runs"], "checkpoint_path: no such key here, the folder of a run is <checkpoint_dir>/"),
-        (["min_eval_interval=0"], "min_eval_interval: no such key here"),
-        (["arch.loss.loss_type=softmax_cross_entropy"], "set arch.loss to stablemax or softmax"),
+        (["min_eval_interval=-1"], "min_eval_interval: "),
+        (["arch.loss.loss_type=hinge"], "arch.loss: "),
+        (["arch.loss.name=losses@ACTLossHead"], "there is one loss head"),
+        (["arch.rms_norm_eps=1e-6"], "fixed at the original's value, 1e-5"),
+        (["arch.name=recursive_reasoning.rnn@Model"], "arch.name: "),
+        (["arch.H_layers=2"], "H_layers 2 means nothing to trm: set it to 0"),
+        (["eval_save_outputs=[logits]"], "eval_save_outputs.0: "),
         (["+lrr=1"], "lrr: no such key, did you mean lr?"),
         (["eval_interval=3"], "epochs 4 must be a multiple of eval_interval 3"),
         (["early_stopping.patience=2", "checkpoint_every_eval=false"], "set checkpoint_every_eval=true"),
