@@ -86,11 +86,17 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     rows = []
     for samples in (2**power for power in range(options.samples.bit_length())):
-        plain = {"noise": 0.0, "symmetries": False} if samples == 1 else {}
+        is_single = samples == 1
         for choose in get_args(Choice):
             if choose == "rules" and not kind.has_rules:
                 continue
-            few = dataclasses.replace(most, samples=samples, choose=choose, **plain)
+            few = dataclasses.replace(
+                most,
+                samples=samples,
+                choose=choose,
+                noise=0.0 if is_single else most.noise,
+                symmetries=most.symmetries and not is_single,
+            )
             right_B, steps_B = (torch.cat(parts) for parts in zip(*(outcomes(output, few) for output in outputs), strict=True))
             rows.append({"samples": samples, "choose": choose, **share(right_B), "act_steps": steps_B.double().mean().item()})
         any_right_B = torch.cat([is_right(output)[:, :samples, -1].any(dim=1) for output in outputs])
