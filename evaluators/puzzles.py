@@ -1,7 +1,7 @@
 """Puzzles measured: metrics of rows by set and by ACT step, what there is to save, and evaluators that vote.
 
 Rows take all ACT steps, or with `arch.act_inference` leave when their halting logit says so. Shape suffixes as in models/layers.py;
-P counts a puzzle vector's positions, S ACT steps, R the rows of a batch that are still at work.
+P counts a puzzle vector's positions, S ACT steps, K the samples of a puzzle, R the rows that they make, or those still at work.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set

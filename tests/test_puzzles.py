@@ -118,9 +118,23 @@ def test_evaluators_get_their_outputs(opened: Open, tmp_path: Path) -> None:
     # Rows here are no ARC canvases: what is handed over is looked at in place of votes.
     measurement = PuzzleMeasurement(config, data, config.data_paths)
     handed: list[set[str]] = []
-    measurement._evaluators[0][2].add = lambda **tensors: handed.append(set(tensors))  # type: ignore[assignment]
+    rows = []
+
+    def note(**tensors: torch.Tensor) -> None:
+        handed.append(set(tensors))
+        rows.append({len(values) for values in tensors.values()})
+
+    measurement._evaluators[0][2].add = note  # type: ignore[assignment, method-assign]
     report = measurement.measure(model, tmp_path / "out", "test")
     assert handed == [{"inputs", "puzzle_identifiers", "q_halt_logits", "preds"}] * (-(-len(data.sets["all"]) // 4))
+    one_vote = sum(max(sizes) for sizes in rows)
+    rows.clear()
+    measurement.measure(model, tmp_path / "out", "test", search=Search(samples=2, noise=1))
+    assert sum(max(sizes) for sizes in rows) == one_vote
+    # Chosen by votes, every sample has one.
+    rows.clear()
+    measurement.measure(model, tmp_path / "out", "test", search=Search(samples=2, noise=1, choose="votes"))
+    assert sum(max(sizes) for sizes in rows) == 2 * one_vote and all(len(sizes) == 1 for sizes in rows)
     assert report["ARC/pass@1"] == 0 and "ARC/pass@3" in report and (tmp_path / "out/submission.json").is_file()
 
 
