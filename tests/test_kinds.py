@@ -133,7 +133,8 @@ def test_what_is_no_puzzle_is_told(kind: Kind, text: str, told: str, tmp_path: P
 
 def test_csv_without_answers_is_read(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.CSV"
-    path.write_text(f'rating,question\n1,{CLUES}\n2,"{SOLUTION}"\n')
+    # As a spreadsheet writes it, with a mark of the encoding before the first column's name.
+    path.write_text(f'question,rating\n{CLUES},1\n"{SOLUTION}",2\n', encoding="utf-8-sig")
     assert len(read_questions(path, Sudoku(sudoku.NINE))) == 2
     path.write_text(f"question\n{CLUES}\n{CLUES[:-1]}\n")
     with pytest.raises(UsageError, match="line 3: expected 81 characters"):

@@ -167,7 +167,7 @@ def _lines(rows: Iterable[str]) -> str:
 def read_questions(path: Path, kind: Kind) -> Tokens:
     """The questions [N, cells] in a file: text, or CSV with a column `question`. Raises `UsageError`."""
     try:
-        with path.open(encoding="utf-8", newline="") as handle:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
             if path.suffix.lower() != ".csv":
                 texts = [(str(path), handle.read())]
             else:
