@@ -108,7 +108,7 @@ def main() -> None:
         "step": checkpoint.step,
         "split": arguments.split,
         "max_batches": arguments.max_batches,
-        "samples": search.samples,
+        "search": {key: getattr(search, key) for key in ("samples", "noise", "symmetries", "choose", "seed")},
         **report,
     }
     write_json(folder / f"metrics_{arguments.split}.json", metrics)
