@@ -1,6 +1,7 @@
 """Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>`.
 
-With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json.
+With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json. With
+`--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
 """
 
 import argparse
@@ -11,16 +12,17 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import load_weights, read_weights
 from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainPuzzleConfig, PuzzleOutput, user_path
+from dataset.puzzles.kinds import kind_of
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
+from evaluators.own_puzzles import answer_file
 from evaluators.puzzles import PuzzleMeasurement
-from models.act import RecursiveModel
-from models.device import keep_freed_memory, pick_device, resolve_arch, set_matmul_precision, should_compile
+from evaluators.search import Choice, Search
+from models.device import keep_freed_memory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +41,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=("train", "test"), default="test", help="which split to run over")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches")
+    add(
+        "--puzzle",
+        type=user_path,
+        metavar="FILE",
+        help="solve this Sudoku or maze (text, or CSV with a column question) or ARC task (JSON)",
+    )
+    add("--show", action="store_true", help="with --puzzle: show every ACT step")
+    add("--samples", type=int, default=1, metavar="K", help="start each puzzle K times; default: 1")
+    add("--noise", type=float, default=0.0, metavar="S", help="standard deviation of what is added to the states of further starts")
+    add("--symmetries", action="store_true", help="further starts take symmetric forms of the puzzle")
+    add("--choose", choices=get_args(Choice), default="halting", help="whose answer is taken; default: halting")
     add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
     names = get_args(PuzzleOutput)
     add("--save-outputs", nargs="+", default=[], choices=names, metavar="KEY", help=f"tensors to keep, of {', '.join(names)}")
@@ -56,32 +69,36 @@ def settings(trained: PretrainPuzzleConfig, arguments: argparse.Namespace) -> Pr
 
 
 def main() -> None:
-    """Load, measure, write, print."""
+    """Load, measure or solve, write, print."""
     arguments = parse_arguments()
     refuse_several_ranks()
     if arguments.max_batches is not None and arguments.max_batches < 1:
         raise UsageError(f"--max-batches {arguments.max_batches}: expected at least 1")
+    if arguments.show and arguments.puzzle is None:
+        raise UsageError("--show goes with --puzzle FILE")
+    if arguments.puzzle is not None and (arguments.save_outputs or arguments.output_dir):
+        raise UsageError("--puzzle writes nothing: --save-outputs and --output-dir are for measuring a split")
     checkpoint = open_puzzle_checkpoint(arguments.checkpoint)
     config = settings(checkpoint.config, arguments)
+    kind = kind_of(checkpoint.metadata) if arguments.symmetries or arguments.choose == "rules" else None
+    search = Search(arguments.samples, arguments.noise, arguments.symmetries, arguments.choose, config.seed, kind)
+    if arguments.puzzle is not None:
+        own = {"data_paths": arguments.data_paths or config.data_paths, "max_batches": arguments.max_batches}
+        for told in answer_file(arguments.puzzle, checkpoint, config, search, show=arguments.show, **own):
+            print(told)
+        return
     data_paths = config.data_paths_test or config.data_paths
     data = PuzzleData(data_paths, arguments.split)
     checkpoint.check_data(data, data_paths)
     measurement = PuzzleMeasurement(config, data, data_paths)
     folder = output_folder(arguments.output_dir or checkpoint.folder)
-    device = pick_device(config.device)
-    arch = resolve_arch(config.arch, device)
-    known = checkpoint.metadata
-    model = RecursiveModel(arch, known.vocab_size, seq_len=known.seq_len, puzzles=known.num_puzzle_identifiers)
-    load_weights(model, read_weights(checkpoint.folder), checkpoint.folder)
-    model.to(device).eval()
-    set_matmul_precision(config.tf32, device)
-    if should_compile(config.compile, device):
-        model.compile_levels()
-    batches = evaluation_batch_count(data, config.global_batch_size)
+    model = checkpoint.model(config)
+    batches = evaluation_batch_count(data, search.puzzles_at_once(config.global_batch_size))
     report = measurement.measure(
         model,
         folder,
         arguments.split,
+        search=search,
         save=arguments.save_outputs,
         max_batches=arguments.max_batches,
         progress=partial(tqdm, desc=arguments.split, unit="batch", total=min(batches, arguments.max_batches or batches)),
@@ -91,6 +108,7 @@ def main() -> None:
         "step": checkpoint.step,
         "split": arguments.split,
         "max_batches": arguments.max_batches,
+        "search": {key: getattr(search, key) for key in ("samples", "noise", "symmetries", "choose", "seed")},
         **report,
     }
     write_json(folder / f"metrics_{arguments.split}.json", metrics)

@@ -13,11 +13,21 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from artifacts.checkpoint import Snapshot, newest_checkpoint, read_about, read_settings, write_checkpoint
+from artifacts.checkpoint import (
+    Snapshot,
+    load_weights,
+    newest_checkpoint,
+    read_about,
+    read_settings,
+    read_weights,
+    write_checkpoint,
+)
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig, parse_as
 from dataset.puzzles.loader import PuzzleData
 from dataset.puzzles.storage import PuzzleMetadata, read_identifiers
+from models.act import RecursiveModel
+from models.device import pick_device, resolve_arch, set_matmul_precision, should_compile
 
 _METADATA_FILE = "dataset.json"
 
@@ -53,6 +63,19 @@ class PuzzleCheckpoint:
     step: int
     identifiers_sha256: str
 
+    def model(self, config: PretrainPuzzleConfig) -> RecursiveModel:
+        """The model, to be evaluated as `config` asks for: device, number formats, compiled code."""
+        device = pick_device(config.device)
+        known = self.metadata
+        arch = resolve_arch(config.arch, device)
+        model = RecursiveModel(arch, known.vocab_size, seq_len=known.seq_len, puzzles=known.num_puzzle_identifiers)
+        load_weights(model, read_weights(self.folder), self.folder)
+        model.to(device).eval()
+        set_matmul_precision(config.tf32, device)
+        if should_compile(config.compile, device):
+            model.compile_levels()
+        return model
+
     def check_data(self, data: PuzzleData, data_paths: Sequence[str]) -> None:
         """Raises UsageError if the model isn't for this data: other tokens or length, or puzzles that have other numbers."""
         fields = ["vocab_size", "seq_len"]
@@ -65,6 +88,10 @@ class PuzzleCheckpoint:
                     f"{self.folder} is for {field} {expected}, found {found} in {', '.join(data_paths)}: use the data set the "
                     "model was trained on, or one built like it"
                 )
+        self.check_identifiers(data_paths)
+
+    def check_identifiers(self, data_paths: Sequence[str]) -> None:
+        """Raises UsageError if puzzles have vectors and those of this data other numbers than the model knows."""
         if self.config.arch.puzzle_emb_ndim and identifiers_sha256(data_paths) != self.identifiers_sha256:
             raise UsageError(
                 f"{self.folder} knows puzzles under other numbers than identifiers.json of {', '.join(data_paths)}: use the data "

@@ -52,12 +52,19 @@ def plain_overrides(overrides: Sequence[str], kind: type[TrainingConfig], *, is_
     - What is given to a key of text is text: run_name=007 and run_name=1e5 keep their characters. A value that Hydra can't read
       is taken as it stands.
     - In generation.stop, \\n, \\r, \\t and \\\\ stand for newline, return, tab and backslash.
-    - Keys that were renamed have their present names.
+    - Keys that were renamed have their present names, and what the original spells otherwise is spelled as here.
     - `+key=value` is `key=value` where a config of `kind` has the key: the original's commands say `+run_name=...`.
 
     is_sweep: commas outside brackets and quotes separate the values of jobs. Raises UsageError for a key that doesn't exist.
     """
     return [_plain_override(text, kind, is_sweep) for text in overrides]
+
+
+# Keys of the original TRM whose values name its classes and functions: the key here, and the part of a value that names the same.
+_ORIGINAL_SPELLINGS = {
+    "arch.name": ("arch.name", r"recursive_reasoning\.(\w+)@\w+"),
+    "arch.loss.loss_type": ("arch.loss", r"(stablemax|softmax)_cross_entropy\b"),
+}
 
 
 def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> str:
@@ -67,6 +74,9 @@ def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> st
         return text[1:] if re.match(r"\+experiment\b", text) else text
     plus, key, value = match.groups()
     key = _renamed(key)
+    if key in _ORIGINAL_SPELLINGS:
+        key, pattern = _ORIGINAL_SPELLINGS[key]
+        value = re.sub(pattern, r"\1", value)
     found = type_of_key(key.split("."), kind)
     if found is None:
         if plus:

@@ -492,6 +492,11 @@ class TrainingConfig(_Section):
         """Whether each evaluation leaves a checkpoint, and not the last one alone."""
         return True
 
+    @property
+    def unevaluated_intervals(self) -> int:
+        """How many `eval_interval`s at the beginning end without an evaluation."""
+        return 0
+
 
 # Of the knobs for puzzles, what text must leave them at; the others are refused with causal attention.
 _WITHOUT_PUZZLES: dict[str, object] = {
@@ -613,6 +618,8 @@ class PretrainPuzzleConfig(TrainingConfig):
     """Decoupled weight decay of the puzzles' vectors."""
     freeze_weights: bool
     """Learn the puzzles' vectors and nothing else."""
+    min_eval_interval: Annotated[Free[int], Field(ge=0)]
+    """So many `eval_interval`s at the beginning end without an evaluation."""
     checkpoint_every_eval: Free[bool]
     """Keep a checkpoint at each evaluation; off: at the end, and where `checkpoint` says so."""
     eval_save_outputs: Free[tuple[PuzzleOutput, ...]]
@@ -622,6 +629,19 @@ class PretrainPuzzleConfig(TrainingConfig):
     def saves_evaluations(self) -> bool:
         """Whether each evaluation leaves a checkpoint, and not the last one alone."""
         return self.checkpoint_every_eval
+
+    @property
+    def unevaluated_intervals(self) -> int:
+        """How many `eval_interval`s at the beginning end without an evaluation."""
+        return self.min_eval_interval
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_evaluates_at_the_end(cls, values: Any) -> Any:
+        """eval_interval=null, as in the original: one interval, the whole run."""
+        if isinstance(values, Mapping) and values.get("eval_interval", 1) is None:
+            values = {**values, "eval_interval": values.get("epochs")}
+        return values
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -656,10 +676,8 @@ Config = TypeVar("Config", bound=TrainingConfig)
 # Keys of the original TRM that this program has another way for.
 _ORIGINAL_KEYS = {
     "checkpoint_path": "the folder of a run is <checkpoint_dir>/<project_name>/<run_name>: set these three",
-    "min_eval_interval": "a run is evaluated from its first eval_interval on",
-    "arch.loss.name": "set arch.loss to stablemax or softmax",
-    "arch.loss.loss_type": "set arch.loss to stablemax or softmax",
-    "arch.rms_norm_eps": "it is fixed, at the original's value",
+    "arch.loss.name": "there is one loss head; arch.loss says stablemax or softmax",
+    "arch.rms_norm_eps": "it is fixed at the original's value, 1e-5",
 }
 
 

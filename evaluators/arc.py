@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from config.errors import UsageError
-from dataset.puzzles.arc_grids import SEQ_LEN, Grid, crop, grid_hash, parse_grid, parse_name
+from dataset.puzzles.arc_grids import SEQ_LEN, Augmentation, Grid, crop, grid_hash, parse_grid, parse_name
 from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_json
 
 PASS_KS = (1, 2, 5, 10, 100, 1000)
@@ -39,6 +39,26 @@ class Votes:
         candidates = self.counts.setdefault(question, {})
         count, total = candidates.get(key, (0, 0.0))
         candidates[key] = count + 1, total + probability
+
+    def add_rows(
+        self,
+        forms: Sequence[tuple[str, Augmentation] | None],
+        *,
+        inputs: Tensor,
+        preds: Tensor,
+        q_halt_logits: Tensor,
+    ) -> None:
+        """The votes of B rows: inputs and preds [B, 900] tokens, q_halt_logits [B].
+
+        forms: of each row its puzzle and what was done to it, which is undone; None passes the row over.
+        """
+        probabilities = torch.sigmoid(q_halt_logits.cpu().double()).tolist()
+        canvases = (tokens.cpu().numpy().reshape(-1, SEQ_LEN) for tokens in (inputs, preds))
+        for form, question, predicted, probability in zip(forms, *map(crop, canvases), probabilities, strict=True):
+            if form is not None:
+                puzzle, augmentation = form
+                key = puzzle, grid_hash(augmentation.invert(question))
+                self.add(key, np.ascontiguousarray(augmentation.invert(predicted)), probability)
 
     def merge(self, other: "Votes") -> None:
         """Add another process's votes."""
@@ -112,19 +132,16 @@ class ARC:
         Rows of padding, and of puzzles that aren't test puzzles, are passed over. Raises `UsageError` for an identifier without a
         name.
         """
-        probabilities = torch.sigmoid(q_halt_logits.cpu().double()).tolist()
-        canvases = (tokens.cpu().numpy().reshape(-1, SEQ_LEN) for tokens in (inputs, preds))
-        rows = zip(puzzle_identifiers.tolist(), *map(crop, canvases), probabilities, strict=True)
-        for identifier, question, predicted, probability in rows:
+        forms: list[tuple[str, Augmentation] | None] = []
+        for identifier in puzzle_identifiers.tolist():
             if not 0 <= identifier < len(self._names):
                 raise UsageError(
                     f"puzzle identifier {identifier} isn't one of the data set's {len(self._names)}: evaluate on the data that "
                     "the model is for"
                 )
-            puzzle, augmentation = parse_name(self._names[identifier])
-            if puzzle in self._puzzles:
-                key = puzzle, grid_hash(augmentation.invert(question))
-                self._votes.add(key, np.ascontiguousarray(augmentation.invert(predicted)), probability)
+            form = parse_name(self._names[identifier])
+            forms.append(form if form[0] in self._puzzles else None)
+        self._votes.add_rows(forms, inputs=inputs, preds=preds, q_halt_logits=q_halt_logits)
 
     def result(self, output_dir: str | Path | None = None, gather: Gather = gather_to_first) -> dict[str, float] | None:
         """Metrics `ARC/pass@K`, and submission.json in `output_dir` if there is one; None on all ranks but the first.

@@ -1,7 +1,7 @@
 """Puzzles measured: metrics of rows by set and by ACT step, what there is to save, and evaluators that vote.
 
 Rows take all ACT steps, or with `arch.act_inference` leave when their halting logit says so. Shape suffixes as in models/layers.py;
-P counts a puzzle vector's positions, S ACT steps, R the rows of a batch that are still at work.
+P counts a puzzle vector's positions, S ACT steps, K the samples of a puzzle, R the rows that they make, or those still at work.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -18,6 +18,7 @@ from artifacts.outputs import SavedOutputs
 from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, evaluation_batches
 from evaluators.arc import ARC
+from evaluators.search import NO_SEARCH, Search
 from models.act import RecursiveModel
 from models.device import on_device
 from models.losses import row_loss
@@ -25,7 +26,8 @@ from models.row_halting import halted
 
 # What is summed over rows, under the original's names. Rows without a label count in nothing.
 _MEASURES = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss")
-_SUMS = ("rows", *_MEASURES)
+_ORACLE = "oracle_accuracy"
+_SUMS = ("rows", *_MEASURES, _ORACLE)
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,36 @@ class PuzzleOutput:
     inputs_BT: Tensor
     labels_BT: Tensor
     puzzle_ids_B: Tensor
-    preds_by_step_BST: Tensor
-    """The most probable tokens after each ACT step; after a row has left, those it left with."""
-    halt_logits_B: Tensor
-    steps_B: Tensor
+    preds_BKST: Tensor
+    """The most probable tokens of each sample after each ACT step; after it has left, those it left with."""
+    halt_logits_BKS: Tensor
+    """Its halting logits likewise."""
+    steps_BK: Tensor
+    """ACT steps that it took."""
+    chosen_B: Tensor
+    """The sample whose answer counts."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by the names under which it can be saved (config.schema.PuzzleOutput)."""
+        """All of the chosen samples, by the names under which it can be saved (config.schema.PuzzleOutput)."""
+        place = torch.arange(len(self.chosen_B), device=self.chosen_B.device), self.chosen_B
         return {
             "inputs": self.inputs_BT,
             "labels": self.labels_BT,
             "puzzle_identifiers": self.puzzle_ids_B,
-            "q_halt_logits": self.halt_logits_B,
-            "preds": self.preds_by_step_BST[:, -1],
-            "preds_by_step": self.preds_by_step_BST,
-            "steps": self.steps_B,
+            "q_halt_logits": self.halt_logits_BKS[..., -1][place],
+            "preds": self.preds_BKST[:, :, -1][place],
+            "preds_by_step": self.preds_BKST[place],
+            "steps": self.steps_BK[place],
+        }
+
+    def ballots(self) -> dict[str, Tensor]:
+        """Every sample's answer as a row of its own, [B * K, ...], by the names that evaluators ask for."""
+        samples = self.preds_BKST.shape[1]
+        return {
+            "inputs": self.inputs_BT.repeat_interleave(samples, dim=0),
+            "puzzle_identifiers": self.puzzle_ids_B.repeat_interleave(samples),
+            "q_halt_logits": self.halt_logits_BKS[..., -1].flatten(),
+            "preds": self.preds_BKST[:, :, -1].flatten(0, 1),
         }
 
 
@@ -60,6 +77,7 @@ class PuzzleResult:
     """Sums over rows by set, float64 [ACT steps, sums]: after each step, rows that have left counted as they left."""
 
     by_set: dict[str, npt.NDArray[np.float64]]
+    samples: int = 1
 
     def totals(self) -> list[float]:
         """Every sum in it, in a fixed order: those of several ranks, added up, are the sums of the whole."""
@@ -68,27 +86,28 @@ class PuzzleResult:
     def with_totals(self, totals: Sequence[float]) -> "PuzzleResult":
         """The result of the same sets and depth whose `totals` these are."""
         parts = np.split(np.array(totals), len(self.by_set))
-        return PuzzleResult({name: part.reshape(-1, len(_SUMS)) for name, part in zip(self.by_set, parts, strict=True)})
+        by_set = {name: part.reshape(-1, len(_SUMS)) for name, part in zip(self.by_set, parts, strict=True)}
+        return PuzzleResult(by_set, self.samples)
 
     def report(self) -> dict[str, Any]:
         """Metrics as they are written to metrics.json: of all rows, and under "sets" of each set by name."""
         whole = np.sum(list(self.by_set.values()), axis=0)
-        return {**_metrics(whole), "sets": {name: _metrics(sums) for name, sums in self.by_set.items()}}
+        return {**self._metrics(whole), "sets": {name: self._metrics(sums) for name, sums in self.by_set.items()}}
+
+    def _metrics(self, sums: npt.NDArray[np.float64]) -> dict[str, Any]:
+        rows = max(1.0, float(sums[-1, 0]))
+        names = (*_MEASURES, *[_ORACLE] * (self.samples > 1))
+        means = {name: float(sums[-1, _SUMS.index(name)]) / rows for name in names}
+        curve = (sums[:, _SUMS.index("exact_accuracy")] / rows).tolist()
+        return {**means, "exact_accuracy_by_act_step": curve, "rows": int(sums[-1, 0])}
 
 
-def _metrics(sums: npt.NDArray[np.float64]) -> dict[str, Any]:
-    rows = max(1.0, float(sums[-1, 0]))
-    means = {name: float(sums[-1, place]) / rows for place, name in enumerate(_SUMS) if name in _MEASURES}
-    curve = (sums[:, _SUMS.index("exact_accuracy")] / rows).tolist()
-    return {**means, "exact_accuracy_by_act_step": curve, "rows": int(sums[-1, 0])}
-
-
-@torch.no_grad()
 def evaluate_puzzles(
     model: RecursiveModel,
     data: PuzzleData,
     *,
     batch_size: int,
+    search: Search = NO_SEARCH,
     rank: int = 0,
     ranks: int = 1,
     max_batches: int | None = None,
@@ -106,62 +125,93 @@ def evaluate_puzzles(
             break
         if not (batch.rows >= 0).any():
             continue
-        output, sums = _solve(model, batch)
+        output, sums = solve(model, batch, search)
         result[batch.set_name] += sums.numpy()
         if on_output is not None:
             on_output(output)
-    return PuzzleResult(result)
+    return PuzzleResult(result, search.samples)
 
 
-def _solve(model: RecursiveModel, batch: PuzzleBatch) -> tuple[PuzzleOutput, Tensor]:
-    """All ACT steps of a batch's rows, and their sums after each, float64 [S, sums] on the host."""
+@torch.no_grad()
+def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[PuzzleOutput, Tensor]:
+    """All ACT steps of a batch's rows, and their sums after each, float64 [S, sums] on the host. Rows need no labels."""
     config = model.config
+    if search.choose == "first":
+        config = config.model_copy(update={"act_inference": True})
     real = batch.rows >= 0
 
     inputs_BT, labels_BT, puzzle_ids_B = (
         on_device(values[real].astype(np.int64), model.device) for values in (batch.inputs, batch.labels, batch.puzzle_identifiers)
     )
     rows, tokens = inputs_BT.shape
+    samples = search.samples
     positions = model.prefix_len + tokens
     rotary = model.rotary(torch.arange(positions))
     mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
-    x_BTD = model.embed(inputs_BT, puzzle_ids_B)
-    states = model.initial_states(rows, positions)
+    inputs_RT, labels_RT = (values.repeat_interleave(samples, dim=0) for values in (inputs_BT, labels_BT))
+    places = batch.rows[real].tolist()
+    forms = search.forms(places, model.device)
+    if forms is not None:
+        inputs_RT, labels_RT = forms.of(inputs_RT), forms.of(labels_RT)
+    x_RTD = model.embed(inputs_RT, puzzle_ids_B.repeat_interleave(samples))
+    states = search.starts(model.initial_states(rows, positions), places)
     # Of every row as it stands after its last step: one column for each of _MEASURES.
     exact = torch.promote_types(model.dtype, torch.float32)
-    measured_BM = torch.zeros(rows, len(_MEASURES), dtype=exact, device=model.device)
-    preds_BT, halt_logits_B = torch.zeros_like(inputs_BT), torch.zeros(rows, device=model.device)
-    steps_B = torch.zeros_like(puzzle_ids_B)
-    at_work_R = torch.arange(rows, device=model.device)
-    measured, preds = [], []
+    measured_RM = torch.zeros(rows * samples, len(_MEASURES), dtype=exact, device=model.device)
+    argmax_RT, halt_logits_R = torch.zeros_like(labels_RT), torch.zeros(rows * samples, device=model.device)
+    steps_R = torch.zeros_like(argmax_RT[:, 0])
+    has_halted_R = torch.zeros_like(steps_R, dtype=torch.bool)
+    at_work = torch.arange(rows * samples, device=model.device)
+    measured, preds, halt_logits = [], [], []
     for step in range(1, config.halt_max_steps + 1):
-        if len(at_work_R):
-            states, output_RTD = model.act_step(states, x_BTD[at_work_R], rotary, mask)
+        if len(at_work):
+            states, output_RTD = model.act_step(states, x_RTD[at_work], rotary, mask)
             halt_logits_R2 = model.halt_logits(output_RTD[:, 0])
             loss = row_loss(
-                output_RTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_R2, labels_BT[at_work_R], config.loss
+                output_RTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_R2, labels_RT[at_work], config.loss
             )
-            steps_R = torch.full_like(at_work_R, step)
-            preds_BT[at_work_R], steps_B[at_work_R] = loss.argmax_BT, steps_R
-            halt_logits_B[at_work_R] = halt_logits_R2[:, 0].to(halt_logits_B.dtype)
+            now = torch.full_like(at_work, step)
+            argmax_RT[at_work], steps_R[at_work] = loss.argmax_BT, now
+            halt_logits_R[at_work] = halt_logits_R2[:, 0].to(halt_logits_R.dtype)
             says_right_R = halt_logits_R2[:, 0] >= 0
-            columns = (loss.accuracy_B, loss.is_right_B, says_right_R == loss.is_right_B, steps_R, loss.nll_B, loss.halt_bce_B)
-            measured_BM[at_work_R] = torch.stack([column.to(exact) for column in columns], dim=1)
-            going_on_R = ~halted(config, halt_logits_R2, steps_R, None)
-            if config.act_inference:
+            columns = (loss.accuracy_B, loss.is_right_B, says_right_R == loss.is_right_B, now, loss.nll_B, loss.halt_bce_B)
+            measured_RM[at_work] = torch.stack([column.to(exact) for column in columns], dim=1)
+            has_halted_R[at_work] = halted(config, halt_logits_R2, now, None)
+            preds_RT = argmax_RT.clone() if forms is None else forms.undone(argmax_RT)
+            chosen_B, is_settled_B = search.choice(
+                inputs_BT, *(values.unflatten(0, (rows, samples)) for values in (preds_RT, halt_logits_R, has_halted_R))
+            )
+            leaves = (has_halted_R | is_settled_B.repeat_interleave(samples))[at_work]
+            if config.act_inference or search.choose == "rules":
                 # Rows that have left cost nothing more.
-                at_work_R, states = at_work_R[going_on_R], tuple(state[going_on_R] for state in states)
-        measured.append(measured_BM.clone())
-        preds.append(preds_BT.clone())
-    row = torch.from_numpy(batch.rows[real])
+                at_work, states = at_work[~leaves], tuple(state[~leaves] for state in states)
+        measured.append(_of_chosen(measured_RM.unflatten(0, (rows, samples)), chosen_B))
+        preds.append(preds_RT)
+        halt_logits.append(halt_logits_R.clone())
     output = PuzzleOutput(
-        batch.set_name, row, inputs_BT, labels_BT, puzzle_ids_B, torch.stack(preds, dim=1), halt_logits_B, steps_B
+        set_name=batch.set_name,
+        row=torch.from_numpy(batch.rows[real]),
+        inputs_BT=inputs_BT,
+        labels_BT=labels_BT,
+        puzzle_ids_B=puzzle_ids_B,
+        preds_BKST=torch.stack(preds, dim=1).unflatten(0, (rows, samples)),
+        halt_logits_BKS=torch.stack(halt_logits, dim=1).unflatten(0, (rows, samples)),
+        steps_BK=steps_R.unflatten(0, (rows, samples)),
+        chosen_B=chosen_B,
     )
     # Summed on the host, where there is float64 whatever the device.
     counted_B1 = torch.from_numpy((batch.labels[real] != IGNORE_LABEL_ID).any(axis=1, keepdims=True))
     measured_SBM = torch.stack(measured).cpu().double()
     counted_SB1 = counted_B1.double().expand(len(measured), -1, -1)
     return output, torch.cat((counted_SB1, measured_SBM * counted_B1), dim=2).sum(dim=1)
+
+
+def _of_chosen(measured_BKM: Tensor, chosen_B: Tensor) -> Tensor:
+    """What was measured of each puzzle's chosen sample, with the ACT steps of all samples and whether any of them is right."""
+    of_chosen_BM = measured_BKM[torch.arange(len(chosen_B), device=chosen_B.device), chosen_B]
+    of_chosen_BM[:, _MEASURES.index("steps")] = measured_BKM[..., _MEASURES.index("steps")].sum(dim=1)
+    any_right_B1 = measured_BKM[..., _MEASURES.index("exact_accuracy")].amax(dim=1, keepdim=True)
+    return torch.cat((of_chosen_BM, any_right_B1), dim=1)
 
 
 class PuzzleMeasurement:
@@ -186,6 +236,7 @@ class PuzzleMeasurement:
         folder: Path,
         name: str,
         *,
+        search: Search = NO_SEARCH,
         save: Sequence[str] = (),
         rank: int = 0,
         ranks: int = 1,
@@ -196,7 +247,7 @@ class PuzzleMeasurement:
         """The report, on every rank; evaluators' results are the first rank's.
 
         Into `folder` go an evaluator's submission, and outputs_<name>.safetensors with the tensors `save`; where there are several
-        sets, or ranks, one file for each of them.
+        sets, or ranks, one file for each of them. With choice by votes, every sample has a vote of the evaluators'.
         """
         saved = {set_name: SavedOutputs(save) for set_name in self._data.sets}
         for _, _, evaluator in self._evaluators:
@@ -206,14 +257,16 @@ class PuzzleMeasurement:
             tensors = output.tensors()
             if save:
                 saved[output.set_name].add(output.row, tensors)
+            ballots = output.ballots() if search.choose == "votes" else tensors
             for sets, _, evaluator in self._evaluators:
                 if output.set_name in sets:
-                    evaluator.add(**{key: tensors[key] for key in ARC.required_outputs})
+                    evaluator.add(**{key: ballots[key] for key in ARC.required_outputs})
 
         result = evaluate_puzzles(
             model,
             self._data,
-            batch_size=self._config.global_batch_size,
+            batch_size=search.puzzles_at_once(self._config.global_batch_size),
+            search=search,
             rank=rank,
             ranks=ranks,
             max_batches=max_batches,

@@ -8,7 +8,6 @@ both. A wrong cell has a red frame. It needs `pip install -r requirements-data.t
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,8 @@ from safetensors.numpy import load_file
 
 from config.errors import UsageError, one_clear_message
 from config.schema import user_path
-from dataset.puzzles import arc_grids, maze, sudoku
+from dataset.puzzles import sudoku
+from dataset.puzzles.kinds import Arc, Sudoku, kind_of
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleData
 from dataset.puzzles.storage import PuzzleMetadata
 
@@ -60,18 +60,11 @@ class Look:
 
 
 def look_of(metadata: PuzzleMetadata) -> Look:
-    """What kind of puzzle this is. Raises `UsageError` for none that is known here."""
-    side = math.isqrt(metadata.seq_len)
-    if (metadata.seq_len, metadata.vocab_size) == (arc_grids.SEQ_LEN, arc_grids.VOCAB_SIZE):
-        return Look(side, _ARC_COLOURS, False)
-    if metadata.vocab_size == maze.VOCAB_SIZE and side**2 == metadata.seq_len:
-        return Look(side, _MAZE_COLOURS, False)
-    if (metadata.seq_len, metadata.vocab_size) in [(shape.cells, shape.vocab_size) for shape in (sudoku.NINE, sudoku.SIX)]:
-        return Look(side, ["#ffffff"] * metadata.vocab_size, True)
-    raise UsageError(
-        f"expected ARC, a maze or Sudoku, found rows of {metadata.seq_len} positions with {metadata.vocab_size} tokens: can't draw "
-        "them"
-    )
+    """How this kind of puzzle is drawn. Raises `UsageError` for none that is known here."""
+    kind = kind_of(metadata)
+    if isinstance(kind, Sudoku):
+        return Look(kind.side, ["#ffffff"] * metadata.vocab_size, True)
+    return Look(kind.side, _ARC_COLOURS if isinstance(kind, Arc) else _MAZE_COLOURS, False)
 
 
 def read_predictions(path: Path, row: int) -> list[tuple[str, Tokens]]:

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 
 from config.compose import compose_as, plain_overrides
 from config.schema import PretrainPuzzleConfig
+from dataset.build_arc_dataset import build
+from dataset.build_small_puzzles import build_sudoku
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
+from tests.test_build_arc_dataset import write_subset
 from tests.test_doors import assert_told, run_door, run_well
 
 # float32, the format that weights are kept in, or a checkpoint would round them.
@@ -64,6 +67,22 @@ def test_the_originals_command_line_is_understood() -> None:
         "lr=2",
         "~ema",
     ]
+
+
+def test_the_originals_names_of_classes_and_losses_are_understood() -> None:
+    command = [
+        "arch.name=recursive_reasoning.trm_singlez@TinyRecursiveReasoningModel_ACTV1",
+        "arch.loss.loss_type=softmax_cross_entropy",
+        "eval_interval=null",
+        "+min_eval_interval=3",
+    ]
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", command)
+    assert (config.arch.name, config.arch.loss, config.min_eval_interval) == ("trm_singlez", "softmax", 3)
+    assert config.eval_interval == config.epochs == 100_000
+    sweep = plain_overrides(
+        ["arch.loss.loss_type=stablemax_cross_entropy,softmax_cross_entropy"], PretrainPuzzleConfig, is_sweep=True
+    )
+    assert sweep == ["arch.loss=stablemax,softmax"]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +187,13 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
         (["data_paths=[data/none]"], "data/none"),
         (["lrr=1"], "lrr: no such key, did you mean lr?"),
         (["checkpoint_path=runs"], "checkpoint_path: no such key here, the folder of a run is <checkpoint_dir>/"),
-        (["min_eval_interval=0"], "min_eval_interval: no such key here"),
-        (["arch.loss.loss_type=softmax_cross_entropy"], "set arch.loss to stablemax or softmax"),
+        (["min_eval_interval=-1"], "min_eval_interval: "),
+        (["arch.loss.loss_type=hinge"], "arch.loss: "),
+        (["arch.loss.name=losses@ACTLossHead"], "there is one loss head"),
+        (["arch.rms_norm_eps=1e-6"], "fixed at the original's value, 1e-5"),
+        (["arch.name=recursive_reasoning.rnn@Model"], "arch.name: "),
+        (["arch.H_layers=2"], "H_layers 2 means nothing to trm: set it to 0"),
+        (["eval_save_outputs=[logits]"], "eval_save_outputs.0: "),
         (["+lrr=1"], "lrr: no such key, did you mean lr?"),
         (["eval_interval=3"], "epochs 4 must be a multiple of eval_interval 3"),
         (["early_stopping.patience=2", "checkpoint_every_eval=false"], "set checkpoint_every_eval=true"),
@@ -201,10 +225,61 @@ def test_wrong_use_of_a_checkpoint_is_told(trained: Path) -> None:
         (["--checkpoint", checkpoint, "--max-batches", "0"], "--max-batches 0"),
         (["--checkpoint", checkpoint, "--overrides", "lrr=1"], "lrr: no such key"),
         (["--checkpoint", checkpoint, "--save-outputs", "nll"], "invalid choice"),
+        (["--checkpoint", checkpoint, "--samples", "2"], "several samples differ by --noise"),
+        (["--checkpoint", checkpoint, "--choose", "rules"], "expected ARC, a maze or Sudoku, found rows of 6 positions"),
+        (["--checkpoint", checkpoint, "--puzzle", "any.txt"], "expected ARC, a maze or Sudoku, found rows of 6 positions"),
+        (["--checkpoint", checkpoint, "--show"], "--show goes with --puzzle"),
+        (["--checkpoint", checkpoint, "--puzzle", "any.txt", "--save-outputs", "preds"], "--puzzle writes nothing"),
     ):
         assert_told(run_door("inference.py", *arguments, folder=trained), told)
     outcome = run_door("generate_instruct.py", "--checkpoint", checkpoint, "--message", "hello", folder=trained)
     assert_told(outcome, "another kind of model: use inference.py")
+
+
+def test_samples_are_chosen_among(trained: Path) -> None:
+    checkpoint = checkpoints(trained, "a")[-1]
+    plain = measured(trained, checkpoint)
+    found = measured(trained, checkpoint, "--samples", "3", "--noise", "0.5", "--choose", "votes")
+    assert (found["steps"], plain["steps"]) == (9, 3)
+    assert found["search"] == {"samples": 3, "noise": 0.5, "symmetries": False, "choose": "votes", "seed": 0}
+    assert found["oracle_accuracy"] >= max(found["exact_accuracy"], plain["exact_accuracy"])
+    assert measured(trained, checkpoint, "--samples", "3", "--noise", "0.5", "--choose", "first")["steps"] <= 9
+
+
+def test_a_sudoku_of_ones_own_is_answered(tmp_path: Path) -> None:
+    build_sudoku(tmp_path / "data", train_size=20, test_size=4)
+    run_well("pretrain.py", "data_paths=[data]", *RUN, "run_name=s", "arch.mlp_t=true", "arch.pos_encodings=none", folder=tmp_path)
+    checkpoint = ("--checkpoint", str(tmp_path / RUN_FOLDER / "s"))
+    question = "12...." + "." * 30
+    (tmp_path / "one.txt").write_text(question)
+    (tmp_path / "two.csv").write_text(f"question\n{question}\n{question}\n")
+    shown = run_well("inference.py", *checkpoint, "--puzzle", "one.txt", "--show", folder=tmp_path).out
+    assert shown.startswith("1 2 . . . .\n") and "\nACT step 3: " in shown and shown.endswith(": wrong by the rules of Sudoku\n")
+    search = ("--samples", "4", "--symmetries", "--choose", "rules")
+    told = run_well("inference.py", *checkpoint, "--puzzle", "two.csv", *search, folder=tmp_path).out
+    assert "puzzle 2 of 2\n" in told and "of 4 samples: wrong" in told
+    assert_told(run_door("inference.py", *checkpoint, "--puzzle", "nowhere.txt", folder=tmp_path), "nowhere.txt can't be read")
+    (tmp_path / "one.txt").write_text("5" * 81)
+    assert_told(run_door("inference.py", *checkpoint, "--puzzle", "one.txt", folder=tmp_path), "expected 36 characters")
+
+
+def test_an_arc_task_of_ones_own_is_answered(tmp_path: Path) -> None:
+    task = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3, 4]], "output": [[4, 3]]}]}
+    write_subset(tmp_path, "evaluation", {"x": task, "y": task})
+    build(str(tmp_path / "arc"), tmp_path / "data", ["evaluation"], ["evaluation"], num_aug=2, processes=1)
+    small = ("global_batch_size=2", "arch.halt_max_steps=1", "epochs=1", "eval_interval=1", "max_steps=1")
+    run_well("pretrain.py", "data_paths=[data]", *RUN, *small, "run_name=arc", folder=tmp_path)
+    for name in ("x", "z"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(task))
+    checkpoint = ("--checkpoint", str(tmp_path / RUN_FOLDER / "arc"))
+    told = run_well("inference.py", *checkpoint, "--puzzle", "x.json", folder=tmp_path).out
+    assert told.startswith("test 1 of 1; ARC has no rules") and "of 3 votes" in told
+    for arguments, expected in (
+        (("--puzzle", "z.json"), "the model knows no puzzle 'z'"),
+        (("--puzzle", "x.json", "--data-paths", "nowhere"), "nowhere"),
+        (("--puzzle", "x.json", "--samples", "2", "--symmetries"), "--symmetries and --choose rules are for Sudoku and mazes"),
+    ):
+        assert_told(run_door("inference.py", *checkpoint, *arguments, folder=tmp_path), expected)
 
 
 def test_puzzles_numbered_otherwise_are_told(trained: Path, tmp_path: Path) -> None:

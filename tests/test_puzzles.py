@@ -13,6 +13,7 @@ from config.compose import compose_as
 from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleMeasurement, PuzzleOutput, PuzzleResult, evaluate_puzzles
+from evaluators.search import Search
 from models.act import RecursiveModel
 from models.losses import log_probs
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
@@ -117,7 +118,60 @@ def test_evaluators_get_their_outputs(opened: Open, tmp_path: Path) -> None:
     # Rows here are no ARC canvases: what is handed over is looked at in place of votes.
     measurement = PuzzleMeasurement(config, data, config.data_paths)
     handed: list[set[str]] = []
-    measurement._evaluators[0][2].add = lambda **tensors: handed.append(set(tensors))  # type: ignore[assignment]
+    rows = []
+
+    def note(**tensors: torch.Tensor) -> None:
+        handed.append(set(tensors))
+        rows.append({len(values) for values in tensors.values()})
+
+    measurement._evaluators[0][2].add = note  # type: ignore[assignment, method-assign]
     report = measurement.measure(model, tmp_path / "out", "test")
     assert handed == [{"inputs", "puzzle_identifiers", "q_halt_logits", "preds"}] * (-(-len(data.sets["all"]) // 4))
+    one_vote = sum(max(sizes) for sizes in rows)
+    rows.clear()
+    measurement.measure(model, tmp_path / "out", "test", search=Search(samples=2, noise=1))
+    assert sum(max(sizes) for sizes in rows) == one_vote
+    # Chosen by votes, every sample has one.
+    rows.clear()
+    measurement.measure(model, tmp_path / "out", "test", search=Search(samples=2, noise=1, choose="votes"))
+    assert sum(max(sizes) for sizes in rows) == 2 * one_vote and all(len(sizes) == 1 for sizes in rows)
     assert report["ARC/pass@1"] == 0 and "ARC/pass@3" in report and (tmp_path / "out/submission.json").is_file()
+
+
+def test_samples_are_measured_together(opened: Open) -> None:
+    """Each start is a row of its own; the chosen one has the highest halting logit, and the cost is that of all."""
+    _, data, model = opened()
+    plain, single = outputs_of(model, data)
+    search = Search(samples=3, noise=1.0)
+    outputs: list[PuzzleOutput] = []
+    result = evaluate_puzzles(model, data, batch_size=4, search=search, on_output=outputs.append)
+    logits, preds, saved = (
+        torch.cat(parts)
+        for parts in zip(
+            *((o.halt_logits_BKS[..., -1], o.preds_BKST[:, :, -1], o.tensors()["preds"]) for o in outputs), strict=True
+        )
+    )
+    torch.testing.assert_close(logits[:, 0], single["q_halt_logits"])
+    assert torch.equal(preds[:, 0], single["preds"]) and not torch.equal(preds[:, 1], preds[:, 2])
+    chosen = logits.argmax(dim=1)
+    assert set(chosen.tolist()) == {0, 1, 2}
+    everyone = torch.arange(len(chosen))
+    assert torch.equal(saved, preds[everyone, chosen])
+    report = result.report()
+    supervised = single["labels"] != -100
+    right = ((preds == single["labels"].unsqueeze(1)) | ~supervised.unsqueeze(1)).all(dim=2)
+    assert report["steps"] == 9 and report["oracle_accuracy"] == pytest.approx(right.any(dim=1).double().mean().item())
+    assert report["exact_accuracy"] == pytest.approx(right[everyone, chosen].double().mean().item())
+    assert "oracle_accuracy" not in plain.report()
+
+
+def test_samples_stop_with_the_first_that_halts(opened: Open) -> None:
+    _, data, model = opened()
+    outputs: list[PuzzleOutput] = []
+    search = Search(samples=3, noise=1.0, choose="first")
+    result = evaluate_puzzles(model, data, batch_size=4, search=search, on_output=outputs.append)
+    steps = torch.cat([output.tensors()["steps"] for output in outputs])
+    logits = torch.cat([output.halt_logits_BKS[..., -1] for output in outputs])
+    assert set(steps.tolist()) >= {1, 3}
+    assert ((logits > 0).any(dim=1) | (steps == 3)).all()
+    assert result.report()["steps"] == pytest.approx(3 * steps.double().mean().item())

@@ -117,7 +117,7 @@ BUILDERS = tuple(f"dataset/build_{name}.py" for name in ("arc_dataset", "sudoku_
 
 
 def test_the_commands_for_puzzles_exist_and_every_flag_is_documented() -> None:
-    pages = [(REPOSITORY / f"docs/{name}.md").read_text() for name in ("puzzle_data", "TINYRECURSIVEMODELS_README")]
+    pages = [(REPOSITORY / f"docs/{name}.md").read_text() for name in ("puzzle_data", "TINYRECURSIVEMODELS_README", "sudoku")]
     blocks = [page.replace("\\\n", " ") for page in pages]
     commands = {line.strip() for block in blocks for line in re.findall(r"^    (?:python|pip) .*", block, re.MULTILINE)}
     assert len(commands) >= 8

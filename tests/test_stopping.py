@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.schema import EarlyStoppingConfig, PretrainInstructConfig
+from config.compose import compose_as
+from config.schema import EarlyStoppingConfig, PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
 from training.stopping import EarlyStopping, Position, automatic_evaluations, is_evaluation_due, reason_to_end
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 
 
-def evaluated_at(config: PretrainInstructConfig, finished: list[int], epoch: int, rows: int) -> list[int]:
+def evaluated_at(config: TrainingConfig, finished: list[int], epoch: int, rows: int) -> list[int]:
     """Steps after which a run is evaluated that has trained `finished` examples after each step, in epochs of `epoch` examples."""
     total = finished[-1]
     automatic = automatic_evaluations(config, total, total // epoch, rows)
@@ -60,6 +61,14 @@ def test_a_run_is_evaluated_by_epochs_and_by_steps(tiny_config: ConfigFactory) -
     assert evaluated_at(tiny_config(), finished, 7000, 1) == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20]
     # Fewer where it ends sooner.
     assert evaluated_at(tiny_config("max_steps=10", "global_batch_size=500"), finished, 20_000, 1)[:5] == [2, 4, 6, 8, 10]
+
+
+def test_the_first_intervals_may_go_unevaluated() -> None:
+    finished = list(range(1000, 21_000, 1000))
+    puzzles = compose_as(PretrainPuzzleConfig, "cfg_pretrain", ["epochs=4", "eval_interval=1"])
+    for skipped, expected in ((0, [5, 10, 15, 20]), (1, [10, 15, 20]), (3, [20])):
+        config = puzzles.model_copy(update={"min_eval_interval": skipped})
+        assert evaluated_at(config, finished, 5000, 1) == expected
 
 
 @given(steps=st.lists(st.integers(0, 300), min_size=50, max_size=400))

@@ -45,7 +45,7 @@ def is_evaluation_due(config: TrainingConfig, automatic: int, examples: int, bef
 
     automatic: `automatic_evaluations`. examples: of the whole run.
     """
-    if now.epochs // config.eval_interval > before.epochs // config.eval_interval:
+    if now.epochs // config.eval_interval > max(before.epochs // config.eval_interval, config.unevaluated_intervals):
         return True
     if isinstance(config.eval_every_steps, int):
         return now.step % config.eval_every_steps == 0

@@ -1,0 +1,131 @@
+"""How much a puzzle checkpoint gains from several answers to choose from: K = 1, 2, 4 ... samples under every choice.
+
+    python -m benchmarks.puzzle_search --checkpoint checkpoints/TRM-puzzles/sudoku --samples 16 --symmetries
+
+All samples take all of their ACT steps once; what fewer of them, and choices that let samples stop, would have come to is read off
+from what each answered and how it wished to halt at each step. Shares have Wilson's 95 % interval. Last line: JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
+from benchmarks.common import use_threads
+from config.compose import CHECKPOINT_HELP
+from config.errors import one_clear_message
+from config.schema import user_path
+from dataset.puzzles.kinds import kind_of
+from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
+from evaluators.answer_scores import wilson_lower_bound
+from evaluators.puzzles import PuzzleOutput, evaluate_puzzles
+from evaluators.search import Choice, Search
+from models.device import keep_freed_memory
+
+
+def is_right(output: PuzzleOutput) -> Tensor:
+    """Which samples are right after each ACT step, bool [B, K, S]."""
+    labels_B11T = output.labels_BT[:, None, None]
+    return ((output.preds_BKST == labels_B11T) | (labels_B11T < 0)).all(dim=3)
+
+
+def outcomes(output: PuzzleOutput, search: Search) -> tuple[Tensor, Tensor]:
+    """What `search`, of no more samples than `output` has, comes to: is the answer right, bool [B], and all samples' ACT steps [B].
+
+    Samples halt by their halting logit alone, as those of the trm family do.
+    """
+    samples, act_steps = search.samples, output.preds_BKST.shape[2]
+    preds_BKST, halt_logits_BKS = output.preds_BKST[:, :samples], output.halt_logits_BKS[:, :samples]
+    is_right_BKS = is_right(output)
+    everyone_B = torch.arange(len(preds_BKST))
+    is_right_B, steps_B = torch.zeros_like(everyone_B, dtype=torch.bool), torch.zeros_like(everyone_B)
+    for step in range(act_steps):
+        logits_BK = halt_logits_BKS[..., step]
+        chosen_B, is_settled_B = search.choice(output.inputs_BT, preds_BKST[:, :, step], logits_BK, logits_BK > 0)
+        ends_B = (steps_B == 0) & (is_settled_B | (step == act_steps - 1))
+        is_right_B[ends_B] = is_right_BKS[everyone_B, chosen_B, step][ends_B]
+        steps_B[ends_B] = samples * (step + 1)
+    return is_right_B, steps_B
+
+
+def share(right_B: Tensor) -> dict[str, float]:
+    """The share of true values, and the ends of its interval."""
+    right, count = int(right_B.sum()), len(right_B)
+    return {
+        "share": right / count,
+        "lower_95": wilson_lower_bound(right, count),
+        "upper_95": 1 - wilson_lower_bound(count - right, count),
+    }
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of samples and choice, and the oracle, which takes an answer that is right where there is one."""
+    checkpoint = open_puzzle_checkpoint(options.checkpoint)
+    config, kind = checkpoint.config, kind_of(checkpoint.metadata)
+    paths = options.data_paths or config.data_paths_test or config.data_paths
+    data = PuzzleData(paths, "test")
+    checkpoint.check_data(data, paths)
+    most = Search(options.samples, options.noise, options.symmetries, seed=config.seed, kind=kind)
+    outputs: list[PuzzleOutput] = []
+    at_once = most.puzzles_at_once(config.global_batch_size)
+    evaluate_puzzles(
+        checkpoint.model(config),
+        data,
+        batch_size=at_once,
+        search=most,
+        max_batches=options.max_puzzles and -(-options.max_puzzles // at_once),
+        on_output=outputs.append,
+        progress=partial(tqdm, unit="batch", total=evaluation_batch_count(data, at_once), disable=None),
+    )
+    rows = []
+    for samples in (2**power for power in range(options.samples.bit_length())):
+        is_single = samples == 1
+        for choose in get_args(Choice):
+            if choose == "rules" and not kind.has_rules:
+                continue
+            few = dataclasses.replace(
+                most,
+                samples=samples,
+                choose=choose,
+                noise=0.0 if is_single else most.noise,
+                symmetries=most.symmetries and not is_single,
+            )
+            right_B, steps_B = (torch.cat(parts) for parts in zip(*(outcomes(output, few) for output in outputs), strict=True))
+            rows.append({"samples": samples, "choose": choose, **share(right_B), "act_steps": steps_B.double().mean().item()})
+        any_right_B = torch.cat([is_right(output)[:, :samples, -1].any(dim=1) for output in outputs])
+        rows.append(
+            {"samples": samples, "choose": "oracle", **share(any_right_B), "act_steps": samples * config.arch.halt_max_steps}
+        )
+    return rows
+
+
+def main() -> None:
+    """A table, then JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--data-paths", type=os.path.expanduser, nargs="+", metavar="DIR", help="default: the run's")
+    parser.add_argument("--samples", type=int, default=16, metavar="K", help="the most samples")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="S", help="as of inference.py")
+    parser.add_argument("--symmetries", action="store_true", help="as of inference.py")
+    parser.add_argument("--max-puzzles", type=int, help="measure on about so many of the first test puzzles")
+    parser.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
+    options = parser.parse_args()
+    threads = use_threads(options.threads)
+    rows = measure(options)
+    for row in rows:
+        within = f"{100 * row['lower_95']:5.1f} to {100 * row['upper_95']:5.1f} %"
+        print(f"{row['samples']:4} {row['choose']:8} {100 * row['share']:5.1f} %  ({within})  {row['act_steps']:6.1f} ACT steps")
+    print(json.dumps({"checkpoint": str(options.checkpoint), "threads": threads, "rows": rows}))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    with one_clear_message():
+        main()

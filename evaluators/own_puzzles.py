@@ -1,0 +1,158 @@
+"""A person's own puzzles: read from a file, solved, judged by rule, put into words.
+
+Knows no labels, and of data sets only the names that ARC's puzzles have in them.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from artifacts.puzzle_checkpoint import PuzzleCheckpoint
+from config.errors import UsageError
+from config.schema import PretrainPuzzleConfig
+from dataset.puzzles.arc_grids import Grid, Pair, grid_hash, lay_out, parse_grid, parse_name
+from dataset.puzzles.kinds import Arc, Kind, Tokens, kind_of, read_questions
+from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch
+from dataset.puzzles.storage import BLANK_IDENTIFIER_ID, read_identifiers, read_json
+from evaluators.arc import ATTEMPTS, Votes
+from evaluators.puzzles import PuzzleOutput, solve
+from evaluators.search import Search
+from models.act import RecursiveModel
+
+
+def answer_file(
+    path: Path,
+    checkpoint: PuzzleCheckpoint,
+    config: PretrainPuzzleConfig,
+    search: Search,
+    *,
+    data_paths: Sequence[str],
+    max_batches: int | None,
+    show: bool,
+) -> Iterator[str]:
+    """What to tell about each puzzle of a file. What puzzles the model is for, its checkpoint says.
+
+    data_paths: of the data it was trained on, for the names of ARC's puzzles. max_batches: after so many batches the rest is left
+    out. show: each ACT step, too. Raises UsageError.
+    """
+    kind = kind_of(checkpoint.metadata)
+    solver = Solver(checkpoint.model(config), kind, search, rows_at_once=config.global_batch_size, max_batches=max_batches)
+    if isinstance(kind, Arc):
+        checkpoint.check_identifiers(data_paths)
+        return solver.solve_task(path, [read_identifiers(data_path) for data_path in data_paths], show)
+    return solver.solve_file(path, show)
+
+
+class Solver:
+    """A model that is asked puzzles without labels."""
+
+    def __init__(self, model: RecursiveModel, kind: Kind, search: Search, *, rows_at_once: int, max_batches: int | None) -> None:
+        """rows_at_once: samples that are computed together; max_batches: so many times at most."""
+        self._model, self._kind, self._search = model, kind, search
+        self._at_once = search.puzzles_at_once(rows_at_once)
+        self._max_batches = max_batches
+
+    def solve_file(self, path: Path, show: bool) -> Iterator[str]:
+        """What to tell about each puzzle of a file, Sudoku or mazes; show: each ACT step, too. Raises UsageError."""
+        questions = read_questions(path, self._kind)
+        number = 0
+        for output in self._outputs(questions, np.full(len(questions), BLANK_IDENTIFIER_ID)):
+            answers = output.tensors()["preds"].cpu().numpy()
+            solved = self._kind.solves(output.inputs_BT.cpu().numpy(), answers)
+            for index, (answer, is_right) in enumerate(zip(answers, solved.tolist(), strict=True)):
+                number += 1
+                told = [f"puzzle {number} of {len(questions)}"] if len(questions) > 1 else []
+                told += [*_steps(self._kind, output, index)] if show else [self._kind.text(answer)]
+                told.append(f"{_how_sure(output, index)}: {'right' if is_right else 'wrong'} by the rules of {self._kind.name}")
+                yield "\n".join(told)
+
+    def solve_task(self, path: Path, names: Sequence[Sequence[str]], show: bool) -> Iterator[str]:
+        """What to tell about each test input of an ARC task, a file of JSON, by votes over the forms the model knows of it.
+
+        names: those of all puzzle identifiers, of each data set. Raises UsageError.
+        """
+        tests = _read_tests(path)
+        named = [(number, parse_name(name)) for of_path in names for number, name in enumerate(of_path)]
+        forms = {number: form for number, form in named if form[0] == path.stem}
+        if not forms:
+            raise UsageError(
+                f"{path}: the model knows no puzzle {path.stem!r}. It learns a task's demonstrations in training, as a vector of "
+                "the task's own: build a data set that has it, and learn its vector with load_checkpoint and freeze_weights=true"
+            )
+        codes = np.array([[form.form, *form.colours] for _, form in forms.values()], np.uint8)
+        inputs, _ = lay_out([Pair(grid, grid) for grid in tests], codes, None)
+        votes = Votes()
+        for output in self._outputs(inputs.reshape(-1, inputs.shape[-1]), np.repeat(list(forms), len(tests))):
+            if show and not votes.counts:
+                # Of the first form alone, which is the plain one.
+                for index in range(min(len(tests), len(output.row))):
+                    yield "\n".join([f"test {index + 1} of {len(tests)}", *_steps(self._kind, output, index)])
+            ballots = output.ballots() if self._search.choose == "votes" else output.tensors()
+            of_rows = [forms[identifier] for identifier in ballots.pop("puzzle_identifiers").tolist()]
+            votes.add_rows(of_rows, **{key: ballots[key] for key in ("inputs", "preds", "q_halt_logits")})
+        for number, test in enumerate(tests, 1):
+            question = path.stem, grid_hash(test)
+            candidates = votes.counts.get(question, {})
+            total = sum(count for count, _ in candidates.values())
+            told = [f"test {number} of {len(tests)}; ARC has no rules that tell a right answer"]
+            for attempt, key in enumerate(votes.ranked(question)[:ATTEMPTS], 1):
+                count, probability = candidates[key]
+                told.append(
+                    f"attempt {attempt}: {count} of {total} votes, mean halting probability {probability / count:.3f}\n"
+                    + Arc.grid_text(votes.grids[key])
+                )
+            yield "\n".join(told)
+
+    def _outputs(self, inputs: Tokens, identifiers: Tokens) -> Iterator[PuzzleOutput]:
+        """The model's answers to rows of tokens [N, T] of puzzles with these identifiers [N]."""
+        for start in range(0, len(inputs), self._at_once):
+            if start // self._at_once == self._max_batches:
+                return
+            rows = np.arange(start, min(start + self._at_once, len(inputs)))
+            batch = PuzzleBatch(
+                set_name="own",
+                inputs=inputs[rows].astype(np.int32),
+                labels=np.full((len(rows), inputs.shape[1]), IGNORE_LABEL_ID, np.int64),
+                puzzle_identifiers=identifiers[rows].astype(np.int32),
+                rows=rows,
+            )
+            yield solve(self._model, batch, self._search)[0]
+
+
+def _read_tests(path: Path) -> list[Grid]:
+    """The test inputs of an ARC task. Raises UsageError."""
+    task = read_json(path)
+    try:
+        tests = [parse_grid(pair["input"]) for pair in task["test"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{path}: expected an ARC task, {{"train": [...], "test": [{{"input": grid}}]}}: {error!r}') from None
+    if not tests:
+        raise UsageError(f"{path} has no test input")
+    return tests
+
+
+def _steps(kind: Kind, output: PuzzleOutput, index: int) -> Iterator[str]:
+    """The question and the answer after each ACT step, as far as the row took them; grids that stay the same are left out."""
+    sample = index, output.chosen_B[index]
+    before = output.inputs_BT[index]
+    yield kind.text(before.cpu().numpy())
+    steps = zip(output.preds_BKST[sample], output.halt_logits_BKS[sample].sigmoid().tolist(), strict=True)
+    for step, (tokens, probability) in enumerate(steps, 1):
+        if step <= output.steps_BK[sample]:
+            changed = int((tokens != before).sum())
+            yield f"ACT step {step}: {changed} cells changed, halting probability {probability:.3f}"
+            if changed:
+                yield kind.text(tokens.cpu().numpy())
+            before = tokens
+
+
+def _how_sure(output: PuzzleOutput, index: int) -> str:
+    """The chosen answer's halting probability, its depth, and how many samples agree."""
+    sample = index, output.chosen_B[index]
+    answers_KT = output.preds_BKST[index, :, -1]
+    probability = output.halt_logits_BKS[sample][-1].sigmoid().item()
+    sure = f"halting probability {probability:.3f} after {output.steps_BK[sample]} ACT steps"
+    if len(answers_KT) > 1:
+        sure += f", the answer of {int((answers_KT == answers_KT[sample[1]]).all(dim=1).sum())} of {len(answers_KT)} samples"
+    return sure
