@@ -26,10 +26,10 @@ from dataset.text.conversation import Template, Turn
 from dataset.text.forms import FormOptions
 from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
+from generation import load
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.batch import Asked, answer_file, answers_in_order, positions_needed, read_asked
 from generation.engine import Engine, Request
-from generation.loading import load_responder
 from generation.sampling import Sampling
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -483,7 +483,7 @@ def test_a_killed_process_neither_repeats_nor_loses_a_row(checkpoint: Path, tmp_
     config = override_config(opened.config, ["generation.temperature=0.8", "generation.seed=5"])
     forms = FormOptions(ignore=("notes",))
     for output in (target, tmp_path / "whole.jsonl"):
-        answer_file(load_responder(opened, config), source, output, system=None, forms=forms)
+        answer_file(load(opened, config), source, output, system=None, forms=forms)
     assert target.read_bytes().startswith(killed[: killed.rindex(b"\n") + 1]), "finished rows are not answered again"
     resumed, whole = read(target), read(tmp_path / "whole.jsonl")
     assert [row["index"] for row in resumed] == list(range(count))
