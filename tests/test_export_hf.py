@@ -25,6 +25,7 @@ from dataset.text.conversation import Template, Turn, encode_conversation
 from dataset.text.tokenizer import Tokenizer
 from generation import load
 from models.act import RecursiveModel
+from training.instruct import run_instruct
 
 RECURSIONS = ("trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
 PREFIX = ("arch.attention=prefix", "arch.qk_norm=true")
@@ -221,3 +222,13 @@ def test_the_modeling_file_is_whole_and_written_as_the_project_is(tmp_path: Path
     (tmp_path / "modeling_trm.py").write_text(modeling_file())
     for words in (["check", "--select", "E,F,I", "--line-length", "132"], ["format", "--check", "--line-length", "132"]):
         subprocess.run([sys.executable, "-m", "ruff", *words, "--isolated", "modeling_trm.py"], cwd=tmp_path, check=True)
+
+
+def test_a_run_begins_with_the_weights_of_a_folder(tmp_path: Path, run_config: Callable[..., PretrainInstructConfig]) -> None:
+    # A learning rate that rounds to nothing.
+    still = ("max_steps=1", "lr=1e-30", "weight_decay=0", "ema=false")
+    first = run_instruct(run_config(tmp_path / "first", "max_steps=1")).checkpoint
+    export_folder(open_checkpoint(first), tmp_path / "exported")
+    again = run_instruct(run_config(tmp_path / "again", f"load_checkpoint={tmp_path / 'exported'}", *still)).checkpoint
+    expected, found = read_weights(first), read_weights(again)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
