@@ -1,6 +1,7 @@
 """A checkpoint in transformers: the same logits, answers, ids and weights (artifacts/hf, scripts/export_hf.py)."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -132,6 +134,45 @@ def test_cached_decoding_equals_full_forwards_and_beams_are_kept_apart(trained: 
     for options in ({}, {"num_beams": 3}, {"halt_threshold": 0.4}):
         with_cache, without = (model.generate(**inputs, use_cache=use, **options).tolist() for use in (True, False))
         assert with_cache == without
+
+
+@pytest.mark.parametrize("overrides", [("arch=trm",), PREFIX], ids=("causal", "prefix"))
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_a_conversation_goes_on_from_its_cache(trained: Trained, overrides: tuple[str, ...], threshold: float | None) -> None:
+    model, tokenizer, _ = exported(trained("arch.H_cycles=1", *overrides))
+    ids = tokenizer.apply_chat_template(
+        [*MESSAGES, {"role": "assistant", "content": "5 blue"}], return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    # At the ends of the first and the second question, and within each answer.
+    first, second = (int(place) for place in (ids[0] == tokenizer.eos_token_id).nonzero().flatten())
+    with torch.no_grad():
+        whole = model(ids, halt_threshold=threshold).logits
+        cache, parts, begin = None, [], 0
+        for end in (first - 1, first, second - 2, second + 1):
+            result = model(ids[:, begin:end], cache=cache, use_cache=True, halt_threshold=threshold)
+            cache, begin = result.cache, end
+            parts.append(result.logits)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-9
+
+
+def test_it_runs_in_bfloat16(trained: Trained) -> None:
+    checkpoint = trained("arch.H_cycles=1")
+    model, tokenizer, _ = exported(checkpoint, torch.bfloat16)
+    ids = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_tensors="pt")["input_ids"]
+    logits = model(ids, act_steps=1).logits[0]
+    ours = our_logits(checkpoint, ids[0].numpy(), np.zeros(ids.shape[1], np.int64), "bfloat16", 1, None)
+    assert logits.dtype == torch.float32 and (logits - ours).abs().max() < 0.05 * ours.abs().max()
+
+
+def test_the_examples_of_the_page_run(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = trained("arch.H_cycles=1")
+    export_folder(checkpoint, tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[1] / "docs/export.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("checkpoints/<project>/<run>", str(checkpoint.folder)), {})
 
 
 def test_a_calibrated_threshold_halts_where_ours_does(trained: Trained) -> None:

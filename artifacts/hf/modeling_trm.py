@@ -217,18 +217,19 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         active_BT = torch.ones_like(present_BT)
         output_BTD = x_BTD
         for lanes.act_step in range(act_steps):
-            if not active_BT.any():
-                for lane, kept in lanes.held.items():
-                    lanes.update(lane, *kept)
-                continue
-            new_states, new_output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
-            active_BT1 = active_BT.unsqueeze(-1)
-            states = tuple(torch.where(active_BT1, new, old) for new, old in zip(new_states, states, strict=True))
-            output_BTD = torch.where(active_BT1, new_output_BTD, output_BTD)
-            if threshold is not None:
+            if threshold is None:
+                states, output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
+            elif active_BT.any():
+                new_states, new_output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
+                active_BT1 = active_BT.unsqueeze(-1)
+                states = tuple(torch.where(active_BT1, new, old) for new, old in zip(new_states, states, strict=True))
+                output_BTD = torch.where(active_BT1, new_output_BTD, output_BTD)
                 scale, shift = config.halt_scale[lanes.act_step], config.halt_shift[lanes.act_step]
                 halting_BT = (self.q_head(output_BTD)[..., 0].to(exact) * scale + shift).sigmoid() > threshold
                 active_BT = lanes.active_BT = active_BT & ~(halting_BT & (segments_BT == 0))
+            else:
+                for lane, kept in lanes.held.items():
+                    lanes.update(lane, *kept)
         shown = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(output_BTD[:, shown]).to(exact)
         if config.loss == "stablemax":
