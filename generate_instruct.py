@@ -103,11 +103,11 @@ def main() -> None:
             import readline  # noqa: F401  (gives input() line editing and a history)
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are told, not a traceback
-        Chat(responder, input, sys.stdout, responder.system).run()
+        Chat(responder, input, sys.stdout).run()
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)
         forms = form_options(config.dataset)
-        count = answer_file(responder, arguments.input, arguments.output, system=responder.system, forms=forms, tell=tell)
+        count = answer_file(responder, arguments.input, arguments.output, forms=forms, tell=tell)
         tell(f"{count} rows: {arguments.output}")
     else:
         answer_message(responder, responder.conversation(arguments.message), arguments)

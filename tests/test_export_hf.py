@@ -265,6 +265,15 @@ def test_the_modeling_file_is_whole_and_written_as_the_project_is(tmp_path: Path
         subprocess.run([sys.executable, "-m", "ruff", *words, "--isolated", "modeling_trm.py"], cwd=tmp_path, check=True)
 
 
+def test_an_upload_that_fails_is_one_message(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = trained()
+    words = ["export_hf.py", "--checkpoint", str(checkpoint.folder), "--output-dir", str(checkpoint.folder / "out")]
+    script = str(Path(__file__).resolve().parents[1] / "scripts/export_hf.py")
+    with mock.patch("sys.argv", [*words, "--push", "no/such/name"]), pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 2 and "is written, but no/such/name can't be uploaded" in capsys.readouterr().err
+
+
 def test_a_run_begins_with_the_weights_of_a_folder(tmp_path: Path, run_config: Callable[..., PretrainInstructConfig]) -> None:
     # A learning rate that rounds to nothing.
     still = ("max_steps=1", "lr=1e-30", "weight_decay=0", "ema=false")

@@ -110,3 +110,6 @@ def test_documents_are_prompts_and_their_answers(tmp_path: Path, tiny_tokenizer:
         assert doc["prompt"] == doc["prompt"].rstrip(), "the harness would move a blank to the answer"
     assert rows["bits_per_byte"](every[0], [(-2.0, True)]) == {"bits_per_byte": (-2.0, 5)}
     assert rows["exact"](every[0], [" blué\n"]) == {"exact": True} != rows["exact"](every[0], ["Blué"])
+    file.write_text(json.dumps({"messages": asked}) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 1: expected messages that end with an answer"):
+        rows["last_answer"](rows=str(file), pretrained=str(tmp_path))

@@ -38,9 +38,15 @@ def exact(doc: Doc, results: list[str]) -> dict[str, bool]:
 
 
 def _conversations(path: str) -> Iterator[list[dict[str, str]]]:
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        yield row["messages"] if "messages" in row else [*row["prompt"], {"role": "assistant", "content": row["reference"]}]
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            if "reference" in row:
+                yield [*row["prompt"], {"role": "assistant", "content": row["reference"]}]
+            elif "messages" in row and row["messages"][-1]["role"] == "assistant":
+                yield row["messages"]
+            else:
+                raise ValueError(f"{path} line {number}: expected messages that end with an answer, or a prompt and its reference")
 
 
 def _documents(messages: list[dict[str, str]], pretrained: str) -> list[Doc]:
