@@ -14,7 +14,7 @@ from config.errors import UsageError
 from dataset.text.conversation import Template, Turn, encode_conversation, encode_prompt, question
 from dataset.text.portable_tokenizer import BOS, EOS, chat_template, portable_tokenizer
 from dataset.text.tokenizer import Tokenizer
-from tests.tokenizer_files import byte_fallback, byte_level, sentencepiece_model
+from tests.tokenizer_files import byte_fallback, byte_level, sentencepiece_model, unigram, with_everything_on
 
 NASTY = ("<s>", "</s>", "[USER]\n", "[ASSISTANT]\n", "[SYSTEM]\n", BOS, EOS, "\ufdd0|", "\ufdd0", "\ufdd1", "\u2581", "  ")
 texts = st.lists(st.text() | st.sampled_from(NASTY), max_size=4).map("".join)
@@ -25,6 +25,8 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "byte level": byte_level,
     "byte level, prefix, NFC": lambda: byte_level(normalizers.NFC(), prefix=True),
     "byte fallback": byte_fallback,
+    "unigram": unigram,
+    "everything on": with_everything_on,
 }
 
 

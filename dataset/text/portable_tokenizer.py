@@ -141,22 +141,17 @@ def _from_json(tokenizer: Tokenizer) -> Backend:
     content = json.loads(tokenizer.model_bytes)
     content["truncation"] = content["padding"] = content["post_processor"] = None
     content["model"]["dropout"] = None
+    vocabulary = content["model"]["vocab"]
+    pieces = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, *_ in vocabulary}
+    # Special tokens are plain text in training. Those that aren't the model's keep their ids, out of reach.
+    content["added_tokens"] = [token for token in content["added_tokens"] if not (token["special"] and token["content"] in pieces)]
     for token in content["added_tokens"]:
         if token["special"]:
-            # Plain text in training; its id remains, out of reach.
-            _rename(content["model"]["vocab"], token["content"])
             token["content"] = _HIDDEN + token["content"]
     for part in _parts(content["pre_tokenizer"]):
         if part.get("prepend_scheme") == "first":
             part["prepend_scheme"] = "always"  # each text is the first one of its own
     return Backend.from_str(json.dumps(content))
-
-
-def _rename(vocabulary: Any, piece: str) -> None:
-    if isinstance(vocabulary, list):
-        vocabulary[:] = [[_HIDDEN + name if name == piece else name, *rest] for name, *rest in vocabulary]
-    elif piece in vocabulary:
-        vocabulary[_HIDDEN + piece] = vocabulary.pop(piece)
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
