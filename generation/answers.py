@@ -160,10 +160,10 @@ class Responder:
 
     def conversation(self, asked: Question) -> Conversation:
         """The turns of a question; see `Question`, and `system` for how it opens."""
-        if isinstance(asked, tuple):
-            return asked
         if isinstance(asked, str):
             return question([Turn("user", asked)], self.system)
+        if turns := tuple(turn for turn in asked if isinstance(turn, Turn)):
+            return turns
         try:
             return question(parse_turns({"messages": list(asked)}).turns, self.system)
         except BadRow as error:

@@ -71,7 +71,8 @@ def test_options_go_over_the_config_and_that_over_the_checkpoint(
 def test_a_question_opens_with_the_system_turn_of_the_model_or_its_own_or_none(place: Path) -> None:
     user, said = {"role": "user", "content": "Red"}, (Turn("user", "Red"),)
     model = load(place / RUN)
-    assert model.conversation("Red") == model.conversation([user]) == (Turn("system", "Be blue."), *said)
+    for asked in ("Red", [user], (user,)):
+        assert model.conversation(asked) == (Turn("system", "Be blue."), *said)
     assert model.conversation([{"role": "system", "content": " "}, user]) == said == model.conversation(said)
     assert load(place / RUN, system="").conversation("Red") == said
     assert load(place / RUN, system="Be red.").conversation("Red") == (Turn("system", "Be red."), *said)
