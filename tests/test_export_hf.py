@@ -113,7 +113,7 @@ def test_logits_are_ours(trained: Trained, tiny_tokenizer: Tokenizer, recursion:
     "overrides", [("arch=trm",), ("arch=hrm", *PREFIX), ("arch=trm", *OTHERS)], ids=("plain", "prefix", "others")
 )
 def test_generate_gives_the_engines_tokens_of_a_padded_batch(trained: Trained, overrides: tuple[str, ...]) -> None:
-    checkpoint = trained(*overrides, "arch.H_cycles=1", "generation.max_output_tokens=6")
+    checkpoint = trained(*overrides, "arch.H_cycles=1", "generation.max_output_tokens=4")
     theirs, tokenizer, _ = exported(checkpoint)
     ours = load(checkpoint, device="cpu")
     words = ("Red", "blue 1", "What is", "17 plus 18", "gives 3.")

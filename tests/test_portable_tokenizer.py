@@ -43,10 +43,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tokenizer, loaded(tokenizer, tmp_path_factory.mktemp("tokenizer"))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from(("system", "user", "assistant")), texts), min_size=1, max_size=6), texts)
-def test_ids_of_conversations_are_those_of_training(pair: tuple[Tokenizer, Any], said: list[Any], asked: str) -> None:
-    tokenizer, fast = pair
+conversations = st.lists(st.tuples(st.sampled_from(("system", "user", "assistant")), texts), min_size=1, max_size=6)
+
+
+def check_ids(tokenizer: Tokenizer, fast: Any, said: list[Any], asked: str) -> None:
     messages = [{"role": role, "content": text} for role, text in said]
     turns = [Turn(role, text) for role, text in said]
     assert fast.apply_chat_template(messages, return_dict=False) == encode_conversation(turns, tokenizer, Template()).ids.tolist()
@@ -55,7 +55,24 @@ def test_ids_of_conversations_are_those_of_training(pair: tuple[Tokenizer, Any],
     assert opened == encode_prompt([*turns, Turn("user", asked)], tokenizer, Template()).ids.tolist()
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def tiny_pair(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    return tiny_tokenizer, loaded(tiny_tokenizer, tmp_path_factory.mktemp("tokenizer"))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(conversations, texts)
+def test_ids_of_conversations_are_those_of_training(tiny_pair: tuple[Tokenizer, Any], said: list[Any], asked: str) -> None:
+    check_ids(*tiny_pair, said, asked)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(conversations, texts)
+def test_so_they_are_with_every_kind_of_tokenizer(pair: tuple[Tokenizer, Any], said: list[Any], asked: str) -> None:
+    check_ids(*pair, said, asked)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(exclude_categories=("Cs", "Cn"))))
 def test_text_by_itself_has_its_ids_behind_bos_and_comes_back(pair: tuple[Tokenizer, Any], text: str) -> None:
     tokenizer, fast = pair
