@@ -149,7 +149,9 @@ def test_a_conversation_goes_on_from_its_cache(trained: Trained, overrides: tupl
         whole = model(ids, halt_threshold=threshold).logits
         cache, parts, begin = None, [], 0
         for end in (first - 1, first, second - 2, second + 1):
-            result = model(ids[:, begin:end], cache=cache, use_cache=True, halt_threshold=threshold)
+            # By either of its names.
+            given = {"past_key_values" if len(parts) == 1 else "cache": cache}
+            result = model(ids[:, begin:end], **given, use_cache=True, halt_threshold=threshold)
             cache, begin = result.cache, end
             parts.append(result.logits)
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-9

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.versions import require_version
 
 from models.layers import BlockStack, Embedding, Linear, Rotary, rotary_table
 from models.losses import log_probs
@@ -163,6 +165,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.embedding_weight"}  # noqa: RUF012
 
     def __init__(self, config: TRMConfig) -> None:
+        require_version("transformers>=5.24")  # earlier ones name `cache` otherwise
         super().__init__(config)
         self.recursion = build_recursion(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -174,6 +177,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             self.register_buffer(name, torch.zeros(config.hidden_size))
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor,
