@@ -22,6 +22,13 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "sentencepiece": lambda: sentencepiece_model(
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False
     ),
+    "sentencepiece, no blank before a text": lambda: sentencepiece_model(
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+    ),
     "byte level": byte_level,
     "byte level, prefix, NFC": lambda: byte_level(normalizers.NFC(), prefix=True),
     "byte fallback": byte_fallback,
