@@ -15,12 +15,12 @@ from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import user_path
-from dataset.text.conversation import Conversation, Turn, with_default_system
+from dataset.text.conversation import Conversation
 from dataset.text.forms import form_options
+from generation import load
 from generation.answers import Piece, Responder
 from generation.batch import Asked, answer_file, answers_in_order, positions_needed
 from generation.chat import Chat
-from generation.loading import load_responder
 from models.device import keep_freed_memory
 
 _SHOWN_CANDIDATES = 5
@@ -81,7 +81,7 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
             print(json.dumps(record) if arguments.json else f"[{number} of {samples}]\n{record['answer']}", flush=True)
     elif arguments.verbose:
         said = ""
-        for step, piece in enumerate(responder.with_options(top=_SHOWN_CANDIDATES).stream(conversation), 1):
+        for step, piece in enumerate(responder.stream(conversation, top=_SHOWN_CANDIDATES), 1):
             show(responder, step, piece)
             said += piece.text
         print(said)
@@ -97,21 +97,20 @@ def main() -> None:
     refuse_several_ranks()
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings_for_use(checkpoint.config, arguments)
-    responder = load_responder(checkpoint, config)
-    system = config.dataset.default_system_prompt if arguments.system_message is None else arguments.system_message
+    responder = load(checkpoint, config, system=arguments.system_message)
     if arguments.chat:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and a history)
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are told, not a traceback
-        Chat(responder, input, sys.stdout, system).run()
+        Chat(responder, input, sys.stdout).run()
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)
         forms = form_options(config.dataset)
-        count = answer_file(responder, arguments.input, arguments.output, system=system, forms=forms, tell=tell)
+        count = answer_file(responder, arguments.input, arguments.output, forms=forms, tell=tell)
         tell(f"{count} rows: {arguments.output}")
     else:
-        answer_message(responder, with_default_system((Turn("user", arguments.message),), system), arguments)
+        answer_message(responder, responder.conversation(arguments.message), arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import MeasuredSplit, open_run_split
 from evaluators.generated import evaluate_generated, write_generated
 from evaluators.language import DepthOutput, evaluate_sources
-from generation.loading import load_responder
+from generation import load
 from models.device import keep_freed_memory
 from training.loggers import wandb_mode
 
@@ -99,7 +99,7 @@ def main() -> None:
     config = settings(checkpoint.config, arguments)
     logs_to = wandb_mode(config)
     split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
-    responder = load_responder(checkpoint, config)
+    responder = load(checkpoint, config)
     folder = output_folder(arguments.output_dir or checkpoint.folder)
     saved = SavedOutputs(arguments.save_outputs)
 

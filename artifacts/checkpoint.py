@@ -319,10 +319,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def read_train_metrics(checkpoint: Path) -> dict[str, Any]:
+    """Metrics of a run when it saved this checkpoint. Raises UsageError if they can't be read."""
+    return _read_json(checkpoint / "train_metrics.json")
+
+
 def held_out_loss(checkpoint: Path, loss_name: str) -> float | None:
     """`loss_name` on held-out data when the checkpoint was saved; None: it wasn't measured."""
     with contextlib.suppress(UsageError, KeyError, TypeError):
-        return float(_read_json(checkpoint / "train_metrics.json")["test"][loss_name])
+        return float(read_train_metrics(checkpoint)["test"][loss_name])
     return None
 
 

@@ -35,8 +35,8 @@ from dataset.text.conversation import Conversation
 from dataset.text.loader import TextDataset
 from evaluators.answer_scores import Score, is_exact, score_answers, wilson_upper_bound
 from evaluators.calibration import record_halting, reliability
+from generation import load
 from generation.answers import Answer, Responder
-from generation.loading import load_responder
 from models.device import keep_freed_memory
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -290,7 +290,7 @@ def main() -> None:
         )
     split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, "test")
     rows = min(len(split), arguments.rows or len(split))
-    responder = load_responder(checkpoint, config)
+    responder = load(checkpoint, config)
     deepest = responder.options.act_steps
     settings = [Setting(depth, None) for depth in range(1, deepest + 1)]
     settings += [Setting(deepest, threshold) for threshold in sorted(set(arguments.thresholds))]

@@ -108,8 +108,7 @@ def record_halting(
         labels_N = labels_BT.flatten()[supervised_N]
         weights_N = torch.zeros(len(labels_N), device=model.device)
         rows_N = rows[place_N // inputs_BT.shape[1]]
-        rotary = model.rotary(torch.arange(inputs_BT.shape[1]))
-        refinement = model.refine(inputs_BT, rotary, model.mask(segments_BT), act_steps=act_steps)
+        refinement = model.refine_rows(inputs_BT, segments_BT, act_steps=act_steps)
         for part, refined in zip(parts, refinement, strict=True):
             output_ND = refined.output_BTD.flatten(0, 1)[supervised_N]
             _, _, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dataset.text.loader import IGNORE_LABEL_ID, Examples, TextCorpus, collate
 from models.act import RecursiveModel
-from models.cache import HeldLanes
 from models.device import on_device
 from models.losses import linear_cross_entropy
 
@@ -206,15 +205,7 @@ def evaluate_language(
         supervised_N = on_device(place_N, model.device)
         labels_N = labels_BT.flatten()[supervised_N]
         weights_N = torch.zeros(len(labels_N), device=model.device)
-        refinement = model.refine(
-            inputs_BT,
-            model.rotary(torch.arange(inputs_BT.shape[1])),
-            model.mask(segments_BT),
-            act_steps=act_steps,
-            lanes=HeldLanes() if halt_threshold is not None else None,
-            halt_threshold=halt_threshold,
-            may_halt_BT=segments_BT == 0,
-        )
+        refinement = model.refine_rows(inputs_BT, segments_BT, act_steps=act_steps, halt_threshold=halt_threshold)
         for step, refined in enumerate(refinement):
             if halt_threshold is None or refined.is_last:
                 output_ND = refined.output_BTD.flatten(0, 1)[supervised_N]

@@ -1,25 +1,38 @@
-"""From conversations to the texts of their next answers: prompts, the engine, text as it forms, stop strings.
+"""From questions to the texts of their answers: prompts, the engine, text as it forms, stop strings; and how probable a text is.
 
-Prompts are built by the same functions as training's (dataset/text/conversation.py). Knows nothing of training, files or flags.
+`generation.load` gives a `Responder`, the Python interface of a trained model. Prompts are built by the same functions as in
+training (dataset/text/conversation.py). Knows nothing of training, files or flags.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
 
 from config.errors import UsageError
-from dataset.text.conversation import Conversation, Template, encode_prompt
+from dataset.text.conversation import Conversation, Template, Turn, encode_conversation, encode_prompt, question
+from dataset.text.forms import parse_turns
+from dataset.text.rows import BadRow
 from dataset.text.tokenizer import Tokenizer
 from generation.engine import Engine, Prompt, Request, Token, rows_that_fit
 from generation.sampling import GREEDY, Sampling
 from generation.text_stream import TextStream
 from models.act import RecursiveModel
+from models.device import on_device
+from models.losses import linear_cross_entropy
+
+Question = str | Sequence[Mapping[str, Any]] | Conversation
+"""What the user says; messages (`role`, `content`), the last of them the user's; or turns, which are taken as they are."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How one conversation is answered."""
+    """How one conversation is answered. Raises UsageError for a value out of range."""
 
     max_output_tokens: int
     act_steps: int
@@ -31,6 +44,31 @@ class Options:
     """The answer ends before the first of these texts."""
     top: int = 0
     """How many of the most probable tokens to report with each token."""
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("max_output_tokens", self.max_output_tokens >= 1, "at least 1"),
+            ("act_steps", self.act_steps >= 1, "at least 1"),
+            ("halt_threshold", self.halt_threshold is None or 0 < self.halt_threshold < 1, "between 0 and 1, or none at all"),
+        )
+        for name, is_within, expected in limits:
+            if not is_within:
+                raise UsageError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+
+    def changed(self, **changes: Any) -> "Options":
+        """These options but for `changes`: fields of this class and of `Sampling`. Raises UsageError for others."""
+        of_sampling = {field.name for field in dataclasses.fields(Sampling)}
+        own = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(changes.keys() - own - of_sampling):
+            known = ", ".join(sorted((own | of_sampling) - {"sampling"}))
+            raise UsageError(f"no such option: {', '.join(unknown)}; there are {known}")
+        sampling = {name: changes.pop(name) for name in of_sampling & changes.keys()}
+        if sampling:
+            changes["sampling"] = dataclasses.replace(changes.get("sampling", self.sampling), **sampling)
+        if "stop" in changes:
+            stop = changes["stop"]
+            changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass
@@ -47,6 +85,20 @@ class Answer:
     finish: Literal["stop", "length"] = "length"
     """stop: it ended with an EOS or before a stop string. length: it was cut off."""
 
+    def __str__(self) -> str:
+        return self.text
+
+
+class Score(NamedTuple):
+    """How probable a given answer is."""
+
+    log_probability: float
+    """Sum over its tokens, EOS included, in nats."""
+    nats_per_token: float
+    """-log p a token, EOS included."""
+    bits_per_byte: float
+    """-log2 p of its text (EOS left out) a UTF-8 byte; NaN for an answer without text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -61,11 +113,39 @@ class Piece:
 
 @dataclass(frozen=True)
 class Responder:
-    """A model with its tokenizer and template, ready to answer.
+    """A model with its tokenizer and template, ready to answer; `generation.load` makes one.
 
     `context` is the most input positions the model was trained on; a prompt must leave room for at least one new token in it.
     At most `rows` answers form at the same time, fewer where `kv_budget_gb` (GB of keys and values) says so. If
-    `compiled`, the weights are copied into compiled code and must not change any more.
+    `compiled`, the weights are copied into compiled code and must not change any more. `system`: the text of the system turn that
+    opens a question without one.
+
+    Each method takes options by keyword, for this call: the fields of `Options` and of `Sampling`, such as act_steps,
+    halt_threshold, temperature, top_k, seed, stop, max_output_tokens. They raise UsageError for an option that is unknown or out of
+    range, for a question that asks nothing, and for one that is longer than the context.
+
+    >>> model = load("checkpoints/demo/run")
+    >>> answer = model.answer("What is 2 plus 3?", max_output_tokens=8, temperature=0.7, seed=1)
+    >>> answer.finish in ("stop", "length") and len(answer.act_steps) <= 8
+    True
+    >>> history = [
+    ...     {"role": "system", "content": "Answer with one word."},
+    ...     {"role": "user", "content": "Red or blue?"},
+    ...     {"role": "assistant", "content": "Red."},
+    ...     {"role": "user", "content": "Why?"},
+    ... ]
+    >>> model.chat(history, act_steps=1).act_steps[0]
+    1
+    >>> "".join(piece.text for piece in model.stream("Red or blue?")) == str(model.answer("Red or blue?"))
+    True
+    >>> [answer.text for answer in model.answers(["Red or blue?", history])] == [
+    ...     model.answer("Red or blue?").text,
+    ...     model.chat(history).text,
+    ... ]
+    True
+    >>> score = model.score("What is 2 plus 3?", "5, Red.")
+    >>> score.nats_per_token > 0 and score.bits_per_byte > 0
+    True
     """
 
     model: RecursiveModel
@@ -76,6 +156,18 @@ class Responder:
     rows: int
     kv_budget_gb: float
     compiled: bool = False
+    system: str | None = None
+
+    def conversation(self, asked: Question) -> Conversation:
+        """The turns of a question; see `Question`, and `system` for how it opens."""
+        if isinstance(asked, str):
+            return question([Turn("user", asked)], self.system)
+        if turns := tuple(turn for turn in asked if isinstance(turn, Turn)):
+            return turns
+        try:
+            return question(parse_turns({"messages": list(asked)}).turns, self.system)
+        except BadRow as error:
+            raise UsageError(f"the messages can't be read: {error}") from None
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """Encode a history for its next answer. Raises UsageError with the counts if it is longer than the context."""
@@ -108,24 +200,61 @@ class Responder:
             top=options.top,
         )
 
-    def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
-        """Answer each conversation (which ends before the answer); results in the given order."""
-        answers = [Answer() for _ in conversations]
-        for index, answer in self.finished(conversations):
+    def answer(self, message: str, **options: Any) -> Answer:
+        """Answer what the user says."""
+        return self.answers([message], **options)[0]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
+        """Answer the last of some messages, each with `role` (system, user or assistant) and `content`."""
+        return self.answers([messages], **options)[0]
+
+    def answers(self, questions: Sequence[Question], **options: Any) -> list[Answer]:
+        """Answer many questions together; results in the given order."""
+        answers = [Answer() for _ in questions]
+        for index, answer in self.with_options(**options).finished(questions):
             answers[index] = answer
         return answers
 
-    def finished(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Answer]]:
-        """Answer each conversation; yields its place in the sequence and its answer, in the order in which answers end."""
-        speaker = self.speaker([self.request(conversation, self.options) for conversation in conversations])
+    def finished(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """Answer each question; yields its place in the sequence and its answer, in the order in which answers end."""
+        if isinstance(questions, str):
+            raise UsageError("expected a list of questions, found one text: use `answer`")
+        speaker = self.speaker([self.request(self.conversation(asked), self.options) for asked in questions])
         while speaker.busy:
             yield from ((piece.request, piece.answer) for piece in speaker.tick() if piece.answer is not None)
 
-    def stream(self, conversation: Conversation, sample: int = 0) -> Iterator[Piece]:
-        """Answer one conversation, piece by piece as it forms."""
-        speaker = self.speaker([self.request(conversation, self.options, sample)])
+    def stream(self, asked: Question, sample: int = 0, **options: Any) -> Iterator[Piece]:
+        """Answer one question, piece by piece as it forms. Each number of a `sample` draws differently."""
+        answering = self.with_options(**options)
+        speaker = answering.speaker([self.request(self.conversation(asked), answering.options, sample)])
         while speaker.busy:
             yield from speaker.tick()
+
+    @torch.no_grad()
+    def score(self, asked: Question, answer: str, **options: Any) -> Score:
+        """How probable `answer` is as the whole answer to a question; of the options, depth and halting threshold matter."""
+        chosen = self.with_options(**options).options
+        conversation = self.conversation(asked)
+        encoded = encode_conversation((*conversation, Turn("assistant", answer)), self.tokenizer, self.template)
+        if len(encoded.ids) - 1 > self.context:
+            raise UsageError(
+                f"question and answer have {len(encoded.ids)} tokens, the context holds {self.context + 1} (dataset.seq_len + 1)"
+            )
+        ids_1T, segments_1T = (
+            on_device(values.astype(np.int64), self.model.device).unsqueeze(0) for values in (encoded.ids, encoded.segment)
+        )
+        begin = self.prompt_length(conversation)
+        refinement = self.model.refine_rows(
+            ids_1T[:, :-1], segments_1T[:, :-1], act_steps=chosen.act_steps, halt_threshold=chosen.halt_threshold
+        )
+        output_ND = collections.deque(refinement, maxlen=1).pop().output_BTD[0, begin - 1 :]
+        labels_N = ids_1T[0, begin:]
+        weights_N = torch.zeros(len(labels_N), device=self.model.device)
+        _, nll_N, _ = linear_cross_entropy(output_ND, self.model.lm_head.weight, labels_N, weights_N, self.model.config.loss)
+        nll = nll_N.double().cpu().numpy()
+        text_bytes = len(self.tokenizer.decode(encoded.ids[begin:]).encode())
+        bits_per_byte = float(nll[:-1].sum()) / math.log(2) / text_bytes if text_bytes else math.nan
+        return Score(-float(nll.sum()), float(nll.mean()), bits_per_byte)
 
     def speaker(self, requests: Sequence[Request]) -> "Speaker":
         """A speaker with room for these requests, which it has taken up as numbers 0, 1, ..."""
@@ -137,11 +266,14 @@ class Responder:
 
     def at_depth(self, act_steps: int, halt_threshold: float | None = None) -> "Responder":
         """The same model at another number of ACT steps: fixed, or at most that many with a threshold."""
-        return self.with_options(act_steps=act_steps, halt_threshold=halt_threshold)
+        return dataclasses.replace(self, options=self.options.changed(act_steps=act_steps, halt_threshold=halt_threshold))
 
-    def with_options(self, **changes: object) -> "Responder":
-        """The same model with other options (fields of `Options`)."""
-        return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))  # type: ignore[arg-type]
+    def with_options(self, **changes: Any) -> "Responder":
+        """The same model with other options; see `Options.changed`."""
+        options = self.options.changed(**changes)
+        if options.act_steps > self.model.config.halt_max_steps:
+            raise UsageError(f"act_steps is {options.act_steps}: the model has 1 to {self.model.config.halt_max_steps}")
+        return dataclasses.replace(self, options=options)
 
 
 class Speaker:

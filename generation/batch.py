@@ -184,7 +184,6 @@ def answer_file(
     source: Path,
     target: Path,
     *,
-    system: str | None,
     forms: FormOptions = USUAL,
     tell: Callable[[str], None] = lambda _: None,
 ) -> int:
@@ -200,7 +199,7 @@ def answer_file(
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
-    overview = _look_over(responder, read_asked(file, system, forms))
+    overview = _look_over(responder, read_asked(file, responder.system, forms))
     count, positions = overview.asking + overview.odd, overview.positions
     if not count:
         raise UsageError(f"{source} has no rows: there is nothing to answer")
@@ -218,10 +217,10 @@ def answer_file(
     partial = target.with_name(target.name + ".partial")
     about = target.with_name(target.name + ".partial.about.json")
     with _alone(partial) as lines:
-        done = _resume(lines, partial, about, _identity(responder, source, system, forms))
+        done = _resume(lines, partial, about, _identity(responder, source, forms))
         begun = f", going on after {done} finished rows" if done else ""
         tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
-        asked = itertools.islice(read_asked(file, system, forms), done, None)
+        asked = itertools.islice(read_asked(file, responder.system, forms), done, None)
         records = answers_in_order(responder, asked, rows=rows, positions=positions)
         try:
             for record in tqdm(records, desc="answers", unit="row", initial=done, total=count):
@@ -270,7 +269,7 @@ def _look_over(responder: Responder, rows: Iterable[Asked]) -> _Overview:
     return _Overview(asking, positions, odd, first_error, sorted(unheeded))
 
 
-def _identity(responder: Responder, source: Path, system: str | None, forms: FormOptions) -> dict[str, Any]:
+def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[str, Any]:
     """All that answers depend on, as plain values: input, weights, tokenizer and settings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(responder.model.state_dict().items()):
@@ -283,7 +282,7 @@ def _identity(responder: Responder, source: Path, system: str | None, forms: For
         "weights": weights.hexdigest(),
         "tokenizer": responder.tokenizer.sha256,
         "template": responder.template.to_dict(),
-        "system": system,
+        "system": responder.system,
         "forms": forms.to_dict(),
         "context": responder.context,
         # It matters to a threshold alone.

@@ -25,13 +25,13 @@ A line that begins with a blank is a message, whatever follows."""
 class Chat:
     """One conversation. When it outgrows the context its oldest exchanges are dropped, and that is said."""
 
-    def __init__(self, responder: Responder, read: Callable[[str], str], output: TextIO, system: str | None = None) -> None:
+    def __init__(self, responder: Responder, read: Callable[[str], str], output: TextIO) -> None:
         """`read` shows a prompt and returns a line without its end, or raises EOFError, as the built-in `input` does."""
         self._responder = responder
         self._most_act_steps = responder.model.config.halt_max_steps
         self._read = read
         self._output = output
-        self._system = system
+        self._system = responder.system
         self.history: Conversation = ()
         """Turns so far, without the system turn."""
 

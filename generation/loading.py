@@ -1,18 +1,59 @@
 """From a checkpoint to a model that answers. Knows nothing of training, flags or Hydra."""
 
 import dataclasses
+import os
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from artifacts.checkpoint import Checkpoint, load_weights
+from artifacts.checkpoint import Checkpoint, load_weights, open_checkpoint
 from artifacts.halting import read_halting_calibration
-from config.schema import PretrainInstructConfig
+from config.schema import PretrainInstructConfig, parse_config
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder
 from generation.sampling import Sampling
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch, should_compile
+
+
+def load(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    config: PretrainInstructConfig | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    system: str | None = None,
+    **options: Any,
+) -> Responder:
+    """A trained model, ready to answer.
+
+    checkpoint: a folder step_<N>, or that of a run, whose newest checkpoint is taken; or one that is open.
+    config: settings to use it with; None: its own.
+    device: auto, cpu, cuda or mps. dtype: auto, bfloat16, float32 or float64. None: as `config` says.
+    system: text of the system turn that opens a question without one, "" for none; None: the one the model was trained with.
+    options: keys of `generation` in config/schema.py, over those of `config`.
+
+    Raises UsageError for a checkpoint that is missing or damaged, for an option that is unknown or out of range, and if compiled
+    code is asked for on a CPU without a C++ compiler.
+
+    >>> model = load("checkpoints/demo/run", device="cpu", act_steps=1, temperature=0.8, batch_size=16)
+    >>> model.options.act_steps
+    1
+    """
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(checkpoint).expanduser())
+    values = (config or opened.config).model_dump()
+    values["generation"] |= options
+    values["device"] = device or values["device"]
+    values["arch"]["forward_dtype"] = dtype or values["arch"]["forward_dtype"]
+    if system is not None:
+        values["dataset"]["default_system_prompt"] = system
+    used = parse_config(values)
+    model = load_model(opened, used)
+    responder = make_responder(model, opened.tokenizer, opened.template, used)
+    # Not a model in training: compiled code keeps the weights it was made with.
+    return dataclasses.replace(responder, compiled=should_compile(used.generation.compile, model.device))
 
 
 def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> RecursiveModel:
@@ -29,28 +70,10 @@ def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Recurs
     return model
 
 
-def load_responder(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Responder:
-    """The checkpoint's model with its tokenizer and template, answering as `config` asks for.
-
-    Raises UsageError if it asks for compiled code on a CPU without a C++ compiler.
-    """
-    model = load_model(checkpoint, config)
-    responder = make_responder(model, checkpoint.tokenizer, checkpoint.template, config)
-    # Not a model in training: compiled code keeps the weights it was made with.
-    return dataclasses.replace(responder, compiled=should_compile(config.generation.compile, model.device))
-
-
 def make_responder(model: RecursiveModel, tokenizer: Tokenizer, template: Template, config: PretrainInstructConfig) -> Responder:
     """`model` answering as `config` asks for, but for `generation.compile`."""
     generation = config.generation
-    sampling = Sampling(
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        min_p=generation.min_p,
-        repetition_penalty=generation.repetition_penalty,
-        seed=generation.seed,
-    )
+    sampling = Sampling(**{field.name: getattr(generation, field.name) for field in dataclasses.fields(Sampling)})
     return Responder(
         model=model,
         tokenizer=tokenizer,
@@ -59,4 +82,5 @@ def make_responder(model: RecursiveModel, tokenizer: Tokenizer, template: Templa
         options=Options(config.answer_limit, config.depth, generation.halt_threshold, sampling, tuple(generation.stop)),
         rows=generation.batch_size,
         kv_budget_gb=generation.kv_budget_gb,
+        system=config.dataset.default_system_prompt,
     )

@@ -298,6 +298,20 @@ class RecursiveModel(nn.Module):
             if is_last:
                 return
 
+    def refine_rows(
+        self, ids_BT: Tensor, segments_BT: Tensor, *, act_steps: int, halt_threshold: float | None = None
+    ) -> Iterator[Refined]:
+        """`refine` of whole right-padded rows with these prompt segments (0: assistant text, padding), which stay at full depth."""
+        return self.refine(
+            ids_BT,
+            self.rotary(torch.arange(ids_BT.shape[1])),
+            self.mask(segments_BT),
+            act_steps=act_steps,
+            lanes=HeldLanes() if halt_threshold is not None else None,
+            halt_threshold=halt_threshold,
+            may_halt_BT=segments_BT == 0,
+        )
+
     def halt_logits(self, output_ND: Tensor) -> Tensor:
         """Halting and continuing logits [N, 2] of outputs [N, D]: of text's tokens, which use the first, or of puzzles' rows."""
         logits: Tensor = self.q_head(output_ND)

@@ -145,6 +145,22 @@ def _are_many_scores(q_BHTK: Tensor) -> bool:
     return torch.compiler.is_compiling() or rows * heads * positions**2 >= _MANY_SCORES
 
 
+def attention(qk: Tensor, v: Tensor, mask: Mask, lane: Lane | None) -> Tensor:
+    """Scaled dot-product attention of queries and keys [..., 2, H, K] and values [..., H, K]: [..., H * K]."""
+    if mask.documents is not None:
+        return attend_in_documents(qk, v, mask.documents)
+    if mask.groups:
+        sizes = [len(group.token_rows.index_N) for group in mask.groups if group.token_rows is not None]
+        parts = zip(qk.split(sizes), v.split(sizes), mask.groups, strict=True)
+        return torch.cat([attention(*part, lane) for part in parts])
+    if mask.token_rows is not None:
+        qk, v = mask.token_rows.scatter(qk), mask.token_rows.scatter(v)
+    q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
+    y_BHTK = (attend if lane is None else lane.attend)(q_BHTK, k_BHTK, v_BHTK, mask)
+    y = y_BHTK.transpose(1, 2).flatten(2)
+    return y if mask.token_rows is None else mask.token_rows.gather(y)
+
+
 class Linear(nn.Module):
     """Linear layer with a float32 master weight [out, in], computing in the dtype of its input."""
 
@@ -205,26 +221,8 @@ class Attention(nn.Module):
             qk = rms_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
-        if mask.documents is not None:
-            y = attend_in_documents(qk, v, mask.documents)
-        elif mask.groups:
-            sizes = [len(group.token_rows.index_N) for group in mask.groups if group.token_rows is not None]
-            parts = zip(qk.split(sizes), v.split(sizes), mask.groups, strict=True)
-            y = torch.cat([self._attend_in_rows(*part, lane) for part in parts])
-        else:
-            y = self._attend_in_rows(qk, v, mask, lane)
-        result: Tensor = self.o_proj(y)
+        result: Tensor = self.o_proj(attention(qk, v, mask, lane))
         return result
-
-    @staticmethod
-    def _attend_in_rows(qk: Tensor, v: Tensor, mask: Mask, lane: Lane | None) -> Tensor:
-        """qk [..., 2, H, K], v [..., H, K] -> [..., D]"""
-        if mask.token_rows is not None:
-            qk, v = mask.token_rows.scatter(qk), mask.token_rows.scatter(v)
-        q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
-        y_BHTK = (attend if lane is None else lane.attend)(q_BHTK, k_BHTK, v_BHTK, mask)
-        y = y_BHTK.transpose(1, 2).flatten(2)
-        return y if mask.token_rows is None else mask.token_rows.gather(y)
 
 
 class SwiGLU(nn.Module):

@@ -3,7 +3,6 @@
 Knows nothing of HTTP, threads or queues; scripts/serve.py does. docs/serving.md lists the fields.
 """
 
-import dataclasses
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from dataset.text.conversation import Conversation, Role, Turn, with_default_system
+from config.errors import UsageError
+from dataset.text.conversation import Conversation, Role, Turn, question
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options
 from generation.engine import Token
@@ -130,10 +130,10 @@ class ChatRequest(_Body):
 
     def conversation(self, default_system: str | None) -> Conversation:
         """The messages, opened by the default system turn if they have none; an empty one is a wish for none."""
-        turns = [message.turn() for message in self.messages]
-        if turns[-1].role != "user" or not turns[-1].text.strip():
-            raise invalid("the last message must be the user's, with text to answer", "messages")
-        return with_default_system(turns, None if any(turn.role == "system" for turn in turns) else default_system)
+        try:
+            return question([message.turn() for message in self.messages], default_system)
+        except UsageError as error:
+            raise invalid(str(error), "messages") from None
 
     def options(self, default: Options) -> Options:
         """How to answer: what is asked for, else `default`, whose act_steps are the most there are.
@@ -152,13 +152,14 @@ class ChatRequest(_Body):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         seed = secrets.randbits(32) if self.seed is None else self.seed
         chooses_depth = self.act_steps is not None or self.halt_threshold is not None
-        return Options(
+        return default.changed(
             max_output_tokens=self.max_completion_tokens or self.max_tokens or default.max_output_tokens,
             act_steps=self.act_steps or default.act_steps,
             halt_threshold=self.halt_threshold if chooses_depth else default.halt_threshold,
-            sampling=dataclasses.replace(default.sampling, seed=seed, **given),
-            stop=default.stop if self.stop is None else tuple(self.stop),
+            stop=default.stop if self.stop is None else self.stop,
             top=self.top_logprobs,
+            seed=seed,
+            **given,
         )
 
 

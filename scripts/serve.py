@@ -40,7 +40,7 @@ except ImportError as missing:
 from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
-from generation.loading import load_responder
+from generation import load
 from generation.service import Broken, Closed, Full, Part, Service, ServiceError, TimedOut
 from models.device import keep_freed_memory
 from scripts.chat_completions import ApiError, Completion, invalid, parse_request
@@ -64,7 +64,6 @@ class Access:
     api_key: str | None = None
     any_host: bool = False
     """Without a key: whether names other than the loopback's are answered to."""
-    default_system: str | None = None
     max_request_bytes: int = 256 * 1024
 
 
@@ -154,7 +153,7 @@ class _Api:
         service = self._service
         asked = parse_request(await _read_body(request, self._access.max_request_bytes))
         self._check_model(asked.model)
-        conversation = asked.conversation(self._access.default_system)
+        conversation = asked.conversation(service.responder.system)
         options = asked.options(service.responder.options)
         if asked.n > service.capacity:
             raise invalid(f"n is {asked.n}: this server gives at most {service.capacity} answers at a time", "n")
@@ -456,15 +455,13 @@ def main() -> None:
     check(arguments)
     listening = bind(arguments.host, arguments.port)
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
-    config = settings_for_use(checkpoint.config, arguments)
-    responder = load_responder(checkpoint, config)
+    responder = load(checkpoint, settings_for_use(checkpoint.config, arguments))
     service = Service(responder, queue=arguments.queue, timeout=arguments.timeout)
     folder = checkpoint.folder.resolve()
     access = Access(
         model=arguments.model_name or f"{folder.parent.name}/{folder.name}",
         api_key=arguments.api_key,
         any_host=arguments.allow_open,
-        default_system=config.dataset.default_system_prompt,
         max_request_bytes=arguments.max_request_kb * 1024,
     )
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

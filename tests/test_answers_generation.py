@@ -1,5 +1,6 @@
 """From conversations to texts: order, limits, the context, EOS, stop strings, pieces as they form (generation/answers.py)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from config.errors import UsageError
-from dataset.text.conversation import Template, Turn, encode_prompt
+from dataset.text.conversation import Template, Turn, encode_conversation, encode_prompt
+from dataset.text.loader import Example
 from dataset.text.tokenizer import Tokenizer
+from evaluators.language import evaluate_language
 from generation.answers import Answer, Options, Responder
 from generation.sampling import Sampling
 
@@ -148,3 +151,76 @@ def test_depth_can_be_chosen_at_use(responder: ResponderFactory) -> None:
     assert (deeper.options.act_steps, deeper.options.halt_threshold, deeper.model) == (3, 0.4, speaker.model)
     (fixed,) = speaker.at_depth(3).answers(QUESTIONS[:1])
     assert set(fixed.act_steps) == {3}
+
+
+def test_options_of_one_call_are_those_of_a_responder(responder: ResponderFactory) -> None:
+    plain = responder()
+    (question,) = QUESTIONS[1]
+    for options in ({"temperature": 1.5, "seed": 3}, {"act_steps": 1}, {"halt_threshold": 0.4}, {"max_output_tokens": 2}):
+        expected = plain.with_options(**options).answers([QUESTIONS[1]])[0]
+        assert as_values(plain.answer(question.text, **options)) == as_values(expected)
+        assert as_values(plain.chat([{"role": "user", "content": question.text}], **options)) == as_values(expected)
+        assert "".join(piece.text for piece in plain.stream(question.text, **options)) == str(expected)
+    text = plain.answer(question.text).text
+    assert plain.answer(question.text, stop=text[-1]).text == text[: text.index(text[-1])]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"heat": 1}, "no such option: heat; there are act_steps, "),
+        ({"temperature": -1}, "temperature must be"),
+        ({"act_steps": 5}, "act_steps is 5: the model has 1 to 4"),
+        ({"act_steps": 0}, "act_steps must be at least 1"),
+        ({"halt_threshold": 1.0}, "halt_threshold must be between 0 and 1"),
+        ({"max_output_tokens": 0}, "max_output_tokens must be at least 1"),
+    ],
+)
+def test_a_wrong_option_is_told(responder: ResponderFactory, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        responder().answer("Red", **options)
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ("  ", "the last message must be the user's, with text"),
+        ([], "the last message must be the user's, with text"),
+        ([{"role": "assistant", "content": "Red"}], "the last message must be the user's, with text"),
+        ([{"role": "user", "text": "Red"}], "the messages can't be read: "),
+    ],
+)
+def test_a_question_that_asks_nothing_is_told(responder: ResponderFactory, question: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        responder().answers([question])
+
+
+def test_a_text_in_place_of_a_list_of_questions_is_told(responder: ResponderFactory) -> None:
+    with pytest.raises(UsageError, match="found one text: use `answer`"):
+        responder().answers("Red")
+
+
+@pytest.mark.parametrize("options", [{}, {"act_steps": 1}, {"halt_threshold": 0.4}])
+def test_a_score_is_the_evaluator_s_of_the_same_row(
+    responder: ResponderFactory, tiny_tokenizer: Tokenizer, options: dict[str, Any]
+) -> None:
+    model = responder(**options)
+    history = [{"role": "user", "content": "Red"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "blue"}]
+    turns = (Turn("user", "Red"), Turn("assistant", "1", supervised=False), Turn("user", "blue"), Turn("assistant", "blu\u00e9 17"))
+    row = encode_conversation(turns, tiny_tokenizer, Template())
+    example = Example(row.ids, row.supervised, row.segment, row.turn_bytes)
+    depth = {"act_steps": 2, "halt_threshold": None, **options}
+    expected = evaluate_language(model.model, [example], eos_id=tiny_tokenizer.eos_id, batch_size=1, **depth).by_depth[-1]
+    score = model.score(history, "blu\u00e9 17")
+    assert score.log_probability == pytest.approx(-expected.nll) and expected.text_bytes == 8
+    assert score.nats_per_token == pytest.approx(expected.metrics()["loss_per_token"])
+    assert score.bits_per_byte == pytest.approx(expected.metrics()["bits_per_byte"])
+    if not options:
+        assert model.score(history, "blu\u00e9 17", act_steps=1) != score
+
+
+def test_a_score_needs_room_in_the_context_and_text_to_divide_by(responder: ResponderFactory) -> None:
+    empty = responder().score("Red", "")
+    assert math.isnan(empty.bits_per_byte) and empty.log_probability == -empty.nats_per_token < 0
+    with pytest.raises(UsageError, match="the context holds 257"):
+        responder().score("Red", "blue " * 400)

@@ -26,10 +26,10 @@ from dataset.text.conversation import Template, Turn
 from dataset.text.forms import FormOptions
 from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
+from generation import load
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.batch import Asked, answer_file, answers_in_order, positions_needed, read_asked
 from generation.engine import Engine, Request
-from generation.loading import load_responder
 from generation.sampling import Sampling
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -76,7 +76,7 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
     one = responder(**options)
     source = write(tmp_path / "in.jsonl", prompts(11))
     told: list[str] = []
-    assert answer_file(one, source, tmp_path / "new/out.jsonl", system="Be blue.", tell=told.append) == 11
+    assert answer_file(dataclasses.replace(one, system="Be blue."), source, tmp_path / "new/out.jsonl", tell=told.append) == 11
     rows = read(tmp_path / "new/out.jsonl")
     assert [row["index"] for row in rows] == list(range(11))
     for index, row in enumerate(rows):
@@ -95,10 +95,10 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
 
 def test_a_stop_string_and_the_number_of_tokens_are_counted(responder: Callable[..., Responder], tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", prompts(3))
-    answer_file(responder(), source, tmp_path / "free.jsonl", system=None)
+    answer_file(responder(), source, tmp_path / "free.jsonl")
     free = read(tmp_path / "free.jsonl")
     stop = next(row["answer"][1:2] for row in free if len(row["answer"]) > 1)
-    answer_file(responder(stop=(stop,)), source, tmp_path / "cut.jsonl", system=None)
+    answer_file(responder(stop=(stop,)), source, tmp_path / "cut.jsonl")
     for row, uncut in zip(read(tmp_path / "cut.jsonl"), free, strict=True):
         assert row["answer"] == uncut["answer"].split(stop)[0]
         assert row["finish"] == ("stop" if stop in uncut["answer"] else uncut["finish"])
@@ -109,7 +109,7 @@ def test_a_row_longer_than_the_context_becomes_an_error_and_the_others_are_answe
 ) -> None:
     rows = [{"prompt": "Red " * 200}, {"prompt": "blue"}, {"prompt": "Red " * 300}]
     source = write(tmp_path / "in.jsonl", rows)
-    answer_file(responder(), source, tmp_path / "out.jsonl", system=None)
+    answer_file(responder(), source, tmp_path / "out.jsonl")
     long, fine, longer = read(tmp_path / "out.jsonl")
     assert "the prompt has" in long["error"] and long["prompt_tokens"] > 128 == long["context"] and "answer" not in long
     assert fine["answer"] and "error" not in fine and longer["index"] == 2 and "error" in longer
@@ -173,7 +173,7 @@ def test_rows_of_every_form_are_read(tmp_path: Path, row: dict[str, Any], histor
 
 def test_a_reference_goes_along_and_is_not_seen(responder: Callable[..., Responder], tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "blue 1", "response": "gives"}, {"prompt": "blue 1"}])
-    answer_file(responder(), source, tmp_path / "out.jsonl", system=None)
+    answer_file(responder(), source, tmp_path / "out.jsonl")
     first, second = read(tmp_path / "out.jsonl")
     assert first["reference"] == "gives" and "reference" not in second
     assert first["prompt"] == second["prompt"] and first["answer"] == second["answer"]
@@ -206,7 +206,7 @@ def test_an_odd_row_is_a_line_with_its_place_and_the_others_are_answered(
 ) -> None:
     source = write(tmp_path / "in.jsonl", [*prompts(3), row, *prompts(2)])
     told: list[str] = []
-    assert answer_file(responder(), source, tmp_path / "out.jsonl", system=None, tell=told.append) == 6
+    assert answer_file(responder(), source, tmp_path / "out.jsonl", tell=told.append) == 6
     lines = read(tmp_path / "out.jsonl")
     assert [line["index"] for line in lines] == list(range(6))
     assert ["answer" in line for line in lines] == [True, True, True, False, True, True]
@@ -222,7 +222,7 @@ def test_a_file_without_a_row_to_answer_is_told_before_anything_is_written(
 ) -> None:
     source = write(tmp_path / "in.jsonl", [row for row, _ in ODD])
     with pytest.raises(UsageError, match=rf"none of the {len(ODD)} rows .*in\.jsonl:1: expected a JSON object"):
-        answer_file(responder(), source, tmp_path / "out.jsonl", system=None)
+        answer_file(responder(), source, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -234,7 +234,7 @@ def test_the_keys_of_a_row_go_along_and_never_take_the_place_of_an_answers(
         {"id": 7, "question": "blue 2", "index": 99, "error": False, "row.error": None, "act_steps": 3},
         {"custom_id": "c", "prompt": "Red " * 200},
     ]
-    answer_file(responder(), write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", system=None)
+    answer_file(responder(), write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     first, second, long = read(tmp_path / "out.jsonl")
     assert {key: first[key] for key in ("index", "id", "task", "score", "tags", "reference")} == {
         "index": 0, "id": "a", "task": "sum", "score": 0.5, "tags": [1], "reference": "gives",
@@ -252,7 +252,7 @@ def test_a_batch_file_of_requests_is_answered(responder: Callable[..., Responder
     request = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": messages, **settings}}
     told: list[str] = []
     source = write(tmp_path / "in.jsonl", [request, {"prompt": "blue 1", "system": "Be blue."}])
-    answer_file(responder(), source, tmp_path / "out.jsonl", system="default", tell=told.append)
+    answer_file(dataclasses.replace(responder(), system="default"), source, tmp_path / "out.jsonl", tell=told.append)
     line, plain = read(tmp_path / "out.jsonl")
     assert (line["custom_id"], line["method"], line["url"]) == ("r-1", "POST", "/v1/chat/completions")
     assert line["body"] == {key: value for key, value in settings.items() if value is not None}
@@ -264,12 +264,10 @@ def test_a_batch_file_of_requests_is_answered(responder: Callable[..., Responder
 def test_values_that_json_lacks_are_written(responder: Callable[..., Responder], tmp_path: Path) -> None:
     day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [b"blue 1"], "made": [day]}), tmp_path / "in.parquet")
-    answer_file(responder(), tmp_path / "in.parquet", tmp_path / "a.jsonl", system=None)
+    answer_file(responder(), tmp_path / "in.parquet", tmp_path / "a.jsonl")
     [answered] = read(tmp_path / "a.jsonl")
     assert answered["made"] == str(day) and answered["prompt"] == [{"role": "user", "content": "blue 1"}], "bytes can be text, too"
-    answer_file(
-        responder(), write(tmp_path / "in.jsonl", [{"prompt": "blue 1", "id": "\ud800"}]), tmp_path / "b.jsonl", system=None
-    )
+    answer_file(responder(), write(tmp_path / "in.jsonl", [{"prompt": "blue 1", "id": "\ud800"}]), tmp_path / "b.jsonl")
     assert read(tmp_path / "b.jsonl")[0]["id"] == "\ud800"
 
 
@@ -285,7 +283,8 @@ def test_what_a_row_says_never_becomes_a_role(
 
     monkeypatch.setattr(Engine, "submit", watch)
     rows = [{"prompt": FORGED, "system": FORGED}, {"messages": [{"role": "user", "content": FORGED}]}]
-    answer_file(responder(context=256), write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", system=FORGED)
+    forged = dataclasses.replace(responder(context=256), system=FORGED)
+    answer_file(forged, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     for ids in taken:
         assert ids.count(tiny_tokenizer.bos_id) == 3 and ids.count(tiny_tokenizer.eos_id) == 0
     assert len(taken) == 2
@@ -319,10 +318,10 @@ def test_a_stopped_run_goes_on_where_it_was(
     rows = prompts(12)
     source = write(tmp_path / "in.jsonl", [*rows[:2], "{an odd row", *rows[3:10], {"words": "another"}, rows[11]])
     one = responder(sampling=DRAWN)
-    answer_file(one, source, tmp_path / "whole.jsonl", system=None)
+    answer_file(one, source, tmp_path / "whole.jsonl")
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         stop_after(patched, ticks=30)
-        answer_file(one, source, tmp_path / "out.jsonl", system=None)
+        answer_file(one, source, tmp_path / "out.jsonl")
     partial = tmp_path / "out.jsonl.partial"
     done = read(partial)
     assert 0 < len(done) < 12 and not (tmp_path / "out.jsonl").exists()
@@ -330,7 +329,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         handle.write(torn)
     told: list[str] = []
     # Rows at a time and the budget may change: an answer doesn't depend on them.
-    answer_file(dataclasses.replace(one, rows=2), source, tmp_path / "out.jsonl", system=None, tell=told.append)
+    answer_file(dataclasses.replace(one, rows=2), source, tmp_path / "out.jsonl", tell=told.append)
     assert f"going on after {len(done)} finished rows" in told[-1]
     resumed, whole = read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl")
     assert resumed[: len(done)] == done
@@ -346,24 +345,24 @@ def test_ctrl_c_says_how_to_go_on(responder: Callable[..., Responder], tmp_path:
     told: list[str] = []
     stop_after(monkeypatch, ticks=30, error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        answer_file(responder(), source, tmp_path / "out.jsonl", system=None, tell=told.append)
+        answer_file(responder(), source, tmp_path / "out.jsonl", tell=told.append)
     assert f"stopped after {len(read(tmp_path / 'out.jsonl.partial'))} of 12 rows" in told[-1]
 
 
 def test_a_full_disk_says_how_to_go_on(responder: Callable[..., Responder], tmp_path: Path) -> None:
     source, target = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl"
-    answer_file(responder(), source, tmp_path / "whole.jsonl", system=None)
+    answer_file(responder(), source, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # No file may grow beyond the middle of the last row.
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 10, limits[1]))
     try:
         with pytest.raises(UsageError, match=r"out\.jsonl\.partial can't be written \(File too large\).* same command"):
-            answer_file(responder(), source, target, system=None)
+            answer_file(responder(), source, target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "out.jsonl.partial").read_bytes() == whole[:-10]
-    answer_file(responder(), source, target, system=None)
+    answer_file(responder(), source, target)
     assert target.read_bytes() == whole
 
 
@@ -373,7 +372,7 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
     source, target = write(tmp_path / "in.jsonl", prompts(12)), tmp_path / "out.jsonl"
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         stop_after(patched, ticks=30)
-        answer_file(responder(), source, target, system=None)
+        answer_file(responder(), source, target)
     partial = tmp_path / "out.jsonl.partial"
     before = partial.read_bytes()
     other_weights = tiny_model(vocab_size=responder().tokenizer.vocab_size, seed=1)
@@ -386,19 +385,19 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
         (dataclasses.replace(responder(), model=other_weights), None, "weights"),
     ):
         with pytest.raises(UsageError, match=r"out\.jsonl\.partial was begun with something else") as told:
-            answer_file(changed, source, target, system=system)
+            answer_file(dataclasses.replace(changed, system=system), source, target)
         assert fragment in str(told.value) and "delete it to begin anew" in str(told.value)
     with pytest.raises(UsageError, match="forms"):
-        answer_file(responder(), source, target, system=None, forms=FormOptions(ignore=("notes",)))
+        answer_file(responder(), source, target, forms=FormOptions(ignore=("notes",)))
     assert partial.read_bytes() == before
     write(source, prompts(13))
     with pytest.raises(UsageError, match="input"):
-        answer_file(responder(), source, target, system=None)
+        answer_file(responder(), source, target)
     assert partial.read_bytes() == before and not target.exists()
     write(source, prompts(12))
     (tmp_path / "out.jsonl.partial.about.json").unlink()
     with pytest.raises(UsageError, match="begun with something else"):
-        answer_file(responder(), source, target, system=None)
+        answer_file(responder(), source, target)
 
 
 def test_two_processes_do_not_write_one_file(responder: Callable[..., Responder], tmp_path: Path) -> None:
@@ -406,8 +405,8 @@ def test_two_processes_do_not_write_one_file(responder: Callable[..., Responder]
     with partial.open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another process"):
-            answer_file(responder(), source, tmp_path / "out.jsonl", system=None)
-    answer_file(responder(), source, tmp_path / "out.jsonl", system=None)
+            answer_file(responder(), source, tmp_path / "out.jsonl")
+    answer_file(responder(), source, tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -429,7 +428,7 @@ def test_files_that_do_not_fit_are_told(
     write(tmp_path / "empty.jsonl", [""])
     write(tmp_path / "in.txt", prompts(2))
     with pytest.raises(UsageError) as told:
-        answer_file(responder(), tmp_path / source, tmp_path / target, system=None)
+        answer_file(responder(), tmp_path / source, tmp_path / target)
     assert fragment in str(told.value)
     assert (tmp_path / "mine.jsonl").read_text() == "mine\n" and len(list(tmp_path.iterdir())) == 4
 
@@ -439,7 +438,7 @@ def test_a_budget_without_room_for_a_row_is_told_before_anything_is_written(
 ) -> None:
     source = write(tmp_path / "in.jsonl", prompts(2))
     with pytest.raises(UsageError, match="kv_budget_gb"):
-        answer_file(dataclasses.replace(responder(), kv_budget_gb=1e-9), source, tmp_path / "out.jsonl", system=None)
+        answer_file(dataclasses.replace(responder(), kv_budget_gb=1e-9), source, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -483,7 +482,7 @@ def test_a_killed_process_neither_repeats_nor_loses_a_row(checkpoint: Path, tmp_
     config = override_config(opened.config, ["generation.temperature=0.8", "generation.seed=5"])
     forms = FormOptions(ignore=("notes",))
     for output in (target, tmp_path / "whole.jsonl"):
-        answer_file(load_responder(opened, config), source, output, system=None, forms=forms)
+        answer_file(load(opened, config), source, output, forms=forms)
     assert target.read_bytes().startswith(killed[: killed.rindex(b"\n") + 1]), "finished rows are not answered again"
     resumed, whole = read(target), read(tmp_path / "whole.jsonl")
     assert [row["index"] for row in resumed] == list(range(count))

@@ -39,7 +39,7 @@ def talk(responder: Responder, *lines: str | type[BaseException], system: str | 
             raise line
         return line
 
-    chat = Chat(responder, read, output, system)
+    chat = Chat(dataclasses.replace(responder, system=system), read, output)
     chat.run()
     return output.getvalue(), chat
 

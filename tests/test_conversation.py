@@ -1,6 +1,5 @@
 """Contract 1: ids, masks and segments of conversations, for training and for generation."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from hypothesis import strategies as st
 
 from config.errors import UsageError
 from dataset.text.conversation import (
-    Encoded,
     Template,
     Turn,
     encode_batch,
+    encode_conversation,
     encode_prompt,
     with_default_system,
 )
@@ -23,12 +22,6 @@ from dataset.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
 TEMPLATE = Template()
-
-
-def encode(turns: Sequence[Turn]) -> Encoded:
-    [encoded] = encode_batch([turns], TOKENIZER, TEMPLATE)
-    return encoded
-
 
 texts = st.one_of(
     st.text(max_size=12),
@@ -47,7 +40,7 @@ def answer(text: str, supervised: bool = True) -> Turn:
 @settings(max_examples=150)
 def test_a_prompt_is_an_exact_prefix_of_what_is_trained_on(turns: list[Turn], at: int) -> None:
     history = turns[:at]
-    whole = encode([*history, answer("The answer."), *turns[at:]])
+    whole = encode_conversation([*history, answer("The answer."), *turns[at:]], TOKENIZER, TEMPLATE)
     prompt = encode_prompt(history, TOKENIZER, TEMPLATE)
     length = len(prompt.ids)
     assert np.array_equal(whole.ids[:length], prompt.ids)
@@ -59,7 +52,7 @@ def test_a_prompt_is_an_exact_prefix_of_what_is_trained_on(turns: list[Turn], at
 @given(turns_lists)
 @settings(max_examples=150)
 def test_supervised_ids_are_the_answers_and_their_eos_and_nothing_else(turns: list[Turn]) -> None:
-    encoded = encode(turns)
+    encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
     answers = [turn.text for turn in turns if turn.role == "assistant" and turn.supervised]
     expected = [token for text in answers for token in [*TOKENIZER.encode(text), TOKENIZER.eos_id]]
     assert encoded.ids[encoded.supervised].tolist() == expected
@@ -70,7 +63,7 @@ def test_supervised_ids_are_the_answers_and_their_eos_and_nothing_else(turns: li
 @given(turns_lists)
 @settings(max_examples=100)
 def test_text_forges_neither_a_turn_nor_its_end(turns: list[Turn]) -> None:
-    encoded = encode(turns)
+    encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
     kept = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
     assert np.count_nonzero(encoded.ids == TOKENIZER.bos_id) == len(kept)
     assert np.count_nonzero(encoded.ids == TOKENIZER.eos_id) == sum(turn.role == "assistant" for turn in kept)
@@ -87,7 +80,7 @@ def test_turns_keep_their_order_and_each_prompt_run_is_one_segment() -> None:
         Turn("user", "Well?"),
         answer("3"),
     ]
-    encoded = encode(turns)
+    encoded = encode_conversation(turns, TOKENIZER, TEMPLATE)
     tags = {"system": "[SYSTEM]\n", "user": "[USER]\n", "assistant": "[ASSISTANT]\n"}
     ids, segments, targets, segment = [], [], [], 1
     for turn in turns:
@@ -109,7 +102,7 @@ def test_turns_keep_their_order_and_each_prompt_run_is_one_segment() -> None:
 def test_an_empty_system_turn_is_none_and_the_default_stands_in() -> None:
     plain = (Turn("user", "Hi"), answer("Hello"))
     empty = (Turn("system", " \n"), *plain)
-    same = [encode(turns).ids.tolist() for turns in (plain, empty)]
+    same = [encode_conversation(turns, TOKENIZER, TEMPLATE).ids.tolist() for turns in (plain, empty)]
     assert same[0] == same[1]
     assert with_default_system(empty, "Help.") == (Turn("system", "Help."), *plain)
     assert with_default_system(empty, None) == with_default_system(empty, "") == plain
@@ -119,7 +112,7 @@ def test_an_empty_system_turn_is_none_and_the_default_stands_in() -> None:
 
 def test_a_batch_equals_its_rows_and_cuts_count_what_is_kept() -> None:
     rows = [[Turn("user", "Name it."), answer("A long answer of many words")], [Turn("user", "x"), answer("é")]]
-    whole = [encode(row) for row in rows]
+    whole = [encode_conversation(row, TOKENIZER, TEMPLATE) for row in rows]
     cut_at = len(whole[0].ids) - 3
     cut = encode_batch(rows, TOKENIZER, TEMPLATE, max_ids=cut_at)
     assert np.array_equal(cut[1].ids, whole[1].ids) and cut[1].turn_bytes == len("é".encode())
@@ -146,7 +139,7 @@ def test_a_shortened_prompt_keeps_the_answer_the_turns_forms_and_the_end_of_the_
     history = [replace(turn, supervised=False) for turn in history]
     row = [*history, Turn("user", question), answer("The answer, at length.")]
     encoded = encode_batch([row], TOKENIZER, TEMPLATE, max_ids, keep_prompt_end=True)[0]
-    whole = encode(row)
+    whole = encode_conversation(row, TOKENIZER, TEMPLATE)
     assert len(encoded.ids) == min(max_ids, len(whole.ids)) or (encoded.prompt_cut and len(encoded.ids) < max_ids)
     assert encoded.full_length == len(whole.ids)
     assert encoded.supervised.any() and encoded.ids[0] == TOKENIZER.bos_id
@@ -167,7 +160,7 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays() -> None:
     row = [Turn("system", "Be brief."), *old, Turn("user", "And now?"), answer("Yes.")]
     shorter = [row[0], *row[-2:]]
     encoded = encode_batch([row], TOKENIZER, TEMPLATE, 60, keep_prompt_end=True)[0]
-    assert np.array_equal(encoded.ids, encode(shorter).ids)
+    assert np.array_equal(encoded.ids, encode_conversation(shorter, TOKENIZER, TEMPLATE).ids)
     assert encoded.prompt_cut and not encoded.end_cut
 
 
@@ -176,7 +169,7 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays() -> None:
 def test_raw_text_stands_between_bos_and_eos_and_is_learned_whole(text: str) -> None:
     turn = Turn("text", text)
     assert with_default_system([turn], "Help.") == (turn,)
-    encoded = encode([turn])
+    encoded = encode_conversation([turn], TOKENIZER, TEMPLATE)
     body = TOKENIZER.encode(text)
     assert encoded.ids.tolist() == [TOKENIZER.bos_id, *body, TOKENIZER.eos_id]
     assert encoded.supervised.tolist() == [False] + [True] * (len(body) + 1)
@@ -187,7 +180,7 @@ def test_raw_text_stands_between_bos_and_eos_and_is_learned_whole(text: str) -> 
 
 def test_raw_text_beyond_the_context_loses_its_end() -> None:
     turn = Turn("text", "word " * 50)
-    whole = encode([turn])
+    whole = encode_conversation([turn], TOKENIZER, TEMPLATE)
     encoded = encode_batch([[turn]], TOKENIZER, TEMPLATE, 20, keep_prompt_end=True)[0]
     assert np.array_equal(encoded.ids, whole.ids[:20]) and encoded.end_cut and not encoded.prompt_cut
     assert encoded.full_length == len(whole.ids)

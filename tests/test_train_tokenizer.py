@@ -17,7 +17,7 @@ from config.schema import PretrainInstructConfig
 from dataset.instruct import open_instruct_data, split_conversations
 from dataset.text.conversation import Template, Turn
 from dataset.text.tokenizer import Tokenizer
-from generation.loading import load_responder
+from generation import load
 from scripts import train_tokenizer as script
 from tests import tokenizer_files
 from training.instruct_run import run_instruct
@@ -232,7 +232,7 @@ def test_a_run_from_tokenizer_to_answer(
     path.unlink()  # the checkpoint is enough
     assert (folder / kind).read_bytes() == model and len(list(folder.glob("tokenizer.*"))) == 1
     checkpoint = open_checkpoint(folder, str(folder / kind))
-    responder = load_responder(checkpoint, checkpoint.config).with_options(max_output_tokens=8)
+    responder = load(checkpoint, checkpoint.config).with_options(max_output_tokens=8)
     (answer,) = responder.answers([(Turn("user", "What is 1 plus 2?"),)])
     assert answer.ids and answer.text == checkpoint.tokenizer.decode(answer.ids)
     with pytest.raises(UsageError, match="another tokenizer"):

@@ -119,7 +119,7 @@ def decoding_errors(recursion: str, scale: Scale, engine: str, _: Found) -> Figu
         model = models[dtype]
         ids_1T = torch.from_numpy(ids[None]).to(model.device)
         segments_1T = (torch.arange(len(ids), device=model.device) < prompt).long()[None]
-        [refined] = model.refine(ids_1T, model.rotary(torch.arange(len(ids))), model.mask(segments_1T), act_steps=1)
+        [refined] = model.refine_rows(ids_1T, segments_1T, act_steps=1)
         return log_probs(model.logits(refined.output_BTD[0, prompt - 1 :]), model.config.loss).double().cpu()
 
     prompts = [np.random.default_rng(row).integers(0, _SMOKE_VOCABULARY, length) for row, length in enumerate((17, 5, 40))]

@@ -102,6 +102,22 @@ def with_default_system(turns: Sequence[Turn], default_system_prompt: str | None
     return kept
 
 
+def question(turns: Sequence[Turn], default_system_prompt: str | None) -> Conversation:
+    """Turns to answer, opened by the default system turn if they have none; an empty system turn is a wish for none.
+
+    Raises `UsageError` unless the last turn is the user's and has text.
+    """
+    if not turns or turns[-1].role != "user" or not turns[-1].text.strip():
+        raise UsageError("the last message must be the user's, with text to answer")
+    has_system = any(turn.role == "system" for turn in turns)
+    return with_default_system(turns, None if has_system else default_system_prompt)
+
+
+def encode_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
+    """Ids of a whole conversation: every assistant turn, and raw text, ends with EOS."""
+    return encode_batch([turns], tokenizer, template)[0]
+
+
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
     """Ids of the history followed by the opening of the next assistant turn (BOS and tag, no EOS)."""
     return encode_batch([turns], tokenizer, template, open_assistant=True)[0]

@@ -1,0 +1,131 @@
+"""A checkpoint as a folder that transformers loads: weights, configuration, a modeling file, tokenizer, chat template, model card.
+
+The modeling file is made of the network's own definitions, so there is no second network to keep in step. Needs no transformers.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_file
+
+from artifacts.checkpoint import Checkpoint
+from artifacts.halting import read_halting_calibration
+from artifacts.hf.inline import Inliner
+from artifacts.hf.model_card import model_card
+from config.errors import UsageError
+from dataset.text.conversation import TaggedRole
+from dataset.text.portable_tokenizer import BOS, EOS, chat_template, portable_tokenizer
+
+_TEMPLATE = Path(__file__).with_name("modeling_trm.py")
+_OF_ARCH = (
+    "name", "hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles", "norm", "qk_norm", "attention",
+    "pos_encodings", "rope_theta", "loss", "halt_max_steps",
+)  # fmt: skip
+"""Keys of arch that a forward depends on."""
+_HEAD = '''"""A tiny recursive model (arXiv 2510.04871) as a causal language model for transformers: all recursions in one file.
+
+Written by Instruct-TRM's scripts/export_hf.py from the network's own files. Shape suffixes: B rows, T positions, D channels,
+H heads, K channels of a head, S positions attended to, V vocabulary.
+"""
+
+from __future__ import annotations
+
+'''
+
+
+def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = None) -> None:
+    """Write `folder`, whole or not at all, with the weights that are used (the moving average if there is one), in float32.
+
+    licence: an identifier of the hub's for the model card. Raises UsageError if the folder exists, and for a tokenizer that
+    transformers has no equal of.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists already and is not overwritten: choose another --output-dir, or delete it")
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    files = {
+        "config.json": _json(_config(checkpoint)),
+        "generation_config.json": _json(_generation_config(checkpoint)),
+        "modeling_trm.py": modeling_file(),
+        "tokenizer.json": portable_tokenizer(tokenizer, checkpoint.template),
+        "tokenizer_config.json": _json(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": BOS,
+                "eos_token": EOS,
+                "pad_token": EOS,
+                "padding_side": "left",
+                "model_max_length": config.dataset.seq_len,
+                "clean_up_tokenization_spaces": False,
+            }
+        ),
+        "chat_template.jinja": chat_template(checkpoint.template, config.dataset.default_system_prompt),
+        "README.md": model_card(checkpoint, licence),
+    }
+    weights = {name: tensor.to(torch.float32).contiguous() for name, tensor in checkpoint.weights(ema=True).items()}
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, text in files.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UsageError(f"{folder} can't be written: {error}; free space, or choose another --output-dir") from error
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    calibration = read_halting_calibration(checkpoint)
+    tags = {role: tokenizer.encode(checkpoint.template.tag(role)) for role in get_args(TaggedRole)}
+    return {
+        "model_type": "tiny_recursive_model",
+        "architectures": ["TRMForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_trm.TRMConfig", "AutoModelForCausalLM": "modeling_trm.TRMForCausalLM"},
+        "dtype": "float32",
+        **{key: getattr(config.arch, key) for key in _OF_ARCH},
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": config.dataset.seq_len,
+        "tie_word_embeddings": config.arch.tie_embeddings,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+        "tags": tags,
+        "halt_scale": calibration and calibration.scale,
+        "halt_shift": calibration and calibration.shift,
+        "act_steps": config.depth,
+        "halt_threshold": config.generation.halt_threshold,
+    }
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    generation = config.generation
+    drawn = {"temperature": generation.temperature, "top_k": generation.top_k or 0, "top_p": generation.top_p}
+    if generation.min_p:
+        drawn["min_p"] = generation.min_p
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+        "max_new_tokens": config.answer_limit,
+        "do_sample": generation.temperature > 0,
+        **(drawn if generation.temperature > 0 else {}),
+        "repetition_penalty": generation.repetition_penalty,
+        **({"stop_strings": list(generation.stop)} if generation.stop else {}),
+    }
+
+
+def modeling_file() -> str:
+    """The text of modeling_trm.py: what artifacts/hf/modeling_trm.py imports from this project stands in it."""
+    inliner = Inliner(_TEMPLATE)
+    return _HEAD + inliner.import_lines() + "\n\n" + "\n\n\n".join(inliner.definitions()) + "\n"

@@ -1,0 +1,98 @@
+"""The model card of an exported model: what it is, its data, how it was trained, how it did, how it is used."""
+
+import json
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from artifacts.checkpoint import Checkpoint, read_about, read_train_metrics
+
+_CARD = """\
+---
+{header}
+---
+
+# {name}
+
+A tiny recursive model (`{arch.name}`, [arXiv 2510.04871](https://arxiv.org/abs/2510.04871)) that answers messages:
+{parameters:,} parameters, a stack of blocks applied {calls} times in each of up to {arch.halt_max_steps} ACT steps a token. Trained
+with Instruct-TRM. A model of this size holds little knowledge: expect text in the form of an answer that is often wrong.
+
+## Use
+
+```python
+from transformers import pipeline
+
+answer = pipeline("text-generation", "FOLDER_OR_NAME_OF_THIS_MODEL", trust_remote_code=True)
+messages = [{{"role": "user", "content": "What is 2 + 3?"}}]
+print(answer(messages, do_sample=False)[0]["generated_text"][-1]["content"])
+```
+
+`act_steps` (1 to {arch.halt_max_steps}), of the model's or the generation's config or of a call, is the depth; with
+`halt_threshold` a token stops once its halting probability passes it. The context is {config.dataset.seq_len} tokens. Text can't
+become a role: what looks like a tag or `<s>` is text. Written for transformers 5.24.
+
+## Data
+
+{sources}. SHA-256 of the training data begins with `{data_hash}`. Rows, and what became of them:
+
+```json
+{data}
+```
+
+## Training
+
+{step:,} optimizer steps of {config.global_batch_size} rows, optimizer `{config.optimizer}`, peak learning rate {config.lr:g};
+these are {weights}.
+
+<details><summary>All settings</summary>
+
+```yaml
+{settings}```
+
+</details>
+
+## Results
+
+Measured when the checkpoint was saved. `loss_per_token` is in nats, `bits_per_byte` of the answers' text.
+
+```json
+{metrics}
+```
+
+## Licence
+
+Of the weights: {licence}. The data have licences of their own.
+"""
+
+
+def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
+    """README.md with the hub's header. licence: an identifier of the hub's, or None for one that wasn't stated."""
+    config = checkpoint.config
+    parts = config.sources.values() or [config.dataset]
+    repos = list(dict.fromkeys(part.repo for part in parts if part.repo is not None))
+    header = ModelCardData(
+        license=licence or "unknown",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["tiny-recursive-model", config.arch.name],
+        datasets=repos or None,
+    )
+    links = [f"[{repo}](https://huggingface.co/datasets/{repo})" for repo in repos]
+    kinds = [f"`{part.source}`" for part in parts if part.repo is None]
+    return _CARD.format(
+        header=header.to_yaml(),
+        name=config.run_name or checkpoint.folder.parent.name,
+        config=config,
+        arch=config.arch,
+        calls=config.arch.H_cycles * (config.arch.L_cycles + 1),
+        parameters=sum(tensor.numel() for tensor in checkpoint.weights(ema=True).values()),
+        sources=", ".join(dict.fromkeys([*links, *kinds])),
+        data_hash=checkpoint.data_hash[:16],
+        data=json.dumps(read_about(checkpoint.folder, set()).get("data"), indent=2),
+        step=checkpoint.step,
+        weights="the moving average of the weights" if config.ema else "the last weights",
+        settings=yaml.safe_dump(config.model_dump(), sort_keys=False),
+        metrics=json.dumps(read_train_metrics(checkpoint.folder), indent=2),
+        licence=licence or "not stated",
+    )

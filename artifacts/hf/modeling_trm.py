@@ -1,0 +1,273 @@
+"""The part of an exported modeling file that transformers needs: configuration, cache lanes, and a causal language model.
+
+artifacts/hf/export.py puts the definitions that are imported from models/ here in place of the imports, so that the file stands
+alone; what is defined here comes before a definition of that name there. Shape suffixes as in models/layers.py.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.versions import require_version
+
+from models.layers import BlockStack, Embedding, Linear, Rotary, rotary_table
+from models.losses import log_probs
+from models.recursive_reasoning import build_recursion
+
+
+class TRMConfig(PreTrainedConfig):
+    """The architecture, as `arch` of the run that trained it (config/schema.py), and the depth at use."""
+
+    model_type = "tiny_recursive_model"
+
+    def __init__(
+        self,
+        *,
+        name: str = "trm",
+        vocab_size: int = 32000,
+        hidden_size: int = 512,
+        num_heads: int = 8,
+        expansion: float = 4.0,
+        H_layers: int = 0,
+        L_layers: int = 2,
+        H_cycles: int = 3,
+        L_cycles: int = 6,
+        norm: str = "post",
+        qk_norm: bool = False,
+        attention: str = "causal",
+        pos_encodings: str = "rope",
+        rope_theta: float = 10000.0,
+        loss: str = "softmax",
+        halt_max_steps: int = 4,
+        halt_scale: Sequence[float] | None = None,
+        halt_shift: Sequence[float] | None = None,
+        act_steps: int | None = None,
+        halt_threshold: float | None = None,
+        tags: dict[str, Sequence[int]] | None = None,
+        **others: Any,
+    ) -> None:
+        """halt_scale, halt_shift: calibration of the halting logit after each ACT step; None: none.
+
+        act_steps: ACT steps a token takes; None: halt_max_steps. halt_threshold: a token of an answer stops for good when its
+        halting probability passes this; None: every token takes all steps. tags: ids of the tag that follows BOS in a turn of each
+        role.
+        """
+        self.name = name
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.expansion = expansion
+        self.H_layers, self.L_layers = H_layers, L_layers
+        self.H_cycles, self.L_cycles = H_cycles, L_cycles
+        self.norm = norm
+        self.qk_norm = qk_norm
+        self.attention = attention
+        self.pos_encodings = pos_encodings
+        self.rope_theta = rope_theta
+        self.loss = loss
+        self.halt_max_steps = halt_max_steps
+        self.halt_scale = halt_scale or [1.0] * halt_max_steps
+        self.halt_shift = halt_shift or [0.0] * halt_max_steps
+        self.act_steps = act_steps or halt_max_steps
+        self.halt_threshold = halt_threshold
+        self.tags = tags or {}
+        super().__init__(**others)
+        # What a cache takes for layers: one for each ACT step, level call and block.
+        recursion = build_recursion(self)
+        self.lanes_per_step = sum(recursion.levels[level] for level in recursion.calls)
+        self.num_hidden_layers = halt_max_steps * self.lanes_per_step
+
+
+# As models/layers.py and the recursions call it.
+ArchConfig = TRMConfig
+Mask = Tensor
+"""bool [B, 1, T, S]: whether each of T new positions sees each of S."""
+
+
+class Lanes:
+    """Keys and values of the new positions: a lane for each ACT step, level call and block, which is a layer to `cache`.
+
+    With `holds`, a token that halted shows every deeper ACT step the keys and values it halted with.
+    """
+
+    def __init__(self, cache: DynamicCache | None, per_step: int, holds: bool) -> None:
+        self.cache, self.per_step, self.holds = cache, per_step, holds
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.act_step = 0
+        self.active_BT: Tensor | None = None
+
+    def update(self, lane: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new positions' keys and values in a lane of the ACT step; all that it holds, [B, H, S, K]."""
+        if self.holds:
+            if self.active_BT is not None:
+                active_B1T1 = self.active_BT[:, None, :, None]
+                k_old, v_old = self.held[lane]
+                k_BHTK, v_BHTK = torch.where(active_B1T1, k_BHTK, k_old), torch.where(active_B1T1, v_BHTK, v_old)
+            self.held[lane] = k_BHTK, v_BHTK
+        if self.cache is None:
+            return k_BHTK, v_BHTK
+        k_BHSK, v_BHSK = self.cache.update(k_BHTK, v_BHTK, self.act_step * self.per_step + lane)
+        return k_BHSK, v_BHSK
+
+
+class Lane:
+    """The lane of one block of one level call."""
+
+    def __init__(self, lanes: Lanes, number: int) -> None:
+        self.lanes, self.number = lanes, number
+
+
+def attention(qk: Tensor, v: Tensor, mask: Mask, lane: Lane) -> Tensor:
+    """Scaled dot-product attention of queries and keys [B, T, 2, H, K] and values [B, T, H, K] to a lane: [B, T, H * K]."""
+    q_BHTK, k_BHTK = qk.transpose(1, 3).unbind(2)
+    k_BHSK, v_BHSK = lane.lanes.update(lane.number, k_BHTK, v.transpose(1, 2))
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def prompt_segments(ids_BT: Tensor, config: TRMConfig, is_begun: bool) -> Tensor:
+    """The number of the prompt segment of each id [B, T], from 1: a run of turns up to an assistant's tag; 0 in an answer.
+
+    is_begun: the ids go on after others, up to the first BOS with an answer. What follows a BOS without a tag is raw text, which
+    counts as an answer.
+    """
+    positions = ids_BT.shape[1]
+    is_bos_BT = ids_BT == config.bos_token_id
+    begins_BT = torch.zeros_like(is_bos_BT)  # where an answer's first id stands
+    begins_BT[:, 0] = is_begun
+    is_raw_BT = is_bos_BT.clone()
+    for role, tag in config.tags.items():
+        tagged_BT = is_bos_BT.clone()
+        for place, tag_id in enumerate(tag, 1):
+            tagged_BT &= F.pad(ids_BT[:, place:] == tag_id, (0, min(place, positions)))
+        is_raw_BT &= ~tagged_BT
+        if role == "assistant":
+            begins_BT |= F.pad(tagged_BT, (1 + len(tag), 0))[:, :positions]
+    begins_BT |= F.pad(is_raw_BT, (1, 0))[:, :positions]
+    place_T = torch.arange(positions, device=ids_BT.device)
+    last_begin_BT, last_bos_BT = (torch.where(found, place_T, -1).cummax(1).values for found in (begins_BT, is_bos_BT))
+    return (1 + begins_BT.cumsum(1)).masked_fill(last_begin_BT > last_bos_BT, 0)
+
+
+class TRMForCausalLM(PreTrainedModel, GenerationMixin):
+    """The recursion with its embedding and heads: next-token logits after a fixed number of ACT steps, or each token at its own.
+
+    Logits of a stablemax model are log p, as transformers takes a softmax of them. With attention "prefix", a prompt must be whole.
+    """
+
+    config_class = TRMConfig
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.embedding_weight"}  # noqa: RUF012
+
+    def __init__(self, config: TRMConfig) -> None:
+        require_version("transformers>=5.24")  # earlier ones name `cache` otherwise
+        super().__init__(config)
+        self.recursion = build_recursion(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.q_head = Linear(config.hidden_size, 2, bias=True)
+        for name, layers in self.recursion.levels.items():
+            self.add_module(name, BlockStack(layers, config))
+        for name in self.recursion.initial_states:
+            self.register_buffer(name, torch.zeros(config.hidden_size))
+        self.post_init()
+
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        act_steps: int | None = None,
+        halt_threshold: float | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of `input_ids` [B, T], which stand behind what is in `cache`; `attention_mask` covers both, and is 0 at padding.
+
+        act_steps, halt_threshold: None: the config's.
+        """
+        config = self.config
+        act_steps, threshold = act_steps or config.act_steps, halt_threshold or config.halt_threshold
+        if not 1 <= act_steps <= config.halt_max_steps:
+            raise ValueError(f"act_steps is {act_steps}: the model has 1 to {config.halt_max_steps}")
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        past = cache.get_seq_length() if cache is not None else 0
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        exact = torch.promote_types(self.dtype, torch.float32)
+        rotary = None
+        if config.pos_encodings == "rope":
+            # On the host, as not every device has float64.
+            table = rotary_table(position_ids.cpu(), config.head_dim, config.rope_theta, exact)
+            rotary = Rotary(*(part.to(self.device) for part in table))
+        present_BT = attention_mask[:, past:] != 0
+        segments_BT = prompt_segments(input_ids.masked_fill(~present_BT, -1), config, past > 0)
+        mask = self._visible(attention_mask, segments_BT)
+        lanes = Lanes(cache, config.lanes_per_step, holds=threshold is not None)
+        x_BTD = self.embed_tokens(input_ids, self.dtype) * math.sqrt(config.hidden_size)
+        states = tuple(self.get_buffer(name).expand_as(x_BTD) for name in self.recursion.initial_states)
+        active_BT = torch.ones_like(present_BT)
+        output_BTD = x_BTD
+        for lanes.act_step in range(act_steps):
+            if threshold is None:
+                states, output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
+            elif active_BT.any():
+                new_states, new_output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
+                active_BT1 = active_BT.unsqueeze(-1)
+                states = tuple(torch.where(active_BT1, new, old) for new, old in zip(new_states, states, strict=True))
+                output_BTD = torch.where(active_BT1, new_output_BTD, output_BTD)
+                scale, shift = config.halt_scale[lanes.act_step], config.halt_shift[lanes.act_step]
+                halting_BT = (self.q_head(output_BTD)[..., 0].to(exact) * scale + shift).sigmoid() > threshold
+                active_BT = lanes.active_BT = active_BT & ~(halting_BT & (segments_BT == 0))
+            else:
+                for lane, kept in lanes.held.items():
+                    lanes.update(lane, *kept)
+        shown = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(output_BTD[:, shown]).to(exact)
+        if config.loss == "stablemax":
+            logits_BTV = log_probs(logits_BTV, config.loss)
+        loss = None if labels is None else self.loss_function(logits_BTV, labels, config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, cache=cache)
+
+    def _act_step(self, states: Any, x_BTD: Tensor, rotary: Any, mask: Mask, lanes: Lanes) -> Any:
+        used = 0
+
+        def call(level: str, h_BTD: Tensor) -> Tensor:
+            nonlocal used
+            stack = self.get_submodule(level)
+            first, used = used, used + len(stack.layers)
+            result: Tensor = stack(h_BTD, rotary, mask, [Lane(lanes, number) for number in range(first, used)])
+            return result
+
+        return self.recursion.step(states, x_BTD, call)
+
+    def _visible(self, attention_mask: Tensor, segments_BT: Tensor) -> Mask:
+        """What new positions see: the past and, with attention "prefix", their whole prompt segment; of padding, itself alone."""
+        key_S = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        past = len(key_S) - segments_BT.shape[1]
+        query_T1 = key_S[past:, None]
+        visible = (key_S <= query_T1).unsqueeze(0)
+        if self.config.attention == "prefix":
+            is_prompt_BT1 = (segments_BT != 0).unsqueeze(2)
+            visible = visible | F.pad((segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)) & is_prompt_BT1, (past, 0))
+        # A softmax over nothing would be NaN.
+        return (visible & (attention_mask != 0).unsqueeze(1) | (key_S == query_T1)).unsqueeze(1)
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
+        """The depth of a generation config goes to `forward`."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in ("act_steps", "halt_threshold"):
+            model_kwargs.setdefault(name, getattr(generation_config, name, None))
+        return generation_config, model_kwargs
