@@ -671,6 +671,17 @@ def test_the_page_chats_in_a_browser(start: Callable[..., Running], browser: Any
     assert not severe, severe
 
 
+def test_a_long_chat_on_the_page_forgets_its_oldest_messages(start: Callable[..., Running], browser: Any) -> None:
+    server = start(api_key=None)
+    browser.get(server.url)
+    for _ in range(12):
+        say(browser, "What is 2 plus 3")
+        assert not browser.find_element("id", "error").is_displayed()
+    notes = [element.text for element in browser.find_elements("css selector", ".assistant .notes")]
+    assert "forgotten" not in notes[0] and "the oldest messages no longer fit the context and are forgotten" in notes[-1]
+    assert len(browser.execute_script("return turns")) < 12
+
+
 def test_the_page_stops_an_answer(start: Callable[..., Running], browser: Any, slow: Callable[[float], None]) -> None:
     slow(0.05)
     server = start(api_key=None, options=Options(max_output_tokens=100, act_steps=1, sampling=Sampling()))
