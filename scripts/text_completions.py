@@ -50,13 +50,10 @@ class CompletionRequest(SampledRequest):
 
     def prompts(self, responder: Responder) -> list[Callable[[], Prompt]]:
         """What encodes each prompt: a text as raw text, ids as they are."""
+        ids = range(responder.tokenizer.vocab_size)
         for place, prompt in enumerate(self.prompt):
-            wrong = next(
-                (token for token in prompt if isinstance(token, int) and not 0 <= token < responder.tokenizer.vocab_size), None
-            )
-            if wrong is not None:
-                last = responder.tokenizer.vocab_size - 1
-                raise invalid(f"prompt {place} holds the token id {wrong}: the model's are 0 to {last}", "prompt")
+            if not isinstance(prompt, str) and (unknown := next((token for token in prompt if token not in ids), None)) is not None:
+                raise invalid(f"prompt {place} holds the token id {unknown}: the model's are 0 to {ids[-1]}", "prompt")
         return [
             partial(responder.begun_prompt, (Turn("text", prompt),))
             if isinstance(prompt, str)

@@ -29,17 +29,12 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.engine import Token
 from generation.sampling import Sampling
-from generation.service import Part, Service
+from generation.service import Part
 from scripts import serve
 from scripts.chat_completions import ChatCompletion, ChatRequest
+from tests.running_server import ASK, CHAT, KEY, MODEL, QUESTION, WAIT, Running, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KEY = "a-key"
-MODEL = "run/step_1"
-QUESTION = [{"role": "user", "content": "What is 2 plus 3"}]
-ASK = {"model": MODEL, "messages": QUESTION, "max_tokens": 5}
-CHAT = "/v1/chat/completions"
-WAIT = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -47,42 +42,6 @@ def responder(tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer) -> Resp
     model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, halt_scale=2.0)
     options = Options(max_output_tokens=6, act_steps=4)
     return Responder(model, tiny_tokenizer, Template(), context=128, options=options, rows=4, kv_budget_gb=1.0)
-
-
-class Running:
-    """A server on a free port, in a thread."""
-
-    def __init__(
-        self, responder: Responder, access: serve.Access, queue: int = 8, timeout: float = 60.0, grace: float = 0.0
-    ) -> None:
-        self.service = Service(responder, queue=queue, timeout=timeout)
-        self.server = serve.Server(self.service, access, grace)
-        listening = serve.bind("127.0.0.1", 0)
-        self.port = listening.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self.server.run, args=([listening],))
-        self._thread.start()
-        wait_for(lambda: self.server.started)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self._thread.join(WAIT)
-        assert not self._thread.is_alive()
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT)
-
-    def post(self, body: Any = None, path: str = CHAT, **headers: str) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(ASK if body is None else body)
-        sent = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-        return httpx.post(self.url + path, content=content, headers=sent, timeout=WAIT)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture

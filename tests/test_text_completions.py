@@ -17,12 +17,11 @@ from models.losses import log_probs
 from scripts import serve
 from scripts.chat_completions import ApiError, parse_request
 from scripts.text_completions import CompletionRequest
-from tests.test_serve import MODEL, Running
+from tests.running_server import MODEL, Running
 
 TEXTS = ["Red 3 plus 4 gives", " blue é\n", "What"]
 CONVERSATION = (Turn("system", "Red"), Turn("user", "What is 2"), Turn("assistant", "blue"), Turn("user", "What"))
 DEFAULT = Options(8, 4)
-WAIT = 20.0
 
 
 def parsed(**fields: Any) -> CompletionRequest:
