@@ -9,13 +9,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from config.errors import UsageError
-from dataset.text.conversation import Conversation, Template, Turn, encode_conversation, encode_prompt, question
+from dataset.text.conversation import Conversation, TaggedRole, Template, Turn, encode_conversation, encode_prompt, question
 from dataset.text.forms import parse_turns
 from dataset.text.rows import BadRow
 from dataset.text.tokenizer import Tokenizer
@@ -24,10 +24,13 @@ from generation.sampling import GREEDY, Sampling
 from generation.text_stream import TextStream
 from models.act import RecursiveModel
 from models.device import on_device
-from models.losses import linear_cross_entropy
+from models.losses import log_probs
 
 Question = str | Sequence[Mapping[str, Any]] | Conversation
 """What the user says; messages (`role`, `content`), the last of them the user's; or turns, which are taken as they are."""
+
+# Positions whose logits exist at the same time: 32 MB in float32 for a vocabulary of 32,000.
+_SCORED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,39 @@ class Responder:
     def prompt(self, conversation: Conversation) -> Prompt:
         """Encode a history for its next answer. Raises UsageError with the counts if it is longer than the context."""
         encoded = encode_prompt(conversation, self.tokenizer, self.template)
-        if len(encoded.ids) > self.context:
+        return self._within_context(Prompt(encoded.ids, encoded.segment))
+
+    def begun_prompt(self, conversation: Conversation) -> Prompt:
+        """Encode turns whose last one, an assistant's or raw text, is to be continued. Raises as `prompt`."""
+        encoded = encode_conversation(conversation, self.tokenizer, self.template)
+        return self._within_context(Prompt(encoded.ids[:-1], encoded.segment[:-1]))  # without its EOS
+
+    def ids_prompt(self, ids: Sequence[int]) -> Prompt:
+        """A prompt of these ids, after a BOS if they don't begin with one. Raises as `prompt`.
+
+        A BOS with a role's tag opens a turn of that role; what follows a BOS without a tag is raw text.
+        """
+        bos = self.tokenizer.bos_id
+        kept = np.array(ids if ids[:1] == [bos] else [bos, *ids], np.int32)
+        tags = {role: self.tokenizer.encode(self.template.tag(role)) for role in get_args(TaggedRole)}
+        segment = np.zeros_like(kept)
+        begins = np.flatnonzero(kept == bos).tolist()
+        number = 1
+        for begin, end in zip(begins, [*begins[1:], len(kept)], strict=True):
+            text = kept[begin + 1 : end].tolist()
+            role = next((role for role, tag in tags.items() if text[: len(tag)] == tag), None)
+            opening = 1 if role is None else 1 + len(tags[role])
+            is_learned = role in (None, "assistant")
+            segment[begin : begin + opening if is_learned else end] = number
+            number += is_learned
+        return self._within_context(Prompt(kept, segment))
+
+    def _within_context(self, prompt: Prompt) -> Prompt:
+        if len(prompt.ids) > self.context:
             raise UsageError(
-                f"the prompt has {len(encoded.ids)} tokens, the context holds {self.context} (dataset.seq_len): shorten the message"
+                f"the prompt has {len(prompt.ids)} tokens, the context holds {self.context} (dataset.seq_len): shorten the message"
             )
-        return Prompt(encoded.ids, encoded.segment)
+        return prompt
 
     def prompt_length(self, conversation: Conversation) -> int:
         """Tokens of the prompt, however long it is."""
@@ -186,9 +217,22 @@ class Responder:
         """Whether the history leaves room for an answer in the context."""
         return self.prompt_length(conversation) <= self.context
 
-    def request(self, conversation: Conversation, options: Options, sample: int = 0) -> Request:
-        """What the engine needs to answer `conversation`. Raises UsageError if it is longer than the context."""
-        prompt = self.prompt(conversation)
+    def shortened(self, conversation: Conversation) -> tuple[Conversation, int]:
+        """A conversation without its oldest exchanges, which leave an answer too little room, and how many turns they have.
+
+        System turns that open it stay, and so does the last exchange: a user's turn and what follows it.
+        """
+        # An answer of a few tokens is of no use: a quarter of the context is kept for it, as far as dropping exchanges helps.
+        room = self.context - min(self.options.max_output_tokens, self.context // 4) + 1
+        opening = next((place for place, turn in enumerate(conversation) if turn.role != "system"), len(conversation))
+        system, turns = conversation[:opening], conversation[opening:]
+        begins = [place for place, turn in enumerate(turns) if place and turn.role == "user"]
+        kept = next((at for at in (0, *begins) if self.prompt_length((*system, *turns[at:])) <= room), begins[-1] if begins else 0)
+        return (*system, *turns[kept:]), kept
+
+    def request(self, asked: Conversation | Prompt, options: Options, sample: int = 0) -> Request:
+        """What the engine needs to answer a history or continue a prompt. Raises UsageError if it is longer than the context."""
+        prompt = asked if isinstance(asked, Prompt) else self.prompt(asked)
         # The last token of an answer is never fed back, so it may stand one position beyond the context.
         return Request(
             prompt=prompt,
@@ -230,7 +274,6 @@ class Responder:
         while speaker.busy:
             yield from speaker.tick()
 
-    @torch.no_grad()
     def score(self, asked: Question, answer: str, **options: Any) -> Score:
         """How probable `answer` is as the whole answer to a question; of the options, depth and halting threshold matter."""
         chosen = self.with_options(**options).options
@@ -240,21 +283,38 @@ class Responder:
             raise UsageError(
                 f"question and answer have {len(encoded.ids)} tokens, the context holds {self.context + 1} (dataset.seq_len + 1)"
             )
-        ids_1T, segments_1T = (
-            on_device(values.astype(np.int64), self.model.device).unsqueeze(0) for values in (encoded.ids, encoded.segment)
-        )
         begin = self.prompt_length(conversation)
-        refinement = self.model.refine_rows(
-            ids_1T[:, :-1], segments_1T[:, :-1], act_steps=chosen.act_steps, halt_threshold=chosen.halt_threshold
-        )
-        output_ND = collections.deque(refinement, maxlen=1).pop().output_BTD[0, begin - 1 :]
-        labels_N = ids_1T[0, begin:]
-        weights_N = torch.zeros(len(labels_N), device=self.model.device)
-        _, nll_N, _ = linear_cross_entropy(output_ND, self.model.lm_head.weight, labels_N, weights_N, self.model.config.loss)
-        nll = nll_N.double().cpu().numpy()
+        scored = self.token_scores(Prompt(encoded.ids, encoded.segment), chosen, begin)
+        nll = -np.array([token.logp for token in scored])
         text_bytes = len(self.tokenizer.decode(encoded.ids[begin:]).encode())
         bits_per_byte = float(nll[:-1].sum()) / math.log(2) / text_bytes if text_bytes else math.nan
         return Score(-float(nll.sum()), float(nll.mean()), bits_per_byte)
+
+    @torch.no_grad()
+    def token_scores(self, prompt: Prompt, options: Options, begin: int = 1) -> list[Token]:
+        """The ids of a prompt from place `begin` >= 1 on, each as the model would have given it after those before it.
+
+        `options` says at what depth, and how many of the most probable ids come with each.
+        """
+        if len(prompt.ids) <= begin:
+            return []
+        ids_T, segments_T = (on_device(values.astype(np.int64), self.model.device) for values in (prompt.ids, prompt.segment))
+        refinement = self.model.refine_rows(
+            ids_T[None, :-1], segments_T[None, :-1], act_steps=options.act_steps, halt_threshold=options.halt_threshold
+        )
+        refined = collections.deque(refinement, maxlen=1).pop()
+        steps = refined.steps_BT[0].tolist()
+        tokens = []
+        for start in range(begin, len(prompt.ids), _SCORED_AT_ONCE):
+            chunk = slice(start - 1, min(start - 1 + _SCORED_AT_ONCE, len(prompt.ids) - 1))
+            logp_NV = log_probs(self.model.logits(refined.output_BTD[0, chunk]), self.model.config.loss)
+            labels_N = ids_T[1:][chunk]
+            logps = logp_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1).tolist()
+            best = torch.topk(logp_NV, min(options.top, logp_NV.shape[1]))
+            rivals = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for token_id, logp, depth, (ids, values) in zip(labels_N.tolist(), logps, steps[chunk], rivals, strict=True):
+                tokens.append(Token(0, token_id, logp, depth, None, tuple(zip(ids, values, strict=True))))
+        return tokens
 
     def speaker(self, requests: Sequence[Request]) -> "Speaker":
         """A speaker with room for these requests, which it has taken up as numbers 0, 1, ..."""
@@ -299,9 +359,14 @@ class Speaker:
         """Whether an answer is still to come."""
         return self._engine.busy
 
+    @property
+    def running(self) -> int:
+        """Answers in work."""
+        return self._engine.running
+
     def submit(self, request: Request, stop: Iterable[str] = ()) -> int:
         """Take up a request, whose answer ends before the first of the texts `stop`. Returns its number."""
-        stream = TextStream(self._tokenizer, tuple(stop))
+        stream = TextStream(self._tokenizer, tuple(stop), is_begun=not request.prompt.segment[-1])
         number = self._engine.submit(request)
         self._streams[number], self._answers[number] = stream, Answer()
         return number

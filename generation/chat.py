@@ -122,24 +122,19 @@ class Chat:
 
     def _within_context(self, turns: Conversation) -> Conversation | None:
         """`turns` without its oldest exchanges, which leave an answer too little room; None if the message alone is too long."""
-        context = self._responder.context
-        # An answer of a few tokens is of no use: a quarter of the context is kept for it, as far as dropping exchanges helps.
-        room = context - min(self._responder.options.max_output_tokens, context // 4) + 1
-        dropped = 0
-        while len(turns) > 1 and self._responder.prompt_length(self._with_system(turns)) > room:
-            # An exchange: a user's turn and the answer to it.
-            turns, dropped = turns[2:], dropped + 1
+        kept, dropped = self._responder.shortened(self._with_system(turns))
         try:
-            self._responder.prompt(self._with_system(turns))
+            self._responder.prompt(kept)
         except UsageError as error:
             self._say(str(error))
             return None
         if dropped:
+            # An exchange: a user's turn and the answer to it.
             self._say(
-                f"the conversation has outgrown the context of {context} tokens: the oldest {dropped} of its "
-                f"{dropped + len(turns) // 2} exchanges are forgotten; /reset begins anew"
+                f"the conversation has outgrown the context of {self._responder.context} tokens: the oldest {dropped // 2} of its "
+                f"{len(turns) // 2} exchanges are forgotten; /reset begins anew"
             )
-        return turns
+        return turns[dropped:]
 
     def _with_system(self, turns: Conversation) -> Conversation:
         return with_default_system(turns, self._system)

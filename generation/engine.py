@@ -192,8 +192,6 @@ class Engine:
                 f"{length} + {request.max_new_tokens} tokens at {depth} ACT steps don't fit {self.positions} positions at "
                 f"{self.act_steps} steps"
             )
-        if request.halt_threshold is not None and not request.prompt.segment[-1]:
-            raise ValueError("the opening of an answer belongs to a prompt segment, whose tokens take all steps")
         number = next(self._numbers)
         self._waiting[number] = request
         return number
@@ -337,12 +335,21 @@ class Engine:
         tokens = []
         for (depth, threshold), places in entering.items():
             slots = [slot for slot, _ in places]
-            output_RD = self._prefill(slots, [row.request.prompt for _, row in places], depth, threshold)
+            output_RD, steps_R = self._prefill(slots, [row.request.prompt for _, row in places], depth, threshold)
+            if threshold is not None:
+                # Where a text is continued, its last token may have halted early.
+                for (_, row), steps in zip(places, steps_R.tolist(), strict=True):
+                    row.act_step = steps
             tokens += self._give(slots, self.model.logits(output_RD))
         return tokens
 
-    def _prefill(self, slots: list[int], prompts: Sequence[Prompt], act_steps: int, halt_threshold: float | None) -> Tensor:
-        """Run whole prompts, equal ones once, and keep their keys and values: the output [B, D] at each one's last position."""
+    def _prefill(
+        self, slots: list[int], prompts: Sequence[Prompt], act_steps: int, halt_threshold: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run whole prompts, equal ones once, and keep their keys and values.
+
+        Returns the output [B, D] at each one's last position and the ACT steps [B] behind it.
+        """
         model, device = self.model, self.model.device
         distinct: dict[bytes, int] = {}
         source = [distinct.setdefault(prompt.ids.tobytes() + prompt.segment.tobytes(), len(distinct)) for prompt in prompts]
@@ -368,7 +375,8 @@ class Engine:
         )
         refined = collections.deque(refinement, maxlen=1).pop()
         last_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width + lengths_P - 1)
-        return refined.output_BTD[on_device(last_P[source], device)]
+        last_B = on_device(last_P[source], device)
+        return refined.output_BTD[last_B], refined.steps_BT[last_B]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
         """The rows in these slots, which must be running."""

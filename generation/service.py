@@ -8,12 +8,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dataset.text.conversation import Conversation
 from generation.answers import Options, Piece, Responder, Speaker
-from generation.engine import Request, cache_bytes, rows_that_fit
+from generation.engine import Prompt, Request, Token, cache_bytes, rows_that_fit
 
 log = logging.getLogger(__name__)
 
@@ -40,34 +39,49 @@ class Broken(ServiceError):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of one of the answers to a conversation."""
+    """A piece of one of the answers to some prompts."""
 
-    sample: int
+    place: int
+    """Of the answer: those to the first prompt come first, sample by sample."""
     piece: Piece
 
 
-Deliver = Callable[[Part | ServiceError], None]
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """The ids of one of the prompts, all but its BOS, with their log p. It comes before the answers to that prompt."""
+
+    prompt: int
+    tokens: list[Token]
+
+
+Event = Part | PromptScores
+
+Deliver = Callable[[Event | ServiceError], None]
 """Takes what comes of a submission, on the service's thread: it must return at once and not raise."""
 
 
 @dataclass(eq=False)
 class Submission:
-    """Answers to one conversation, waiting or in work. Callers only hand it back to `Service.cancel`."""
+    """Answers to some prompts, waiting or in work. Callers only hand it back to `Service.cancel`."""
 
-    request: Request
-    stop: tuple[str, ...]
+    requests: list[Request]
+    """One for each prompt."""
+    samples: int
+    """Answers to each prompt; 0: the prompts are only scored."""
+    options: Options
+    scored: bool
     deliver: Deliver
     deadline: float
     """On the clock of time.monotonic."""
     unfinished: int
-    """Answers that are still to come. Changed by the service's thread alone."""
-    samples: dict[int, int] = field(default_factory=dict)
-    """Of each of its requests in the engine, by number: which sample it is. Used by the service's thread alone."""
+    """Answers, or prompts that are only scored, that are still to come. Changed by the service's thread alone."""
+    places: dict[int, int] = field(default_factory=dict)
+    """Of each of its requests in the engine, by number: the answer's place. Used by the service's thread alone."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the conversation with the opening of its answer."""
-        return len(self.request.prompt.ids)
+        """Tokens of the prompts, openings of answers included."""
+        return sum(len(request.prompt.ids) for request in self.requests)
 
 
 class Service:
@@ -87,6 +101,7 @@ class Service:
         """Most answers waiting and in work."""
         self._speaker = Speaker(responder, rows=self.rows, positions=responder.context)
         self._by_number: dict[int, Submission] = {}
+        self._to_score: deque[tuple[Submission, int]] = deque()
         self._changed = threading.Condition()
         # What follows is guarded by that lock.
         self._arrived: deque[Submission] = deque()
@@ -105,17 +120,26 @@ class Service:
         return self._pending
 
     @property
+    def running(self) -> int:
+        """Answers in work."""
+        return self._speaker.running
+
+    @property
     def refusal(self) -> ServiceError | None:
         """Why nothing is taken up any more; None while it is."""
         return self._refusal
 
-    def submit(self, conversation: Conversation, options: Options, n: int, deliver: Deliver) -> Submission:
-        """Ask for `n` answers to a conversation. `deliver` gets their parts, the last of each with the `Answer`, or one error.
+    def submit(
+        self, prompts: Sequence[Callable[[], Prompt]], options: Options, samples: int, deliver: Deliver, *, scored: bool = False
+    ) -> Submission:
+        """Ask for answers to prompts, `samples` to each; `scored`: for the log p of the prompts' ids, too, or (0 samples) alone.
 
-        Encodes in the caller's thread. Raises UsageError for a prompt longer than the context, Full when there is no room for n
-        more answers, Closed or Broken when nothing is taken up any more.
+        `deliver` gets scores and parts of answers, the last of each with the `Answer`, or one error. Each of `prompts` encodes one,
+        in the caller's thread. Raises UsageError for a prompt longer than the context, Full when there is no room for so many more
+        answers, Closed or Broken when nothing is taken up any more.
         """
         deadline = time.monotonic() + self.timeout
+        n = len(prompts) * max(1, samples)
         with self._changed:
             if self._refusal is not None:
                 raise self._refusal
@@ -125,11 +149,11 @@ class Service:
                 )
             self._pending += n
         try:
-            request = self.responder.request(conversation, options)
+            requests = [self.responder.request(encode(), options) for encode in prompts]
         except BaseException:
             self._release(n)
             raise
-        submission = Submission(request, options.stop, deliver, deadline, unfinished=n)
+        submission = Submission(requests, samples, options, scored, deliver, deadline, unfinished=n)
         with self._changed:
             if self._refusal is not None and self._has_ended:
                 self._pending -= n
@@ -168,6 +192,9 @@ class Service:
         error: ServiceError = Closed("the server is shutting down")
         try:
             while self._take_up():
+                if self._to_score:
+                    # One between two ticks, so that answers in work go on.
+                    self._score(*self._to_score.popleft())
                 for piece in self._speaker.tick():
                     self._hand_out(piece)
                 self._end_overdue()
@@ -189,44 +216,64 @@ class Service:
     def _take_up(self) -> bool:
         """Wait until there is something to do and hand it to the engine. False: the end."""
         with self._changed:
-            while not (self._arrived or self._cancelled or self._is_closing or self._speaker.busy):
+            while not (self._arrived or self._cancelled or self._is_closing or self._to_score or self._speaker.busy):
                 self._changed.wait()
             if self._is_closing:
                 return False
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, []
         for submission in arrived:
-            for sample in range(submission.unfinished):
-                number = self._speaker.submit(dataclasses.replace(submission.request, sample=sample), submission.stop)
-                submission.samples[number] = sample
-                self._by_number[number] = submission
+            for prompt in range(len(submission.requests)):
+                if submission.scored:
+                    self._to_score.append((submission, prompt))
+                else:
+                    self._begin(submission, prompt)
         for submission in cancelled:
             self._forget(submission)
         return True
 
+    def _begin(self, submission: Submission, prompt: int) -> None:
+        for sample in range(submission.samples):
+            request = dataclasses.replace(submission.requests[prompt], sample=sample)
+            number = self._speaker.submit(request, submission.options.stop)
+            submission.places[number] = prompt * submission.samples + sample
+            self._by_number[number] = submission
+
+    def _score(self, submission: Submission, prompt: int) -> None:
+        tokens = self.responder.token_scores(submission.requests[prompt].prompt, submission.options)
+        self._begin(submission, prompt)
+        if not submission.samples:
+            self._end_one(submission)
+        submission.deliver(PromptScores(prompt, tokens))
+
     def _hand_out(self, piece: Piece) -> None:
         submission = self._by_number[piece.request]
-        part = Part(submission.samples[piece.request], piece)
+        part = Part(submission.places[piece.request], piece)
         if piece.answer is not None:
-            del self._by_number[piece.request], submission.samples[piece.request]
-            submission.unfinished -= 1
-            self._release(1)
-            if not submission.unfinished:
-                self._close(submission)
+            del self._by_number[piece.request], submission.places[piece.request]
+            self._end_one(submission)
         submission.deliver(part)
+
+    def _end_one(self, submission: Submission) -> None:
+        submission.unfinished -= 1
+        self._release(1)
+        if not submission.unfinished:
+            self._close(submission)
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
-        for submission in {one for one in self._by_number.values() if one.deadline < now}:
+        unfinished = {*self._by_number.values(), *(one for one, _ in self._to_score)}
+        for submission in {one for one in unfinished if one.deadline < now}:
             self._forget(submission)
             submission.deliver(TimedOut(f"the answer was not ready {self.timeout:g} s after it was asked for"))
 
     def _forget(self, submission: Submission) -> None:
         """Take what is unfinished of a submission out of the engine."""
-        for number in submission.samples:
+        self._to_score = deque(waiting for waiting in self._to_score if waiting[0] is not submission)
+        for number in submission.places:
             self._speaker.cancel(number)
             del self._by_number[number]
-        submission.samples.clear()
+        submission.places.clear()
         self._close(submission)
 
     def _close(self, submission: Submission) -> None:

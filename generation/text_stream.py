@@ -14,6 +14,8 @@ class TextStream:
 
     All that `push` and `finish` return, joined, is `tokenizer.decode` of all ids, cut where the first of the stop strings begins.
     The cost of a push doesn't depend on how long the answer is. Raises UsageError for an empty stop string.
+
+    is_begun: the ids continue a text, which isn't returned.
     """
 
     text: str
@@ -21,7 +23,7 @@ class TextStream:
     stopped: bool
     """Whether a stop string was met; what is pushed from then on is ignored."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, is_begun: bool = False) -> None:
         if "" in stop:
             raise UsageError("a stop string is empty, which would end every answer at once: leave it out")
         self.text = ""
@@ -32,6 +34,8 @@ class TextStream:
         # on; from then on, any text will do in front of the new ids.
         self._context: list[int] = []
         self._context_text = ""
+        if is_begun:
+            self._stand_in()
         self._pending: list[int] = []
         """Ids that are not in the text yet."""
         self._held = ""
@@ -59,9 +63,12 @@ class TextStream:
         if not self._context_text:
             self._context += ids
             if decoded:
-                self._context = self._tokenizer.encode("a")
-                self._context_text = self._tokenizer.decode(self._context)
+                self._stand_in()
         return decoded
+
+    def _stand_in(self) -> None:
+        self._context = self._tokenizer.encode("a")
+        self._context_text = self._tokenizer.decode(self._context)
 
     def _release(self, decoded: str, *, is_last: bool) -> str:
         """The part of the held and this text that is certain, which becomes part of `text`."""

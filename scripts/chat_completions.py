@@ -1,13 +1,15 @@
-"""The shapes of OpenAI's chat completions: what a request may hold, and how answers and errors look.
+"""The shapes of OpenAI's chat completions, and what other completions share with them: what a request may hold, how answers and
+errors look.
 
 Knows nothing of HTTP, threads or queues; scripts/serve.py does. docs/serving.md lists the fields.
 """
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -17,7 +19,7 @@ from dataset.text.conversation import Conversation, Role, Turn, question
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options
 from generation.engine import Token
-from generation.service import Part
+from generation.service import Event, Part
 
 
 class ApiError(Exception):
@@ -42,18 +44,29 @@ def invalid(message: str, param: str, code: str = "invalid_value") -> ApiError:
 
 _IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """Fields that change no answer of a model without tools."""
-_NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "store": False,
-    "service_tier": "auto",
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto",),
+    "best_of": (1,),
+    "suffix": ("",),
 }
-"""Fields that are not supported, and the value of each that asks for nothing."""
+"""Fields that are not supported, and the values of each that ask for nothing."""
+_NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "annotations": ([],), "refusal": ("",)}
+_IGNORED_OF_MESSAGE = {"name", "reasoning_content"}
+"""Who speaks in a role, which the model wasn't told in training, and thoughts, which no client expects to be read."""
+
+
+def _without(values: dict[str, Any], neutral: dict[str, tuple[Any, ...]], ignored: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in ignored and value not in neutral.get(name, ())}
 
 
 class _Body(BaseModel):
@@ -78,7 +91,7 @@ def _text_parts(content: Any) -> Any:
 
 
 def _several(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    return ([stop] if stop else []) if isinstance(stop, str) else stop
 
 
 class ChatMessage(_Body):
@@ -86,6 +99,11 @@ class ChatMessage(_Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_text_parts)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, values: Any) -> Any:
+        return _without(values, _NEUTRAL_OF_MESSAGE, _IGNORED_OF_MESSAGE) if isinstance(values, dict) else values
 
     def turn(self) -> Turn:
         """The turn as the model knows it."""
@@ -99,25 +117,27 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class ChatRequest(_Body):
-    """The fields that are supported. What is left out is the server's choice."""
+def _unless(*nothing: int) -> BeforeValidator:
+    """Numbers by which clients say that they don't set a field."""
+    return BeforeValidator(lambda value: None if value in nothing and not isinstance(value, bool) else value)
+
+
+class SampledRequest(_Body):
+    """What requests of both kinds hold. What is left out is the server's choice."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1)
+    """0 and -1: no cut."""
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**64)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    seed: Annotated[int | None, Field(ge=0, lt=2**64), _unless(-1)] = None
+    max_tokens: Annotated[int | None, Field(ge=0), _unless(-1)] = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_several), Field(max_length=16)] | None = None
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
     act_steps: int | None = Field(None, ge=1)
     """ACT steps a token takes: exactly, without `halt_threshold`; at most, with it."""
     halt_threshold: float | None = Field(None, gt=0, lt=1)
@@ -128,13 +148,6 @@ class ChatRequest(_Body):
         """Whether a stream ends with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def conversation(self, default_system: str | None) -> Conversation:
-        """The messages, opened by the default system turn if they have none; an empty one is a wish for none."""
-        try:
-            return question([message.turn() for message in self.messages], default_system)
-        except UsageError as error:
-            raise invalid(str(error), "messages") from None
-
     def options(self, default: Options) -> Options:
         """How to answer: what is asked for, else `default`, whose act_steps are the most there are.
 
@@ -142,28 +155,69 @@ class ChatRequest(_Body):
         """
         if self.act_steps is not None and self.act_steps > default.act_steps:
             raise invalid(f"act_steps is {self.act_steps}: this server offers 1 to {default.act_steps}", "act_steps")
-        if self.top_logprobs and not self.logprobs:
-            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
-        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise invalid("max_tokens and max_completion_tokens differ: send one of them", "max_tokens")
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.top_k is not None:
+            given["top_k"] = self.top_k if self.top_k > 0 else None
         seed = secrets.randbits(32) if self.seed is None else self.seed
         chooses_depth = self.act_steps is not None or self.halt_threshold is not None
         return default.changed(
-            max_output_tokens=self.max_completion_tokens or self.max_tokens or default.max_output_tokens,
+            max_output_tokens=self.max_tokens or default.max_output_tokens,
             act_steps=self.act_steps or default.act_steps,
             halt_threshold=self.halt_threshold if chooses_depth else default.halt_threshold,
             stop=default.stop if self.stop is None else self.stop,
-            top=self.top_logprobs,
             seed=seed,
             **given,
         )
 
 
-def parse_request(body: bytes) -> ChatRequest:
+class ChatRequest(SampledRequest):
+    """The fields of a chat completion."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: Annotated[int | None, Field(ge=1), _unless(-1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1), _unless(-1)] = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """auto: a conversation that leaves an answer too little room loses its oldest exchanges."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        return self.messages[-1].role == "assistant"
+
+    def conversation(self, default_system: str | None) -> Conversation:
+        """The messages, opened by the default system turn if they have none; an empty one is a wish for none."""
+        expected = {"continue_final_message": self.continues, "add_generation_prompt": not self.continues}
+        for name, value in expected.items():
+            if getattr(self, name) not in (None, value):
+                raise invalid(f"{name}: the assistant's last message is continued, the user's is answered", name)
+        turns = [message.turn() for message in self.messages]
+        begun = (turns.pop(),) if self.continues else ()
+        try:
+            return (*question(turns, default_system), *begun)
+        except UsageError as error:
+            raise invalid(str(error), "messages") from None
+
+    def options(self, default: Options) -> Options:
+        """See `SampledRequest.options`."""
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise invalid("max_tokens and max_completion_tokens differ: send one of them", "max_tokens")
+        limit = {"max_output_tokens": self.max_completion_tokens} if self.max_completion_tokens else {}
+        return super().options(default).changed(top=self.top_logprobs, **limit)
+
+
+_Request = TypeVar("_Request", bound=SampledRequest)
+
+
+def parse_request(body: bytes, kind: type[_Request]) -> _Request:
     """The request in a body. Raises ApiError (400) that names the field that is wrong or not supported."""
     try:
         values = from_json(body)
@@ -171,11 +225,8 @@ def parse_request(body: bytes) -> ChatRequest:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object")
-    for name, neutral in _NEUTRAL.items():
-        if values.get(name) == neutral:
-            del values[name]
     try:
-        return ChatRequest.model_validate({name: value for name, value in values.items() if name not in _IGNORED})
+        return kind.model_validate(_without(values, _NEUTRAL, _IGNORED))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")
@@ -188,67 +239,102 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 @dataclass
-class Completion:
+class Completion(ABC):
     """The answers to one request, as they grow."""
 
     id: str
-    asked: ChatRequest
+    asked: SampledRequest
     tokenizer: Tokenizer
     prompt_tokens: int
     seed: int
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each response."""
     created: int = field(default_factory=lambda: int(time.time()))
     new_tokens: int = 0
     """All generated tokens, of all answers, EOS included."""
 
-    def whole(self, parts: Iterable[Part]) -> dict[str, Any]:
-        """The response, from all parts of all answers."""
-        of_sample: list[list[Part]] = [[] for _ in range(self.asked.n)]
-        for part in parts:
-            self.new_tokens += 1
-            of_sample[part.sample].append(part)
-        choices = []
-        for sample, own in enumerate(of_sample):
-            message = {"role": "assistant", "content": "".join(part.piece.text for part in own), "refusal": None}
-            choices.append({"index": sample, "message": message, **self._about(own)})
-        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+    _kinds: ClassVar[tuple[str, str]]
+    """What a response and a chunk of a stream call themselves."""
 
+    @abstractmethod
+    def whole(self, events: Iterable[Event]) -> dict[str, Any]:
+        """The response, from all that came of all answers."""
+
+    @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
-        """The chunks that open each answer of a stream."""
-        delta = {"role": "assistant", "content": ""}
-        about = {"logprobs": None, "finish_reason": None}
-        return [self._chunk([{"index": sample, "delta": delta, **about}]) for sample in range(self.asked.n)]
+        """The chunks that open a stream."""
 
-    def chunk(self, part: Part) -> dict[str, Any]:
+    @abstractmethod
+    def chunk(self, event: Event) -> dict[str, Any]:
         """The chunk of one token, whose text is what it made certain: often none, or that of several tokens."""
-        self.new_tokens += 1
-        delta = {"content": part.piece.text} if part.piece.text or part.piece.answer is None else {}
-        return self._chunk([{"index": part.sample, "delta": delta, **self._about([part])}])
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks after the last token."""
         return [{**self._chunk([]), "usage": self._usage()}] if self.asked.wants_usage else []
 
+    def _whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head(self._kinds[0]), "choices": choices, "usage": self._usage()}
+
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         usage = {"usage": None} if self.asked.wants_usage else {}
-        return {**self._head("chat.completion.chunk"), "choices": choices, **usage}
+        return {**self._head(self._kinds[1]), "choices": choices, **usage}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model, "seed": self.seed}
-
-    def _about(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """What a choice says of these tokens besides their text. EOS counts in act_steps and has no log-probability shown."""
-        answer = parts[-1].piece.answer if parts else None
-        tokens = [part.piece.token for part in parts]
-        shown = [token_logprobs(self.tokenizer, token) for token in tokens if token.finish != "stop"]
-        return {
-            "logprobs": {"content": shown, "refusal": None} if self.asked.logprobs else None,
-            "finish_reason": answer.finish if answer is not None else None,
-            "act_steps": [token.act_steps for token in tokens],
-        }
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model, "seed": self.seed}
+        return {**head, **self.extras}
 
     def _usage(self) -> dict[str, int]:
         total = self.prompt_tokens + self.new_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens, "total_tokens": total}
+
+
+def finish_and_steps(parts: Sequence[Part]) -> dict[str, Any]:
+    """What a choice says of these tokens besides their text and log-probabilities. EOS counts in act_steps."""
+    answer = parts[-1].piece.answer if parts else None
+    return {
+        "finish_reason": answer.finish if answer is not None else None,
+        "act_steps": [part.piece.token.act_steps for part in parts],
+    }
+
+
+@dataclass
+class ChatCompletion(Completion):
+    """The answers to a chat request."""
+
+    asked: ChatRequest
+    _kinds = ("chat.completion", "chat.completion.chunk")
+
+    def whole(self, events: Iterable[Event]) -> dict[str, Any]:
+        """See `Completion.whole`."""
+        of_sample: list[list[Part]] = [[] for _ in range(self.asked.n)]
+        for event in events:
+            assert isinstance(event, Part)
+            self.new_tokens += 1
+            of_sample[event.place].append(event)
+        choices = []
+        for sample, own in enumerate(of_sample):
+            message = {"role": "assistant", "content": "".join(part.piece.text for part in own), "refusal": None}
+            choices.append({"index": sample, "message": message, **self._about(own)})
+        return self._whole(choices)
+
+    def opening(self) -> list[dict[str, Any]]:
+        """See `Completion.opening`."""
+        delta = {"role": "assistant", "content": ""}
+        about = {"logprobs": None, "finish_reason": None}
+        return [self._chunk([{"index": sample, "delta": delta, **about}]) for sample in range(self.asked.n)]
+
+    def chunk(self, event: Event) -> dict[str, Any]:
+        """See `Completion.chunk`."""
+        assert isinstance(event, Part)
+        self.new_tokens += 1
+        delta = {"content": event.piece.text} if event.piece.text or event.piece.answer is None else {}
+        return self._chunk([{"index": event.place, "delta": delta, **self._about([event])}])
+
+    def _about(self, parts: Sequence[Part]) -> dict[str, Any]:
+        # EOS has no log-probability shown.
+        tokens = [part.piece.token for part in parts if part.piece.token.finish != "stop"]
+        shown = [token_logprobs(self.tokenizer, token) for token in tokens]
+        return {"logprobs": {"content": shown, "refusal": None} if self.asked.logprobs else None, **finish_and_steps(parts)}
 
 
 def token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import ipaddress
@@ -18,8 +19,9 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +32,13 @@ try:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from scripts.serve_metrics import Metrics
 except ImportError as missing:
     sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-serve.txt`")
 
@@ -41,14 +46,18 @@ from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from generation import load
-from generation.service import Broken, Closed, Full, Part, Service, ServiceError, TimedOut
+from generation.engine import Prompt
+from generation.service import Broken, Closed, Event, Full, Part, Service, ServiceError, TimedOut
 from models.device import keep_freed_memory
-from scripts.chat_completions import ApiError, Completion, invalid, parse_request
+from scripts.chat_completions import ApiError, ChatCompletion, ChatRequest, Completion, SampledRequest, invalid, parse_request
+from scripts.text_completions import CompletionRequest, TextCompletion
 
 PAGE = Path(__file__).with_name("serve_page.html")
 KEY_VARIABLE = "TRM_API_KEY"
 # A client that takes longer to send its request, or to read a piece of its answer, is given up.
 _SLOWEST_CLIENT_SECONDS = 30.0
+# Proxies and clients give up a connection on which nothing comes, many of them after 30 to 60 s.
+_BEAT_SECONDS = 5.0
 # Below the usual limit of 1024 open files a process.
 _MOST_CONNECTIONS = 900
 
@@ -65,20 +74,29 @@ class Access:
     any_host: bool = False
     """Without a key: whether names other than the loopback's are answered to."""
     max_request_bytes: int = 256 * 1024
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
+    origins: tuple[str, ...] = ()
+    """Web pages of these may use the server; "*": of all."""
 
 
 def make_app(service: Service, access: Access) -> Starlette:
     """The HTTP application. `service` is its caller's to close."""
-    api = _Api(service, access)
+    metrics = Metrics(service)
+    api = _Api(service, access, metrics)
+    foreign_pages = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return Starlette(
         routes=[
             Route("/", api.page),
             Route("/health", api.health),
+            Route("/metrics", api.metrics),
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.model),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/completions", api.complete, methods=["POST"]),
         ],
-        middleware=[Middleware(_Gate, access=access)],
+        # A browser asks whether it may ask, without the key.
+        middleware=[Middleware(metrics.middleware), *([foreign_pages] if access.origins else []), Middleware(_Gate, access=access)],
         exception_handlers={
             ApiError: _on_error,
             ServiceError: _on_error,
@@ -103,9 +121,9 @@ class _Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self._access.api_key is not None:
-            expected = f"Bearer {self._access.api_key}".encode()
-            given = headers.get(b"authorization", b"")
-            if scope["path"].startswith("/v1/") and not hmac.compare_digest(given, expected):
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            is_known = scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._access.api_key.encode())
+            if scope["path"].startswith("/v1/") and not is_known:
                 return ApiError(401, "wrong or no API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
         elif not self._access.any_host and not _is_loopback(_host_name(headers.get(b"host", b"").decode("latin-1"))):
             # A web page whose name was made to point to this machine would be of the same origin as the server.
@@ -116,9 +134,10 @@ class _Gate:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, service: Service, access: Access) -> None:
+    def __init__(self, service: Service, access: Access, metrics: Metrics) -> None:
         self._service = service
         self._access = access
+        self._metrics = metrics
         self._created = int(time.time())
         self._html, self._html_headers = _page(
             {
@@ -142,58 +161,95 @@ class _Api:
         status = "failed" if isinstance(service.refusal, Broken) else "stopping"
         return JSONResponse({**about, "status": status, "message": str(service.refusal)}, 503)
 
+    async def metrics(self, _: Request) -> Response:
+        return self._metrics.response()
+
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._about_model()]})
+        return JSONResponse({"object": "list", "data": [self._about_model(name) for name in self._names]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._about_model())
+        name = request.path_params["name"]
+        self._check_model(name)
+        return JSONResponse(self._about_model(name))
 
     async def chat(self, request: Request) -> Response:
-        service = self._service
-        asked = parse_request(await _read_body(request, self._access.max_request_bytes))
-        self._check_model(asked.model)
-        conversation = asked.conversation(service.responder.system)
-        options = asked.options(service.responder.options)
-        if asked.n > service.capacity:
-            raise invalid(f"n is {asked.n}: this server gives at most {service.capacity} answers at a time", "n")
+        asked = parse_request(await _read_body(request, self._access.max_request_bytes), ChatRequest)
+        responder = self._service.responder
+        conversation = asked.conversation(responder.system)
+        extras: dict[str, Any] = {}
+        if asked.truncation == "auto":
+            answering = dataclasses.replace(responder, options=asked.options(responder.options))
+            conversation, forgotten = await asyncio.to_thread(answering.shortened, conversation)
+            extras["forgotten_messages"] = forgotten
+        encode = responder.begun_prompt if asked.continues else responder.prompt
+        completion = partial(ChatCompletion, asked=asked, extras=extras)
+        return await self._respond(request, asked, asked.n, "messages", [partial(encode, conversation)], completion)
 
-        events: asyncio.Queue[Part | ServiceError] = asyncio.Queue()
+    async def complete(self, request: Request) -> Response:
+        asked = parse_request(await _read_body(request, self._access.max_request_bytes), CompletionRequest)
+        prompts = asked.prompts(self._service.responder)
+        completion = partial(TextCompletion, asked=asked)
+        return await self._respond(request, asked, asked.samples, "prompt", prompts, completion, is_scored=asked.is_scored)
+
+    async def _respond(
+        self,
+        request: Request,
+        asked: SampledRequest,
+        samples: int,
+        param: str,
+        prompts: Sequence[Callable[[], Prompt]],
+        make_completion: Callable[..., Completion],
+        *,
+        is_scored: bool = False,
+    ) -> Response:
+        """Answers to prompts, `samples` to each, which stand in the field `param`."""
+        service = self._service
+        self._check_model(asked.model)
+        options = asked.options(service.responder.options)
+        answers = len(prompts) * max(1, samples)
+        if answers > service.capacity:
+            many = "n" if len(prompts) == 1 else param
+            raise invalid(f"{answers} answers asked for: this server gives at most {service.capacity} answers at a time", many)
+
+        events: asyncio.Queue[Event | ServiceError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def deliver(event: Part | ServiceError) -> None:
+        def deliver(event: Event | ServiceError) -> None:
             with contextlib.suppress(RuntimeError):  # The loop has ended, and with it everyone who listens.
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
             # In a thread, as a long text takes long to encode.
-            submission = await asyncio.to_thread(service.submit, conversation, options, asked.n, deliver)
+            submission = await asyncio.to_thread(service.submit, prompts, options, samples, deliver, scored=is_scored)
         except UsageError as error:
-            raise invalid(str(error), "messages", "context_length_exceeded") from None
-        completion = Completion(
-            id=f"chatcmpl-{secrets.token_hex(12)}",
-            asked=asked,
+            raise invalid(str(error), param, "context_length_exceeded") from None
+        completion = make_completion(
+            id=f"{'chatcmpl' if param == 'messages' else 'cmpl'}-{secrets.token_hex(12)}",
             tokenizer=service.responder.tokenizer,
             prompt_tokens=submission.prompt_tokens,
             seed=options.sampling.seed,
         )
-        parts = _parts(events, asked.n)
+        arriving = self._metrics.observed(_until_whole(events, answers, scores_end=not samples), submission.prompt_tokens)
         if asked.stream:
-            return _EventStream(completion, parts, lambda: service.cancel(submission))
+            return _EventStream(completion, arriving, lambda: service.cancel(submission))
         try:
-            return JSONResponse(completion.whole(await _while_connected(request.receive, _all(parts))))
+            return JSONResponse(completion.whole(await _while_connected(request.receive, _all(arriving))))
         finally:
             service.cancel(submission)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (self._access.model, *self._access.aliases)
+
     def _check_model(self, name: str) -> None:
-        if name != self._access.model:
-            message = f"there is no model {name!r} here, only {self._access.model!r}"
+        if name not in self._names:
+            message = f"there is no model {name!r} here, only {', '.join(map(repr, self._names))}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def _about_model(self) -> dict[str, Any]:
+    def _about_model(self, name: str) -> dict[str, Any]:
         responder = self._service.responder
         extras = {"context": responder.context, "act_steps": responder.options.act_steps}
-        return {"id": self._access.model, "object": "model", "created": self._created, "owned_by": "local", **extras}
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "local", **extras}
 
 
 # Requests in.
@@ -241,28 +297,39 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
 # Answers out.
 
 
-async def _parts(events: asyncio.Queue[Part | ServiceError], n: int) -> AsyncIterator[Part]:
-    """The parts of `n` answers, until all are whole. Raises the error that ends them."""
+async def _until_whole(events: asyncio.Queue[Event | ServiceError], n: int, *, scores_end: bool) -> AsyncIterator[Event | None]:
+    """What comes of `n` answers, or of prompts that are only scored (`scores_end`), until all are whole.
+
+    None stands for a while in which nothing came. Raises the error that ends them.
+    """
     while n:
-        event = await events.get()
+        try:
+            async with asyncio.timeout(_BEAT_SECONDS):
+                event = await events.get()
+        except TimeoutError:
+            yield None
+            continue
         if isinstance(event, ServiceError):
             raise event
-        n -= event.piece.answer is not None
+        n -= event.piece.answer is not None if isinstance(event, Part) else scores_end
         yield event
 
 
-async def _all(parts: AsyncIterator[Part]) -> list[Part]:
-    return [part async for part in parts]
+async def _all(arriving: AsyncIterator[Event | None]) -> list[Event]:
+    return [event async for event in arriving if event is not None]
 
 
 class _EventStream(Response):
-    """Server-sent events: a chunk a token. Nothing is sent before the first token, so an error until then has a status."""
+    """Server-sent events: a chunk a token, and a comment after a while without one.
 
-    def __init__(self, completion: Completion, parts: AsyncIterator[Part], end: Callable[[], None]) -> None:
+    Nothing is sent before the first of them, so an error until then has a status.
+    """
+
+    def __init__(self, completion: Completion, arriving: AsyncIterator[Event | None], end: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._completion = completion
-        self._parts = parts
+        self._arriving = arriving
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -274,25 +341,31 @@ class _EventStream(Response):
             self._end()
 
     async def _send(self, send: Send) -> None:
-        completion, parts = self._completion, self._parts
-        first = await anext(parts)
+        completion, arriving = self._completion, self._arriving
+        event = await anext(arriving)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            await self._give(send, *completion.opening(), completion.chunk(first))
-            async for part in parts:
-                await self._give(send, completion.chunk(part))
-            await self._give(send, *completion.closing(), "[DONE]")
+            await self._give(send, *map(_data, completion.opening()))
+            while True:
+                await self._give(send, ": waiting\n\n" if event is None else _data(completion.chunk(event)))
+                try:
+                    event = await anext(arriving)
+                except StopAsyncIteration:
+                    break
+            await self._give(send, *map(_data, completion.closing()), "data: [DONE]\n\n")
         except ServiceError as error:
-            await self._give(send, _as_api_error(error).body())
+            await self._give(send, _data(_as_api_error(error).body()))
         except TimeoutError:
             raise ClientDisconnect from None
         await send({"type": "http.response.body", "body": b""})
 
-    async def _give(self, send: Send, *events: dict[str, Any] | str) -> None:
-        lines = (event if isinstance(event, str) else json.dumps(event) for event in events)
-        body = "".join(f"data: {line}\n\n" for line in lines).encode()
+    async def _give(self, send: Send, *messages: str) -> None:
         async with asyncio.timeout(_SLOWEST_CLIENT_SECONDS):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": "".join(messages).encode(), "more_body": True})
+
+
+def _data(values: dict[str, Any]) -> str:
+    return f"data: {json.dumps(values)}\n\n"
 
 
 # Errors out.
@@ -372,7 +445,10 @@ def parse_arguments() -> argparse.Namespace:
         help=f"key that callers must send; better ${KEY_VARIABLE}, as `ps` shows flags",
     )
     parser.add_argument("--allow-open", action="store_true", help="let others in without a key")
-    parser.add_argument("--model-name", help="name that requests give the model; default: <run>/step_<N>")
+    parser.add_argument("--model-name", nargs="+", help="names that requests may give the model; default: <run>/step_<N>")
+    parser.add_argument(
+        "--allow-origin", nargs="+", default=[], help="web pages that may use the server: https://host[:port] of each, or * for all"
+    )
     parser.add_argument("--queue", type=int, default=64, help="answers that may wait for those in work")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds from a request to the end of its answer, at most")
     parser.add_argument("--max-request-kb", type=int, default=256, help="largest request, in units of 1024 bytes")
@@ -390,6 +466,14 @@ def check(arguments: argparse.Namespace) -> None:
     if key is None and not arguments.allow_open and not _is_loopback(arguments.host):
         raise UsageError(
             f"--host {arguments.host} lets everyone who reaches this machine use the model: set a key in {KEY_VARIABLE}, "
+            "or say --allow-open if that is meant"
+        )
+    for origin in arguments.allow_origin:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(f"--allow-origin {origin}: expected a scheme and a host without a path, as https://example.org, or *")
+    if "*" in arguments.allow_origin and key is None and not arguments.allow_open:
+        raise UsageError(
+            f"--allow-origin '*' lets every web page use the model: set a key in {KEY_VARIABLE}, "
             "or say --allow-open if that is meant"
         )
     for flag, value, least in (("queue", arguments.queue, 0), ("max-request-kb", arguments.max_request_kb, 1)):
@@ -458,11 +542,14 @@ def main() -> None:
     responder = load(checkpoint, settings_for_use(checkpoint.config, arguments))
     service = Service(responder, queue=arguments.queue, timeout=arguments.timeout)
     folder = checkpoint.folder.resolve()
+    model, *aliases = arguments.model_name or [f"{folder.parent.name}/{folder.name}"]
     access = Access(
-        model=arguments.model_name or f"{folder.parent.name}/{folder.name}",
+        model=model,
+        aliases=tuple(aliases),
         api_key=arguments.api_key,
         any_host=arguments.allow_open,
         max_request_bytes=arguments.max_request_kb * 1024,
+        origins=tuple(arguments.allow_origin),
     )
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     address = f"http://{host}:{listening.getsockname()[1]}"

@@ -13,6 +13,7 @@ from dataset.text.loader import Example
 from dataset.text.tokenizer import Tokenizer
 from evaluators.language import evaluate_language
 from generation.answers import Answer, Options, Responder
+from generation.engine import Prompt
 from generation.sampling import Sampling
 
 ResponderFactory = Callable[..., Responder]
@@ -224,3 +225,39 @@ def test_a_score_needs_room_in_the_context_and_text_to_divide_by(responder: Resp
     assert math.isnan(empty.bits_per_byte) and empty.log_probability == -empty.nats_per_token < 0
     with pytest.raises(UsageError, match="the context holds 257"):
         responder().score("Red", "blue " * 400)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_a_text_that_is_continued_goes_on_as_if_it_had_been_generated(
+    responder: ResponderFactory, tiny_tokenizer: Tokenizer, threshold: float | None
+) -> None:
+    speaker = responder(halt_threshold=threshold)
+
+    def tokens(prompt: Prompt) -> list[tuple[int, int]]:
+        running = speaker.speaker([speaker.request(prompt, speaker.options)])
+        found = []
+        while running.busy:
+            found += [(piece.token.id, piece.token.act_steps) for piece in running.tick()]
+        return found
+
+    begun = speaker.begun_prompt((Turn("text", "What is 2 plus"),))
+    assert begun.ids.tolist() == [tiny_tokenizer.bos_id, *tiny_tokenizer.encode("What is 2 plus")]
+    whole = tokens(begun)
+    for given in (1, 2, 3):
+        ids = [*begun.ids.tolist(), *(token for token, _ in whole[:given])]
+        assert tokens(speaker.ids_prompt(ids))[: len(whole) - given] == whole[given:]
+    assert threshold is None or len({steps for _, steps in whole}) > 1
+
+
+def test_a_conversation_loses_its_oldest_exchanges_until_an_answer_has_room(responder: ResponderFactory) -> None:
+    speaker = responder(context=128, max_output_tokens=1000)
+    system = (Turn("system", "Red"), Turn("system", "blue"))
+    exchanges = [(Turn("user", f"{number} plus"), Turn("assistant", "blue"), Turn("assistant", "Red")) for number in range(9)]
+    turns = (*system, *(turn for exchange in exchanges for turn in exchange), Turn("user", "What"))
+    kept, dropped = speaker.shortened(turns)
+    assert dropped and dropped % 3 == 0 and kept == (*system, *turns[2 + dropped :])
+    room = 128 - 128 // 4 + 1
+    assert speaker.prompt_length(kept) <= room < speaker.prompt_length((*system, *turns[2 + dropped - 3 :]))
+    assert speaker.shortened(kept) == (kept, 0)
+    alone = (Turn("user", "plus " * 200),)
+    assert speaker.shortened((*exchanges[0], *alone)) == (alone, 3), "the last exchange stays, however long it is"

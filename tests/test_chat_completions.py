@@ -16,10 +16,12 @@ from scripts.chat_completions import ApiError, ChatRequest, parse_request, token
 
 DEFAULT = Options(8, 4, halt_threshold=0.75, sampling=Sampling(temperature=0.5, top_k=7), stop=("#",))
 
+BEGUN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
 
 def parsed(**fields: Any) -> ChatRequest:
     request = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
-    return parse_request(json.dumps(request).encode())
+    return parse_request(json.dumps(request).encode(), ChatRequest)
 
 
 def refusal(**fields: Any) -> ApiError:
@@ -38,12 +40,13 @@ def refusal(**fields: Any) -> ApiError:
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"top_k": 0}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"n": 0}, "n"),
         ({"n": True}, "n"),
@@ -64,9 +67,14 @@ def refusal(**fields: Any) -> ApiError:
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": "hi", "name": "Bo"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "ho"}]}, "messages"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": BEGUN, "continue_final_message": False}, "continue_final_message"),
+        ({"messages": BEGUN, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"truncation": "yes"}, "truncation"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_field_that_holds_it(fields: dict[str, Any], param: str) -> None:
@@ -78,7 +86,7 @@ def test_a_wrong_value_is_refused_with_the_field_that_holds_it(fields: dict[str,
     "fields",
     [
         {"tools": [{"type": "function"}]},
-        {"tool_choice": "auto"},
+        {"tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
         {"frequency_penalty": 0.5},
         {"logit_bias": {"3": 1}},
@@ -91,31 +99,76 @@ def test_what_is_not_supported_is_refused_and_not_dropped(fields: dict[str, Any]
     assert error.code == "unsupported_parameter" and error.param == next(iter(fields)) and "not supported" in str(error)
 
 
-def test_fields_that_ask_for_nothing_are_taken() -> None:
-    parsed(
-        tools=[],
-        tool_choice=None,
-        response_format={"type": "text"},
-        frequency_penalty=0.0,
-        user="me",
-        metadata={"a": "b"},
-        stop=None,
-    )
-    # An answer of ours, handed back as history.
-    echoed = {"role": "assistant", "content": "ho", "refusal": None, "tool_calls": None}
-    parsed(messages=[{"role": "user", "content": "hi"}, echoed, {"role": "user", "content": "and"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": []},
+        {"tool_choice": None},
+        {"tool_choice": "auto"},
+        {"tool_choice": "none"},
+        {"functions": [], "function_call": "auto"},
+        {"response_format": {"type": "text"}},
+        {"frequency_penalty": 0.0},
+        {"user": "me"},
+        {"metadata": {"a": "b"}},
+        {"max_tokens": None},
+        {"max_tokens": -1},
+        {"max_completion_tokens": -1},
+        {"seed": -1},
+        {"stop": None},
+        {"add_generation_prompt": True, "continue_final_message": False},
+    ],
+)
+def test_a_field_that_asks_for_nothing_is_as_if_left_out(fields: dict[str, Any]) -> None:
+    plain = parsed()
+    assert parsed(**fields).model_dump(exclude=set(fields)) == plain.model_dump(exclude=set(fields))
+    options = [request.options(DEFAULT).changed(seed=0) for request in (parsed(**fields), plain)]
+    assert options[0] == options[1] and parsed(**fields).conversation(None) == plain.conversation(None)
+
+
+@pytest.mark.parametrize("cut", [0, -1])
+def test_top_k_of_0_or_minus_1_is_no_cut(cut: int) -> None:
+    assert parsed(top_k=cut).options(DEFAULT).sampling.top_k is None
+
+
+def test_an_empty_stop_string_is_no_stop_string() -> None:
+    assert parsed(stop="").options(DEFAULT).stop == ()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "Bo"},
+        {"tool_calls": []},
+        {"tool_calls": None},
+        {"annotations": []},
+        {"refusal": None},
+        {"reasoning_content": "hm"},
+        {"audio": None, "function_call": None},
+    ],
+)
+def test_a_message_may_hold_what_clients_hand_back(fields: dict[str, Any]) -> None:
+    messages = [BEGUN[0], {**BEGUN[1], **fields}, {**BEGUN[0], "name": "Bo"}]
+    assert parsed(messages=messages).conversation(None) == (Turn("user", "hi"), Turn("assistant", "ho"), Turn("user", "hi"))
+
+
+@pytest.mark.parametrize("fields", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+def test_a_last_message_of_the_assistant_is_the_beginning_of_the_answer(fields: dict[str, Any]) -> None:
+    asked = parsed(messages=BEGUN, **fields)
+    assert asked.continues and not parsed().continues
+    assert asked.conversation("Be blue.") == (Turn("system", "Be blue."), Turn("user", "hi"), Turn("assistant", "ho"))
 
 
 @pytest.mark.parametrize("body", [b"", b"[1]", b"{", b'"a"', b"[" * 100_000, b'{"model": "\xff"}'])
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="JSON"):
-        parse_request(body)
+        parse_request(body, ChatRequest)
 
 
 @pytest.mark.parametrize("text", [rb'"\ud800"', rb'"a\udfff"'])
 def test_text_that_is_no_unicode_is_refused(text: bytes) -> None:
     with pytest.raises(ApiError):
-        parse_request(b'{"model": "m", "messages": [{"role": "user", "content": ' + text + b"}]}")
+        parse_request(b'{"model": "m", "messages": [{"role": "user", "content": ' + text + b"}]}", ChatRequest)
 
 
 @given(
@@ -124,7 +177,7 @@ def test_text_that_is_no_unicode_is_refused(text: bytes) -> None:
 )
 def test_any_body_is_parsed_or_refused(body: bytes) -> None:
     with pytest.raises(ApiError):
-        parse_request(body)
+        parse_request(body, ChatRequest)
 
 
 def test_messages_become_turns() -> None:

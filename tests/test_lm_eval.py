@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an exported model gives our evaluator's figures (evaluators/lm_eval)."""
+"""lm-evaluation-harness on an exported model, and on a server, gives our evaluator's figures (evaluators/lm_eval)."""
 
 import json
 import runpy
@@ -23,6 +23,8 @@ from evaluators.answer_scores import is_exact
 from evaluators.language import evaluate_language
 from generation import load
 from models.act import RecursiveModel
+from scripts import serve
+from tests.running_server import Running
 
 TASKS = Path(__file__).resolve().parents[1] / "evaluators/lm_eval"
 OVERRIDES = (
@@ -69,23 +71,38 @@ def test_both_tasks_give_our_figures(
         rows.append({"messages": [*asked, {"role": "assistant", "content": reference}]})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "16"),
-        *("--model_args", f"pretrained={tmp_path / 'exported'},trust_remote_code=True"),
-        *("--include_path", str(TASKS), "--tasks", "instruct_bits_per_byte,instruct_exact"),
-        *("--metadata", json.dumps({"rows": str(file)}), "--output_path", str(tmp_path / "out")),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    [report] = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(report.read_text())["results"]
+    server = Running(ours, serve.Access("exported"), queue=64)
+    folder = f"trust_remote_code=True,tokenizer={tmp_path / 'exported'}"
+    api = f"model=exported,base_url={server.url}/v1/completions,tokenizer_backend=huggingface,max_length=257,num_concurrent=2"
+    ways = {
+        "hf": (f"pretrained={tmp_path / 'exported'},{folder}", "--device", "cpu", "--batch_size", "16"),
+        "local-completions": (f"{api},{folder}", "--batch_size", "8", "--gen_kwargs", "max_gen_toks=6"),
+    }
+    results = {}
+    try:
+        for way, (model_args, *further) in ways.items():
+            command = [
+                *(sys.executable, "-m", "lm_eval", "--model", way, "--model_args", model_args, *further),
+                *("--include_path", str(TASKS), "--tasks", "instruct_bits_per_byte,instruct_exact"),
+                *("--metadata", json.dumps({"rows": str(file), "pretrained": str(tmp_path / "exported")})),
+                *("--output_path", str(tmp_path / way)),
+            ]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            [report] = (tmp_path / way).rglob("results_*.json")
+            results[way] = json.loads(report.read_text())["results"]
+    finally:
+        server.stop()
     measured = evaluate_language(ours.model, text_dataset(rows), eos_id=tiny_tokenizer.eos_id, batch_size=16, act_steps=2).by_depth[
         -1
     ]
-    assert results["instruct_bits_per_byte"]["bits_per_byte,none"] == pytest.approx(measured.metrics()["bits_per_byte"], abs=1e-3)
     answers = ours.answers([row["messages"][:-1] for row in rows])
     right = [is_exact(row["messages"][-1]["content"], answer.text) for row, answer in zip(rows, answers, strict=True)]
-    assert results["instruct_exact"]["exact,none"] == sum(right) / 200 and 100 <= sum(right) < 200
+    assert 100 <= sum(right) < 200
+    for way in ways:
+        bits_per_byte = results[way]["instruct_bits_per_byte"]["bits_per_byte,none"]
+        assert bits_per_byte == pytest.approx(measured.metrics()["bits_per_byte"], abs=1e-3), way
+        assert results[way]["instruct_exact"]["exact,none"] == sum(right) / 200, way
 
 
 def test_documents_are_prompts_and_their_answers(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:

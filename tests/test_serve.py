@@ -29,17 +29,12 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.engine import Token
 from generation.sampling import Sampling
-from generation.service import Part, Service
+from generation.service import Part
 from scripts import serve
-from scripts.chat_completions import ChatRequest, Completion
+from scripts.chat_completions import ChatCompletion, ChatRequest
+from tests.running_server import ASK, CHAT, KEY, MODEL, QUESTION, WAIT, Running, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KEY = "a-key"
-MODEL = "run/step_1"
-QUESTION = [{"role": "user", "content": "What is 2 plus 3"}]
-ASK = {"model": MODEL, "messages": QUESTION, "max_tokens": 5}
-CHAT = "/v1/chat/completions"
-WAIT = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -49,47 +44,20 @@ def responder(tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer) -> Resp
     return Responder(model, tiny_tokenizer, Template(), context=128, options=options, rows=4, kv_budget_gb=1.0)
 
 
-class Running:
-    """A server on a free port, in a thread."""
-
-    def __init__(self, responder: Responder, access: serve.Access, queue: int, timeout: float, grace: float) -> None:
-        self.service = Service(responder, queue=queue, timeout=timeout)
-        self.server = serve.Server(self.service, access, grace)
-        listening = serve.bind("127.0.0.1", 0)
-        self.port = listening.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self.server.run, args=([listening],))
-        self._thread.start()
-        wait_for(lambda: self.server.started)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self._thread.join(WAIT)
-        assert not self._thread.is_alive()
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT)
-
-    def post(self, body: Any = None, path: str = CHAT, **headers: str) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(ASK if body is None else body)
-        sent = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-        return httpx.post(self.url + path, content=content, headers=sent, timeout=WAIT)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def start(responder: Responder) -> Iterator[Callable[..., Running]]:
     """`start(queue=3, ...)`: a server, stopped after the test."""
     running = []
 
-    def build(queue: int = 8, timeout: float = 60.0, grace: float = 0.0, api_key: str | None = KEY, **changes: Any) -> Running:
-        running.append(Running(replace(responder, **changes), serve.Access(MODEL, api_key), queue, timeout, grace))
+    def build(
+        queue: int = 8,
+        timeout: float = 60.0,
+        grace: float = 0.0,
+        api_key: str | None = KEY,
+        access: serve.Access | None = None,
+        **changes: Any,
+    ) -> Running:
+        running.append(Running(replace(responder, **changes), access or serve.Access(MODEL, api_key), queue, timeout, grace))
         return running[-1]
 
     yield build
@@ -205,16 +173,71 @@ def test_the_official_client_understands_errors(server: Running) -> None:
     assert [model.id for model in client.models.list()] == [MODEL] and client.models.retrieve(MODEL).id == MODEL
 
 
+def test_an_answer_goes_on_from_the_assistants_last_message(server: Running, responder: Responder) -> None:
+    begun = (*(Turn("user", QUESTION[0]["content"]),), Turn("assistant", "Red gives"))
+    messages = [*QUESTION, {"role": "assistant", "content": "Red gives"}]
+    speaker = responder.speaker([responder.request(responder.begun_prompt(begun), responder.options)])
+    expected = ""
+    while speaker.busy:
+        expected += "".join(piece.text for piece in speaker.tick())
+    for fields in ({}, {"add_generation_prompt": False, "continue_final_message": True}):
+        got = server.client().chat.completions.create(model=MODEL, messages=messages, extra_body=fields)
+        assert got.choices[0].message.content == expected
+    assert got.usage.prompt_tokens == len(responder.begun_prompt(begun).ids)
+
+
+def test_a_long_chat_forgets_its_oldest_exchanges_where_that_is_asked_for(server: Running, responder: Responder) -> None:
+    exchanges = [{"role": role, "content": f"{number} plus {number}"} for number in range(12) for role in ("user", "assistant")]
+    messages = [{"role": "system", "content": "Red"}, *exchanges, *QUESTION]
+    refused = server.post({**ASK, "messages": messages})
+    assert refused.status_code == 400 and error_of(refused)["code"] == "context_length_exceeded"
+    got = server.post({**ASK, "messages": messages, "truncation": "auto"}).json()
+    forgotten = got["forgotten_messages"]
+    assert 0 < forgotten < len(exchanges) and forgotten % 2 == 0
+    kept = [messages[0], *messages[1 + forgotten :]]
+    again = server.post({**ASK, "messages": kept, "truncation": "auto"}).json()
+    assert again["forgotten_messages"] == 0 and again["choices"] == got["choices"] and again["usage"] == got["usage"]
+    assert got["usage"]["prompt_tokens"] <= responder.context - ASK["max_tokens"] + 1
+
+
 # Who may ask, and how much.
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "bearer a-key2", "Basic a-key", "Bearer \xe4"])
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer wrong", "bearer a-key2", "bearera-key", "BEARER", "Basic a-key", "Bearer \xe4"]
+)
 def test_without_the_key_nothing_is_told(server: Running, header: str) -> None:
     for path in (CHAT, "/v1/models"):
         response = httpx.request("GET", server.url + path, headers={"Authorization": header.encode("latin-1")})
         assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
         assert error_of(response)["code"] == "invalid_api_key" and MODEL not in response.text
     assert httpx.get(server.url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
+def test_the_scheme_of_the_key_may_have_any_case(server: Running, scheme: str) -> None:
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"{scheme} {KEY}"}).status_code == 200
+
+
+def test_a_model_answers_to_each_of_its_names(start: Callable[..., Running]) -> None:
+    client = start(access=serve.Access(MODEL, KEY, aliases=("gpt-x", "local"))).client()
+    assert [model.id for model in client.models.list()] == [MODEL, "gpt-x", "local"]
+    assert client.models.retrieve("local").id == "local"
+    assert client.chat.completions.create(**{**ASK, "model": "gpt-x"}).model == "gpt-x"
+    with pytest.raises(openai.NotFoundError, match="'gpt-x', 'local'"):
+        client.chat.completions.create(**{**ASK, "model": "gpt-9"})
+
+
+def test_pages_of_allowed_origins_may_ask_and_read(start: Callable[..., Running]) -> None:
+    server = start(access=serve.Access(MODEL, KEY, origins=("https://a.example",)))
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    asked = httpx.options(server.url + CHAT, headers={"Origin": "https://a.example", **preflight})
+    assert asked.status_code == 200 and "authorization" in asked.headers["access-control-allow-headers"]
+    for key, status in ((KEY, 200), ("wrong", 401)):
+        answered = server.post(Origin="https://a.example", Authorization=f"Bearer {key}")
+        assert answered.status_code == status and answered.headers["access-control-allow-origin"] == "https://a.example"
+    other = httpx.options(server.url + CHAT, headers={"Origin": "https://b.example", **preflight})
+    assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
 def test_without_a_key_foreign_pages_get_nothing(start: Callable[..., Running]) -> None:
@@ -240,7 +263,7 @@ def test_a_body_that_is_too_large_is_refused_and_not_read(server: Running) -> No
 
 
 def test_unknown_paths_and_methods_are_told_in_the_same_form(server: Running) -> None:
-    assert error_of(server.post(path="/v1/completions")) and server.post(path="/v1/completions").status_code == 404
+    assert error_of(server.post(path="/v1/embeddings")) and server.post(path="/v1/embeddings").status_code == 404
     response = httpx.get(server.url + CHAT, headers={"Authorization": f"Bearer {KEY}"})
     assert response.status_code == 405 and error_of(response)
     assert server.post(b"{").status_code == 400
@@ -271,6 +294,49 @@ def test_typed_tags_and_control_pieces_are_no_role_boundary(
     # The template's own: a BOS before each turn and the answer, an EOS after the assistant's turn.
     assert ids.count(tiny_tokenizer.bos_id) == len(messages) + 1
     assert ids.count(tiny_tokenizer.eos_id) == 1
+
+
+# What is told while answers form.
+
+
+def test_a_stream_that_waits_says_so(
+    start: Callable[..., Running], slow: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_BEAT_SECONDS", 0.05)
+    slow(0.2)
+    server = start()
+    response = server.post({**ASK, "stream": True, "act_steps": 1})
+    events = response.text.split("\n\n")
+    assert events[0].startswith("data: ") and ": waiting" in events and events[-2:] == ["data: [DONE]", ""]
+    chunks = list(server.client().chat.completions.create(**ASK, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "length"
+    whole = server.post({**ASK, "act_steps": 1}).json()["choices"][0]["message"]["content"]
+    data = [json.loads(event.removeprefix("data: ")) for event in events[:-2] if event != ": waiting"]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in data) == whole
+
+
+def test_metrics_count_what_was_asked_and_answered(start: Callable[..., Running], slow: Callable[[float], None]) -> None:
+    server = start(queue=0)
+
+    def figures() -> dict[str, float]:
+        response = httpx.get(server.url + "/metrics")
+        assert response.headers["content-type"].startswith("text/plain")
+        lines = (line.rpartition(" ") for line in response.text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
+    assert figures()["trm_answers_running"] == figures()["trm_generated_tokens_total"] == 0
+    usage = [server.post({**ASK, "stream": stream}) for stream in (True, False)][1].json()["usage"]
+    assert server.post(b"{").status_code == 400
+    after = figures()
+    assert after["trm_prompt_tokens_total"] == 2 * usage["prompt_tokens"]
+    assert after["trm_generated_tokens_total"] == 2 * usage["completion_tokens"]
+    assert after["trm_time_to_first_token_seconds_count"] == 2
+    for status, count in (("200", 2), ("400", 1)):
+        assert after[f'trm_request_seconds_count{{endpoint="{CHAT}",status="{status}"}}'] == count
+    slow(0.05)
+    with server.client().chat.completions.create(**{**ASK, "max_tokens": 100}, n=3, stream=True) as stream:
+        next(iter(stream))
+        assert figures()["trm_answers_running"] == 3 and figures()["trm_answers_waiting"] == 0
 
 
 # A crowd, and clients that misbehave.
@@ -370,7 +436,7 @@ def test_a_client_that_never_takes_its_answer_is_given_up(monkeypatch: pytest.Mo
         if message["type"] == "http.response.body":
             await never()
 
-    completion = Completion("id", ChatRequest.model_validate(ASK), tiny_tokenizer, prompt_tokens=1, seed=0)
+    completion = ChatCompletion("id", ChatRequest.model_validate(ASK), tiny_tokenizer, prompt_tokens=1, seed=0)
     stream = serve._EventStream(completion, parts(), lambda: ended.append(True))
     asyncio.run(asyncio.wait_for(stream({}, never, send), WAIT))
     assert ended == [True]
@@ -564,6 +630,17 @@ def test_the_page_chats_in_a_browser(start: Callable[..., Running], browser: Any
     assert not severe, severe
 
 
+def test_a_long_chat_on_the_page_forgets_its_oldest_messages(start: Callable[..., Running], browser: Any) -> None:
+    server = start(api_key=None)
+    browser.get(server.url)
+    for _ in range(12):
+        say(browser, "What is 2 plus 3")
+        assert not browser.find_element("id", "error").is_displayed()
+    notes = [element.text for element in browser.find_elements("css selector", ".assistant .notes")]
+    assert "forgotten" not in notes[0] and "the oldest messages no longer fit the context and are forgotten" in notes[-1]
+    assert len(browser.execute_script("return turns")) < 12
+
+
 def test_the_page_stops_an_answer(start: Callable[..., Running], browser: Any, slow: Callable[[float], None]) -> None:
     slow(0.05)
     server = start(api_key=None, options=Options(max_output_tokens=100, act_steps=1, sampling=Sampling()))
@@ -600,6 +677,8 @@ def run_script(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (("--queue", "-1"), "--queue -1: expected at least 0"),
         (("--max-request-kb", "0"), "--max-request-kb 0: expected at least 1"),
         (("--timeout", "nan"), "--timeout must be above 0"),
+        (("--allow-origin", "https://a.example/chat"), "without a path"),
+        (("--allow-origin", "*"), "lets every web page use the model"),
         (("--host", "127.0.0.1", "--port", "70000"), "can't listen on 127.0.0.1 port 70000"),
         (("--host", "127.300.0.1", "--api-key", "k"), "can't listen on"),
         (("--host", "0.0.0.0", "--allow-open"), "no checkpoint"),

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from dataset.text.conversation import Template, Turn
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder, Speaker
 from generation.sampling import Sampling
-from generation.service import Broken, Closed, Full, Part, Service, ServiceError, Submission, TimedOut
+from generation.service import Broken, Closed, Event, Full, Part, PromptScores, Service, ServiceError, Submission, TimedOut
 
 QUESTION = (Turn("user", "What is 2 plus 3"),)
 OPTIONS = Options(max_output_tokens=6, act_steps=2, sampling=Sampling(temperature=1.0, seed=3))
@@ -79,7 +80,7 @@ class Inbox:
 
 def ask(service: Service, n: int = 1, options: Options = OPTIONS) -> tuple[Inbox, Submission]:
     inbox = Inbox()
-    return inbox, service.submit(QUESTION, options, n, inbox.arrived.put)
+    return inbox, service.submit([partial(service.responder.prompt, QUESTION)], options, n, inbox.arrived.put)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -97,7 +98,7 @@ def test_answers_are_those_of_the_responder_sample_by_sample(serve: Callable[...
     for inbox in inboxes:
         parts = inbox.end(n=3)
         assert isinstance(parts, list)
-        assert [[part.piece.text for part in parts if part.sample == sample] for sample in range(3)] == expected
+        assert [[part.piece.text for part in parts if part.place == sample] for sample in range(3)] == expected
     assert service.pending == 0
 
 
@@ -118,7 +119,7 @@ def test_what_has_no_place_is_refused_at_once_and_a_finished_answer_makes_room(
 def test_a_prompt_that_is_too_long_is_the_callers_error_and_keeps_no_place(serve: Callable[..., Service]) -> None:
     service = serve()
     with pytest.raises(UsageError, match="the context holds 64"):
-        service.submit((Turn("user", "plus " * 100),), OPTIONS, 1, Inbox().arrived.put)
+        service.submit([partial(service.responder.prompt, (Turn("user", "plus " * 100),))], OPTIONS, 1, Inbox().arrived.put)
     assert service.pending == 0
 
 
@@ -147,6 +148,54 @@ def test_an_answer_that_takes_too_long_ends_waiting_or_in_work(serve: Callable[.
         ended = inbox.end(n=2)
         assert isinstance(ended, TimedOut) and "not ready 0.1 s after" in str(ended)
     assert service.pending == 0
+
+
+def test_prompts_are_scored_before_their_answers_and_give_their_places_back(
+    serve: Callable[..., Service], responder: Responder
+) -> None:
+    service = serve()
+    texts = ("Red", "What is 2")
+    prompts = [partial(responder.begun_prompt, (Turn("text", text),)) for text in texts]
+    for samples in (0, 2):
+        arrived: queue.Queue[Event | ServiceError] = queue.Queue()
+        service.submit(prompts, OPTIONS, samples, arrived.put, scored=True)
+        wait_for(lambda: service.pending == 0)
+        events = [arrived.get_nowait() for _ in range(arrived.qsize())]
+        scored = {event.prompt: event.tokens for event in events if isinstance(event, PromptScores)}
+        assert [scored[place] for place in (0, 1)] == [responder.token_scores(encode(), OPTIONS) for encode in prompts]
+        seen = set()
+        for event in events:
+            if isinstance(event, Part):
+                assert event.place // 2 in seen, "the scores of its prompt came first"
+            elif isinstance(event, PromptScores):
+                seen.add(event.prompt)
+        assert {event.place for event in events if isinstance(event, Part)} == set(range(2 * samples))
+
+
+def test_prompts_that_wait_for_their_scores_end_with_their_caller_and_in_time(
+    serve: Callable[..., Service], responder: Responder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(timeout=0.2)
+    real, begun = Responder.token_scores, threading.Event()
+
+    def score(*arguments: Any) -> Any:
+        begun.set()
+        time.sleep(0.15)
+        return real(*arguments)
+
+    monkeypatch.setattr(Responder, "token_scores", score)
+    prompts = [partial(responder.begun_prompt, (Turn("text", "Red"),))] * 8
+    left: queue.Queue[Event | ServiceError] = queue.Queue()
+    submission = service.submit(prompts, OPTIONS, 0, left.put, scored=True)
+    assert begun.wait(WAIT)
+    service.cancel(submission)
+    wait_for(lambda: service.pending == 0)
+    assert left.qsize() < len(prompts)
+    late: queue.Queue[Event | ServiceError] = queue.Queue()
+    service.submit(prompts, OPTIONS, 0, late.put, scored=True)
+    wait_for(lambda: service.pending == 0)
+    events = [late.get_nowait() for _ in range(late.qsize())]
+    assert isinstance(events[-1], TimedOut) and len(events) < len(prompts)
 
 
 def test_a_failure_of_the_engine_fails_everyone_with_a_reason(
