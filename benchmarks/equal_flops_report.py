@@ -126,7 +126,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     best = found["best_plain"]
     titles = [
         *("arm", "seeds", "parameters: core, all", "TFLOPs", "seconds", "steps", "rows", "nats a token", "bits a byte", "exact, %"),
-        *(f"bits against {best}, %", f"exact against {best}, points", "a generated token: MFLOPs, ms"),
+        "bits at the deepest ACT step against the first, %",
+        *((f"bits against {best}, %", f"exact against {best}, points") if best else ()),
+        "a generated token: MFLOPs, ms",
     ]
     lines = [
         f"Each arm was trained for {spent} and measured on {found['rows']} held-out rows at each ACT step: the mean of its seeds,",
@@ -142,7 +144,8 @@ def markdown(found: Mapping[str, Any]) -> str:
             *(arm["arm"], str(len(arm["seeds"])), f"{arm['parameters_core']:,.0f}, {arm['parameters']:,.0f}"),
             *(f"{arm['flops'] / 1e12:.2f}", f"{arm['seconds']:.0f}", f"{arm['steps']:,.0f}", f"{arm['rows']:,.0f}"),
             *(_values(measures.get(name), *form) for name, form in _FORMS.items()),
-            *(_difference(against.get(name)) for name in ("bits_per_byte", "exact")),
+            f"{100 * (bits[-1] / bits[0] - 1):+.1f}" if len(bits := measures["bits_per_byte"]["by_act_step"]) > 1 else "",
+            *(_difference(against.get(name)) for name in (("bits_per_byte", "exact") if best else ())),
             f"{arm['token']['flops'] / 1e6:.2f}, {arm['token']['ms']:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

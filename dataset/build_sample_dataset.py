@@ -105,9 +105,11 @@ def _draw_deep(family: str, split: str, rng: random.Random, hops: Sequence[int],
     asked = [hops[row % len(hops)]]
     if split != "train":
         return DEEP_FAMILIES[family](rng, asked, MOST_HOPS)
+    size = rng.randint(asked[0], MOST_HOPS)
     if family in TABLE_FAMILIES:
-        asked += rng.choices(hops, k=TABLE_QUESTIONS - 1)
-    return DEEP_FAMILIES[family](rng, asked, rng.randint(max(asked), MOST_HOPS))
+        # What the table has room for, so that small ones stay frequent.
+        asked += rng.choices([number for number in hops if number <= size], k=TABLE_QUESTIONS - 1)
+    return DEEP_FAMILIES[family](rng, asked, size)
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:

@@ -30,7 +30,7 @@ def test_the_rehearsal_measures_every_case(tmp_path: Path) -> None:
     assert list(report["parts"]) == PARTS
     cases = {part: report["parts"][part]["cases"] for part in PARTS}
     assert not [case for part in PARTS for case, figures in cases[part].items() if "error" in figures]
-    assert len(cases["smoke"]) == 40 and all(figures["passed"] for figures in cases["smoke"].values())
+    assert len(cases["smoke"]) == 48 and all(figures["passed"] for figures in cases["smoke"].values())
     device, naive = cases["train_step"]["device"], cases["train_step"]["naive"]
     training = cases["train_step"]["causal, compiled"]
     assert training["to naive"] == training["tokens/s"] / naive["naive tokens/s"]

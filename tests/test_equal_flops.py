@@ -258,6 +258,16 @@ def test_a_budget_of_examples_from_the_command_line(run: Callable[..., str], pla
     assert [(row["arm"], row["rows"], row["steps"]) for row in found["arms"]] == [("small", 12, 3), ("plain_2", 12, 3)]
 
 
+def test_without_a_plain_arm_nothing_is_held_against_one(run: Callable[..., str], places: list[str]) -> None:
+    printed = run("--examples", 8, "--only", "small", "--overrides", *places)
+    [arm] = json.loads(printed.splitlines()[-1])["arms"]
+    [heads] = [line for line in printed.splitlines() if line.startswith("| arm |")]
+    [cells] = [line for line in printed.splitlines() if line.startswith("| small |")]
+    assert "against the first" in heads and heads.count("against") == 1 and heads.count("|") == cells.count("|")
+    first, *_, deepest = arm["measures"]["bits_per_byte"]["by_act_step"]
+    assert f"| {100 * (deepest / first - 1):+.1f} |" in cells
+
+
 def test_conversations_of_ones_own_and_an_arm_that_fails(
     run: Callable[..., str], places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

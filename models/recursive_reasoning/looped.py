@@ -13,6 +13,6 @@ class LoopedTransformer(TRM):
 
     def step(self, states: States, x_BTD: Tensor, call: LevelCall) -> tuple[States, Tensor]:
         (z,) = states
-        for _ in range(self.config.level_calls):
+        for _ in range(self.config.H_cycles * (self.config.L_cycles + 1)):
             z = call("L_level", z + x_BTD)
         return (z,), z
