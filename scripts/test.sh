@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, import rules and tests, in an environment of their own making: scripts/test.sh [--slow] [pytest arguments].
+# Lint, types, import rules, documentation and tests, in an environment of their own making: scripts/test.sh [--slow] [pytest arguments].
 # --slow runs the tests that take more than a minute, and only those.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -18,4 +18,5 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
+python -m mkdocs build --strict
 python -m pytest "${selection[@]}" "$@"
