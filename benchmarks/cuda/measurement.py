@@ -49,7 +49,8 @@ def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
     set_logs(recompiles=True)
     if scale.device == "cpu":
         torch.compiler.set_stance("force_eager")
-    if part.processes > 1:
+        torch.set_num_threads(1)  # sizes are tiny: several threads would wait for each other
+    elif part.processes > 1:
         threads = max(1, torch.get_num_threads() // part.processes)
         torch.set_num_threads(threads)
         torch._inductor.config.compile_threads = threads
