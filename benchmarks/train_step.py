@@ -77,9 +77,6 @@ def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig
         [
             f"arch.forward_dtype={dtype}",
             f"arch.halt_max_steps={arguments.act_steps}",
-            "arch.grad_calls=null",
-            "act_steps=fixed",
-            "loss_discount=1",
             f"dataset.seq_len={arguments.seq_len}",
             f"global_batch_size={arguments.batch}",
             "lr_min_ratio=1.0",

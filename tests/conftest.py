@@ -60,7 +60,7 @@ TINY = (
 # What a recursion says otherwise at toy size, its layers in the first place.
 TINY_RECURSIONS = {
     "arch=hrm": ("arch.H_layers=1", "arch.L_layers=2"),
-    "arch=looped": ("arch.H_cycles=1", "arch.qk_norm=false"),
+    "arch=looped": ("arch.H_cycles=1",),
     "arch=transformers_baseline": ("arch.H_layers=2", "arch.H_cycles=1", "arch.L_cycles=0"),
 }
 

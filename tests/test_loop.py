@@ -64,7 +64,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 
 
 def plain_gradients(
-    model: RecursiveModel, rows: Sequence[Example], steps: int, grad_calls: int | None, discount: float = 1.0
+    model: RecursiveModel, rows: Sequence[Example], steps: int, grad_calls: int | str | None, discount: float = 1.0
 ) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]], int]:
     """Gradients of an optimizer step of `steps` ACT steps: TRM's loop written out, rows one by one and unpadded.
 
@@ -80,7 +80,8 @@ def plain_gradients(
         x, rotary, mask = model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.mask(segments)
         z_H, z_L = model.initial_states(1, inputs.shape[1])
         of_step = [number >= calls - (arch.L_cycles + 1) for number in range(calls)]
-        of_all = [number >= steps * calls - (grad_calls or 0) for number in range(steps * calls)]
+        last = grad_calls if isinstance(grad_calls, int) else steps * calls
+        of_all = [number >= steps * calls - last for number in range(steps * calls)]
         carries = iter(of_step * steps if grad_calls is None else of_all)
         for step in range(steps):
             if grad_calls is None:
@@ -133,7 +134,7 @@ def test_a_step_is_a_plain_loop_over_rows_and_act_steps(
 
 
 # Two ACT steps of six level calls each.
-@pytest.mark.parametrize("grad_calls", ["null", 12, 11, 7, 6, 4, 1])
+@pytest.mark.parametrize("grad_calls", ["null", "all", 12, 11, 7, 6, 4, 1])
 @pytest.mark.parametrize("discount", [1.0, 0.3, 0.0])
 def test_gradient_runs_through_the_last_level_calls_of_all_act_steps(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, grad_calls: object, discount: float
@@ -142,7 +143,7 @@ def test_gradient_runs_through_the_last_level_calls_of_all_act_steps(
     assert_step_is_plain(tiny_config(*settings, *FROZEN), random_examples(4))
 
 
-@pytest.mark.parametrize("grad_calls", ["null", 4])
+@pytest.mark.parametrize("grad_calls", ["null", "all", 4])
 def test_a_single_act_step_is_a_plain_loop_too(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, grad_calls: object
 ) -> None:

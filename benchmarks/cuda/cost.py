@@ -16,7 +16,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.benchmark import Timer
 
-from benchmarks.common import SyntheticRows, benchmark_config, flop_counter, trainer_on
+from benchmarks.common import ORIGINAL, SyntheticRows, benchmark_config, flop_counter, trainer_on
 from benchmarks.cuda.scale import (
     COMPILING_SECONDS,
     ENGINES,
@@ -103,7 +103,7 @@ def training_cost(
     found: Found,
     counted_in: str,
     overrides: Sequence[str],
-    original: Sequence[str] = ("experiment=original_depth", _ONE_ACT_STEP),
+    original: Sequence[str] = (ORIGINAL, _ONE_ACT_STEP),
     compiled: bool = False,
     varied: bool = False,
 ) -> Figures:

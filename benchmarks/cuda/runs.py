@@ -10,7 +10,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
-from benchmarks.common import SyntheticRows, trainer_on
+from benchmarks.common import ORIGINAL, SyntheticRows, trainer_on
 from benchmarks.cuda.scale import (
     COMPILING_SECONDS,
     Case,
@@ -85,7 +85,7 @@ def epoch(scale: Scale) -> Iterator[Case]:
         }
 
     yield Case("default", functools.partial(training, ()), COMPILING_SECONDS)
-    yield Case("original's depth", functools.partial(training, ("experiment=original_depth",)), COMPILING_SECONDS)
+    yield Case("original's depth", functools.partial(training, (ORIGINAL,)), COMPILING_SECONDS)
 
 
 def equal_flops(scale: Scale) -> Iterator[Case]:

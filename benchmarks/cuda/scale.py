@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.common import VOCABULARY, benchmark_config
+from benchmarks.common import ORIGINAL, VOCABULARY, benchmark_config
 from config.schema import PretrainInstructConfig
 from generation.device_tick import Recorder, graph_recorder
 from models.device import peak_memory
@@ -104,9 +104,7 @@ def peak_gigabytes(scale: Scale) -> float:
     return peak.get("cuda_peak_bytes", peak["peak_rss_bytes"]) / 1e9
 
 
-def training_config(
-    scale: Scale, overrides: Sequence[str], original: Sequence[str] = ("experiment=original_depth",)
-) -> PretrainInstructConfig:
+def training_config(scale: Scale, overrides: Sequence[str], original: Sequence[str] = (ORIGINAL,)) -> PretrainInstructConfig:
     """The original's network or another, with softmax, batch and positions of `scale`."""
     size = [f"dataset.seq_len={scale.positions}", f"global_batch_size={scale.batch}", "epochs=1000"]
     return benchmark_config([*scale.arch, *size, *overrides], scale.device, original)
