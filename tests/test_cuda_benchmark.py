@@ -75,17 +75,18 @@ def troubled(scale: Scale) -> Iterator[Case]:
     yield Case("fails", fail)
     yield Case("works", lambda _: {"ms": 1.5})
     yield Case("is told", lambda found: {"known": sorted(found)})
+    yield Case("is wrong", lambda _: {"passed": False})
 
 
 def test_a_case_that_ends_its_process_costs_no_other(tmp_path: Path) -> None:
     part = measure("part", Part(troubled, 1), dataclasses.replace(REHEARSAL, deadline=time.monotonic() + 200), tmp_path)
     cases = part["cases"]
-    assert part["about"] == "How it goes." and list(cases) == ["crashes", "hangs", "fails", "works", "is told"]
+    assert part["about"] == "How it goes." and list(cases) == ["crashes", "hangs", "fails", "works", "is told", "is wrong"]
     assert cases["crashes"]["error"] == "the process ended with status -9"
     assert cases["hangs"]["error"].startswith("stopped at its time limit, in\n") and "in hang" in cases["hangs"]["error"]
     assert cases["fails"]["error"] == "ValueError: no such thing"
     assert cases["works"] == {"ms": 1.5} and cases["is told"] == {"known": ["works"]}
-    assert [has_failed(figures) for figures in cases.values()] == [True, True, True, False, False]
+    assert [has_failed(figures) for figures in cases.values()] == [True, True, True, False, False, True]
     log = (tmp_path / "part-0.log").read_text()
     assert "Timeout (" in log and "in hang" in log and "no such thing" in log
 
