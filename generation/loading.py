@@ -33,7 +33,7 @@ def load(
     config: settings to use it with; None: its own.
     device: auto, cpu, cuda or mps. dtype: auto, bfloat16, float32 or float64. None: as `config` says.
     system: text of the system turn that opens a question without one, "" for none; None: the one the model was trained with.
-    options: keys of `generation` in config/schema.py, over those of `config`.
+    options: keys of `generation` in config/schema, over those of `config`.
 
     Raises UsageError for a checkpoint that is missing or damaged, for an option that is unknown or out of range, and if compiled
     code is asked for on a CPU without a C++ compiler.
