@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from artifacts.checkpoint import Checkpoint, load_weights, open_checkpoint
+from artifacts.checkpoint import Checkpoint, open_checkpoint
 from artifacts.halting import read_halting_calibration
+from artifacts.weights import load_weights
 from config.schema import PretrainInstructConfig, parse_config
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, load_weights, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import Snapshot, open_checkpoint, save_checkpoint
+from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange, open_run_data
