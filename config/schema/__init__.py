@@ -7,19 +7,12 @@ config/. A value that is wrong, or a key that doesn't exist, is a `UsageError` b
 from config.schema.arch import ArchConfig
 from config.schema.base import OnResume, TextType, text_type, user_path
 from config.schema.parsing import Config, no_such_key, on_resume, parse_as, parse_config, type_of_key
-from config.schema.puzzles import PretrainPuzzleConfig, PuzzleOutput
-from config.schema.text import (
-    DatasetConfig,
-    FieldName,
-    GenerationConfig,
-    PretrainInstructConfig,
-    SourceConfig,
-    StageConfig,
-)
+from config.schema.puzzles import PretrainPuzzleConfig, PuzzleOutputName
+from config.schema.text import DatasetConfig, FieldName, GenerationConfig, PretrainInstructConfig, SourceConfig, StageConfig
 from config.schema.training import EarlyStoppingConfig, TrainingConfig
 
 __all__ = [
     "ArchConfig", "Config", "DatasetConfig", "EarlyStoppingConfig", "FieldName", "GenerationConfig", "OnResume",
-    "PretrainInstructConfig", "PretrainPuzzleConfig", "PuzzleOutput", "SourceConfig", "StageConfig", "TextType", "TrainingConfig",
-    "no_such_key", "on_resume", "parse_as", "parse_config", "text_type", "type_of_key", "user_path",
+    "PretrainInstructConfig", "PretrainPuzzleConfig", "PuzzleOutputName", "SourceConfig", "StageConfig", "TextType",
+    "TrainingConfig", "no_such_key", "on_resume", "parse_as", "parse_config", "text_type", "type_of_key", "user_path",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from config.schema.base import Free, PathStr, Section
 from config.schema.training import TrainingConfig
 
 # What an evaluation on puzzles can save of each row.
-PuzzleOutput = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
+PuzzleOutputName = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
 
 
 class EvaluatorConfig(Section):
@@ -44,7 +44,7 @@ class PretrainPuzzleConfig(TrainingConfig):
     """How many `eval_interval`s at the start of the run end without an evaluation."""
     checkpoint_every_eval: Free[bool]
     """Save a checkpoint at each evaluation; off: at the end, and as `checkpoint` says."""
-    eval_save_outputs: Free[tuple[PuzzleOutput, ...]]
+    eval_save_outputs: Free[tuple[PuzzleOutputName, ...]]
     """Tensors of each evaluation that are saved in the run's folder."""
 
     @property
