@@ -19,7 +19,7 @@ from dataset.text.conversation import Conversation
 from dataset.text.forms import form_options
 from generation import load
 from generation.answers import Piece, Responder
-from generation.batch import Asked, answer_file, answers_in_order, positions_needed
+from generation.batch import InputRow, answer_file, answers_in_order, positions_needed
 from generation.chat import Chat
 from models.device import keep_freed_memory
 
@@ -75,8 +75,8 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
     if arguments.json or samples > 1:
         responder.prompt(conversation)  # tells a message that is too long
         _, positions = positions_needed(responder, [conversation])
-        asked = (Asked(conversation, sample=sample) for sample in range(samples))
-        records = answers_in_order(responder, asked, rows=min(responder.rows, samples), positions=positions)
+        inputs = (InputRow(conversation, sample=sample) for sample in range(samples))
+        records = answers_in_order(responder, inputs, rows=min(responder.rows, samples), positions=positions)
         for number, record in enumerate(records, 1):
             print(json.dumps(record) if arguments.json else f"[{number} of {samples}]\n{record['answer']}", flush=True)
     elif arguments.verbose:

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
     """The checkpoint's settings with this door's flags on top."""
     used = settings_for_use(trained, arguments)
-    if used.stages and arguments.data_dir is not None:
+    if used.sources and arguments.data_dir is not None:
         raise UsageError(
             f"--data-dir: the run has the sources {', '.join(used.sources)}, each with its folder: "
             "move one with --overrides sources.NAME.data_dir=FOLDER"
@@ -128,7 +128,7 @@ def main() -> None:
         "max_batches": arguments.max_batches,
         **result.report(),
     }
-    if "sample" in split.parts and not config.stages:
+    if all(source.source == "sample" for source in config.all_sources.values()):
         metrics["answers"] = evaluate_generated(responder, split, rows=rows)
     if arguments.generate:
         path = folder / f"answers_{arguments.split}.jsonl"

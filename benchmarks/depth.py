@@ -30,7 +30,7 @@ from benchmarks.common import use_threads
 from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig, user_path
-from dataset.instruct import last_exchange, open_instruct_split
+from dataset.instruct import Source, last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextDataset
 from evaluators.answer_scores import Score, is_exact, score_answers, wilson_upper_bound
@@ -288,7 +288,7 @@ def main() -> None:
             f"the depth table needs answers that are right or wrong: those of the bundled data have one, and dataset.source is "
             f"{config.dataset.source}; train on dataset=sample, or take inference_instruct.py's by_act_step for text"
         )
-    split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, "test")
+    split = Source(config.dataset).open_split("test", checkpoint.tokenizer, checkpoint.template)
     rows = min(len(split), arguments.rows or len(split))
     responder = load(checkpoint, config)
     deepest = responder.options.act_steps

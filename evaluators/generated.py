@@ -13,7 +13,7 @@ from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
 from evaluators.answer_scores import is_exact, score_answers, score_by_hops
 from generation.answers import Answer, Responder
-from generation.batch import Asked, answers_in_order, positions_needed
+from generation.batch import InputRow, answers_in_order, positions_needed
 
 
 def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int]) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def write_generated(responder: Responder, split: TextCorpus | TextDataset, path:
     """
     asking, positions = positions_needed(responder, (history for _, history, _ in _exchanges(split, rows)))
     indices, exchanges = itertools.tee(_exchanges(split, rows))
-    asked = (Asked(history, reference, sample=i) for i, history, reference in exchanges)
-    records = answers_in_order(responder, asked, rows=min(responder.rows, max(1, asking)), positions=positions)
+    inputs = (InputRow(history, reference, sample=i) for i, history, reference in exchanges)
+    records = answers_in_order(responder, inputs, rows=min(responder.rows, max(1, asking)), positions=positions)
     count = exact = tokens = steps = 0
     log_probability = 0.0
     partial = path.with_name(path.name + ".partial")

@@ -28,7 +28,7 @@ from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
 from generation import load
 from generation.answers import Options, Piece, Responder, Speaker
-from generation.batch import Asked, answer_file, answers_in_order, positions_needed, read_asked
+from generation.batch import InputRow, answer_file, answers_in_order, positions_needed, read_inputs
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
 
@@ -119,11 +119,11 @@ def test_a_row_longer_than_the_context_becomes_an_error_and_the_others_are_answe
 def test_memory_is_bounded_by_a_window(responder: Callable[..., Responder], rows: int) -> None:
     one, pulled, count = responder(max_output_tokens=2), 0, 60
 
-    def coming() -> Iterator[Asked]:
+    def coming() -> Iterator[InputRow]:
         nonlocal pulled
         for number in range(count):
             pulled += 1
-            yield Asked(user(("Red " * 200) if number % 7 == 0 else f"blue {number}"), sample=number)
+            yield InputRow(user(("Red " * 200) if number % 7 == 0 else f"blue {number}"), sample=number)
 
     _, positions = positions_needed(one, (asked.history for asked in coming()))
     pulled, given = 0, 0
@@ -164,10 +164,10 @@ def test_memory_is_bounded_by_a_window(responder: Callable[..., Responder], rows
 )
 def test_rows_of_every_form_are_read(tmp_path: Path, row: dict[str, Any], history: Any, reference: str | None) -> None:
     source = write(tmp_path / "in.jsonl", ["", row, "  "])
-    [asked] = read_asked(open_row_file(source), None)
+    [asked] = read_inputs(open_row_file(source), None)
     assert [(turn.role, turn.text) for turn in asked.history] == [(turn.role, turn.text) for turn in history]
     assert asked.reference == reference
-    [opened] = read_asked(open_row_file(source), "default")
+    [opened] = read_inputs(open_row_file(source), "default")
     assert opened.history[0].text == ("s" if history[0].role == "system" else "default")
 
 
@@ -316,7 +316,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
 ) -> None:
     rows = prompts(12)
-    source = write(tmp_path / "in.jsonl", [*rows[:2], "{an odd row", *rows[3:10], {"words": "another"}, rows[11]])
+    source = write(tmp_path / "in.jsonl", [*rows[:2], "{an bad row", *rows[3:10], {"words": "another"}, rows[11]])
     one = responder(sampling=DRAWN)
     answer_file(one, source, tmp_path / "whole.jsonl")
     with monkeypatch.context() as patched, pytest.raises(Stopped):

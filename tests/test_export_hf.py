@@ -18,9 +18,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from artifacts.checkpoint import Checkpoint, Snapshot, TrainerState, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import Checkpoint, Snapshot, TrainerState, open_checkpoint, save_checkpoint
 from artifacts.halting import HaltingCalibration, write_halting_calibration
 from artifacts.hf.export import export_folder, modeling_file
+from artifacts.weights import read_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template, Turn, encode_conversation

@@ -10,7 +10,7 @@ import pytest
 from config.compose import compose_config
 from config.errors import UsageError
 from dataset.build_sample_dataset import build
-from dataset.instruct import open_instruct_split
+from dataset.instruct import Source
 from dataset.text.conversation import Conversation, Template
 from dataset.text.tokenizer import Tokenizer
 from evaluators.generated import evaluate_generated, write_generated
@@ -41,7 +41,7 @@ def tokenizer() -> Tokenizer:
 def _split(folder: Path, tokenizer: Tokenizer, **built: Any) -> Any:
     build(folder, 60, 2, 0, **built)
     config = compose_config("cfg_pretrain_instruct", ["dataset=sample", f"dataset.data_dir={folder}"]).dataset
-    return open_instruct_split(config, tokenizer, Template(), "test_deeper" if built else "test")
+    return Source(config).open_split("test_deeper" if built else "test", tokenizer, Template())
 
 
 def _responder(split: Any, tokenizer: Tokenizer, context: int) -> _Oracle:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, read_saved_run, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, read_saved_run, save_checkpoint
+from artifacts.weights import load_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange

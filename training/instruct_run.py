@@ -10,10 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, load_weights, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import Snapshot, open_checkpoint, save_checkpoint
+from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import last_exchange, open_run_data, source_configs
+from dataset.instruct import last_exchange, open_run_data
 from dataset.text.conversation import Template
 from dataset.text.counts import describe_counts, describe_files, warnings_about
 from dataset.text.loader import ExampleStream, TextCorpus
@@ -84,7 +85,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
 def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: Ranks) -> None:
     """What the run reads, and what of it a user should know before it goes on."""
-    for name, source in source_configs(config).items():
+    for name, source in config.all_sources.items():
         train, test = report["sources"][name]["train"], report["sources"][name].get("test")
         rows, test_rows = train["counts"]["kept"], test["counts"]["kept"] if test is not None else 0
         place = source.repo if source.source == "hub" else source.data_dir

@@ -9,8 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, load_weights, read_weights
+from artifacts.checkpoint import Snapshot
 from artifacts.puzzle_checkpoint import identifiers_sha256, save_puzzle_checkpoint
+from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData

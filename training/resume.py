@@ -14,12 +14,12 @@ from typing import Any
 from artifacts.checkpoint import (
     SavedRun,
     checkpoints_of,
-    clear_remains,
     newest_checkpoint,
     read_saved_run,
     read_settings,
     step_of,
 )
+from artifacts.retention import remove_partial_checkpoints
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
@@ -130,7 +130,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
         say(f"{folder} has no checkpoint yet: beginning at step 0")
         return ResumePoint(folder)
     if not config.dry_run:
-        clear_remains(folder)
+        remove_partial_checkpoints(folder)
     damaged: list[Path] = []
     for checkpoint in reversed(candidates):
         try:

@@ -69,8 +69,8 @@ Of the weights: {licence}. The data have licences of their own.
 def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
     """README.md with the hub's header. licence: an identifier of the hub's, or None for one that wasn't stated."""
     config = checkpoint.config
-    parts = config.sources.values() or [config.dataset]
-    repos = list(dict.fromkeys(part.repo for part in parts if part.repo is not None))
+    sources = config.all_sources.values()
+    repos = list(dict.fromkeys(source.repo for source in sources if source.repo is not None))
     header = ModelCardData(
         license=licence or "unknown",
         library_name="transformers",
@@ -79,7 +79,7 @@ def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
         datasets=repos or None,
     )
     links = [f"[{repo}](https://huggingface.co/datasets/{repo})" for repo in repos]
-    kinds = [f"`{part.source}`" for part in parts if part.repo is None]
+    kinds = [f"`{source.source}`" for source in sources if source.repo is None]
     return _CARD.format(
         header=header.to_yaml(),
         name=config.run_name or checkpoint.folder.parent.name,
