@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import load_weights, open_checkpoint
+from artifacts.checkpoint import open_checkpoint
+from artifacts.weights import load_weights
 from benchmarks.deep_families import Network, Update, _encode, fill_bins, main, orthogonal, read_family
 from config.compose import compose_config
 from config.schema import PretrainInstructConfig
