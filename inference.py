@@ -10,6 +10,9 @@ import os
 from functools import partial
 from typing import Any, get_args
 
+# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from tqdm import tqdm
 
 from artifacts.outputs import output_folder, write_json

@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from tqdm import tqdm
 

@@ -113,7 +113,10 @@ def write_checkpoint(
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
+        tied = {_TIED_HEAD} if config.arch.tie_embeddings else set()
+        parameters = sum(tensor.numel() for name, tensor in snapshot.weights.items() if name not in tied)
+        sizes = {"step": snapshot.step, "parameters": parameters}
+        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, **sizes, **about})
         _write_json(partial / "train_metrics.json", snapshot.metrics)
         save_file(
             {name: t.detach().contiguous() for name, t in snapshot.trainer.tensors.items()},

@@ -460,6 +460,8 @@ class TrainingConfig(_Section):
     """Log to TensorBoard, too, in the run's folder; needs `pip install tensorboard`."""
     plot: Free[bool]
     """Draw the run into its folder, run.png, at each evaluation."""
+    report: Free[bool]
+    """Write what became of the run into its folder at its end, as a page: report.html."""
     dry_run: Free[bool]
     """Say what the run would take (parameters, memory, steps, FLOPs, time) and write nothing but the token cache of its data."""
     optimizer: Fixed[Literal["adam_atan2", "muon"]]

@@ -45,7 +45,7 @@ def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     values = copy.deepcopy(dict(settings))
     kind: type[TrainingConfig] = PretrainPuzzleConfig if "data_paths" in values else PretrainInstructConfig
     dropped: list[str] = []
-    _upgrade(values, kind, _shipped(values, kind), "", "", dropped)
+    _upgrade(values, kind, shipped_settings(values), "", "", dropped)
     return values, dropped
 
 
@@ -83,9 +83,9 @@ def _upgrade(
             )
 
 
-def _shipped(settings: Mapping[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
-    """What Hydra composes for this kind of run from the same files."""
-    if kind is PretrainPuzzleConfig:
+def shipped_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What Hydra composes from the files here for this kind of run, its recursion and its source; `${...}` as it stands."""
+    if "data_paths" in settings:
         shipped = _read(_FOLDER, "cfg_pretrain")
     else:
         shipped = _read(_FOLDER, "cfg_pretrain_instruct")
