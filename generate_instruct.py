@@ -4,16 +4,16 @@
 --overrides go on top.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import contextlib
 import functools
 import json
 import math
-import os
 import sys
-
-# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use

@@ -4,14 +4,15 @@ With the run's data and batch size its figures are those of the evaluation in tr
 `--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import json
 import os
 from functools import partial
 from typing import Any, get_args
-
-# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tqdm import tqdm
 

@@ -4,15 +4,16 @@ Teacher-forced metrics always; for the bundled sample data also generated answer
 answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import json
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tqdm import tqdm

@@ -4,10 +4,9 @@ Settings stand in config/cfg_pretrain_instruct.yaml and are explained in config/
 `-m key=a,b` trains with each of several values.
 """
 
-import os
+from config import environment  # noqa: F401  (before torch and tqdm)
 
-# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# isort: split
 
 import hydra
 from omegaconf import DictConfig

@@ -149,11 +149,11 @@ def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -
         raise UsageError(f"the report {path} can't be written: {error}; free space, or name another file") from error
 
 
-def checkpoint_markdown(checkpoint: Path) -> str:
-    """Data and results of one checkpoint, as they stand in its model card: level-2 sections."""
+def card_tables(checkpoint: Path) -> tuple[str, str]:
+    """Tables of a checkpoint's data and of its results, as they stand in its model card. Raises UsageError if it is damaged."""
     runs = [_Run(checkpoint)]
-    sections = (_data(runs), _overview(runs), _depth(runs), _calibration(runs), _families(runs))
-    return "\n".join(_as_markdown(section) for section in sections if section.tables)
+    results = (_overview(runs), _depth(runs), _calibration(runs), _families(runs))
+    return _tables_as_markdown(_data(runs)), "\n".join(map(_tables_as_markdown, results))
 
 
 def _sections(runs: Sequence[_Run]) -> Iterator[Section]:
@@ -394,17 +394,21 @@ def _flat(values: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any
 
 
 def _as_markdown(section: Section) -> str:
-    lines = [f"## {section.title}", ""]
-    for table in section.tables:
-        rows = [table.head, ["---"] * len(table.head), *table.rows]
-        lines += [*("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows), ""]
+    text = f"## {section.title}\n\n{_tables_as_markdown(section)}"
     for answers in section.answers:
         for record in answers.records:
             texts = {"Q": record["prompt"][-1]["content"], "A": record["answer"], "expected": record.get("reference")}
-            lines += [
-                *(f"- {name}: {json.dumps(text, ensure_ascii=False)}" for name, text in texts.items() if text is not None),
-                "",
-            ]
+            told = [f"- {name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in texts.items() if text is not None]
+            text += "".join([*told, "\n"])
     if not section.tables and not section.answers:
-        lines += ["Shown in report.html." if section.charts else f"Not there. {section.missing}", ""]
-    return "\n".join(lines)
+        text += "Shown in report.html.\n" if section.charts else f"Not there. To get it: {section.missing}\n"
+    return text
+
+
+def _tables_as_markdown(section: Section) -> str:
+    lines = []
+    for table in section.tables:
+        rows = [table.head, ["---"] * len(table.head), *table.rows]
+        lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n" for row in rows]
+        lines.append("\n")
+    return "".join(lines)

@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Before torch is loaded: threads that wait sleep, so that another program on the same cores doesn't make them several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
 
 try:
     import uvicorn
