@@ -70,7 +70,8 @@ class Section(NamedTuple):
 
     title: str
     missing: str
-    charts: Sequence[str] = ()
+    charts: Sequence[Callable[[], str]] = ()
+    """Each draws itself, as an <svg> element."""
     tables: Sequence[Table] = ()
     answers: Sequence[Answers] = ()
     note: str = ""
@@ -90,11 +91,10 @@ class _Run:
         self.about, self.puzzles, self.halting, self.depths = (
             self._json(name) for name in ("checkpoint.json", "dataset.json", "halting.json", "depth.json")
         )
-        of_evaluation = [line["test"] for line in self.log[METRICS].values() if "test" in line]
-        whole_split = self._json("metrics.json") or self._json("metrics_test.json")
-        self.measured: Mapping[str, Any] = next(
-            filter(None, (whole_split, *reversed(of_evaluation), self._json("train_metrics.json").get("test"))), {}
-        )
+        of_training = [line["test"] for line in self.log[METRICS].values() if "test" in line]
+        of_split = [self._json("metrics.json"), self._json("metrics_test.json")]
+        self._measurements = [*of_split, *reversed(of_training), self._json("train_metrics.json").get("test", {})]
+        self.measured: Mapping[str, Any] = next(filter(None, self._measurements), {})
 
     def _json(self, name: str) -> dict[str, Any]:
         path = None if self.checkpoint is None else self.checkpoint / name
@@ -123,9 +123,11 @@ class _Run:
         return next((line[key] for line in reversed(list(self.log[file].values())) if line.get(key) is not None), None)
 
     def by_act_step(self) -> list[Mapping[str, Any]]:
-        """Measures at 1, 2, ... ACT steps."""
-        shares = self.measured.get("exact_accuracy_by_act_step", [])
-        return list(self.measured.get("by_act_step", [])) or [{"exact_accuracy": share} for share in shares]
+        """The last measures at 1, 2, ... ACT steps; with a halting threshold there are none."""
+        for found in self._measurements:
+            if found.get("by_act_step"):
+                return list(found["by_act_step"])
+        return [{"exact_accuracy": share} for share in self.measured.get("exact_accuracy_by_act_step", [])]
 
 
 def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -> None:
@@ -165,7 +167,7 @@ def _overview(runs: Sequence[_Run]) -> Section:
     facts: list[tuple[str, Callable[[_Run], Cell]]] = [
         ("checkpoint", lambda run: _cell(run.checkpoint and run.checkpoint.name)),
         ("recursion", lambda run: _cell(run.setting("arch.name"))),
-        ("numbers in the weights", lambda run: _cell(run.about.get("parameters"))),
+        ("parameters and buffers", lambda run: _cell(run.about.get("parameters"))),
         ("width", lambda run: _cell(run.setting("arch.hidden_size"))),
         ("ACT steps, at most", lambda run: _cell(run.setting("arch.halt_max_steps"))),
         ("optimizer", lambda run: _cell(run.setting("optimizer"))),
@@ -209,7 +211,7 @@ def _data(runs: Sequence[_Run]) -> Section:
 
 def _curves(runs: Sequence[_Run]) -> Section:
     logs = [(run.name, run.log) for run in runs]
-    charts = [svg(partial(draw_panel, panel=panel, runs=logs)) for panel in panels_of([run.log for run in runs])]
+    charts = [partial(svg, partial(draw_panel, panel=panel, runs=logs)) for panel in panels_of([run.log for run in runs])]
     return Section("Curves", "They come with the run's first lines in metrics.jsonl.", charts)
 
 
@@ -225,9 +227,10 @@ def _depth(runs: Sequence[_Run]) -> Section:
         measures = [(name, key) for name, key in _MEASURES if any(key in of for of in rows)]
         cells = [(_cell(step), *(_measure(of, key) for _, key in measures)) for step, of in enumerate(rows, 1)]
         head = [f"{run.name}: ACT steps", *(name for name, _ in measures)]
-        if answers := run.measured.get("answers", {}).get("by_act_step"):
+        answers = run.measured.get("answers", {}).get("by_act_step", [])
+        if len(answers) == len(cells) > 0:
             head.append("answers exact")
-            cells = [(*row, _share(share)) for row, share in zip(cells, answers, strict=False)]
+            cells = [(*row, _share(share)) for row, share in zip(cells, answers, strict=True)]
         tables += [Table(head, cells)] if cells else []
         settings = [
             (of, sorted(of["tokens_per_second"])[len(of["tokens_per_second"]) // 2]) for of in run.depths.get("settings", [])
@@ -297,10 +300,10 @@ def _families(runs: Sequence[_Run]) -> Section:
         axes.set_xlim(0, 1.02)
         _label(axes, "answers exact, with 95 % intervals", "share of the family's questions")
 
-    return Section("Answers by family", missing, [svg(draw, height=1 + 0.22 * len(families))], [Table(head, rows)])
+    return Section("Answers by family", missing, [partial(svg, draw, height=1 + 0.22 * len(families))], [Table(head, rows)])
 
 
-def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: bool = False, **style: Any) -> str:
+def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: bool = False, **style: Any) -> Callable[[], str]:
     def draw(axes: "Axes") -> None:
         for label, positions, values in curves:
             axes.plot(positions, values, label=label, markersize=4, linewidth=1.2, **style)
@@ -309,7 +312,7 @@ def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: b
         axes.locator_params(axis="x", integer=xlabel == "ACT steps")
         _label(axes, title, xlabel)
 
-    return svg(draw)
+    return partial(svg, draw)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[Sequence[float], Sequence[float]]:

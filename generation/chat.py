@@ -95,7 +95,7 @@ class Chat:
             self._say("this is not valid UTF-8 text: check the terminal's encoding")
         elif command == "/quit":
             return False
-        elif line.startswith("/") and "\n" not in line:
+        elif line.startswith("/"):
             self._command(command, rest.strip())
         elif line.strip():
             self._answer(line.strip())

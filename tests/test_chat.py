@@ -222,8 +222,8 @@ def test_bytes_that_are_no_text_are_told(responder: Callable[..., Responder]) ->
 
 
 def test_lines_between_quotation_marks_and_pasted_ones_are_one_message(responder: Callable[..., Responder]) -> None:
-    shown, chat = talk(responder(), '"""', "/reset", "", "Red", '"""', "/blue\nplus")
-    assert [turn.text for turn in chat.history[::2]] == ["/reset\n\nRed", "/blue\nplus"]
+    shown, chat = talk(responder(), '"""', "/reset", "", "Red", '"""', "blue\nplus")
+    assert [turn.text for turn in chat.history[::2]] == ["/reset\n\nRed", "blue\nplus"]
     assert "> . . . . " in shown
 
 
