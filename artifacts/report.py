@@ -159,8 +159,10 @@ def card_tables(checkpoint: Path) -> tuple[str, str]:
 
 
 def _sections(runs: Sequence[_Run]) -> Iterator[Section]:
+    of_text = (_calibration, _samples)
     for section in (_overview, _data, _curves, _depth, _calibration, _families, _samples, _settings):
-        yield section(runs)
+        if section not in of_text or not all(run.puzzles for run in runs):
+            yield section(runs)
 
 
 def _overview(runs: Sequence[_Run]) -> Section:
@@ -246,7 +248,13 @@ def _depth(runs: Sequence[_Run]) -> Section:
             tables.append(Table(head, cells))
     charts += [_chart("answers exact against speed", "tokens a second", timed, marker="o")] if timed else []
     note = "Against time: python benchmarks/depth.py --checkpoint RUN/step_N --output RUN/step_N/depth.json (bundled data)."
-    return Section("Depth", "Nothing was measured at several ACT steps.", charts, tables, note="" if timed or not tables else note)
+    return Section(
+        "Depth",
+        "Nothing was measured at several ACT steps.",
+        charts,
+        tables,
+        note=note if tables and not (timed or run.puzzles) else "",
+    )
 
 
 def _calibration(runs: Sequence[_Run]) -> Section:

@@ -197,6 +197,7 @@ def test_a_run_on_puzzles_has_one_too(tmp_path: Path) -> None:
     numbers, _ = known(run)
     shown = cells(html)
     assert {float(value) for _, value in shown if value} <= numbers
+    assert "calibrate_halting" not in html and "benchmarks/depth" not in html and "Sample answers" not in html, "these are for text"
     assert {"puzzles", "Answers by set"} <= set(re.findall(r">([^<>]*)<", html)) and "toy: all" in {text for text, _ in shown}
     curve = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test"]["exact_accuracy_by_act_step"]
     assert len(curve) == 3 and [str(share) for share in curve] == [value for text, value in shown if text.endswith("%")][-4:-1]
