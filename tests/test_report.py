@@ -46,7 +46,22 @@ def run(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
     run_well("scripts/calibrate_halting.py", *given, folder=folder)
     output = str(newest(found) / "depth.json")
     run_well("benchmarks/depth.py", *given, "--rows", "4", "--rounds", "1", "--output", output, folder=folder)
+    # An untrained model is never right: scores that can be told apart in place of zeros.
+    for name in ("depth.json", "metrics.json"):
+        path = newest(found) / name
+        content = json.loads(path.read_text())
+        for number, score in enumerate(scores_of(content)):
+            score |= {"accuracy": 0.4 + number / 97, "lower_95": 0.3 + number / 97, "upper_95": 0.5 + number / 97}
+        path.write_text(json.dumps(content))
     return found
+
+
+def scores_of(content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, dict) and "lower_95" in content:
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from scores_of(value)
 
 
 def newest(run: Path) -> Path:
