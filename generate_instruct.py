@@ -4,6 +4,10 @@
 --overrides go on top.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import contextlib
 import functools
@@ -39,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=user_path, metavar="FILE", help="with --input: the answers, as JSON lines; resumes after a kill"
     )
+    parser.add_argument(
+        "--transcript", type=user_path, metavar="FILE", help="with --chat: add each conversation to FILE, as a row of JSON lines"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="with --message: answer it N times")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-V", "--verbose", action="store_true", help="show each decoding step with its most probable tokens")
@@ -47,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     add_sampling_arguments(parser)
     arguments = parser.parse_args()
     given = {name for name, value in vars(arguments).items() if value is not None and value is not False}
-    needs = (("samples", "message"), ("json", "message"), ("verbose", "message"), ("output", "input"), ("input", "output"))
-    for flag, other in needs:
+    needs = {"samples": "message", "json": "message", "verbose": "message", "output": "input", "input": "output"}
+    for flag, other in (needs | {"transcript": "chat"}).items():
         if flag in given and other not in given:
             raise UsageError(f"--{flag} goes with --{other}: give both")
     if arguments.samples is not None and arguments.samples < 1:
@@ -103,7 +110,7 @@ def main() -> None:
             import readline  # noqa: F401  (gives input() line editing and a history)
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are told, not a traceback
-        Chat(responder, input, sys.stdout).run()
+        Chat(responder, input, sys.stdout, arguments.transcript).run()
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)
         forms = form_options(config.dataset)

@@ -4,6 +4,10 @@ With the run's data and batch size its figures are those of the evaluation in tr
 `--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import json
 import os

@@ -4,6 +4,10 @@ Teacher-forced metrics always; for the bundled sample data also generated answer
 answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import json
 import os

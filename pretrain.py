@@ -4,6 +4,10 @@ Settings stand in config/ (cfg_pretrain.yaml) and are explained in config/schema
 `-m key=a,b` trains with each of several values.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import hydra
 from omegaconf import DictConfig
 

@@ -13,7 +13,7 @@ from models.act import RecursiveModel
 
 _PREFIX = "model.inner."
 _COMPILED_PREFIX = "_orig_mod."
-_TIED_HEAD = "lm_head.weight"
+TIED_HEAD = "lm_head.weight"
 _PUZZLE_VECTORS = "puzzle_emb.weights"
 
 
@@ -42,7 +42,7 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
         if len(vectors) != count:
             found[_PUZZLE_VECTORS] = vectors.mean(dim=0, keepdim=True).expand(count, -1)
     if model.config.tie_embeddings:
-        found.setdefault(_TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[_TIED_HEAD]))
+        found.setdefault(TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[TIED_HEAD]))
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
     problems += [
@@ -58,7 +58,7 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, tied: bool) -> None:
     """Write weights under the original's names. tied: leave out the vocabulary head, which is the embedding matrix."""
     # safetensors refuses two names for one tensor.
-    named = {name: tensor for name, tensor in weights.items() if not (tied and name == _TIED_HEAD)}
+    named = {name: tensor for name, tensor in weights.items() if not (tied and name == TIED_HEAD)}
     save_file({_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
 
 

@@ -45,7 +45,7 @@ def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     values = copy.deepcopy(dict(settings))
     kind: type[TrainingConfig] = PretrainPuzzleConfig if "data_paths" in values else PretrainInstructConfig
     dropped: list[str] = []
-    _upgrade(values, kind, _shipped(values, kind), "", "", dropped)
+    _upgrade(values, kind, shipped_settings(values), "", "", dropped)
     return values, dropped
 
 
@@ -83,9 +83,9 @@ def _upgrade(
             )
 
 
-def _shipped(settings: Mapping[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
-    """The defaults that Hydra composes from the same files for this kind of run."""
-    name = "cfg_pretrain" if kind is PretrainPuzzleConfig else "cfg_pretrain_instruct"
+def shipped_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that Hydra composes from the files here for this kind of run, its recursion and source, with `${...}` unresolved."""
+    name = "cfg_pretrain" if "data_paths" in settings else "cfg_pretrain_instruct"
     shipped = _merged(_read(_FOLDER, "cfg_training"), _read(_FOLDER, name))
     shipped["dataset"] = _merged(_section(shipped, "dataset"), _shipped_source(_section(settings, "dataset")))
     arch = _merged(_read(_FOLDER / "arch", "trm"), _read(_FOLDER / "arch", _section(settings, "arch").get("name")))

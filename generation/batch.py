@@ -30,7 +30,7 @@ from generation.engine import cache_bytes, rows_that_fit
 _RECORD_KEYS = frozenset(
     {
         "index", "prompt", "reference", "prompt_tokens", "answer", "finish", "log_probability", "mean_act_steps", "act_steps",
-        "answer_tokens", "error", "context",
+        "tokens", "answer_tokens", "error", "context",
     }
 )  # fmt: skip
 # What a request of a batch file holds besides the conversation: text that is no part of it.
@@ -72,9 +72,10 @@ def answers_in_order(responder: Responder, inputs: Iterable[InputRow], *, rows: 
     """The answer to each, in the given order, as plain values for JSON. At most `rows` form at the same time.
 
     `positions` as from `positions_needed`. Keys: those of `InputRow.extra`; prompt (messages), reference (if there is one),
-    prompt_tokens; answer, finish, log_probability (nats), mean_act_steps, act_steps (of each token), answer_tokens, the last three
-    with the EOS where there is one. For a history longer than the context: error and context instead of an answer; for what can't
-    be answered: error alone. Raises UsageError if the keys and values of one row are over the budget.
+    prompt_tokens; answer, finish, log_probability (nats), mean_act_steps, and with the EOS where there is one act_steps (of each
+    token), tokens (the text that each made certain) and answer_tokens. For a history longer than the context: error and context
+    instead of an answer; for what can't be answered: error alone. Raises UsageError if the keys and values of one row are over the
+    budget.
     """
     speaker = Speaker(responder, rows=rows, positions=max(1, positions))
     coming = iter(inputs)
@@ -103,6 +104,7 @@ def answers_in_order(responder: Responder, inputs: Iterable[InputRow], *, rows: 
         while window and window[0][0] not in in_work:
             yield window.popleft()[1]
         for piece in speaker.tick() if speaker.busy else ():
+            in_work[piece.request].setdefault("tokens", []).append(piece.text)
             if (answer := piece.answer) is not None:
                 in_work.pop(piece.request).update(
                     answer=answer.text,

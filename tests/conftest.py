@@ -88,6 +88,7 @@ SHORT_RUN = (
     "checkpoint.every_minutes=null",
     "checkpoint.keep_last=null",
     "plot=false",
+    "report=false",
     "run_name=run",
 )
 

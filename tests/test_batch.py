@@ -88,6 +88,7 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
         assert row["log_probability"] == pytest.approx(alone.log_probability, rel=1e-9)
         assert row["mean_act_steps"] == pytest.approx(sum(alone.act_steps) / len(alone.act_steps))
         assert row["prompt_tokens"] == len(one.prompt(history).ids) and row["answer_tokens"] == len(alone.act_steps)
+        assert "".join(row["tokens"]) == row["answer"] and len(row["tokens"]) == len(row["act_steps"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
     [size] = told
     assert "3 answers at a time" in size and "GB of keys and values" in size

@@ -46,6 +46,7 @@ SMALL = (
     "sample_answers=1",
     "dataloader_workers=0",
     "plot=false",
+    "report=false",
 )
 
 
@@ -472,7 +473,7 @@ def test_inference_writes_metrics_beside_the_checkpoint(checkpoint: Path, tmp_pa
     answers = metrics["answers"]
     assert len(answers["families"]) == FAMILIES
     assert answers["overall"]["count"] == TEST_ROWS
-    assert set(answers["families"]["addition"]) == {"accuracy", "baseline", "count", "lower_95"}
+    assert set(answers["families"]["addition"]) == {"accuracy", "baseline", "count", "lower_95", "upper_95"}
     assert len(answers["by_act_step"]) == 2
 
 

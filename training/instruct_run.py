@@ -23,6 +23,7 @@ from evaluators.language import evaluate_sources, rows_evaluated
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
+from training.console import say_places, show_evaluation
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_instruct
 from training.resume import find_resume_point, weights_to_begin_with
@@ -79,7 +80,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
             task = TextTask(config, model, stream, data.curriculum, ranks)
             job = _InstructJob(config, model, task, tokenizer, data.train.data_hash, report, data.test)
             result = Run(config, job, resume_point, ranks).train()
-        ranks.say(f"checkpoint {result.checkpoint}")
+        say_places(result.checkpoint, ranks.say)
         return result
 
 
@@ -153,8 +154,7 @@ class _InstructJob:
         ).report()
         if not ranks.is_first:
             return report
-        numbers = {name: value for name, value in report.items() if isinstance(value, float)}
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        show_evaluation(step, report)
         if report["worse_act_steps"]:
             tqdm.write(f"  depth doesn't pay: the held-out loss rises at ACT steps {report['worse_act_steps']}")
         self._show_answers(self.test_split)

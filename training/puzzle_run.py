@@ -18,6 +18,7 @@ from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
+from training.console import say_places, show_evaluation
 from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
@@ -74,7 +75,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             config, model, task, train, identifiers_sha256(config.data_paths), measurement, test_rows, resume_point.folder, ranks
         )
         result = Run(config, job, resume_point, ranks).train()
-        ranks.say(f"checkpoint {result.checkpoint}")
+        say_places(result.checkpoint, ranks.say)
         return result
 
 
@@ -106,8 +107,7 @@ class _PuzzleJob:
             )
         )
         if self.ranks.is_first:
-            numbers = {name: value for name, value in report.items() if isinstance(value, float)}
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            show_evaluation(step, report)
             curve = " ".join(f"{share:.3f}" for share in report["exact_accuracy_by_act_step"])
             tqdm.write(f"  exact_accuracy by ACT step: {curve}")
         return report

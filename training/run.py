@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from artifacts.checkpoint import Snapshot, TrainerState
 from artifacts.plots import draw_runs
+from artifacts.report import write_report
 from artifacts.retention import best_checkpoints, held_out_loss, prune_checkpoints
 from artifacts.weights import load_weights
 from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
 from models.act import RecursiveModel
 from models.device import peak_memory, set_matmul_precision, should_compile
+from training.console import Console
 from training.distributed import Ranks
 from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
@@ -185,21 +187,21 @@ class Run:
         before = self._position()
         with (
             _first_signal() as stop,
-            tqdm(
+            Console(
+                config,
                 total=task.total,
-                initial=task.done,
+                done=task.done,
                 unit=task.unit,
-                dynamic_ncols=True,
-                mininterval=1,
-                disable=not self.ranks.is_first,
-            ) as bar,
+                seconds=self._seconds_before,
+                shown=self.ranks.is_first,
+            ) as console,
         ):
             for result in self.trainer.steps():
-                bar.update(task.done - bar.n)
+                console.advance(task.done)
                 self._window.add(result)
                 finished_all = task.done == task.total
                 if result.step % config.log_interval == 0 or finished_all:
-                    bar.set_postfix(self._write_line())
+                    self._write_line(console)
                 metrics = None
                 now = self._position()
                 if finished_all or is_evaluation_due(config, automatic, task.total, before, now):
@@ -252,6 +254,9 @@ class Run:
             if already and self._loss is None:
                 # It was saved there for another reason, before the limit was set or by the clock.
                 self._evaluate()
+        if self.ranks.is_first and self.config.report and not already:
+            with _told():
+                write_report([self.folder], self.folder / "report.html")
         if self.ranks.is_first and self.config.early_stopping.patience is not None:
             [best, *_] = best_checkpoints(self.folder, self.job.task.loss_name) or [self._saved]
             self.ranks.say(f"best checkpoint {best}")
@@ -275,8 +280,8 @@ class Run:
         by_clock = when.every_minutes is not None and time.perf_counter() - self._saved_at >= 60 * when.every_minutes
         return by_clock or (when.every_steps is not None and step % when.every_steps == 0)
 
-    def _write_line(self) -> dict[str, str]:
-        """A line for the steps since the last one; returns what the bar shows of it."""
+    def _write_line(self, console: Console | None = None) -> None:
+        """A line for the steps since the last one, of which `console` shows what it has room for."""
         window, task = self._window, self.job.task
         totals, halted_at = window.totals(self.ranks)
         rows = sum(halted_at.values())
@@ -291,20 +296,22 @@ class Run:
             "skipped_steps": window.skipped,
         }
         now = self._seconds()
+        memory = peak_memory(self.job.model.device)
         timing = {
             "step": self.trainer.step_number,
             "seconds": now,
             "tokens_per_second": totals["tokens"] / (now - self._logged),
             "supervised_tokens_per_second": totals["supervised"] / (now - self._logged),
             **(task.timing(totals) if window.steps else {}),
-            **peak_memory(self.job.model.device),
+            **memory,
         }
         if self._logger is not None:
             self._logger.training(metrics, timing)
             self._warn(metrics)
         self._window, self._logged = self._new_window(), now
-        numbers = {"loss": metrics.get(task.loss_name), "act_steps": metrics["mean_act_steps"]}
-        return {name: "-" if value is None else f"{value:.3f}" for name, value in numbers.items()}
+        if console is not None:
+            figures = {"loss": metrics.get(task.loss_name), "act_steps": metrics["mean_act_steps"]}
+            console.line(self.trainer.step_number, task.done, figures, memory)
 
     def _warn(self, metrics: Mapping[str, Any]) -> None:
         at = f"step {metrics['step']}: "
@@ -333,15 +340,9 @@ class Run:
             if self._logger is not None:
                 self._logger.evaluation(metrics)
         if self._logger is not None and self.config.plot:
-            self._draw()
+            with _told():
+                draw_runs([self.folder], self.folder / "run.png")
         return metrics
-
-    def _draw(self) -> None:
-        """The picture of the run so far, for want of which no run ends."""
-        try:
-            draw_runs([self.folder], self.folder / "run.png")
-        except UsageError as error:
-            tqdm.write(str(error))
 
     def _state(self) -> TrainerState:
         """What the run goes on from; of ranks but the first, their part of it."""
@@ -368,6 +369,15 @@ class Run:
                 keep_best = max(keep.keep_best, self.config.early_stopping.patience is not None)
                 prune_checkpoints(self.folder, keep.keep_last, keep_best, self.job.task.loss_name)
         self._saved, self._saved_at = folder, time.perf_counter()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Report what keeps a picture or a page from being written, and go on."""
+    try:
+        yield
+    except UsageError as error:
+        tqdm.write(str(error))
 
 
 class _Stop:

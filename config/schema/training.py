@@ -85,6 +85,8 @@ class TrainingConfig(Section):
     """Log to TensorBoard in the run's folder; needs `pip install tensorboard`."""
     plot: Free[bool]
     """Draw run.png in the run's folder at each evaluation."""
+    report: Free[bool]
+    """Write what became of the run into its folder at its end, as a page: report.html."""
     dry_run: Free[bool]
     """Print what the run would take (parameters, memory, steps, FLOPs, time); write nothing but the token cache of its data."""
     optimizer: Fixed[Literal["adam_atan2", "muon"]]

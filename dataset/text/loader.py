@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ from dataset.text.token_cache import LoadedSplit
 
 IGNORE_LABEL_ID = -100
 _READ_AHEAD_PER_WORKER = 16
+_LENGTH_BINS = 32
+_PERCENTILES = (5, 50, 95, 99)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +96,10 @@ class TextDataset:
         return values
 
     def report(self) -> dict[str, Any]:
-        """Names of files, and counts, as plain values."""
+        """Names of files, counts and `Lengths`, as plain values."""
         left_out = {"left_out": [path.name for path in self.left_out]} if self.left_out else {}
-        return {"files": [file.path.name for file in self.loaded.files], **left_out, "counts": self.counts}
+        files = [file.path.name for file in self.loaded.files]
+        return {"files": files, **left_out, "counts": self.counts, "lengths": asdict(Lengths.of([self]))}
 
     def row(self, index: int) -> dict[str, Any]:
         """The row of the source behind an example, with all its fields."""
@@ -112,6 +115,32 @@ class TextDataset:
         """The conversation before it was cut, with the default system prompt."""
         recipe = self.loaded.recipe
         return with_default_system(to_conversation(self.row(index), recipe.forms)[0], recipe.default_system_prompt)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Ids a row: rows for each bin of `edges` (a bin reaches up to the next edge), of rows whole and cut; percentiles of all."""
+
+    edges: list[int]
+    whole: list[int]
+    cut: list[int]
+    percentiles: dict[int, int]
+
+    @classmethod
+    def of(cls, splits: Sequence[TextDataset]) -> Self:
+        """Of the rows of all `splits` together, as they were kept."""
+        lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
+        is_cut = np.concatenate([split.column("cut") for split in splits]) > 0
+        longest = int(lengths.max(initial=1))
+        width = -(-longest // _LENGTH_BINS)
+        edges = np.arange(0, longest + width + 1, width)
+        percentiles = np.percentile(lengths, _PERCENTILES, method="nearest") if len(lengths) else [0] * len(_PERCENTILES)
+        return cls(
+            edges.tolist(),
+            np.histogram(lengths[~is_cut], edges)[0].tolist(),
+            np.histogram(lengths[is_cut], edges)[0].tolist(),
+            {p: int(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
+        )
 
 
 class TextCorpus:
