@@ -29,7 +29,7 @@ from pydantic import (
 from config.errors import UsageError
 
 # What a run on puzzles can keep of each row of an evaluation.
-PuzzleOutput = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
+PuzzleOutputName = Literal["inputs", "labels", "puzzle_identifiers", "q_halt_logits", "preds", "preds_by_step", "steps"]
 
 FieldName = Literal[
     "messages", "prompt", "input", "context", "response", "system", "history", "text",
@@ -622,7 +622,7 @@ class PretrainPuzzleConfig(TrainingConfig):
     """So many `eval_interval`s at the beginning end without an evaluation."""
     checkpoint_every_eval: Free[bool]
     """Keep a checkpoint at each evaluation; off: at the end, and where `checkpoint` says so."""
-    eval_save_outputs: Free[tuple[PuzzleOutput, ...]]
+    eval_save_outputs: Free[tuple[PuzzleOutputName, ...]]
     """Tensors of each evaluation that are kept in the run's folder."""
 
     @property

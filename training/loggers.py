@@ -32,21 +32,21 @@ class Logger(Protocol):
         """Write what is left to be written."""
 
 
-def open_logger(config: TrainingConfig, folder: Path, kept: Mapping[str, Any] | None = None) -> Logger:
-    """All loggers of the run in `folder` as one; `kept` is the state that it resumes from, None for a new run.
+def open_logger(config: TrainingConfig, folder: Path, saved: Mapping[str, Any] | None = None) -> Logger:
+    """All loggers of the run in `folder` as one; `saved` is the state that it resumes from, None for a new run.
 
     Raises UsageError if one that is asked for can't begin.
     """
-    kept = kept or {}
-    step = int(kept.get("step", 0))
+    saved = saved or {}
+    step = int(saved.get("step", 0))
     # The others first: if one can't begin, metrics.jsonl hasn't been touched.
     others: list[Logger] = []
     mode = wandb_mode(config)
     if mode != "disabled":
-        others.append(_WandB(config, folder, mode, kept.get("wandb_id")))
+        others.append(_WandB(config, folder, mode, saved.get("wandb_id")))
     if config.tensorboard:
         others.append(_TensorBoard(folder, step))
-    return _All([_JSONLines(folder, kept), *others])
+    return _All([_JSONLines(folder, saved), *others])
 
 
 def wandb_mode(config: TrainingConfig) -> str:
@@ -83,8 +83,8 @@ class _All:
 
 
 class _JSONLines:
-    def __init__(self, folder: Path, kept: Mapping[str, Any]) -> None:
-        self._log = MetricsLog(folder, kept.get("metrics_log_bytes", 0), kept.get("timing_log_bytes", 0))
+    def __init__(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        self._log = MetricsLog(folder, saved.get("metrics_log_bytes", 0), saved.get("timing_log_bytes", 0))
 
     def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         self._log.write(metrics, timing)
