@@ -21,7 +21,7 @@ from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
 from training.distributed import Ranks
-from training.schedule import learning_rate_at_step
+from training.schedule import lr_factor_by_steps
 from training.task import Batch, MicroBatch, Position
 
 # Separates this module's draws from others that are keyed by the same seed.
@@ -130,7 +130,7 @@ class PuzzleTask:
         at_once = config.micro_batch_size or rows
         parts = (slice(start, start + at_once) for start in range(0, rows, at_once))
         return Batch(
-            learning_rate_at_step(step, last, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps),
+            lr_factor_by_steps(step, last, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps),
             (self._act_step(part, minimum_B[part]) for part in parts),
         )
 

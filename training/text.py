@@ -22,7 +22,7 @@ from models.device import on_device
 from models.layers import TOKEN_MULTIPLE, TokenRows
 from models.losses import token_loss
 from training.distributed import Ranks
-from training.schedule import act_steps_at, expected_examples, learning_rate
+from training.schedule import act_steps_at, expected_examples, lr_factor_by_examples
 from training.task import Batch, MicroBatch, Position
 
 
@@ -84,10 +84,9 @@ class TextTask:
             stage = self._curriculum.stage_of(admitted - 1)
             begin = self._curriculum.begin_of(stage)
             end = min(end, begin + self._curriculum.stages[stage].total)
-        return learning_rate(
+        return lr_factor_by_examples(
             admitted - begin,
             end - begin,
-            base=1.0,
             min_ratio=config.lr_min_ratio,
             warmup_steps=config.lr_warmup_steps,
             batch_size=config.global_batch_size,
