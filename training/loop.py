@@ -26,7 +26,7 @@ from models.act import RecursiveModel
 from models.device import peak_memory
 from models.ema import EMA
 from training.distributed import Ranks
-from training.loggers import open_logger
+from training.loggers import RunLogger
 from training.optimizer import ModelOptimizer
 from training.progress import RunProgress, StepResult, Window
 from training.resume import ResumePoint
@@ -85,7 +85,7 @@ class Run:
         self._end_reason = None if is_through else reason_to_end(self.config, progress.step, is_over_time, progress.early_stopping)
         # Of a run that has come to its end already, the logs are left as they are.
         begins = self.ranks.is_first and self._end_reason is None
-        self._logger = open_logger(self.config, self.folder, vars(progress)) if begins else None
+        self._logger = RunLogger(self.config, self.folder, vars(progress)) if begins else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < progress.metrics_log_bytes:
             print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
 
