@@ -91,7 +91,7 @@ class PuzzleTask:
         self._iterations_done = 0
         self._iteration = self._batches.iteration()
         self._place = self._place_in_data()
-        self._batch = self._next_batch()
+        self._batch = self._read_batch()
         if self._batch is None:
             raise UsageError(
                 f"global_batch_size {config.global_batch_size} is more than the examples that eval_interval={config.eval_interval} "
@@ -125,7 +125,7 @@ class PuzzleTask:
         minimum_B = on_device(drawn[self._part.start : self._part.stop], self.model.device)
         self.steps_done = step
         self._place = self._place_in_data()
-        self._batch = self._next_batch()
+        self._batch = self._read_batch()
         last = min(self.total_steps, config.max_steps or self.total_steps)
         at_once = config.micro_batch_size or rows
         parts = (slice(start, start + at_once) for start in range(0, rows, at_once))
@@ -154,7 +154,7 @@ class PuzzleTask:
         """Where the next batch comes from."""
         return {"iterations": self._iterations_done, **self._batches.state()}
 
-    def _next_batch(self) -> PuzzleBatch | None:
+    def _read_batch(self) -> PuzzleBatch | None:
         """The loader's next batch, of the next iteration if need be; None at the end of the run."""
         while self.steps_done < self.total_steps and self._iterations_done * self.config.eval_interval < self.config.epochs:
             batch = next(self._iteration, None)
@@ -234,4 +234,4 @@ class PuzzleTask:
         self._iterations_done = int(self._place["iterations"])
         self._batches.restore(self._place)
         self._iteration = self._batches.iteration()
-        self._batch = self._next_batch()
+        self._batch = self._read_batch()
