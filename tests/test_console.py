@@ -30,7 +30,7 @@ def shown(
         clock = itertools.count(100.0)
         monkeypatch.setattr("training.console.time.perf_counter", lambda: next(clock))
         config = tiny_config(*overrides)
-        with Console(config, total=1200, done=done, unit="ex", seconds=seconds, shown=True) as console:
+        with Console(config, total=1200, done=done, seconds=seconds, shown=True) as console:
             for step in range(1 + done // 4, 301):
                 console.advance(4 * step)
                 console.line(step, 4 * step, {"loss": 10 / step, "act_steps": None}, GIGABYTE)
@@ -73,7 +73,7 @@ def test_a_terminal_has_a_bar_and_no_lines(shown: Callable[..., tuple[str, str]]
 
 
 def test_other_ranks_show_nothing(tiny_config: Callable[..., PretrainInstructConfig], capsys: pytest.CaptureFixture[str]) -> None:
-    with Console(tiny_config(), total=8, done=0, unit="ex", seconds=0.0, shown=False) as console:
+    with Console(tiny_config(), total=8, done=0, seconds=0.0, shown=False) as console:
         console.line(1, 4, {"loss": 1.0}, GIGABYTE)
     assert capsys.readouterr() == ("", "")
 

@@ -229,7 +229,7 @@ def test_a_report_that_cannot_be_written_ends_no_run(
     def fail(paths: list[Path], path: Path) -> None:
         raise UsageError(f"no room for {path.name}")
 
-    monkeypatch.setattr("training.run.write_report", fail)
+    monkeypatch.setattr("training.loop.write_report", fail)
     result = run_instruct(run_config(tmp_path, "report=true", "max_steps=2"))
     assert result is not None and result.checkpoint.is_dir()
     assert "no room for report.html" in capsys.readouterr().out

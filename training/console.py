@@ -24,18 +24,17 @@ _WARM_UP_SECONDS = 20.0
 class Console:
     """Plan and progress of a run: a bar on a terminal, else a line at times. A context manager; shows nothing unless `shown`."""
 
-    def __init__(self, config: TrainingConfig, *, total: int, done: int, unit: str, seconds: float, shown: bool) -> None:
+    def __init__(self, config: TrainingConfig, *, total: int, done: int, seconds: float, shown: bool) -> None:
         """total, done: examples of the data, and those trained already, in so many `seconds`."""
         self._total = total if config.max_steps is None else min(total, config.max_steps * config.global_batch_size)
         self._seconds_given = math.inf if config.max_minutes is None else 60 * config.max_minutes - seconds
         self._first = done
-        self._unit = unit
         self._shown = shown
         self._started = self._line_at = time.perf_counter()
         self._is_measured = False
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=self._total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1, disable=not (shown and is_terminal)
+            total=self._total, initial=done, unit="ex", dynamic_ncols=True, mininterval=1, disable=not (shown and is_terminal)
         )
         if shown:
             steps, rows = math.ceil(self._total / config.global_batch_size), config.global_batch_size
@@ -66,14 +65,12 @@ class Console:
         if elapsed >= _WARM_UP_SECONDS and not self._is_measured:
             self._is_measured = True
             peaks = ", ".join(f"{name.removesuffix('_bytes')} {size / 1e9:.2f} GB" for name, size in memory.items())
-            tqdm.write(
-                f"expected time {tqdm.format_interval(elapsed + left)} at {rate:,.0f} {self._unit}/s; memory so far: {peaks}"
-            )
+            tqdm.write(f"expected time {tqdm.format_interval(elapsed + left)} at {rate:,.0f} ex/s; memory so far: {peaks}")
         if self._bar.disable and now - self._line_at >= _LINE_SECONDS:
             self._line_at = now
             told = ", ".join(f"{name} {text}" for name, text in texts.items())
             share = f"{done / self._total:.0%}, {tqdm.format_interval(left)} left"
-            print(f"step {step:,}: {told}, {rate:,.0f} {self._unit}/s, {share}", file=sys.stderr, flush=True)
+            print(f"step {step:,}: {told}, {rate:,.0f} ex/s, {share}", file=sys.stderr, flush=True)
 
 
 def show_evaluation(step: int, report: Mapping[str, Any]) -> None:

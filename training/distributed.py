@@ -5,7 +5,6 @@ One process alone is the same code: every method then gives back what it was giv
 
 import contextlib
 import datetime
-import json
 import os
 import time
 import uuid
@@ -60,7 +59,7 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _lost_ranks_are_told(self.rank):
+            with _lost_ranks_reported(self.rank):
                 dist.all_reduce(flat)
             for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 target.copy_(summed.view_as(target))
@@ -71,20 +70,13 @@ class Ranks:
         self.sum_([totals])
         return totals.tolist()
 
-    def gather(self, part: Tensor, count: int) -> Tensor:
-        """All `count` rows of a tensor of which this rank has its `part`, at least one row, on the host."""
-        part = part.cpu()
-        if self.size == 1:
-            return part
-        most = max(len(self.part(count, rank)) for rank in range(self.size))
-        # As bytes: not every dtype can be sent, and gloo wants parts of one size.
-        sent = torch.zeros(most, part[0].numel() * part.element_size(), dtype=torch.uint8)
-        sent[: len(part)] = part.contiguous().view(len(part), -1).view(torch.uint8)
-        parts = [torch.empty_like(sent) for _ in range(self.size)]
-        with _lost_ranks_are_told(self.rank):
-            dist.all_gather(parts, sent)
-        rows = torch.cat([rows[: len(self.part(count, rank))] for rank, rows in enumerate(parts)])
-        return rows.view(part.dtype).view(count, *part.shape[1:])
+    def gather(self, part: Tensor) -> Tensor:
+        """All rows of a tensor of which each rank has its `part`, on the host."""
+        parts = [part.cpu()] * self.size
+        if self.size > 1:
+            with _lost_ranks_reported(self.rank):
+                dist.all_gather_object(parts, part.cpu())
+        return torch.cat(parts)
 
     def gather_number(self, number: int) -> list[int]:
         """The number of every rank, in order."""
@@ -94,17 +86,12 @@ class Ranks:
         return numbers.tolist()
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's `value`, anything that JSON can hold, on all ranks."""
-        if self.size == 1:
-            return value
-        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(content)])
-        with _lost_ranks_are_told(self.rank):
-            dist.broadcast(length, 0)
-            if not self.is_first:
-                content = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0)
-        return json.loads(bytes(content.tolist()))
+        """Rank 0's `value` on all ranks."""
+        values = [value]
+        if self.size > 1:
+            with _lost_ranks_reported(self.rank):
+                dist.broadcast_object_list(values, 0)
+        return values[0]
 
 
 @contextlib.contextmanager
@@ -173,7 +160,7 @@ def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta
 
 
 @contextlib.contextmanager
-def _lost_ranks_are_told(rank: int) -> Iterator[None]:
+def _lost_ranks_reported(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
