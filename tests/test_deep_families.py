@@ -74,8 +74,7 @@ def test_the_loss_is_that_of_the_real_task_on_the_same_rows(folder: Path, tokeni
     answered = torch.zeros(9, 3, 2)
     loss = network.loss(bins[torch.arange(len(bins))], answered)
     task = TextTask(config, network.model, Stream(rows), Curriculum.of_epochs(len(rows), 0, 1))
-    task.admit(1)
-    (part,) = task.micro_batches()
+    (part,) = task.next_batch(1).micro_batches
     assert loss.item() == pytest.approx(part.loss.item() / part.weight, rel=1e-6)
     asked = [hops for row, _ in rows for hops in row]
     assert answered[1:, 0, 1].tolist() == [asked.count(hops) for hops in range(1, 9)]
