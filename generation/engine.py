@@ -373,7 +373,11 @@ class Engine:
             # Earlier answers halt as they did when they were given.
             may_halt_BT=token_rows.gather(segments) == 0,
         )
-        refined = collections.deque(refinement, maxlen=1).pop()
+        taken, refined = collections.deque(enumerate(refinement, 1), maxlen=1).pop()
+        if taken < act_steps:
+            # Every token halted, of a text that is continued: deeper steps of what follows see what they halted with.
+            for slot, prompt in zip(slots, source, strict=True):
+                self._cache.carry_halted(slot, slice(int(lengths_P[prompt])), taken - 1, act_steps)
         last_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width + lengths_P - 1)
         last_B = on_device(last_P[source], device)
         return refined.output_BTD[last_B], refined.steps_BT[last_B]

@@ -150,8 +150,8 @@ class KVCache:
         level_call = self._compiled if compiled and self._compiled is not None else extend_call
         return TogetherLanes(self, level_call, rows_B, act_steps_B, starts_B, past)
 
-    def carry_halted(self, row: int, position: int, halted_at: int, act_steps: int) -> None:
-        """A token that halted at step `halted_at` (from 0) shows the deeper ones of its `act_steps` what that step stored of it."""
+    def carry_halted(self, row: int, position: int | slice, halted_at: int, act_steps: int) -> None:
+        """Tokens that halted at step `halted_at` (from 0) show the deeper ones of their `act_steps` what that step stored of them."""
         kept = self.buffer[row, :act_steps, :, :, :, position]
         kept[halted_at + 1 :] = kept[halted_at]
 
