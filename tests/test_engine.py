@@ -86,7 +86,9 @@ def recomputed(model: RecursiveModel, prompt: Prompt, tokens: Sequence[Token], a
     states = model.initial_states(1, positions)
     with torch.no_grad():
         for _ in range(act_steps):
-            states, output = model.act_step(states, model.embed(ids), model.rotary(torch.arange(positions)), model.mask(segments))
+            states, output = model.act_step(
+                states, model.embed(ids), model.rotary(torch.arange(positions)), model.row_attention(segments)
+            )
         return model.logits(output[0, -len(tokens) :])
 
 
