@@ -70,9 +70,9 @@ def test_the_last_step_is_the_model_run_so_often(opened: Open) -> None:
     with torch.no_grad():
         x = model.embed(saved["inputs"], saved["puzzle_identifiers"])
         states = model.initial_states(*x.shape[:2])
-        mask, rotary = model.mask(torch.zeros(1, x.shape[1], dtype=torch.int64)), model.rotary(torch.arange(x.shape[1]))
+        attend, rotary = model.row_attention(torch.zeros(1, x.shape[1], dtype=torch.int64)), model.rotary(torch.arange(x.shape[1]))
         for _ in range(3):
-            states, output = model.act_step(states, x, rotary, mask)
+            states, output = model.act_step(states, x, rotary, attend)
         logits = model.logits(output[:, model.prefix_len :])
     assert torch.equal(logits.argmax(-1), saved["preds"])
     torch.testing.assert_close(model.halt_logits(output[:, 0])[:, 0].detach().float(), saved["q_halt_logits"])
