@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from config.errors import UsageError
+from models.distributed import Ranks
 
 # What may be kept of text, and what fills positions beyond a row's end. Rows of puzzles are all of one length.
 OUTPUT_FILL = {"inputs": 0, "labels": -100, "preds": -100, "nll": 0, "halt_logits": 0, "act_steps": 0}
@@ -34,6 +35,19 @@ class SavedOutputs:
     def has_rows(self) -> bool:
         """Whether there is anything to write."""
         return bool(self.keys and self._rows)
+
+    def gather(self, ranks: Ranks) -> None:
+        """Keep the batches of all ranks at the first one, and none elsewhere."""
+        if ranks.size == 1:
+            return
+        own = [{"rows": rows, **batch} for rows, batch in zip(self._rows, self._batches, strict=True)]
+        named = {f"{i}.{key}": value.contiguous() for i, batch in enumerate(own) for key, value in batch.items()}
+        of_ranks = ranks.gather_bytes(save(named))
+        self._rows, self._batches = [], []
+        for content in of_ranks if ranks.is_first else ():
+            tensors = load(content)
+            for i in range(len(tensors) // (1 + len(self.keys))):
+                self.add(tensors[f"{i}.rows"], {key: tensors[f"{i}.{key}"] for key in self.keys})
 
     def write(self, path: Path) -> None:
         """Write all batches, padded to the longest, with a tensor `rows` beside them."""

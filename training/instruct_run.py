@@ -22,7 +22,7 @@ from evaluators.language import evaluate_sources, rows_evaluated
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
-from training.distributed import Ranks, joined_ranks
+from models.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_instruct
 from training.resume import find_resume_point, weights_to_begin_with
 from training.run import Run, RunResult, make_ready
@@ -146,8 +146,7 @@ class _InstructJob:
             act_steps=config.depth,
             halt_threshold=config.generation.halt_threshold,
             limit=config.eval_examples,
-            part=(ranks.rank, ranks.size),
-            over_ranks=ranks.sum_numbers,
+            ranks=ranks,
             pad_multiple=config.pad_multiple,
         ).report()
         if not ranks.is_first:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from artifacts.checkpoint import TrainerState
 from config.errors import UsageError
 from config.schema import TrainingConfig
+from models.distributed import Ranks
 from models.ema import EMA
-from training.distributed import Ranks
 from training.optimizer import ModelOptimizer
 
 # How the names of the optimizer's tensors begin among the trainer's.

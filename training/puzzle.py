@@ -17,11 +17,11 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches
 from models.act import RecursiveModel
 from models.device import on_device
+from models.distributed import Ranks
 from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
 from models.sparse_embedding import sign_sgd_
-from training.distributed import Ranks
 from training.loop import MicroBatch
 from training.schedule import learning_rate_at_step
 

@@ -17,7 +17,7 @@ from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
-from training.distributed import Ranks, joined_ranks
+from models.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.puzzle import PuzzleTask
 from training.resume import find_resume_point, weights_to_begin_with

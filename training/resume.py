@@ -23,7 +23,7 @@ from artifacts.checkpoint import (
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
-from training.distributed import Ranks
+from models.distributed import Ranks
 
 # Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
 _OF_WEIGHTS = ("arch.", "dataset.seq_len", "dataset.default_system_prompt", "dataset.supervise")

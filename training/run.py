@@ -28,7 +28,7 @@ from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
 from models.act import RecursiveModel
 from models.device import peak_memory, set_matmul_precision, should_compile
-from training.distributed import Ranks
+from models.distributed import Ranks
 from training.loggers import open_logger
 from training.loop import StepResult, Task, Trainer
 from training.resume import ResumePoint
@@ -207,7 +207,7 @@ class Run:
                 before = now
                 # Ranks act as one: on any rank's signal, and by the clock of the first.
                 own = 4 * stop.signal_number + 2 * self._is_over_time(self._seconds()) + self._is_save_due(result.step)
-                asked = self.ranks.gather_number(own)
+                asked = self.ranks.gather_values(own)
                 stopped_by = max(number // 4 for number in asked)
                 if not finished_all:
                     self._end = reason_to_end(config, result.step, bool(asked[0] & 2), self._early_stopping)

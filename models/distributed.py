@@ -1,4 +1,4 @@
-"""Processes that train together, started by torchrun: who this one is, what they sum, gather and agree on.
+"""Processes that share work, started by torchrun: who this one is, what they sum, gather and agree on.
 
 One process alone is the same code: every method then gives back what it was given. Knows no model and no rows.
 """
@@ -86,25 +86,44 @@ class Ranks:
         rows = torch.cat([rows[: len(self.part(count, rank))] for rank, rows in enumerate(parts)])
         return rows.view(part.dtype).view(count, *part.shape[1:])
 
-    def gather_number(self, number: int) -> list[int]:
-        """The number of every rank, in order."""
-        numbers = torch.zeros(self.size, dtype=torch.int64)
-        numbers[self.rank] = number
-        self.sum_([numbers])
-        return numbers.tolist()
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """The content of every rank, in order; they may differ in length."""
+        if self.size == 1:
+            return [content]
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(content)
+        self.sum_([lengths])
+        # gloo wants parts of one size.
+        sent = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else sent[:0]
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        with _lost_ranks_are_told(self.rank):
+            dist.all_gather(parts, sent)
+        return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths.tolist(), strict=True)]
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """The value of every rank, anything that JSON can hold, in order."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(content) for content in self.gather_bytes(json.dumps(value).encode())]
 
     def agree(self, value: Any) -> Any:
         """Rank 0's `value`, anything that JSON can hold, on all ranks."""
-        if self.size == 1:
-            return value
-        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(content)])
-        with _lost_ranks_are_told(self.rank):
-            dist.broadcast(length, 0)
-            if not self.is_first:
-                content = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0)
-        return json.loads(bytes(content.tolist()))
+        return self.gather_values(value if self.is_first else None)[0]
+
+
+def take_local_gpu(device: str) -> bool:
+    """Let "cuda" mean a GPU of its own for each local rank of torchrun (LOCAL_RANK); whether `device` is on CUDA.
+
+    Raises UsageError if there are too few GPUs.
+    """
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_cuda and "LOCAL_RANK" in os.environ:
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
+        torch.cuda.set_device(local_rank)
+    return on_cuda
 
 
 @contextlib.contextmanager
@@ -118,12 +137,7 @@ def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_cuda:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
-        torch.cuda.set_device(local_rank)
+    on_cuda = take_local_gpu(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
@@ -179,8 +193,8 @@ def _lost_ranks_are_told(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); start all of them again with "
-            "resume=auto"
+            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); start all of them again "
+            "(training: with resume=auto)"
         ) from error
 
 
