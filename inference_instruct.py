@@ -7,6 +7,7 @@ answers as JSON lines. Writes metrics_<split>.json, and of the whole test split 
 import argparse
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from artifacts.checkpoint import Checkpoint, open_checkpoint
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder, write_json
 from config.compose import add_model_arguments, override_config, settings_for_use
-from config.errors import UsageError, one_clear_message
+from config.errors import StoppedBySignal, UsageError, one_clear_message, stopped_by_sigterm
 from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import MeasuredSplit, open_run_split
 from evaluators.generated import evaluate_generated, write_generated
@@ -151,8 +152,12 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
     logs_to = wandb_mode(config)
-    with joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
-        measure(checkpoint, config, arguments, logs_to, ranks)
+    try:
+        with stopped_by_sigterm(), joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+            measure(checkpoint, config, arguments, logs_to, ranks)
+    except StoppedBySignal as stop:
+        print(f"stopped by {stop}, which torchrun sends when a rank has died: the same command measures anew", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class UsageError(Exception):
 
 
 class StoppedBySignal(Exception):
-    """A program has saved all it needs to go on and ends because a signal asked it to."""
+    """A program ends because a signal asked it to; it has kept what it needs to go on, if it goes on."""
 
     def __init__(self, signal_number: int) -> None:
         # The number, not the name, so that it can be pickled.
