@@ -4,6 +4,10 @@
 comes from the checkpoint; flags and --overrides go on top.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import contextlib
 import functools
@@ -20,7 +24,7 @@ from dataset.text.conversation import Conversation
 from dataset.text.forms import form_options
 from generation import load
 from generation.answers import Piece, Responder
-from generation.batch import Asked, Shard, answer_file, answers_in_order, positions_needed
+from generation.batch import InputRow, Shard, answer_file, answers_in_order, positions_needed
 from generation.chat import Chat
 from models.device import keep_freed_memory
 from models.distributed import take_local_gpu
@@ -55,6 +59,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="I/N",
         help="with --input: answer the share of process I (from 0) of N; torchrun says it by itself",
     )
+    parser.add_argument(
+        "--transcript", type=user_path, metavar="FILE", help="with --chat: add each conversation to FILE, as a row of JSON lines"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="with --message: answer it N times")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-V", "--verbose", action="store_true", help="show each decoding step with its most probable tokens")
@@ -63,11 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     add_sampling_arguments(parser)
     arguments = parser.parse_args()
     given = {name for name, value in vars(arguments).items() if value is not None and value is not False}
-    needs = (
-        *(("samples", "message"), ("json", "message"), ("verbose", "message")),
-        *(("output", "input"), ("input", "output"), ("shard", "input")),
-    )
-    for flag, other in needs:
+    needs = {"samples": "message", "json": "message", "verbose": "message", "output": "input", "input": "output"}
+    for flag, other in (needs | {"shard": "input", "transcript": "chat"}).items():
         if flag in given and other not in given:
             raise UsageError(f"--{flag} goes with --{other}: give both")
     if arguments.samples is not None and arguments.samples < 1:
@@ -94,8 +98,8 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
     if arguments.json or samples > 1:
         responder.prompt(conversation)  # tells a message that is too long
         _, positions = positions_needed(responder, [conversation])
-        asked = (Asked(conversation, sample=sample) for sample in range(samples))
-        records = answers_in_order(responder, asked, rows=min(responder.rows, samples), positions=positions, block=samples)
+        inputs = (InputRow(conversation, sample=sample) for sample in range(samples))
+        records = answers_in_order(responder, inputs, rows=min(responder.rows, samples), positions=positions, block=samples)
         for number, record in enumerate(records, 1):
             print(json.dumps(record) if arguments.json else f"[{number} of {samples}]\n{record['answer']}", flush=True)
     elif arguments.verbose:
@@ -124,7 +128,7 @@ def main() -> None:
             import readline  # noqa: F401  (gives input() line editing and a history)
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are told, not a traceback
-        Chat(responder, input, sys.stdout).run()
+        Chat(responder, input, sys.stdout, arguments.transcript).run()
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)
         forms = form_options(config.dataset)

@@ -4,6 +4,10 @@ With the run's data and batch size its figures are those of the evaluation in tr
 `--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import json
 import os
@@ -16,7 +20,7 @@ from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from config.compose import add_checkpoint_arguments, override_config, settings_of_checkpoint
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
-from config.schema import PretrainPuzzleConfig, PuzzleOutput, user_path
+from config.schema import PretrainPuzzleConfig, PuzzleOutputName, user_path
 from dataset.puzzles.kinds import kind_of
 from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
 from evaluators.own_puzzles import answer_file
@@ -53,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--symmetries", action="store_true", help="further starts take symmetric forms of the puzzle")
     add("--choose", choices=get_args(Choice), default="halting", help="whose answer is taken; default: halting")
     add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
-    names = get_args(PuzzleOutput)
+    names = get_args(PuzzleOutputName)
     add("--save-outputs", nargs="+", default=[], choices=names, metavar="KEY", help=f"tensors to keep, of {', '.join(names)}")
     return parser.parse_args()
 

@@ -4,6 +4,10 @@ Teacher-forced metrics always; for the bundled sample data also generated answer
 answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json. Processes share the rows (torchrun).
 """
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 import argparse
 import json
 import os
@@ -59,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
     """The checkpoint's settings with this door's flags on top."""
     used = settings_for_use(trained, arguments)
-    if used.stages and arguments.data_dir is not None:
+    if used.sources and arguments.data_dir is not None:
         raise UsageError(
             f"--data-dir: the run has the sources {', '.join(used.sources)}, each with its folder: "
             "move one with --overrides sources.NAME.data_dir=FOLDER"
@@ -123,7 +127,7 @@ def measure(
         "max_batches": arguments.max_batches,
         **result.report(),
     }
-    if "sample" in split.parts and not config.stages:
+    if all(source.source == "sample" for source in config.all_sources.values()):
         metrics["answers"] = evaluate_generated(responder, split, rows=rows, ranks=ranks)
     if arguments.generate:
         path = folder / f"answers_{arguments.split}.jsonl"

@@ -1,8 +1,12 @@
 """Train a recursive model to follow instructions: `python pretrain_instruct.py [key=value ...]`.
 
-Settings stand in config/cfg_pretrain_instruct.yaml and are explained in config/schema.py; `--help` and `--cfg job` show them.
+Settings stand in config/ (cfg_pretrain_instruct.yaml) and are explained in config/schema/; `--help` and `--cfg job` show them.
 `-m key=a,b` trains with each of several values.
 """
+
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
 
 import hydra
 from omegaconf import DictConfig

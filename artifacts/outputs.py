@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from config.errors import UsageError
@@ -38,16 +38,11 @@ class SavedOutputs:
 
     def gather(self, ranks: Ranks) -> None:
         """Keep the batches of all ranks at the first one, and none elsewhere."""
-        if ranks.size == 1:
-            return
-        own = [{"rows": rows, **batch} for rows, batch in zip(self._rows, self._batches, strict=True)]
-        named = {f"{i}.{key}": value.contiguous() for i, batch in enumerate(own) for key, value in batch.items()}
-        of_ranks = ranks.gather_bytes(save(named))
+        of_ranks = ranks.gather((self._rows, self._batches))
         self._rows, self._batches = [], []
-        for content in of_ranks if ranks.is_first else ():
-            tensors = load(content)
-            for i in range(len(tensors) // (1 + len(self.keys))):
-                self.add(tensors[f"{i}.rows"], {key: tensors[f"{i}.{key}"] for key in self.keys})
+        for rows, batches in of_ranks if ranks.is_first else ():
+            self._rows += rows
+            self._batches += batches
 
     def write(self, path: Path) -> None:
         """Write all batches, padded to the longest, with a tensor `rows` beside them."""

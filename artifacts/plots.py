@@ -1,21 +1,35 @@
-"""A picture of a run, or of several over each other, from metrics.jsonl and timing.jsonl. Knows files and keys, not training.
+"""Curves of a run, or of several over each other, from metrics.jsonl and timing.jsonl: as run.png, or as SVG for a page.
 
-matplotlib is imported where a picture is drawn: reading this module must not cost every program its start.
+Knows files and keys, not training. matplotlib is imported where a picture is drawn: reading this module must not cost every program
+its start.
 """
 
+import bisect
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config.errors import UsageError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+
+Log = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""The lines of a run by file and by step; those of metrics.jsonl also have the `minutes` of training until then, or None."""
 
 
 class _Curve(NamedTuple):
-    """One value of a log over the optimizer steps. `key` may lead into a section, `test.loss_per_token`."""
+    """One value of a log. `key` may lead into sections and lists, `test.by_act_step.0.bits_per_byte`.
+
+    Of a list there is a value for each ACT step; the last one, which stands beside the list, too, is left out.
+    """
 
     file: str
     key: str
@@ -24,27 +38,55 @@ class _Curve(NamedTuple):
     scale: float = 1.0
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
+    """Values over the optimizer steps, or over the minutes of training."""
+
     title: str
     curves: tuple[_Curve, ...]
     from_zero: bool = True
+    logarithmic: bool = False
+    over_minutes: bool = False
 
 
+def _by_act_step(key: str) -> tuple[_Curve, ...]:
+    """Curves of an evaluation at several depths. key: with a * for the number of the ACT step, from 0."""
+    return tuple(_Curve(METRICS, key.replace("*", str(k - 1)), f"at ACT step {k}", dots=True) for k in (1, 2, 4, 8))
+
+
+_LOSS = (
+    _Curve(METRICS, "loss_per_token", "training"),
+    _Curve(METRICS, "loss_first_step", "training, first ACT step"),
+    _Curve(METRICS, "test.loss_per_token", "held out", dots=True),
+)
+_ROW_LOSS = (_Curve(METRICS, "lm_loss", "training"), _Curve(METRICS, "test.lm_loss", "held out", dots=True))
 # Of each panel, the curves that a run's logs have are drawn, and a panel without any is left out.
 _PANELS = (
-    _Panel(
-        "loss, nats per token",
+    Panel("loss, nats per token", _LOSS, logarithmic=True),
+    Panel("loss, nats per token, by time", _LOSS, logarithmic=True, over_minutes=True),
+    Panel("loss of a row, nats", _ROW_LOSS, logarithmic=True),
+    Panel("loss of a row, nats, by time", _ROW_LOSS, logarithmic=True, over_minutes=True),
+    Panel(
+        "bits per byte, held out",
+        (_Curve(METRICS, "test.bits_per_byte", "at all ACT steps", dots=True), *_by_act_step("test.by_act_step.*.bits_per_byte")),
+        from_zero=False,
+    ),
+    Panel(
+        "share of rows wholly right, held out",
         (
-            _Curve(METRICS, "loss_per_token", "training"),
-            _Curve(METRICS, "loss_first_step", "training, first ACT step"),
-            _Curve(METRICS, "test.loss_per_token", "held out", dots=True),
+            _Curve(METRICS, "test.exact_accuracy", "at all ACT steps", dots=True),
+            *_by_act_step("test.by_act_step.*.exact_accuracy"),
+            *_by_act_step("test.exact_accuracy_by_act_step.*"),
         ),
     ),
-    _Panel("bits per byte, held out", (_Curve(METRICS, "test.bits_per_byte", dots=True),), from_zero=False),
-    _Panel("ACT steps of a row, mean", (_Curve(METRICS, "mean_act_steps"),)),
-    _Panel("learning rate", (_Curve(METRICS, "lr"),)),
-    _Panel("tokens per second, one ACT step each", (_Curve(TIMING, "tokens_per_second"),)),
-    _Panel(
+    Panel("ACT steps of a row, mean", (_Curve(METRICS, "mean_act_steps"),)),
+    Panel(
+        "loss of the halting head, nats",
+        (_Curve(METRICS, "halt_loss_per_token", "training"), _Curve(METRICS, "q_halt_loss", "training")),
+        logarithmic=True,
+    ),
+    Panel("learning rate", (_Curve(METRICS, "lr"),)),
+    Panel("tokens per second, one ACT step each", (_Curve(TIMING, "tokens_per_second"),)),
+    Panel(
         "peak memory, GB",
         (_Curve(TIMING, "peak_rss_bytes", "process", scale=1e-9), _Curve(TIMING, "cuda_peak_bytes", "CUDA", scale=1e-9)),
     ),
@@ -52,49 +94,81 @@ _PANELS = (
 _COLUMNS = 2
 
 
+def read_log(folder: Path) -> Log:
+    """The logs of the run in `folder`; an evaluation's line joins that of its step, and of a step trained again the last counts.
+
+    Raises UsageError if it has no metrics.jsonl.
+    """
+    if not (folder / METRICS).is_file():
+        raise UsageError(f"{folder} is not the folder of a run: it has no {METRICS}")
+    metrics, timing = _read(folder / METRICS), _read(folder / TIMING)
+    steps = sorted(timing)
+    for step, line in metrics.items():
+        # Not every evaluation is at a step that has a line of its own: the first line from there on.
+        place = bisect.bisect_left(steps, step)
+        seconds = timing[steps[place]].get("seconds") if place < len(steps) else None
+        line["minutes"] = None if seconds is None else seconds / 60
+    return {METRICS: metrics, TIMING: timing}
+
+
+def panels_of(logs: Sequence[Log]) -> list[Panel]:
+    """The panels that there is something to draw in."""
+    return [panel for panel in _PANELS if any(_points(log, curve, panel) for log in logs for curve in panel.curves)]
+
+
+def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> None:
+    """Draw a panel of the runs, given with their names. The first one is thick and pale, so that one that lies on it is seen."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    several = len(runs) > 1
+    for number, (name, log) in enumerate(runs):
+        for place, curve in enumerate(panel.curves):
+            points = _points(log, curve, panel)
+            if not points:
+                continue
+            positions, values = zip(*sorted(points.items()), strict=True)
+            axes.plot(
+                positions,
+                values,
+                color=f"C{number if several else place}",
+                linestyle="--" if curve.dots else "-",
+                marker="o" if curve.dots or len(positions) == 1 else "",
+                markersize=4,
+                linewidth=4 if number == 0 and several else 1.2,
+                alpha=0.35 if number == 0 and several else 1.0,
+                label=", ".join(filter(None, (name if several else "", curve.label))),
+            )
+    axes.set_title(panel.title, fontsize="medium")
+    axes.set_xlabel("minutes" if panel.over_minutes else "optimizer steps", fontsize="small")
+    axes.tick_params(labelsize="small")
+    axes.grid(alpha=0.3)
+    axes.set_xlim(left=0)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.from_zero:
+        axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, 1e-9))
+    if any(axes.get_legend_handles_labels()[1]):
+        axes.legend(fontsize="small")
+
+
 def draw_runs(folders: Sequence[Path], path: Path) -> None:
-    """Write the PNG `path` of the runs in `folders`, the first thick and pale, so that one that lies on it is seen as such.
+    """Write the PNG `path` of the runs in `folders`.
 
     Raises UsageError if a folder has no metrics.jsonl, matplotlib is missing, or the file can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as missing:
-        raise UsageError(f"a picture needs matplotlib ({missing}): run `pip install -r requirements.txt`") from None
-    runs = [{METRICS: _read(folder / METRICS), TIMING: _read(folder / TIMING, needed=False)} for folder in folders]
-    drawn = [panel for panel in _PANELS if any(_points(run, curve) for run in runs for curve in panel.curves)]
+    figure_of = _figure_class()
+    runs = [(folder.name, read_log(folder)) for folder in folders]
+    drawn = panels_of([log for _, log in runs])
     rows = max(1, -(-len(drawn) // _COLUMNS))
-    figure = Figure(figsize=(5.5 * _COLUMNS, 2.8 * rows), layout="constrained")
+    figure = figure_of(figsize=(5.5 * _COLUMNS, 2.8 * rows), layout="constrained")
     for axes, panel in zip(figure.subplots(rows, _COLUMNS, squeeze=False).flat, drawn, strict=False):
-        for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
-            for place, curve in enumerate(panel.curves):
-                points = _points(run, curve)
-                if not points:
-                    continue
-                steps, values = zip(*sorted(points.items()), strict=True)
-                axes.plot(
-                    steps,
-                    values,
-                    color=f"C{number if len(folders) > 1 else place}",
-                    linestyle="--" if curve.dots else "-",
-                    marker="o" if curve.dots or len(steps) == 1 else "",
-                    markersize=4,
-                    linewidth=4 if number == 0 and len(folders) > 1 else 1.2,
-                    alpha=0.35 if number == 0 and len(folders) > 1 else 1.0,
-                    label=", ".join(filter(None, (folder.name if len(folders) > 1 else "", curve.label))),
-                )
-        axes.set_title(panel.title, fontsize="medium")
-        axes.set_xlabel("optimizer steps", fontsize="small")
-        axes.tick_params(labelsize="small")
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
-        if panel.from_zero:
-            axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, 1e-9))
-        if any(axes.get_legend_handles_labels()[1]):
-            axes.legend(fontsize="small")
+        draw_panel(axes, panel, runs)
     for axes in figure.axes[len(drawn) :]:
         axes.set_axis_off()
-    figure.suptitle(", ".join(folder.name for folder in folders), fontsize="medium")
+    figure.suptitle(", ".join(name for name, _ in runs), fontsize="medium")
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, dpi=110, format="png")
@@ -104,27 +178,66 @@ def draw_runs(folders: Sequence[Path], path: Path) -> None:
         raise UsageError(f"the picture {path} can't be written: {error}; free space, or name another file") from error
 
 
-def _points(run: Mapping[str, Mapping[int, Mapping[str, Any]]], curve: _Curve) -> dict[int, float]:
-    """Values of a curve by optimizer step."""
-    *sections, last = curve.key.split(".")
-    points = {}
-    for step, line in run[curve.file].items():
-        section: Any = line
-        for name in sections:
-            section = section.get(name, {})
-        if isinstance(section.get(last), int | float):
-            points[step] = curve.scale * section[last]
+# Stands for the text's colour of the page that an SVG is put in: no other grey here is this one.
+_INK = "#010203"
+_SVG_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK),
+    "grid.linewidth": 0.4,
+    "legend.framealpha": 0.0,
+}
+
+
+def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
+    """What `draw` draws, as an <svg> element whose text has the colours and the font of the page around it. height: inches.
+
+    Raises UsageError if matplotlib is missing.
+    """
+    figure_of = _figure_class()
+    from matplotlib import rc_context
+
+    with rc_context(_SVG_STYLE):
+        figure = figure_of(figsize=(5.5, height), layout="constrained")
+        draw(figure.subplots())
+        page = io.StringIO()
+        figure.savefig(page, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    element = page.getvalue()[page.getvalue().index("<svg") :]
+    # Ids of groups, which nothing refers to, would be the same in every picture of the page.
+    element = re.sub(r' id="[a-z]+\w*_\d+"', "", element)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element)).replace(
+        _INK, "currentColor"
+    )
+
+
+def _figure_class() -> type["Figure"]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as missing:
+        raise UsageError(f"a picture needs matplotlib ({missing}): run `pip install -r requirements.txt`") from None
+    return Figure
+
+
+def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
+    """Values of a curve by optimizer step, or by minute."""
+    points: dict[float, float] = {}
+    for step, line in log[curve.file].items():
+        value: Any = line
+        for name in curve.key.split("."):
+            if isinstance(value, list):
+                value = value[int(name)] if int(name) < len(value) - 1 else None
+            else:
+                value = value.get(name) if isinstance(value, Mapping) else None
+        at = line["minutes"] if panel.over_minutes else step
+        if isinstance(value, int | float) and at is not None:
+            points[at] = curve.scale * value
     return points
 
 
-def _read(path: Path, needed: bool = True) -> dict[int, dict[str, Any]]:
-    """The lines of a log by step; an evaluation's line joins that of its step, and of a step trained again the last one counts."""
-    if not path.is_file():
-        if needed:
-            raise UsageError(f"{path.parent} is not the folder of a run: it has no {path.name}")
-        return {}
+def _read(path: Path) -> dict[int, dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(path):
+    for line in _whole_lines(path) if path.is_file() else ():
         lines.setdefault(line["step"], {}).update(line)
     return lines
 

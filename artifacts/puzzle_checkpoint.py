@@ -13,15 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from artifacts.checkpoint import (
-    Snapshot,
-    load_weights,
-    newest_checkpoint,
-    read_about,
-    read_settings,
-    read_weights,
-    write_checkpoint,
-)
+from artifacts.checkpoint import Snapshot, newest_checkpoint, read_about, read_settings, write_checkpoint
+from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig, parse_as
 from dataset.puzzles.loader import PuzzleData

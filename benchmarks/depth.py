@@ -30,10 +30,10 @@ from benchmarks.common import use_threads
 from config.compose import CHECKPOINT_HELP, override_config
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig, user_path
-from dataset.instruct import last_exchange, open_instruct_split
+from dataset.instruct import Source, last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextDataset
-from evaluators.answer_scores import Score, is_exact, score_answers, wilson_upper_bound
+from evaluators.answer_scores import Score, is_exact, score_answers
 from evaluators.calibration import record_halting, reliability
 from generation import load
 from generation.answers import Answer, Responder
@@ -161,7 +161,7 @@ def calibration(responder: Responder, split: TextDataset, config: PretrainInstru
 
 def with_interval(score: Score) -> str:
     """Percent exact and the ends of its 95 % interval."""
-    return f"{score['accuracy']:.1%} [{score['lower_95']:.1%}, {wilson_upper_bound(score):.1%}]".replace("%", "")
+    return f"{score['accuracy']:.1%} [{score['lower_95']:.1%}, {score['upper_95']:.1%}]".replace("%", "")
 
 
 def speed_ratio(setting: Setting, to: Setting) -> list[float]:
@@ -180,8 +180,7 @@ def report(settings: Sequence[Setting], questions: Questions, choice: Choice, by
                 "name": setting.name,
                 "act_steps": setting.act_steps,
                 "threshold": setting.threshold,
-                "overall": {**scores["overall"], "upper_95": wilson_upper_bound(scores["overall"])},
-                "families": {name: {**score, "upper_95": wilson_upper_bound(score)} for name, score in scores["families"].items()},
+                **scores,
                 "mean_act_steps": setting.mean_act_steps,
                 "tokens": setting.tokens,
                 "tokens_per_second": setting.tokens_per_second,
@@ -288,7 +287,7 @@ def main() -> None:
             f"the depth table needs answers that are right or wrong: those of the bundled data have one, and dataset.source is "
             f"{config.dataset.source}; train on dataset=sample, or take inference_instruct.py's by_act_step for text"
         )
-    split = open_instruct_split(config.dataset, checkpoint.tokenizer, checkpoint.template, "test")
+    split = Source(config.dataset).open_split("test", checkpoint.tokenizer, checkpoint.template)
     rows = min(len(split), arguments.rows or len(split))
     responder = load(checkpoint, config)
     deepest = responder.options.act_steps

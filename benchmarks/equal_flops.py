@@ -51,7 +51,8 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import keep_freed_memory, pick_device, resolve_arch
 from training.estimate import count_parameters
-from training.loop import StepResult, Trainer
+from training.loop import Trainer
+from training.progress import StepResult
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
@@ -138,7 +139,7 @@ class _BudgetTask(TextTask):
     def expected(self) -> float:
         spent = self.meter
         if not spent.share:
-            return self.total
+            return self.total.examples
         return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
 
 
@@ -193,8 +194,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
         for result in meter.measured(trainer.steps()):
             due = min(_POINTS, int(_POINTS * meter.share))
             if due > len(curve):
-                averaged = trainer.ema.swapped_in(model) if trainer.ema is not None else contextlib.nullcontext()
-                with averaged:
+                with trainer.averaged_weights():
                     loss = held_out(model, config, test, tokenizer.eos_id, min(rows, _POINT_ROWS))["by_act_step"][-1]["nats"]
                 # A step may pass several points.
                 curve += [(meter.flops, meter.seconds, loss)] * (due - len(curve))

@@ -34,7 +34,8 @@ from dataset.text.packing import Packing
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from models.act import RecursiveModel
 from models.device import keep_freed_memory, pick_device, resolve_arch, should_compile
-from training.loop import StepResult, Trainer
+from training.loop import Trainer
+from training.progress import StepResult
 from training.text import TextTask
 
 # SlimOrca's rows have about 420 ids in the mean, spread widely; benchmarks/tokenization.py generates texts so.

@@ -9,7 +9,6 @@ schedule ending there, and is measured on the held-out puzzles at every ACT step
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -74,9 +73,7 @@ def measure(name: str, data_path: str, overrides: list[str], flops: float) -> di
         if result.step % 100 == 0:
             print(f"{name}: step {result.step} of {steps}, {time.perf_counter() - started:.0f} s", flush=True)
     seconds = time.perf_counter() - started
-    assert isinstance(trainer.model, RecursiveModel)
-    averaged = trainer.ema.swapped_in(trainer.model) if trainer.ema is not None else contextlib.nullcontext()
-    with averaged:
+    with trainer.averaged_weights():
         test = PuzzleData(config.data_paths, "test")
         report = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size).report()
     return {

@@ -27,7 +27,7 @@ import numpy as np
 
 from config.compose import compose_config
 from config.schema import user_path
-from dataset.instruct import open_instruct_split
+from dataset.instruct import Source
 from dataset.text.conversation import Template
 from dataset.text.forms import to_conversation
 from dataset.text.rows import open_row_file, parse_row
@@ -95,7 +95,7 @@ def cached(path: Path, tokenizer: Tokenizer, seq_len: int, processes: int, cache
     config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", "dataset.test_ratio=0", "dataset.on_bad_row=skip"]).dataset
     config = config.model_copy(update=changes)  # not as overrides, in which a path may have to be quoted
     started = time.perf_counter()
-    data = open_instruct_split(config, tokenizer, Template(), "train")
+    data = Source(config).open_split("train", tokenizer, Template())
     seconds = time.perf_counter() - started
     return {
         "rows": data.counts["read"],

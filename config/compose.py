@@ -35,24 +35,24 @@ CONFIG_FOLDER = Path(__file__).resolve().parent
 CHECKPOINT_HELP = "folder checkpoints/<project>/<run>, whose newest checkpoint is taken, or a step_<N> in it"
 
 
-def checked(settings: DictConfig, kind: type[Config]) -> Config:
+def check_settings(settings: DictConfig, kind: type[Config]) -> Config:
     """Resolve interpolations and check against the schema of `kind`."""
     try:
         values = OmegaConf.to_container(settings, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(f"the configuration can't be resolved: {told(error)}") from None
+        raise UsageError(f"the configuration can't be resolved: {explain_error(error)}") from None
     assert isinstance(values, dict)
     # The experiment group only names a preset; what it sets stands in the other keys.
     return parse_as(kind, {str(key): value for key, value in values.items() if key != "experiment"})
 
 
 def plain_overrides(overrides: Sequence[str], kind: type[TrainingConfig], *, is_sweep: bool = False) -> list[str]:
-    """Hydra overrides as they are meant, so that Hydra reads them so.
+    """Hydra overrides, rewritten so that Hydra reads them as they are meant.
 
-    - What is given to a key of text is text: run_name=007 and run_name=1e5 keep their characters. A value that Hydra can't read
-      is taken as it stands.
+    - A value for a key of text is text: run_name=007 and run_name=1e5 keep their characters. A value that Hydra can't parse is
+      quoted whole.
     - In generation.stop, \\n, \\r, \\t and \\\\ stand for newline, return, tab and backslash.
-    - Keys that were renamed have their present names, and what the original spells otherwise is spelled as here.
+    - Renamed keys get their present names, and the original's spellings become this program's.
     - `+key=value` is `key=value` where a config of `kind` has the key: the original's commands say `+run_name=...`.
 
     is_sweep: commas outside brackets and quotes separate the values of jobs. Raises UsageError for a key that doesn't exist.
@@ -68,7 +68,7 @@ _ORIGINAL_SPELLINGS = {
 
 
 def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> str:
-    # Groups that aren't keys too, packages, deletions and Hydra's own settings are Hydra's affair.
+    # Groups that aren't keys, packages, deletions and Hydra's own settings are left to Hydra.
     match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", text, re.DOTALL)
     if match is None or re.match(r"(hydra|experiment)\b", match[2]):
         return text[1:] if re.match(r"\+experiment\b", text) else text
@@ -80,7 +80,7 @@ def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> st
     found = type_of_key(key.split("."), kind)
     if found is None:
         if plus:
-            return text  # adds a key for a file of the user's to refer to, or one that the schema refuses
+            return text  # a key that the user's own YAML refers to, or one that the schema refuses
         raise UsageError(f"override {text!r}: {no_such_key(key.split('.'), kind)}")
     kind_of_text = text_type(found)
     if kind_of_text is not None:
@@ -88,14 +88,14 @@ def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> st
         value = _plain_texts(value, kind_of_text, is_sweep, has_escapes)
         if has_escapes:
             value = _without_escapes(value)
-    # Hydra adds no key to a table of the user's own without being told to.
+    # Hydra adds a key to a table of the user's only with a plus.
     if dict in (get_origin(found), get_origin(type_of_key(key.split(".")[:-1], kind))):
         plus = "++"
     return f"{'' if plus == '+' else plus}{key}={value}"
 
 
 def _renamed(key: str) -> str:
-    """The present name of a key that has another one in commands of earlier versions."""
+    """The present name of a key that commands of earlier versions may call otherwise."""
     of_source = re.fullmatch(r"(sources\.\w+)(\.\w+)", key)
     section, rest = of_source.groups() if of_source else ("dataset", key.removeprefix("dataset"))
     return key if f"dataset{rest}" not in RENAMED else RENAMED[f"dataset{rest}"].replace("dataset", section, 1)
@@ -111,7 +111,7 @@ def _quoted(text: str) -> str:
 
 
 def _plain_texts(value: str, kind: TextType, is_sweep: bool, has_escapes: bool) -> str:
-    """`value` with quotes around what Hydra would read as something else than text, or with escapes of its own."""
+    """`value` with quotes around what Hydra would not read as text, or would unescape."""
     try:
         parsed = _parsed(value)
     except HydraException:
@@ -167,10 +167,12 @@ _PLUGINS = {
 }
 
 
-def told(error: Exception) -> str:
-    """What a person needs to know of an error of Hydra's: a line or two, without advice that doesn't hold here."""
+def explain_error(error: Exception) -> str:
+    """An error of Hydra's in a line or two, without advice that doesn't apply here."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "source":
+            return f"{group}={name}: this group is now called dataset, write /dataset@sources.NAME: {name}"
         near = difflib.get_close_matches(name, error.options, n=1)
         options = f"did you mean {near[0]}? There are" if near else "there are"
         more = f"; more come with pip install {_PLUGINS[group]}" if group in _PLUGINS else ""
@@ -197,9 +199,9 @@ def compose_as(kind: type[Config], name: str, overrides: Sequence[str] = ()) -> 
     """The config `name` of this folder with Hydra overrides. Raises UsageError for an unknown name or a wrong override."""
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return checked(compose(name, overrides=plain_overrides(overrides, kind)), kind)
+            return check_settings(compose(name, overrides=plain_overrides(overrides, kind)), kind)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UsageError(f"config {name!r} can't be composed: {told(error)}") from None
+        raise UsageError(f"config {name!r} can't be composed: {explain_error(error)}") from None
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -221,13 +223,13 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
                 raise UsageError(f"override {override!r} has several values: write a list as key=[a,b]")
             OmegaConf.update(settings, key, parsed.value(), merge=True)
         except (HydraException, OmegaConfBaseException) as error:
-            found = told(error)
+            found = explain_error(error)
             raise UsageError(found if repr(override) in found else f"override {override!r}: {found}") from None
-    return checked(settings, type(config))
+    return check_settings(settings, type(config))
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every door which uses a checkpoint has."""
+    """The flags of every door that uses a checkpoint."""
     parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--config-name", help="take all settings but the architecture's from this config instead of the checkpoint's"
@@ -236,7 +238,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every door which uses a language model has."""
+    """The flags of every door that uses a language model."""
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--tokenizer-path", type=os.path.expanduser, help="must be the tokenizer of the checkpoint, which is the default"
@@ -246,7 +248,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of doors that generate: each sets the key generation.* of its name, and defaults to it."""
+    """The flags of doors that generate. Each overrides the key generation.* of the same name."""
     add = parser.add_argument
     add("--max-output-tokens", type=int, metavar="N", help="longest answer; default: half of dataset.seq_len")
     add("--temperature", type=float, help="0: always the most probable token; above: draw, the flatter the higher")
@@ -277,6 +279,6 @@ def settings_for_use(trained: PretrainInstructConfig, arguments: argparse.Namesp
     if any(override.startswith("dataset.tokenizer_path=") for override in arguments.overrides):
         raise UsageError("a checkpoint has its own tokenizer: use --tokenizer-path to check that a file is the same one")
     values = settings_of_checkpoint(trained, arguments).model_dump()
-    # A flag named like a key generation.* sets it, as it stands: a text given to --stop may look like anything.
+    # Not as overrides: a text given to --stop may look like anything.
     flags = {key: value for key, value in vars(arguments).items() if key in GenerationConfig.model_fields and value is not None}
     return parse_config({**values, "generation": {**values["generation"], **flags}})

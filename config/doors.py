@@ -1,6 +1,6 @@
-"""What the doors whose command line is Hydra's have in common: arguments, errors in one message, the jobs of a sweep (-m).
+"""What doors with Hydra's command line share: arguments, errors in one message, the jobs of a sweep (-m).
 
-Knows not what a job does.
+Doesn't know what a job does.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from config.compose import checked, plain_overrides, told
+from config.compose import check_settings, explain_error, plain_overrides
 from config.errors import StoppedBySignal, UsageError, message_of, one_clear_message, print_anything
 from config.schema import Config, user_path
 
@@ -31,24 +31,26 @@ _HYDRA_HELP = "--hydra-help"
 def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
     """Run a door's `main`, decorated by hydra.main, with the command line of this process, in `one_clear_message`.
 
-    After a sweep its jobs are shown; the exit status is 2 if one has failed.
+    Prints the jobs of a sweep at its end; the exit status is 2 if one has failed.
     """
     with one_clear_message():
         arguments = sys.argv[1:]
         is_sweep = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in arguments)
         if any(len(word) > len("--h") and _HYDRA_HELP.startswith(word) and word != "--help" for word in arguments):
-            arguments = [_HYDRA_HELP]  # overrides mean nothing to it, and it trips over them
+            arguments = [_HYDRA_HELP]  # Hydra fails here on overrides
         if not {"-sc", "--shell-completion"} & set(arguments):
             arguments = _with_overrides_plain(arguments, kind, is_sweep)
         sys.argv[1:] = arguments
         if is_sweep:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise UsageError("ranks can't share a sweep (-m), whose jobs each would choose: start torchrun once for each job")
-            # Jobs in processes of their own unpickle what belongs to this project, wherever they start.
+                raise UsageError(
+                    "ranks can't share a sweep (-m), because each would choose its own jobs: start torchrun once for each job"
+                )
+            # Jobs in other processes must be able to import this project.
             paths = [str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
             os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         wants_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
-        # Errors come here instead of being printed by Hydra, with advice that doesn't hold.
+        # Hydra then raises errors instead of printing them with advice that doesn't apply.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         SweepFolder.of_this_process = None
         try:
@@ -56,7 +58,7 @@ def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
         except Exception as error:
             if wants_all or isinstance(error, BrokenPipeError) or not _is_of_hydra(error):
                 raise
-            raise UsageError(told(error)) from None
+            raise UsageError(explain_error(error)) from None
         if SweepFolder.of_this_process is not None:
             _show_jobs(SweepFolder.of_this_process)
 
@@ -64,18 +66,17 @@ def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
 def run_job(settings: DictConfig, kind: type[Config], train: Callable[[Config], float | None]) -> float | None:
     """What a door's `main` does: check the composed settings, and train with them; returns what `train` does, the held-out loss.
 
-    In a sweep a job that fails is told and kept for the summary, and its loss counts as infinite: the others go on. A signal ends
-    the sweep.
+    In a sweep a job that fails is reported, and its loss counts as infinite: the other jobs run. A signal ends the sweep.
     """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         with one_clear_message():
-            return train(checked(settings, kind))
+            return train(check_settings(settings, kind))
     print_anything()
     number, folder = int(hydra.job.num), Path(hydra.sweep.dir)
     job: dict[str, Any] = {"job": number, "overrides": list(hydra.overrides.task)}
     try:
-        config = checked(settings, kind)
+        config = check_settings(settings, kind)
         if config.resume in (None, "auto"):
             # Jobs never share a folder: the name of the run, or of the sweep, with the number of the job.
             name = config.run_name or f"{config.arch.name}-{folder.name}"
@@ -101,7 +102,7 @@ def run_job(settings: DictConfig, kind: type[Config], train: Callable[[Config], 
 
 
 class SweepFolder(Callback):
-    """Remembers where the sweep of this process keeps what is about all of its jobs."""
+    """Remembers the folder of this process's sweep."""
 
     of_this_process: Path | None = None
 
@@ -118,12 +119,12 @@ def _sweep_folder(checkpoint_dir: str, project_name: str) -> str:
     return str(user_path(checkpoint_dir) / project_name / "sweeps" / name)
 
 
-# Cached: all jobs of a sweep have the folder of the first process, even if the keys it depends on differ between them.
+# Cached: all jobs of a sweep share one folder, even if they differ in the keys that name it.
 OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, use_cache=True, replace=True)
 
 
 def _with_overrides_plain(arguments: list[str], kind: type[Config], is_sweep: bool) -> list[str]:
-    """`arguments` with every override, but no flag nor the value of one, as `plain_overrides` makes it."""
+    """`arguments` with overrides rewritten by `plain_overrides`. Flags and their values stay."""
     plain: list[str] = []
     for before, word in zip(["", *arguments], arguments, strict=False):
         is_override = "=" in word and not word.startswith("-") and before not in _FLAGS_WITH_VALUES
@@ -152,7 +153,7 @@ def _is_of_hydra(error: Exception) -> bool:
 
 
 def _show_jobs(folder: Path) -> None:
-    """Say what has become of the jobs of a sweep. Raises UsageError if some have failed."""
+    """Print the results of a sweep's jobs. Raises UsageError if some have failed."""
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("job_*.json")]
     jobs.sort(key=lambda job: job["job"])
     common = set[str].intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()

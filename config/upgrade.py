@@ -1,7 +1,7 @@
-"""Settings that an earlier version saved with a checkpoint, as today's schema has them. Knows no Hydra and no checkpoints.
+"""Turns settings that an earlier version saved with a checkpoint into today's. Knows no Hydra and no checkpoints.
 
-Whoever gives the schema a key needs nothing here unless the program did otherwise before it had the key; whoever renames or removes
-one adds it below. tests/test_upgrade.py holds settings as they were once saved.
+A new key of the schema needs an entry here only if the program did something else before it had the key. A key that is renamed or
+removed always needs one. tests/test_upgrade.py holds settings as they were once saved.
 """
 
 import copy
@@ -15,13 +15,13 @@ from pydantic import BaseModel
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig, SourceConfig, TrainingConfig
 
 _FOLDER = Path(__file__).resolve().parent
-# Keys of `dataset` stand for those of each of `sources`, too. A key counts as renamed once the schema has the new one alone.
+# A key of `dataset` stands for that of each of `sources`, too. It counts as renamed once the schema has only the new name.
 RENAMED: dict[str, str] = {
     "dataset.hub_repo": "dataset.repo",
     "dataset.hub_revision": "dataset.revision",
     "dataset.hub_sha256": "dataset.sha256",
 }
-# Keys that mean nothing any more; what stood there is said.
+# Keys that mean nothing any more. Their values are reported.
 REMOVED: tuple[str, ...] = (
     # When a row left its slot, in which it stayed for several optimizer steps. Puzzles never read them.
     "act_steps_per_update",
@@ -32,27 +32,27 @@ REMOVED: tuple[str, ...] = (
     # How puzzles' rows come to slots, which has one answer.
     "slots",
 )
-# What the program did before it had a key, where the shipped default is something else.
+# What the program did before it had a key, where the default is something else.
 BEFORE: dict[str, Any] = {"eval_every_steps": None}
 
 
 def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Saved settings with keys that are new since then filled in, and those that were dropped, as key=value.
+    """Saved settings with keys added that are new since then, and the keys that were removed, as key=value.
 
-    A new key gets the value of BEFORE, else the one that the YAML files here ship for this kind of run. Unknown keys stay as they
-    are: the schema refuses them.
+    A new key gets the value of BEFORE, else the default that the YAML files here have for this kind of run. Unknown keys stay: the
+    schema refuses them.
     """
     values = copy.deepcopy(dict(settings))
     kind: type[TrainingConfig] = PretrainPuzzleConfig if "data_paths" in values else PretrainInstructConfig
     dropped: list[str] = []
-    _upgrade(values, kind, _shipped(values, kind), "", "", dropped)
+    _upgrade(values, kind, shipped_settings(values), "", "", dropped)
     return values, dropped
 
 
 def _upgrade(
     values: dict[str, Any], section: type[BaseModel], shipped: Mapping[str, Any], where: str, known_as: str, dropped: list[str]
 ) -> None:
-    """`where`: how the keys of this section begin; `known_as`: how they do in the tables above."""
+    """where: prefix of the section's keys in messages; known_as: their prefix in the tables above."""
     for key in list(values):
         if key in section.model_fields:
             continue
@@ -64,7 +64,7 @@ def _upgrade(
     for key, field in section.model_fields.items():
         if key not in values:
             default = BEFORE.get(known_as + key, shipped.get(key, ...))
-            # Only Hydra could say what an interpolation stands for.
+            # Only Hydra can resolve an interpolation.
             if default is not ... and "${" not in str(default):
                 values[key] = copy.deepcopy(default)
         elif key == "sources" and isinstance(values[key], dict):
@@ -83,20 +83,18 @@ def _upgrade(
             )
 
 
-def _shipped(settings: Mapping[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
-    """What Hydra composes for this kind of run from the same files."""
-    if kind is PretrainPuzzleConfig:
-        shipped = _read(_FOLDER, "cfg_pretrain")
-    else:
-        shipped = _read(_FOLDER, "cfg_pretrain_instruct")
-        shipped["dataset"] = _read(_FOLDER / "tokens", "default") | _shipped_source(_section(settings, "dataset"))
+def shipped_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that Hydra composes from the files here for this kind of run, its recursion and source, with `${...}` unresolved."""
+    name = "cfg_pretrain" if "data_paths" in settings else "cfg_pretrain_instruct"
+    shipped = _merged(_read(_FOLDER, "cfg_training"), _read(_FOLDER, name))
+    shipped["dataset"] = _merged(_section(shipped, "dataset"), _shipped_source(_section(settings, "dataset")))
     arch = _merged(_read(_FOLDER / "arch", "trm"), _read(_FOLDER / "arch", _section(settings, "arch").get("name")))
     shipped["arch"] = _merged(arch, _section(shipped, "arch"))
     return shipped
 
 
 def _shipped_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    return _read(_FOLDER / "source", source.get("source")) or _read(_FOLDER / "source", "jsonl")
+    return _merged(_read(_FOLDER / "dataset", "jsonl"), _read(_FOLDER / "dataset", source.get("source")))
 
 
 def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -105,7 +103,7 @@ def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _read(folder: Path, name: object) -> dict[str, Any]:
-    """The YAML file of that name in `folder`; empty if there is none, as where the name is what a damaged file says."""
+    """The YAML file of that name in `folder`; empty if there is none, as for the name in a damaged file."""
     path = folder / f"{name}.yaml"
     if path.parent != folder or not path.is_file():
         return {}

@@ -2,6 +2,7 @@
 
     python -m dataset.build_sample_dataset --output-dir data/sample --train-size 88000 --test-per-family 100 --seed 0
     python -m dataset.build_sample_dataset --families deep --max-hops 6
+    python -m dataset.build_sample_dataset --families deep_arithmetic deep_boolean --train-size 400000
 
 It knows the families of `sample_tasks` and `deep_tasks` and the row form, nothing of tokenizers, training or models.
 """
@@ -177,19 +178,21 @@ def build(
     test_per_family: int,
     seed: int = 0,
     weights: Mapping[str, float] | None = None,
-    families: Literal["shallow", "deep"] = "shallow",
+    families: Literal["shallow", "deep"] | Sequence[str] = "shallow",
     max_hops: int = MOST_HOPS - DEEPER,
 ) -> dict[str, Any]:
     """Write `train.jsonl`, `test.jsonl` and `dataset.json` into `output_dir`; reuse them if they are there already.
 
-    `weights` are the families' relative numbers of training rows (default TRAIN_WEIGHTS, or equal ones for deep families); the
-    test split has `test_per_family` rows of each. Rows of deep families have 1 to `max_hops` hops, as many rows of each number,
-    and as many again, with more hops, stand in `test_deeper.jsonl`. Returns dataset.json's content with `"reused"` added.
+    families: the shallow ones, all deep ones, or names of deep ones. `weights` are their relative numbers of training rows
+    (default TRAIN_WEIGHTS, or equal ones for deep families); the test split has `test_per_family` rows of each. Rows of deep
+    families have 1 to `max_hops` hops, as many rows of each number, and as many again, with more hops, stand in
+    `test_deeper.jsonl`. Returns dataset.json's content with `"reused"` added.
     Raises UsageError for impossible sizes and for a folder that holds somebody else's data.
     """
-    names = list(DEEP_FAMILIES if families == "deep" else FAMILIES)
+    is_deep = families != "shallow"
+    names = [name for name in DEEP_FAMILIES if families == "deep" or name in families] if is_deep else list(FAMILIES)
     if weights is None:
-        weights = TRAIN_WEIGHTS if families == "shallow" else dict.fromkeys(names, 1.0)
+        weights = dict.fromkeys(names, 1.0) if is_deep else TRAIN_WEIGHTS
     if set(weights) != set(names) or any(not 0 < weight < math.inf for weight in weights.values()):
         raise UsageError(f"expected a positive weight for each of {sorted(names)}, found {weights}")
     if not 1 <= max_hops <= MOST_HOPS - DEEPER:
@@ -202,7 +205,7 @@ def build(
         raise UsageError(f"expected at least 1 training row and 1 test row a family, found {train_size} and {test_per_family}")
     folder = Path(output_dir)
     hops: dict[str, Sequence[int]] = {"train": (), "test": ()}
-    if families == "deep":
+    if is_deep:
         trained, deeper = range(1, max_hops + 1), range(max_hops + 1, max_hops + DEEPER + 1)
         hops = {"train": trained, "test": trained, "test_deeper": deeper}
     files = {split: folder / f"{split}.jsonl" for split in hops}
@@ -262,7 +265,10 @@ def build(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, build, and say what lies where."""
     parser = argparse.ArgumentParser(description="Build the bundled instruction data set.")
-    parser.add_argument("--families", choices=("shallow", "deep"), default="shallow", help="deep: answers in many dependent steps")
+    parser.add_argument(
+        "--families", nargs="+", choices=("shallow", "deep", *DEEP_FAMILIES), default=["shallow"], metavar="NAME",
+        help=f"shallow, or deep, whose answers take many dependent steps, or some of the deep ones: {', '.join(DEEP_FAMILIES)}",
+    )  # fmt: skip
     parser.add_argument(
         "--output-dir", type=os.path.expanduser,
         help="folder for train.jsonl, test.jsonl, dataset.json; default: data/sample, of deep families data/deep",
@@ -275,14 +281,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"deep families: most dependent steps of a training row, by default {MOST_HOPS - DEEPER}, which is also the most",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    deep = arguments.families == "deep"
+    chosen = arguments.families
+    kinds = {"shallow", "deep"} & set(chosen)
+    deep = "shallow" not in kinds
     folder = arguments.output_dir or ("data/deep" if deep else "data/sample")
     with one_clear_message():
         if arguments.max_hops is not None and not deep:
             raise UsageError("--max-hops goes with --families deep: give both")
+        if kinds and len(chosen) > 1:
+            raise UsageError(f"--families takes shallow, deep, or names of deep families, found {' '.join(chosen)}")
         max_hops = {} if arguments.max_hops is None else {"max_hops": arguments.max_hops}
         made = build(
-            folder, arguments.train_size, arguments.test_per_family, arguments.seed, families=arguments.families, **max_hops
+            folder, arguments.train_size, arguments.test_per_family, arguments.seed, families=min(kinds, default=chosen), **max_hops
         )
         print(
             f"{'reused' if made['reused'] else 'wrote'} {folder}: {made['train_size']} training rows and "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -29,39 +30,145 @@ SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
 _ROWS_TRIED = 1000
 
 
-def open_instruct_data(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, in_stages: bool = False
-) -> tuple[TextDataset, TextDataset | None]:
-    """Train and test split of a source for a training run; test is None with `test_ratio=0`.
+class Source:
+    """A source of conversations: its settings, its files and their splits.
 
-    Rows to measure on are those of `validation_files` or `validation_split`, or of files beside the others whose names say that
-    they are held out (not in_stages, where all sources are split alike); "sample" has those of its builder. `subset_size` then
-    takes the first rows of each. All others are split by hash, where `subset_size` counts training rows, and test has its
-    proportional share: see `token_cache.load_split`. Raises `UsageError` for missing files, malformed rows, a split without a
-    usable row, and a tokenizer that loses text of the first 1,000 training rows.
+    Held-out rows are those of `validation_files` or `validation_split`, or of files whose names say so; the bundled data has those
+    of its builder. All other rows are split by a hash with one seed for all sources, so that what one source holds out is held out
+    of each. `is_alone`: the run has no other source. Otherwise files that are held out by their names alone are left out, because
+    another source could train on their rows.
+
+    Methods raise `UsageError` for missing files, malformed rows and a split without a usable row.
     """
-    files = _files(config, in_stages)
-    first_rows = islice(_conversations(config, "train", files), _ROWS_TRIED)
-    inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
-    train = _open(config, tokenizer, template, "train", files)
-    train.left_out = tuple(files.left_out)
-    if inexact:
-        train.counts["texts of the first 1,000 rows that the tokenizer gives back in another spelling"] = inexact
-    return train, _open(config, tokenizer, template, "test", files) if config.test_ratio > 0 else None
+
+    def __init__(self, config: DatasetConfig, *, is_alone: bool = True) -> None:
+        self.config = config
+        self._is_alone = is_alone
+
+    @cached_property
+    def files(self) -> SourceFiles:
+        """The files of both splits; those that are missing are downloaded first."""
+        config, folder = self.config, Path(self.config.data_dir)
+        hub = Hub(config.repo, config.revision, config.sha256) if config.repo is not None else None
+        if config.source == "sample":
+            validation = [_sample_file(folder, "test")] if config.test_ratio > 0 else []
+            return SourceFiles([_sample_file(folder, "train")], validation)
+        if config.source == "slimorca":
+            return SourceFiles([locate(folder, hub)])
+        if config.source == "hub" or (not config.files and is_saved(folder)):
+            if config.shards or config.validation_files:
+                raise UsageError(
+                    f"{folder} is a folder of save_to_disk, whose files have no names of their own: choose of its splits with "
+                    "dataset.split and dataset.validation_split, and leave shards and validation_files out"
+                )
+            return SourceFiles(
+                *([] if split is None else self._split_files(split) for split in (config.split, config.validation_split))
+            )
+        if config.split != "train" or config.validation_split:
+            raise UsageError(
+                f"dataset.split and dataset.validation_split choose of a hub data set or a folder of save_to_disk, and "
+                f"{str(folder)!r} is neither: name files with dataset.files and dataset.validation_files"
+            )
+        found = find_files(folder, config.files, hub, config.shards, config.seed, config.validation_files)
+        if self._is_alone or config.validation_files:
+            return found
+        return SourceFiles(found.train, left_out=[*found.validation, *found.left_out])
+
+    def open_splits(self, tokenizer: Tokenizer, template: Template) -> tuple[TextDataset, TextDataset | None]:
+        """Train and test split for a training run; test is None with `test_ratio=0`.
+
+        `subset_size` takes the first rows of each split that has files of its own. Of a split by hash it counts training rows, and
+        test has its proportional share: see `token_cache.load_split`. Raises `UsageError`, too, for a tokenizer that loses text of
+        the first 1,000 training rows.
+        """
+        first_rows = islice(self.conversations("train"), _ROWS_TRIED)
+        inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
+        train = self._load("train", self.files, tokenizer, template)
+        if inexact:
+            train.counts["texts of the first 1,000 rows that the tokenizer gives back in another spelling"] = inexact
+        return train, self._load("test", self.files, tokenizer, template) if self.config.test_ratio > 0 else None
+
+    def open_split(self, split: MeasuredSplit, tokenizer: Tokenizer, template: Template) -> TextDataset:
+        """One split by itself, with `subset_size` rows of its own."""
+        if split == "test_deeper":
+            if self.config.source != "sample":
+                raise UsageError(
+                    f"only the bundled deep families have a split test_deeper, found dataset={self.config.source}: use test"
+                )
+            files = SourceFiles([], [_sample_file(Path(self.config.data_dir), split)])
+            return self._load("test", files, tokenizer, template, alone=True)
+        if split == "test" and self.config.test_ratio == 0:
+            raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
+        return self._load(split, self.files, tokenizer, template, alone=True)
+
+    def conversations(self, split: Split) -> Iterator[Conversation]:
+        """The conversations of a split in the order of the files, without any tokens; rows that can't be used are skipped.
+
+        `subset_size` ends the train split.
+        """
+        config, found = self.config, 0
+        for path in self.files.of(split):
+            for _, data in open_row_file(path).rows():
+                if split == "train" and found == config.subset_size:
+                    return
+                try:
+                    if isinstance(data, BadRow):
+                        continue
+                    conversation, _ = to_conversation(parse_row(to_json(data)), form_options(config))
+                except (BadRow, NothingToLearn):  # reported and counted where rows are tokenized
+                    continue
+                conversation = with_default_system(conversation, config.default_system_prompt)
+                hashes = np.array([prompt_hash(conversation)], np.uint64)
+                if self.files.validation or are_test_hashes(hashes, config.seed, config.test_ratio)[0] == (split == "test"):
+                    found += 1
+                    yield conversation
+
+    def _load(
+        self, split: Split, files: SourceFiles, tokenizer: Tokenizer, template: Template, *, alone: bool = False
+    ) -> TextDataset:
+        config, paths = self.config, files.of(split)
+        loaded = load_split(
+            source=paths,
+            split=split,
+            alone=alone,
+            tokenizer=tokenizer,
+            template=template,
+            seq_len=config.seq_len,
+            subset_size=config.subset_size,
+            hash_split=None if files.validation else HashSplit(config.seed, config.test_ratio),
+            default_system_prompt=config.default_system_prompt,
+            long_rows=config.long_rows,
+            on_bad_row=config.on_bad_row,
+            cache_dir=self._cache_dir,
+            forms=form_options(config),
+            processes=config.processes,
+        )
+        dataset = TextDataset(loaded, files.left_out if split == "train" else ())
+        if len(dataset) == 0:
+            remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
+            if split == "train":
+                remedy = "check the rows, raise dataset.seq_len, or use more data"
+            names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+            raise UsageError(f"the {split} split of {names} is empty ({'; '.join(describe_counts(dataset.counts))}): {remedy}")
+        return dataset
+
+    @property
+    def _cache_dir(self) -> Path:
+        return Path(self.config.cache_dir) if self.config.cache_dir else default_cache_dir()
+
+    def _split_files(self, split: str) -> list[Path]:
+        config = self.config
+        if config.source != "hub":
+            return saved_split(Path(config.data_dir), split)
+        if config.repo is None:
+            raise UsageError("dataset=hub needs a data set of the hub: set dataset.repo=OWNER/NAME")
+        return split_files(config.repo, config.config, split, config.revision, self._cache_dir)
 
 
-def open_instruct_split(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: MeasuredSplit, in_stages: bool = False
-) -> TextDataset:
-    """One split by itself, with `subset_size` rows of its own. Raises `UsageError` as `open_instruct_data` does."""
-    if split == "test_deeper":
-        if config.source != "sample":
-            raise UsageError(f"only the bundled deep families have a split test_deeper, found dataset={config.source}: use test")
-        files = SourceFiles([], [_sample_file(Path(config.data_dir).expanduser(), split)])
-        return _open(config, tokenizer, template, "test", files, alone=True)
-    if split == "test" and config.test_ratio == 0:
-        raise UsageError("there is no test split with dataset.test_ratio=0: set it above 0, or use the train split")
-    return _open(config, tokenizer, template, split, _files(config, in_stages), alone=True)
+def sources_of(config: PretrainInstructConfig) -> dict[str, Source]:
+    """The sources of a run by their names."""
+    sources = config.all_sources
+    return {name: Source(source, is_alone=len(sources) == 1) for name, source in sources.items()}
 
 
 @dataclass(frozen=True)
@@ -83,140 +190,19 @@ class RunData:
 
 
 def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template) -> RunData:
-    """The data of a whole run: `dataset` for `epochs`, or with `stages` what they ask of `sources`.
-
-    All sources are split by one hash, seed and default system prompt: a conversation that one holds out is held out of each.
-    Raises `UsageError` as `open_instruct_data` does, and for a stage without examples.
-    """
-    in_stages = bool(config.stages)
-    opened = {name: open_instruct_data(source, tokenizer, template, in_stages) for name, source in source_configs(config).items()}
-    train = TextCorpus({name: split for name, (split, _) in opened.items()})
-    held_out = {name: split for name, (_, split) in opened.items() if split is not None}
-    if config.stages:
-        sizes = {name: len(split) for name, split in train.parts.items()}
-        curriculum = Curriculum.of_stages(config.stages, sizes, config.seed)
-    else:
-        curriculum = Curriculum.of_epochs(len(train), config.seed, config.epochs)
-    return RunData(train, TextCorpus(held_out) if held_out else None, curriculum)
+    """The data of a training run. Raises `UsageError` as `Source.open_splits` does, and for a stage without examples."""
+    opened = {name: source.open_splits(tokenizer, template) for name, source in sources_of(config).items()}
+    held_out = {name: test for name, (_, test) in opened.items() if test is not None}
+    return RunData(
+        TextCorpus({name: train for name, (train, _) in opened.items()}),
+        TextCorpus(held_out) if held_out else None,
+        Curriculum.of_stages(config.all_stages, {name: len(train) for name, (train, _) in opened.items()}, config.seed),
+    )
 
 
 def open_run_split(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template, split: MeasuredSplit) -> TextCorpus:
-    """One split of every source of a run, for measuring; see `open_instruct_split`."""
-    return TextCorpus(
-        {
-            name: open_instruct_split(source, tokenizer, template, split, bool(config.stages))
-            for name, source in source_configs(config).items()
-        }
-    )
-
-
-def source_configs(config: PretrainInstructConfig) -> dict[str, DatasetConfig]:
-    """Each source of a run by its name; without stages there is one, called by its kind."""
-    if not config.stages:
-        return {config.dataset.source: config.dataset}
-    return {name: config.dataset.model_copy(update=dict(source)) for name, source in config.sources.items()}
-
-
-def _open(
-    config: DatasetConfig, tokenizer: Tokenizer, template: Template, split: Split, files: SourceFiles, alone: bool = False
-) -> TextDataset:
-    paths = files.validation if split == "test" and files.validation else files.train
-    loaded = load_split(
-        source=paths,
-        split=split,
-        alone=alone,
-        tokenizer=tokenizer,
-        template=template,
-        seq_len=config.seq_len,
-        subset_size=config.subset_size,
-        hash_split=None if files.validation else HashSplit(config.seed, config.test_ratio),
-        default_system_prompt=config.default_system_prompt,
-        long_rows=config.long_rows,
-        on_bad_row=config.on_bad_row,
-        cache_dir=_cache_dir(config),
-        forms=form_options(config),
-        processes=config.processes,
-    )
-    dataset = TextDataset(loaded)
-    if len(dataset) == 0:
-        remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
-        if split == "train":
-            remedy = "check the rows, raise dataset.seq_len, or use more data"
-        names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-        raise UsageError(f"the {split} split of {names} is empty ({'; '.join(describe_counts(dataset.counts))}): {remedy}")
-    return dataset
-
-
-def split_conversations(config: DatasetConfig, split: Split, in_stages: bool = False) -> Iterator[Conversation]:
-    """The conversations of a split in the order of the files, without any tokens; rows that can't be used are passed over.
-
-    `subset_size` ends the train split. Raises `UsageError` for missing and damaged files.
-    """
-    return _conversations(config, split, _files(config, in_stages))
-
-
-def _conversations(config: DatasetConfig, split: Split, files: SourceFiles) -> Iterator[Conversation]:
-    found = 0
-    for path in files.validation if split == "test" and files.validation else files.train:
-        for _, data in open_row_file(path).rows():
-            if split == "train" and found == config.subset_size:
-                return
-            try:
-                if isinstance(data, BadRow):
-                    continue
-                conversation, _ = to_conversation(parse_row(to_json(data)), form_options(config))
-            except (BadRow, NothingToLearn):  # told and counted where rows are tokenized
-                continue
-            conversation = with_default_system(conversation, config.default_system_prompt)
-            hashes = np.array([prompt_hash(conversation)], np.uint64)
-            if files.validation or are_test_hashes(hashes, config.seed, config.test_ratio)[0] == (split == "test"):
-                found += 1
-                yield conversation
-
-
-def _cache_dir(config: DatasetConfig) -> Path:
-    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-
-
-def _files(config: DatasetConfig, in_stages: bool) -> SourceFiles:
-    if config.test_ratio == 0 and (config.validation_files or config.validation_split):
-        raise UsageError(
-            "dataset.test_ratio=0 trains without evaluation, and dataset.validation_files or validation_split says what to "
-            "measure on: leave out one of them"
-        )
-    folder = Path(config.data_dir).expanduser()
-    hub = Hub(config.repo, config.revision, config.sha256) if config.repo is not None else None
-    if config.source == "sample":
-        validation = [_sample_file(folder, "test")] if config.test_ratio > 0 else []
-        return SourceFiles([_sample_file(folder, "train")], validation)
-    if config.source == "slimorca":
-        return SourceFiles([locate(folder, hub)])
-    if config.source == "hub" or (not config.files and is_saved(folder)):
-        if config.shards or config.validation_files:
-            raise UsageError(
-                f"{folder} is a folder of save_to_disk, whose files have no names of their own: choose of its splits with "
-                "dataset.split and dataset.validation_split, and leave shards and validation_files out"
-            )
-        return SourceFiles(
-            *([] if split is None else _split_files(config, split) for split in (config.split, config.validation_split))
-        )
-    if config.split != "train" or config.validation_split:
-        raise UsageError(
-            f"dataset.split and dataset.validation_split choose of a hub data set or a folder of save_to_disk, and {str(folder)!r} "
-            "is neither: name files with dataset.files and dataset.validation_files"
-        )
-    found = find_files(folder, config.files, hub, config.shards, config.seed, config.validation_files)
-    # A file that a stage's source holds out by its name alone could be trained on by another.
-    in_parts = in_stages and not config.validation_files
-    return SourceFiles(found.train, left_out=[*found.validation, *found.left_out]) if in_parts else found
-
-
-def _split_files(config: DatasetConfig, split: str) -> list[Path]:
-    if config.source == "hub":
-        if config.repo is None:
-            raise UsageError("dataset=hub needs a data set of the hub: set dataset.repo=OWNER/NAME")
-        return split_files(config.repo, config.config, split, config.revision, _cache_dir(config))
-    return saved_split(Path(config.data_dir).expanduser(), split)
+    """One split of every source of a run, for measuring; see `Source.open_split`."""
+    return TextCorpus({name: source.open_split(split, tokenizer, template) for name, source in sources_of(config).items()})
 
 
 def _sample_file(folder: Path, split: MeasuredSplit) -> Path:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 
@@ -40,11 +41,18 @@ class Hub:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files of training rows, and those that aren't trained on because of their names; `validation` is the part to measure on."""
+    """Files to train on, files to measure on, and files that their names hold out of both.
+
+    Without files to measure on, `train` has the rows of both splits.
+    """
 
     train: list[Path]
     validation: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
+
+    def of(self, split: Literal["train", "test"]) -> list[Path]:
+        """The files that have the rows of a split."""
+        return self.validation if split == "test" and self.validation else self.train
 
 
 def find_files(

@@ -10,8 +10,7 @@ from typing import TypedDict
 
 from config.errors import UsageError
 
-# 97.5 % quantile of the standard normal distribution: `lower_95` is the lower end of the usual two-sided 95 % interval,
-# which is lower, so harder on us, than a one-sided bound (1.645).
+# 97.5 % quantile of the standard normal distribution: `lower_95` and `upper_95` are the ends of a two-sided 95 % interval.
 Z_95 = 1.959963984540054
 
 
@@ -22,6 +21,7 @@ class Score(TypedDict):
     baseline: float
     count: int
     lower_95: float
+    upper_95: float
 
 
 class AnswerScores(TypedDict):
@@ -48,13 +48,8 @@ def wilson_lower_bound(correct: int, count: int, z: float = Z_95) -> float:
     return (centre - margin) / (1 + z * z / count)
 
 
-def wilson_upper_bound(score: Score) -> float:
-    """The upper end of Wilson's interval: the lower one of the wrong answers, seen from 1."""
-    return 1 - wilson_lower_bound(round((1 - score["accuracy"]) * score["count"]), score["count"])
-
-
 def score_answers(families: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> AnswerScores:
-    """Accuracy by `is_exact`, baseline and Wilson 95 % lower bound, for each family and over all.
+    """Accuracy by `is_exact`, baseline and Wilson's 95 % interval, for each family and over all.
 
     A family's baseline is the accuracy of always giving its most frequent answer, the most frequent of the scored references
     themselves: no constant answer can beat it. The overall baseline gives each family its own constant: the families' baselines
@@ -105,4 +100,6 @@ def _score(correct: int, baseline_correct: int, count: int) -> Score:
         "baseline": baseline_correct / count,
         "count": count,
         "lower_95": wilson_lower_bound(correct, count),
+        # That of the wrong answers, seen from 1.
+        "upper_95": 1 - wilson_lower_bound(count - correct, count),
     }

@@ -68,6 +68,8 @@ class Reliability:
     """Mean halting probability: equal to the accuracy where calibration is perfect, but not only there."""
     ece: float
     """Expected calibration error."""
+    bins: list[tuple[float, float, int]]
+    """Of the bins of `expected_calibration_error` that have tokens: mean halting probability, share right, tokens."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def reliability(record: HaltingRecord, scale: float = 1.0, shift: float = 0.0) -
         accuracy=float(record.right_N.mean()),
         predicted=float(probability_N.mean()),
         ece=expected_calibration_error(probability_N, record.right_N),
+        bins=reliability_bins(probability_N, record.right_N),
     )
 
 
@@ -176,10 +179,18 @@ def expected_calibration_error(probability_N: Floats, right_N: Bools, bins: int 
 
     arXiv 1706.04599. The halting probability is the confidence that the argmax is right.
     """
+    found = reliability_bins(probability_N, right_N, bins)
+    return sum(tokens * abs(predicted - right) for predicted, right, tokens in found) / len(probability_N)
+
+
+def reliability_bins(probability_N: Floats, right_N: Bools, bins: int = ECE_BINS) -> list[tuple[float, float, int]]:
+    """Mean probability, share right and number of tokens of each bin of equal width that has any, in ascending order."""
     # A bin reaches from above its lower end to its upper end, the first one from 0.
     bin_N = np.clip(np.ceil(probability_N * bins).astype(np.int64) - 1, 0, bins - 1)
-    excess_N = probability_N - right_N
-    return float(np.abs(np.bincount(bin_N, weights=excess_N, minlength=bins)).sum() / len(probability_N))
+    return [
+        (float(probability_N[chosen].mean()), float(right_N[chosen].mean()), int(chosen.sum()))
+        for chosen in (bin_N == number for number in np.unique(bin_N))
+    ]
 
 
 def sigmoid(logits_N: Floats) -> Floats:

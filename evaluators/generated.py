@@ -14,7 +14,7 @@ from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
 from evaluators.answer_scores import is_exact, score_answers, score_by_hops
 from generation.answers import Responder
-from generation.batch import Asked, answers_in_order, block_size, positions_needed
+from generation.batch import InputRow, answers_in_order, block_size, positions_needed
 from models.distributed import Ranks
 
 
@@ -31,7 +31,7 @@ def evaluate_generated(
     """
     exchanges = list(_exchanges(split, rows))
     fitting = [exchange for exchange in exchanges if responder.fits(exchange[1])]
-    asked = [Asked(history) for _, history, _ in fitting]
+    inputs = [InputRow(history) for _, history, _ in fitting]
     references = [reference for _, _, reference in fitting]
     rows_asked = [split.row(i) for i, _, _ in fitting]
     families = [str(row.get("task", "no task")) for row in rows_asked]
@@ -41,7 +41,7 @@ def evaluate_generated(
     by_depth, by_hops = [], []
     for depth in depths:
         at_depth = responder.at_depth(depth, options.halt_threshold)
-        answered = list(_answered(at_depth, lambda: asked, f"answers at {depth} ACT steps", ranks))
+        answered = list(_answered(at_depth, lambda: inputs, f"answers at {depth} ACT steps", ranks))
         texts = [record["answer"] for record in answered]
         act_steps = [record["act_steps"] for record in answered]
         by_depth.append(score_answers(families, references, texts))
@@ -78,16 +78,16 @@ def write_generated(
     answer), and `longer_than_context`.
     """
 
-    def asked() -> Iterator[Asked]:
+    def inputs() -> Iterator[InputRow]:
         for i, history, reference in _exchanges(split, rows):
-            yield Asked(history, reference, sample=i, keys={"index": i})
+            yield InputRow(history, reference, sample=i, extra={"index": i})
 
     longer = count = exact = tokens = steps = 0
     log_probability = 0.0
     partial = path.with_name(path.name + ".partial")
     is_first = ranks is None or ranks.is_first
     with partial.open("w", encoding="utf-8") if is_first else contextlib.nullcontext() as lines:
-        for record in _answered(responder, asked, "generated", ranks):
+        for record in _answered(responder, inputs, "generated", ranks):
             if lines is not None:
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             if "error" in record:
@@ -110,19 +110,19 @@ def write_generated(
 
 
 def _answered(
-    responder: Responder, asked: Callable[[], Iterable[Asked]], name: str, ranks: Ranks | None
+    responder: Responder, inputs: Callable[[], Iterable[InputRow]], name: str, ranks: Ranks | None
 ) -> Iterator[dict[str, Any]]:
     """The records of `answers_in_order`; of several ranks, which take turns at the blocks, each gets all. `name` is shown."""
     ranks = ranks or Ranks()
-    count, positions = positions_needed(responder, (one.history for one in asked()))
+    count, positions = positions_needed(responder, (one.history for one in inputs()))
     rows = min(responder.rows, max(1, count))
     block = block_size(count, rows)
-    own = (one for number, one in enumerate(asked()) if number // block % ranks.size == ranks.rank)
+    own = (one for number, one in enumerate(inputs()) if number // block % ranks.size == ranks.rank)
     records = answers_in_order(responder, own, rows=rows, positions=positions, block=block)
     total = sum(min(block, count - begin) for begin in range(ranks.rank * block, count, ranks.size * block))
     shown = iter(tqdm(records, desc=name, unit="answer", total=total, disable=not ranks.is_first))
     for _ in range(0, count, block * ranks.size):
-        for answered in ranks.gather_values(list(itertools.islice(shown, block))):
+        for answered in ranks.gather(list(itertools.islice(shown, block))):
             yield from answered
 
 

@@ -234,6 +234,6 @@ def evaluate_language(
         own_totals.append(result.totals())
     # Added in the order of the batches, whichever rank measured them.
     totals = np.zeros((len(batches), depths * len(fields(LanguageSums)) + 1))
-    for rank, part in enumerate(ranks.gather_values(own_totals)):
+    for rank, part in enumerate(ranks.gather(own_totals)):
         totals[rank :: ranks.size] = np.reshape(part, (-1, totals.shape[1]))
     return LanguageResult.from_totals(totals.sum(axis=0).tolist())

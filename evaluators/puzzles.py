@@ -49,7 +49,7 @@ class PuzzleOutput:
     """The sample whose answer counts."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the chosen samples, by the names under which it can be saved (config.schema.PuzzleOutput)."""
+        """All of the chosen samples, by the names under which it can be saved (config.schema.PuzzleOutputName)."""
         place = torch.arange(len(self.chosen_B), device=self.chosen_B.device), self.chosen_B
         return {
             "inputs": self.inputs_BT,

@@ -33,7 +33,7 @@ from generation.engine import cache_bytes, rows_that_fit
 _RECORD_KEYS = frozenset(
     {
         "index", "prompt", "reference", "prompt_tokens", "answer", "finish", "log_probability", "mean_act_steps", "act_steps",
-        "answer_tokens", "error", "context",
+        "tokens", "answer_tokens", "error", "context",
     }
 )  # fmt: skip
 # What a request of a batch file holds besides the conversation: text that is no part of it.
@@ -45,18 +45,18 @@ _FEWEST_ROUNDS, _MOST_ROUNDS, _BLOCKS = 2, 16, 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class InputRow:
     """A history to answer, and the answer it had in its row, if it had one. `sample` sets its draws apart from other rows'.
 
-    keys: what stands in the row besides, under names that an answer doesn't use. unheeded: settings of its own that the row asks
-    for. error: why it can't be answered; its history is empty then.
+    extra: the other keys of the row, under names that an answer doesn't use. ignored_settings: settings of its own that the row
+    asks for. error: why it can't be answered; its history is empty then.
     """
 
     history: Conversation
     reference: str | None = None
     sample: int = 0
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    unheeded: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    ignored_settings: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -81,26 +81,27 @@ def block_size(count: int, rows: int) -> int:
 
 
 def answers_in_order(
-    responder: Responder, asked: Iterable[Asked], *, rows: int, positions: int, block: int
+    responder: Responder, inputs: Iterable[InputRow], *, rows: int, positions: int, block: int
 ) -> Iterator[dict[str, Any]]:
     """The answer to each, in the given order, as plain values for JSON. At most `rows` form at the same time.
 
     Every `block` of them begins when the one before has ended, so that its answers are the same bits whatever else is answered
     before or elsewhere: sums round differently beside other rows. `positions` as from `positions_needed`.
 
-    Keys: those of `Asked.keys`; prompt (messages), reference (if there is one), prompt_tokens; answer, finish, log_probability
-    (nats), mean_act_steps, act_steps (of each token), answer_tokens, the last three with the EOS where there is one. For a history
-    longer than the context: error and context instead of an answer; for what can't be answered: error alone. Raises UsageError if
-    the keys and values of one row are over the budget.
+    Keys: those of `InputRow.extra`; prompt (messages), reference (if there is one), prompt_tokens; answer, finish, log_probability
+    (nats), mean_act_steps, and with the EOS where there is one act_steps (of each token), tokens (the text that each made certain)
+    and answer_tokens. For a history longer than the context: error and context instead of an answer; for what can't be answered:
+    error alone. Raises UsageError if the keys and values of one row are over the budget.
     """
     speaker = Speaker(responder, rows=rows, positions=max(1, positions))
-    coming = iter(asked)
+    coming = iter(inputs)
     while window := deque(_submitted(speaker, responder, one) for one in itertools.islice(coming, block)):
         in_work = {number: record for number, record in window if number is not None}
         while window:
             while window and window[0][0] not in in_work:
                 yield window.popleft()[1]
             for piece in speaker.tick() if speaker.busy else ():
+                in_work[piece.request].setdefault("tokens", []).append(piece.text)
                 if (answer := piece.answer) is not None:
                     in_work.pop(piece.request).update(
                         answer=answer.text,
@@ -112,11 +113,11 @@ def answers_in_order(
                     )
 
 
-def _submitted(speaker: Speaker, responder: Responder, one: Asked) -> tuple[int | None, dict[str, Any]]:
+def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[int | None, dict[str, Any]]:
     """The number of a request, and the record that its answer completes; None: the record is complete, with an error."""
     if one.error is not None:
-        return None, {**one.keys, "error": one.error}
-    record = {**one.keys, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
+        return None, {**one.extra, "error": one.error}
+    record = {**one.extra, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
     if one.reference is not None:
         record["reference"] = one.reference
     try:
@@ -131,7 +132,7 @@ def _submitted(speaker: Speaker, responder: Responder, one: Asked) -> tuple[int 
 # Rows of a file.
 
 
-def read_asked(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[Asked]:
+def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[InputRow]:
     """What each row of a file asks, blank lines left out; `system` opens those that have no system turn.
 
     A row has one of the forms of training data, with or without its last answer, or is a request of an OpenAI batch file
@@ -147,16 +148,16 @@ def read_asked(file: RowFile, system: str | None, forms: FormOptions = USUAL) ->
                 raise data
             plain = parse_row(to_json(data))
             row = data if isinstance(data, dict) else plain
-            asked = _asked(row, plain, system, forms)
+            asked = _input_row(row, plain, system, forms)
         except NothingToLearn:  # a blank line
             continue
         except BadRow as error:
-            asked = Asked((), keys=_free(row), error=f"{file.where(number)}: {error}")
+            asked = InputRow((), extra=_without_record_keys(row), error=f"{file.where(number)}: {error}")
         yield dataclasses.replace(asked, sample=count)
         count += 1
 
 
-def _asked(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | None, forms: FormOptions) -> Asked:
+def _input_row(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | None, forms: FormOptions) -> InputRow:
     """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow if nothing is asked.
 
     plain: the row as JSON has it.
@@ -174,12 +175,13 @@ def _asked(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | None,
     if not any(turn.role == "user" and turn.text.strip() for turn in turns):
         raise BadRow("nothing_asked", "expected a user turn with text to answer, found none")
     reference = answer if answer.strip() else None
-    return Asked(
-        with_default_system(turns, system), reference, keys=_free(keys), unheeded=tuple(key for key in settings if key != "model")
+    ignored_settings = tuple(key for key in settings if key != "model")
+    return InputRow(
+        with_default_system(turns, system), reference, extra=_without_record_keys(keys), ignored_settings=ignored_settings
     )
 
 
-def _free(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """A row's own keys under names that an answer doesn't use: `answer` becomes `row.answer`."""
     free = {}
     for key, value in keys.items():
@@ -238,19 +240,20 @@ def answer_file(
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
-    overview = _look_over(responder, read_asked(file, responder.system, forms))
-    count, positions = overview.asking + overview.odd, overview.positions
+    overview = _scan(responder, read_inputs(file, responder.system, forms))
+    count, positions = overview.asking + overview.bad, overview.positions
     if not count:
         raise UsageError(f"{source} has no rows: there is nothing to answer")
     if not overview.asking:
         raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {overview.first_error}")
     is_first = shard.index == 0
-    if overview.odd and is_first:
+    if overview.bad and is_first:
         tell(
-            f"{overview.odd} of {count} rows can't be answered: they become lines with an error; the first: {overview.first_error}"
+            f"{overview.bad} of {count} rows can't be answered: they become lines with an error; the first: {overview.first_error}"
         )
-    if overview.unheeded and is_first:
-        tell(f"rows ask for settings of their own ({', '.join(overview.unheeded)}): this command's settings are used instead")
+    if overview.ignored_settings and is_first:
+        names = ", ".join(overview.ignored_settings)
+        tell(f"rows ask for settings of their own ({names}): this command's settings are used instead")
     model, options = responder.model, responder.options
     rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
@@ -260,17 +263,17 @@ def answer_file(
     own = range(shard.index * block, count, shard.count * block)
     if not own:
         return
-    with _alone(folder, shard):
+    with _locked(folder, shard):
         _begin(folder, {"block": block, **_identity(responder, source, forms)})
         missing = deque(begin for begin in own if not _block_file(folder, begin).exists())
         total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
         if is_first:
             begun = f", going on after {total - left} finished rows" if left < total else ""
             tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
-        numbered = enumerate(read_asked(file, responder.system, forms))
+        numbered = enumerate(read_inputs(file, responder.system, forms))
         begins = set(missing)
-        asked = (one for number, one in numbered if number - number % block in begins)
-        records = answers_in_order(responder, asked, rows=rows, positions=positions, block=block)
+        inputs = (one for number, one in numbered if number - number % block in begins)
+        records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
         lines: list[str] = []
         try:
             for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
@@ -296,26 +299,26 @@ class _Overview:
 
     asking: int
     positions: int
-    odd: int
+    bad: int
     first_error: str
-    unheeded: list[str]
+    ignored_settings: list[str]
 
 
-def _look_over(responder: Responder, rows: Iterable[Asked]) -> _Overview:
-    odd, first_error = 0, ""
-    unheeded: set[str] = set()
+def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
+    bad, first_error = 0, ""
+    ignored_settings: set[str] = set()
 
     def histories() -> Iterator[Conversation]:
-        nonlocal odd, first_error
+        nonlocal bad, first_error
         for asked in rows:
-            unheeded.update(asked.unheeded)
+            ignored_settings.update(asked.ignored_settings)
             if asked.error is None:
                 yield asked.history
             else:
-                odd, first_error = odd + 1, first_error or asked.error
+                bad, first_error = bad + 1, first_error or asked.error
 
     asking, positions = positions_needed(responder, histories())
-    return _Overview(asking, positions, odd, first_error, sorted(unheeded))
+    return _Overview(asking, positions, bad, first_error, sorted(ignored_settings))
 
 
 def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[str, Any]:
@@ -356,7 +359,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, shard: Shard) -> Iterator[None]:
+def _locked(folder: Path, shard: Shard) -> Iterator[None]:
     """Within the block the folder is there, and no other process answers this shard."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from artifacts.checkpoint import Checkpoint, load_weights, open_checkpoint
+from artifacts.checkpoint import Checkpoint, open_checkpoint
 from artifacts.halting import read_halting_calibration
+from artifacts.weights import load_weights
 from config.schema import PretrainInstructConfig, parse_config
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def load(
     config: settings to use it with; None: its own.
     device: auto, cpu, cuda or mps. dtype: auto, bfloat16, float32 or float64. None: as `config` says.
     system: text of the system turn that opens a question without one, "" for none; None: the one the model was trained with.
-    options: keys of `generation` in config/schema.py, over those of `config`.
+    options: keys of `generation` in config/schema, over those of `config`.
 
     Raises UsageError for a checkpoint that is missing or damaged, for an option that is unknown or out of range, and if compiled
     code is asked for on a CPU without a C++ compiler.

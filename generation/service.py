@@ -1,6 +1,6 @@
-"""Answers for many callers at once: one thread owns the model, any thread may ask, and every answer asked for comes to an end.
+"""Answers for many callers at once: one thread owns the model, any thread may submit prompts, and every answer ends.
 
-Knows nothing of HTTP. What is bounded here: the answers in the house, the time each may take, the keys and values.
+Knows nothing of HTTP. Bounds the answers that wait and run, the time of each, and the keys and values.
 """
 
 import dataclasses
@@ -22,61 +22,61 @@ class ServiceError(Exception):
 
 
 class Full(ServiceError):
-    """Too many answers wait already; later there will be room."""
+    """Too many answers are waiting; there will be room later."""
 
 
 class TimedOut(ServiceError):
-    """An answer took longer than any may."""
+    """An answer took longer than the limit."""
 
 
 class Closed(ServiceError):
-    """The service ends."""
+    """The service has been closed."""
 
 
 class Broken(ServiceError):
-    """The thread that owns the model has failed. It doesn't come back."""
+    """The thread that owns the model has failed, for good."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of one of the answers to some prompts."""
+class ChoiceDelta:
+    """The next piece of one of a submission's answers."""
 
-    place: int
-    """Of the answer: those to the first prompt come first, sample by sample."""
+    index: int
+    """Number of the answer: sample by sample, first those to the first prompt."""
     piece: Piece
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
-    """The ids of one of the prompts, all but its BOS, with their log p. It comes before the answers to that prompt."""
+    """The ids of one of the prompts, without its BOS, with their log p. Delivered before the answers to that prompt."""
 
     prompt: int
     tokens: list[Token]
 
 
-Event = Part | PromptScores
+Event = ChoiceDelta | PromptScores
 
 Deliver = Callable[[Event | ServiceError], None]
-"""Takes what comes of a submission, on the service's thread: it must return at once and not raise."""
+"""Receives the events of a submission, on the service's thread: it must return at once and not raise."""
 
 
 @dataclass(eq=False)
 class Submission:
-    """Answers to some prompts, waiting or in work. Callers only hand it back to `Service.cancel`."""
+    """Prompts whose answers are waiting or running. Callers only pass it to `Service.cancel`."""
 
     requests: list[Request]
     """One for each prompt."""
     samples: int
-    """Answers to each prompt; 0: the prompts are only scored."""
+    """Answers to each prompt; 0: prompts are only scored."""
     options: Options
     scored: bool
     deliver: Deliver
     deadline: float
     """On the clock of time.monotonic."""
     unfinished: int
-    """Answers, or prompts that are only scored, that are still to come. Changed by the service's thread alone."""
-    places: dict[int, int] = field(default_factory=dict)
-    """Of each of its requests in the engine, by number: the answer's place. Used by the service's thread alone."""
+    """Answers, or prompts that are only scored, still to come. Changed by the service's thread alone."""
+    indices: dict[int, int] = field(default_factory=dict)
+    """The answer's index by the number of its request in the engine. Used by the service's thread alone."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,7 +88,7 @@ class Service:
     """A `Speaker` for the full context, in a thread of its own."""
 
     def __init__(self, responder: Responder, *, queue: int, timeout: float) -> None:
-        """`queue` answers may wait for those in work; each must end `timeout` seconds after it was asked for.
+        """`queue` answers may wait for those that are running; each must end `timeout` seconds after it was submitted.
 
         Raises UsageError if the keys and values of one row of the whole context are over the responder's budget.
         """
@@ -98,12 +98,12 @@ class Service:
         self.rows = rows_that_fit(responder.model, act_steps, responder.context, responder.kv_budget_gb, responder.rows)
         self.cache_bytes = cache_bytes(responder.model, act_steps, self.rows, responder.context)
         self.capacity = self.rows + queue
-        """Most answers waiting and in work."""
+        """Most answers waiting and running."""
         self._speaker = Speaker(responder, rows=self.rows, positions=responder.context)
         self._by_number: dict[int, Submission] = {}
         self._to_score: deque[tuple[Submission, int]] = deque()
         self._changed = threading.Condition()
-        # What follows is guarded by that lock.
+        # Guarded by that lock:
         self._arrived: deque[Submission] = deque()
         self._cancelled: list[Submission] = []
         self._open: set[Submission] = set()
@@ -116,27 +116,27 @@ class Service:
 
     @property
     def pending(self) -> int:
-        """Answers waiting and in work."""
+        """Answers waiting and running."""
         return self._pending
 
     @property
     def running(self) -> int:
-        """Answers in work."""
+        """Answers running."""
         return self._speaker.running
 
     @property
     def refusal(self) -> ServiceError | None:
-        """Why nothing is taken up any more; None while it is."""
+        """Why no submission is accepted any more; None while they are."""
         return self._refusal
 
     def submit(
         self, prompts: Sequence[Callable[[], Prompt]], options: Options, samples: int, deliver: Deliver, *, scored: bool = False
     ) -> Submission:
-        """Ask for answers to prompts, `samples` to each; `scored`: for the log p of the prompts' ids, too, or (0 samples) alone.
+        """Submit prompts for `samples` answers each. `scored`: also for the log p of the prompts' ids (0 samples: only for that).
 
-        `deliver` gets scores and parts of answers, the last of each with the `Answer`, or one error. Each of `prompts` encodes one,
-        in the caller's thread. Raises UsageError for a prompt longer than the context, Full when there is no room for so many more
-        answers, Closed or Broken when nothing is taken up any more.
+        `deliver` receives scores and pieces of answers, the last piece of each with the `Answer`; or one error. Each of `prompts`
+        encodes one, in the caller's thread. Raises UsageError for a prompt longer than the context, Full if there is no room for
+        so many more answers, Closed or Broken once no submission is accepted any more.
         """
         deadline = time.monotonic() + self.timeout
         n = len(prompts) * max(1, samples)
@@ -145,7 +145,7 @@ class Service:
                 raise self._refusal
             if self._pending + n > self.capacity:
                 raise Full(
-                    f"{self._pending} of at most {self.capacity} answers are waiting or in work: no room for {n} more, try later"
+                    f"{self._pending} of at most {self.capacity} answers are waiting or running: no room for {n} more, try later"
                 )
             self._pending += n
         try:
@@ -164,18 +164,18 @@ class Service:
         return submission
 
     def cancel(self, submission: Submission) -> None:
-        """The caller wants no more: rows and places of what is unfinished are free before the next tick. May be repeated."""
+        """Drop what is unfinished: its rows are free before the next tick. May be repeated."""
         with self._changed:
             self._cancelled.append(submission)
             self._changed.notify()
 
     def drain(self) -> None:
-        """Take up nothing more; what was taken up goes on."""
+        """Accept no further submission; those accepted are finished."""
         with self._changed:
             self._refusal = self._refusal or Closed("the server is shutting down")
 
     def close(self) -> None:
-        """End the thread after the tick it is in; what is unfinished gets `Closed`. May be repeated."""
+        """End the thread after its current tick; what is unfinished gets `Closed`. May be repeated."""
         self.drain()
         with self._changed:
             self._is_closing = True
@@ -186,14 +186,14 @@ class Service:
         with self._changed:
             self._pending -= n
 
-    # From here on, the service's own thread.
+    # From here on: the service's own thread.
 
     def _run(self) -> None:
         error: ServiceError = Closed("the server is shutting down")
         try:
             while self._take_up():
                 if self._to_score:
-                    # One between two ticks, so that answers in work go on.
+                    # One prompt between two ticks, so that running answers don't stall.
                     self._score(*self._to_score.popleft())
                 for piece in self._speaker.tick():
                     self._hand_out(piece)
@@ -204,7 +204,7 @@ class Service:
                 f"the engine has failed ({type(failure).__name__}): the server's log says more, and it must be restarted"
             )
         with self._changed:
-            # From here on `submit` refuses, so nothing arrives that nobody would answer.
+            # From here on `submit` refuses, so nothing arrives that would never be answered.
             self._has_ended = True
             if self._refusal is None or isinstance(error, Broken):
                 self._refusal = error
@@ -214,7 +214,7 @@ class Service:
             submission.deliver(error)
 
     def _take_up(self) -> bool:
-        """Wait until there is something to do and hand it to the engine. False: the end."""
+        """Wait for work and hand it to the engine. Returns False once the service is closing."""
         with self._changed:
             while not (self._arrived or self._cancelled or self._is_closing or self._to_score or self._speaker.busy):
                 self._changed.wait()
@@ -236,7 +236,7 @@ class Service:
         for sample in range(submission.samples):
             request = dataclasses.replace(submission.requests[prompt], sample=sample)
             number = self._speaker.submit(request, submission.options.stop)
-            submission.places[number] = prompt * submission.samples + sample
+            submission.indices[number] = prompt * submission.samples + sample
             self._by_number[number] = submission
 
     def _score(self, submission: Submission, prompt: int) -> None:
@@ -248,11 +248,11 @@ class Service:
 
     def _hand_out(self, piece: Piece) -> None:
         submission = self._by_number[piece.request]
-        part = Part(submission.places[piece.request], piece)
+        delta = ChoiceDelta(submission.indices[piece.request], piece)
         if piece.answer is not None:
-            del self._by_number[piece.request], submission.places[piece.request]
+            del self._by_number[piece.request], submission.indices[piece.request]
             self._end_one(submission)
-        submission.deliver(part)
+        submission.deliver(delta)
 
     def _end_one(self, submission: Submission) -> None:
         submission.unfinished -= 1
@@ -268,16 +268,16 @@ class Service:
             submission.deliver(TimedOut(f"the answer was not ready {self.timeout:g} s after it was asked for"))
 
     def _forget(self, submission: Submission) -> None:
-        """Take what is unfinished of a submission out of the engine."""
+        """Remove what is unfinished of a submission from the engine."""
         self._to_score = deque(waiting for waiting in self._to_score if waiting[0] is not submission)
-        for number in submission.places:
+        for number in submission.indices:
             self._speaker.cancel(number)
             del self._by_number[number]
-        submission.places.clear()
+        submission.indices.clear()
         self._close(submission)
 
     def _close(self, submission: Submission) -> None:
-        """Nothing more comes of a submission; the places of what is unfinished are free. May be repeated."""
+        """End a submission; what is unfinished no longer counts as pending. May be repeated."""
         with self._changed:
             self._open.discard(submission)
             self._pending -= submission.unfinished

@@ -5,7 +5,6 @@ One process alone is the same code: every method then gives back what it was giv
 
 import contextlib
 import datetime
-import json
 import os
 import time
 import uuid
@@ -45,10 +44,9 @@ class Ranks:
         if self.is_first:
             print(text, flush=True)
 
-    def part(self, count: int, rank: int | None = None) -> range:
-        """The contiguous part of `count` things that belongs to this rank (or to `rank`); sizes differ by one at most."""
-        rank = self.rank if rank is None else rank
-        return range(rank * count // self.size, (rank + 1) * count // self.size)
+    def part(self, count: int) -> range:
+        """The contiguous part of `count` things that belongs to this rank; sizes differ by one at most."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype and device by their sums over all ranks, the same bits on each.
@@ -60,7 +58,7 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _lost_ranks_are_told(self.rank):
+            with _lost_ranks_reported(self.rank):
                 dist.all_reduce(flat)
             for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 target.copy_(summed.view_as(target))
@@ -71,45 +69,21 @@ class Ranks:
         self.sum_([totals])
         return totals.tolist()
 
-    def gather(self, part: Tensor, count: int) -> Tensor:
-        """All `count` rows of a tensor of which this rank has its `part`, at least one row, on the host."""
-        part = part.cpu()
-        if self.size == 1:
-            return part
-        most = max(len(self.part(count, rank)) for rank in range(self.size))
-        # As bytes: not every dtype can be sent, and gloo wants parts of one size.
-        sent = torch.zeros(most, part[0].numel() * part.element_size(), dtype=torch.uint8)
-        sent[: len(part)] = part.contiguous().view(len(part), -1).view(torch.uint8)
-        parts = [torch.empty_like(sent) for _ in range(self.size)]
-        with _lost_ranks_are_told(self.rank):
-            dist.all_gather(parts, sent)
-        rows = torch.cat([rows[: len(self.part(count, rank))] for rank, rows in enumerate(parts)])
-        return rows.view(part.dtype).view(count, *part.shape[1:])
-
-    def gather_bytes(self, content: bytes) -> list[bytes]:
-        """The content of every rank, in order; they may differ in length."""
-        if self.size == 1:
-            return [content]
-        lengths = torch.zeros(self.size, dtype=torch.int64)
-        lengths[self.rank] = len(content)
-        self.sum_([lengths])
-        # gloo wants parts of one size.
-        sent = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-        sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else sent[:0]
-        parts = [torch.empty_like(sent) for _ in range(self.size)]
-        with _lost_ranks_are_told(self.rank):
-            dist.all_gather(parts, sent)
-        return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths.tolist(), strict=True)]
-
-    def gather_values(self, value: Any) -> list[Any]:
-        """The value of every rank, anything that JSON can hold, in order."""
-        if self.size == 1:
-            return [value]
-        return [json.loads(content) for content in self.gather_bytes(json.dumps(value).encode())]
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order; tensors in it are on the host."""
+        values = [value] * self.size
+        if self.size > 1:
+            with _lost_ranks_reported(self.rank):
+                dist.all_gather_object(values, value)
+        return values
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's `value`, anything that JSON can hold, on all ranks."""
-        return self.gather_values(value if self.is_first else None)[0]
+        """Rank 0's `value` on all ranks; tensors in it are on the host."""
+        values = [value]
+        if self.size > 1:
+            with _lost_ranks_reported(self.rank):
+                dist.broadcast_object_list(values, 0)
+        return values[0]
 
 
 def take_local_gpu(device: str) -> bool:
@@ -187,7 +161,7 @@ def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta
 
 
 @contextlib.contextmanager
-def _lost_ranks_are_told(rank: int) -> Iterator[None]:
+def _lost_ranks_reported(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

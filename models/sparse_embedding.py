@@ -27,6 +27,10 @@ class SparseEmbedding(nn.Module):
             self._looked_up.append((ids_B, vectors_BC))
         return vectors_BC.to(dtype)
 
+    def forget_gradient(self) -> None:
+        """What was looked up so far takes part in no update."""
+        self._looked_up.clear()
+
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Ids [K], ascending, and gradients [K, C] of the puzzles looked up since the last call, summed over rows and ranks.
 

@@ -19,7 +19,7 @@ from dataset.text.conversation import Conversation, Role, Turn, question
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options
 from generation.engine import Token
-from generation.service import Event, Part
+from generation.service import ChoiceDelta, Event
 
 
 class ApiError(Exception):
@@ -288,12 +288,12 @@ class Completion(ABC):
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens, "total_tokens": total}
 
 
-def finish_and_steps(parts: Sequence[Part]) -> dict[str, Any]:
+def finish_and_steps(deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
     """What a choice says of these tokens besides their text and log-probabilities. EOS counts in act_steps."""
-    answer = parts[-1].piece.answer if parts else None
+    answer = deltas[-1].piece.answer if deltas else None
     return {
         "finish_reason": answer.finish if answer is not None else None,
-        "act_steps": [part.piece.token.act_steps for part in parts],
+        "act_steps": [delta.piece.token.act_steps for delta in deltas],
     }
 
 
@@ -306,14 +306,14 @@ class ChatCompletion(Completion):
 
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """See `Completion.whole`."""
-        of_sample: list[list[Part]] = [[] for _ in range(self.asked.n)]
+        of_sample: list[list[ChoiceDelta]] = [[] for _ in range(self.asked.n)]
         for event in events:
-            assert isinstance(event, Part)
+            assert isinstance(event, ChoiceDelta)
             self.new_tokens += 1
-            of_sample[event.place].append(event)
+            of_sample[event.index].append(event)
         choices = []
         for sample, own in enumerate(of_sample):
-            message = {"role": "assistant", "content": "".join(part.piece.text for part in own), "refusal": None}
+            message = {"role": "assistant", "content": "".join(delta.piece.text for delta in own), "refusal": None}
             choices.append({"index": sample, "message": message, **self._about(own)})
         return self._whole(choices)
 
@@ -325,16 +325,16 @@ class ChatCompletion(Completion):
 
     def chunk(self, event: Event) -> dict[str, Any]:
         """See `Completion.chunk`."""
-        assert isinstance(event, Part)
+        assert isinstance(event, ChoiceDelta)
         self.new_tokens += 1
         delta = {"content": event.piece.text} if event.piece.text or event.piece.answer is None else {}
-        return self._chunk([{"index": event.place, "delta": delta, **self._about([event])}])
+        return self._chunk([{"index": event.index, "delta": delta, **self._about([event])}])
 
-    def _about(self, parts: Sequence[Part]) -> dict[str, Any]:
+    def _about(self, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
         # EOS has no log-probability shown.
-        tokens = [part.piece.token for part in parts if part.piece.token.finish != "stop"]
+        tokens = [delta.piece.token for delta in deltas if delta.piece.token.finish != "stop"]
         shown = [token_logprobs(self.tokenizer, token) for token in tokens]
-        return {"logprobs": {"content": shown, "refusal": None} if self.asked.logprobs else None, **finish_and_steps(parts)}
+        return {"logprobs": {"content": shown, "refusal": None} if self.asked.logprobs else None, **finish_and_steps(deltas)}
 
 
 def token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A hook of mkdocs: the pages of the site that aren't in docs/, and links between pages as they are in the repository.
 
-The README is the site's first page, and the reference of settings is made of config/schema.py and the YAML files.
+The README is the site's first page, and the reference of settings is made from config/schema/ and the YAML files.
 """
 
 import json
@@ -26,7 +26,7 @@ _PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "tokenizers/README.md": "tokenizers.md",
-    "config/schema.py": "reference.md",
+    "config/schema": "reference.md",
 }
 _KINDS: dict[type[TrainingConfig], tuple[str, str]] = {
     PretrainInstructConfig: ("cfg_pretrain_instruct", "Conversations: pretrain_instruct.py"),

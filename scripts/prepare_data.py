@@ -21,8 +21,8 @@ except ModuleNotFoundError as missing:
 
 from config.compose import compose_config
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
-from config.schema import DatasetConfig, user_path
-from dataset.instruct import open_instruct_data, source_configs
+from config.schema import user_path
+from dataset.instruct import Source, sources_of
 from dataset.text.conversation import Template
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 
@@ -31,16 +31,15 @@ def prepare(overrides: list[str], output: Path | None, near_rows: int) -> list[P
     """Build the cache of each source and write its card. Returns the cards' paths. Raises UsageError."""
     config = compose_config("cfg_pretrain_instruct", overrides)
     tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
-    in_stages = bool(config.stages)
     return [
-        _prepare(source, tokenizer, in_stages, output / name if output is not None and in_stages else output, near_rows)
-        for name, source in source_configs(config).items()
+        _prepare(source, tokenizer, output / name if output is not None and config.sources else output, near_rows)
+        for name, source in sources_of(config).items()
     ]
 
 
-def _prepare(config: DatasetConfig, tokenizer: Tokenizer, in_stages: bool, output: Path | None, near_rows: int) -> Path:
-    started = time.perf_counter()
-    train, test = open_instruct_data(config, tokenizer, Template(), in_stages)
+def _prepare(source: Source, tokenizer: Tokenizer, output: Path | None, near_rows: int) -> Path:
+    config, started = source.config, time.perf_counter()
+    train, test = source.open_splits(tokenizer, Template())
     print(f"{len(train):,} training rows, {len(test) if test else 0:,} test rows in {time.perf_counter() - started:.1f} s")
     of_hub = (config.repo or "").replace("/", "--") if config.source == "hub" else ""
     folder = output or Path(config.data_dir) / of_hub

@@ -26,7 +26,7 @@ else
 fi
 
 echo; echo "== inference over the test split"
-python inference_instruct.py --checkpoint "$checkpoint" > /dev/null
+python inference_instruct.py --checkpoint "$checkpoint" --generate --max-generated 10 > /dev/null
 python scripts/show_answers.py "$checkpoint"
 
 echo; echo "== three messages"
@@ -35,11 +35,14 @@ for message in "What is 23 + 45?" "Sort these numbers: 7 2 9 4" "Ben is older th
     python generate_instruct.py --checkpoint "$checkpoint" --message "$message"
 done
 
+report="$(python scripts/report.py "$run")"
+
 cat <<END
 
 == done in $((SECONDS - started)) s after installation
 data        data/sample/train.jsonl, data/sample/test.jsonl
 checkpoint  $checkpoint
+report      $report (curves, depth, answers by family: open it in a browser)
 metrics     $checkpoint/metrics.json, $run/metrics.jsonl
 ask it      $VENV/bin/python generate_instruct.py --checkpoint $checkpoint --message "What is 12 + 34?"
 END

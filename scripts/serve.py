@@ -27,6 +27,10 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from config import environment  # noqa: F401  (before torch and tqdm)
+
+# isort: split
+
 try:
     import uvicorn
     from starlette.applications import Starlette
@@ -47,7 +51,7 @@ from config.compose import add_model_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from generation import load
 from generation.engine import Prompt
-from generation.service import Broken, Closed, Event, Full, Part, Service, ServiceError, TimedOut
+from generation.service import Broken, ChoiceDelta, Closed, Event, Full, Service, ServiceError, TimedOut
 from models.device import keep_freed_memory
 from scripts.chat_completions import ApiError, ChatCompletion, ChatRequest, Completion, SampledRequest, invalid, parse_request
 from scripts.text_completions import CompletionRequest, TextCompletion
@@ -312,7 +316,7 @@ async def _until_whole(events: asyncio.Queue[Event | ServiceError], n: int, *, s
             continue
         if isinstance(event, ServiceError):
             raise event
-        n -= event.piece.answer is not None if isinstance(event, Part) else scores_end
+        n -= event.piece.answer is not None if isinstance(event, ChoiceDelta) else scores_end
         yield event
 
 

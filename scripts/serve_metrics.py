@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from generation.service import Event, Part, Service
+from generation.service import ChoiceDelta, Event, Service
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -51,7 +51,7 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
         is_first = True
         async for event in arriving:
-            if isinstance(event, Part):
+            if isinstance(event, ChoiceDelta):
                 if is_first:
                     self._first_token.observe(time.monotonic() - begin)
                     is_first = False

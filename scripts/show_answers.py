@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from artifacts.checkpoint import newest_checkpoint
 from config.errors import UsageError, one_clear_message
-from evaluators.answer_scores import Score, wilson_upper_bound
+from evaluators.answer_scores import Score
 
 
 def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def by_hops(hops: dict[str, dict[str, Any]]) -> list[str]:
 def _with_interval(score: Score | None) -> str:
     if score is None:  # a part of a split may lack a family's rows of some number of hops
         return "-"
-    return f"{100 * score['accuracy']:.1f} [{100 * score['lower_95']:.0f}, {100 * wilson_upper_bound(score):.0f}]"
+    return f"{100 * score['accuracy']:.1f} [{100 * score['lower_95']:.0f}, {100 * score['upper_95']:.0f}]"
 
 
 def main(arguments: list[str] | None = None) -> None:

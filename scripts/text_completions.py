@@ -13,7 +13,7 @@ from pydantic import Field, PlainValidator
 from dataset.text.conversation import Turn
 from generation.answers import Options, Responder
 from generation.engine import Prompt, Token
-from generation.service import Event, Part
+from generation.service import ChoiceDelta, Event
 from generation.text_stream import TextStream
 from scripts.chat_completions import Completion, SampledRequest, finish_and_steps, invalid, token_logprobs
 
@@ -93,13 +93,13 @@ class TextCompletion(Completion):
 
     def chunk(self, event: Event) -> dict[str, Any]:
         """See `Completion.chunk`; or that of a prompt."""
-        if not isinstance(event, Part):
+        if not isinstance(event, ChoiceDelta):
             return self._echo(event.prompt, event.tokens)
         self.new_tokens += 1
-        begin = self._lengths.get(event.place, 0)
-        self._lengths[event.place] = begin + len(event.piece.text)
+        begin = self._lengths.get(event.index, 0)
+        self._lengths[event.index] = begin + len(event.piece.text)
         logprobs = self._logprobs([event.piece.token], [begin])
-        return self._chunk([{"index": event.place, "text": event.piece.text, "logprobs": logprobs, **finish_and_steps([event])}])
+        return self._chunk([{"index": event.index, "text": event.piece.text, "logprobs": logprobs, **finish_and_steps([event])}])
 
     @property
     def _choices(self) -> int:
@@ -121,10 +121,10 @@ class TextCompletion(Completion):
             first = {"tokens": self.tokenizer.piece(asked[0]), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
             logprobs = {name: [first[name], *values] for name, values in logprobs.items()}
         finish = "length" if not self.asked.samples else None
-        places = range(prompt * self._choices, (prompt + 1) * self._choices)
-        self._lengths.update(dict.fromkeys(places, len(text)))
+        indices = range(prompt * self._choices, (prompt + 1) * self._choices)
+        self._lengths.update(dict.fromkeys(indices, len(text)))
         about: dict[str, Any] = {"text": text, "logprobs": logprobs, "finish_reason": finish, "act_steps": []}
-        return self._chunk([{"index": place, **about} for place in places])
+        return self._chunk([{"index": index, **about} for index in indices])
 
     def _logprobs(self, tokens: Sequence[Token], offsets: Sequence[int]) -> dict[str, list[Any]] | None:
         """Every token, EOS too, and its rivals; the token itself is always among them."""

@@ -28,8 +28,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from config.compose import compose_config  # noqa: E402
 from config.errors import UsageError, one_clear_message  # noqa: E402
-from config.schema import PretrainInstructConfig  # noqa: E402
-from dataset.instruct import source_configs, split_conversations  # noqa: E402
+from config.schema import PretrainInstructConfig, user_path  # noqa: E402
+from dataset.instruct import sources_of  # noqa: E402
 from dataset.text.conversation import TaggedRole, Template  # noqa: E402
 from dataset.text.token_cache import Split  # noqa: E402
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path  # noqa: E402
@@ -140,8 +140,8 @@ def merged_from(piece: str, rank: Mapping[str, float]) -> Iterator[str]:
 
 def rows_of(config: PretrainInstructConfig, split: Split) -> Iterable[Row]:
     """The texts of each row of a split, source after source."""
-    for source in source_configs(config).values():
-        for conversation in split_conversations(source, split, bool(config.stages)):
+    for source in sources_of(config).values():
+        for conversation in source.conversations(split):
             yield tuple(turn.text for turn in conversation)
 
 
@@ -192,8 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--vocab-size", type=int, help="train one of so many pieces, of which 256 are bytes and 3 stand for no text")
     kind.add_argument("--trim", action="store_true", help="cut dataset.tokenizer_path down to the pieces that the data uses")
-    parser.add_argument("--data", type=Path, help="folder or file of conversations; default: what the settings name")
-    parser.add_argument("--output", type=Path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
+    parser.add_argument("--data", type=user_path, help="folder or file of conversations; default: what the settings name")
+    parser.add_argument("--output", type=user_path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
     parser.add_argument("--max-rows", type=int, default=100_000, help="read so many rows at most, drawn by `seed`")
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():

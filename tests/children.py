@@ -19,7 +19,7 @@ import datasets  # noqa: F401  token caches are made with it
 import torch
 import torch._dynamo  # noqa: F401  an optimizer's first step imports it
 
-import training.run
+import training.loop
 from config.errors import one_clear_message
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
 from training.instruct_run import run_instruct
@@ -103,7 +103,7 @@ def _train(config: TrainingConfig, out: str, environment: dict[str, str], phase:
     torch.set_num_threads(1)
 
     def shown(name: str) -> None:
-        method: Callable[..., Any] = getattr(training.run.Run, name)
+        method: Callable[..., Any] = getattr(training.loop.Run, name)
 
         def wrapped(*arguments: Any) -> Any:
             if name != "train":
@@ -112,9 +112,9 @@ def _train(config: TrainingConfig, out: str, environment: dict[str, str], phase:
             phase.value = PHASES.index("finished" if name == "train" else "training")
             return result
 
-        setattr(training.run.Run, name, wrapped)
+        setattr(training.loop.Run, name, wrapped)
 
-    catching = training.run._first_signal
+    catching = training.loop.first_signal
 
     @contextlib.contextmanager
     def caught() -> Iterator[Any]:
@@ -125,7 +125,7 @@ def _train(config: TrainingConfig, out: str, environment: dict[str, str], phase:
 
     for name in ("train", "_evaluate", "_save"):
         shown(name)
-    training.run._first_signal = caught
+    training.loop.first_signal = caught
     with one_clear_message():
         if isinstance(config, PretrainPuzzleConfig):
             run_puzzles(config)

@@ -21,7 +21,7 @@ from config.compose import compose_config
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template
 from dataset.text.loader import Example, TextDataset
-from dataset.text.token_cache import load_split
+from dataset.text.token_cache import LoadedSplit, load_split
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 
@@ -88,6 +88,7 @@ SHORT_RUN = (
     "checkpoint.every_minutes=null",
     "checkpoint.keep_last=null",
     "plot=false",
+    "report=false",
     "run_name=run",
 )
 
@@ -176,6 +177,24 @@ def random_examples() -> Callable[..., list[Example]]:
     return build
 
 
+def load_file(path: Path, tokenizer: Tokenizer, **changes: Any) -> LoadedSplit:
+    """`load_split` of a file that is wholly one split, with `changes` to its arguments; its cache lies beside it."""
+    arguments: dict[str, Any] = {
+        "source": path,
+        "split": "train",
+        "tokenizer": tokenizer,
+        "template": Template(),
+        "seq_len": 64,
+        "subset_size": None,
+        "hash_split": None,
+        "default_system_prompt": None,
+        "long_rows": "truncate",
+        "on_bad_row": "error",
+        "cache_dir": path.parent / "cache",
+    }
+    return load_split(**{**arguments, **changes})
+
+
 @pytest.fixture
 def text_dataset(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Callable[[Sequence[dict[str, Any]]], TextDataset]:
     """`text_dataset(rows)`: JSONL rows as a data set that is wholly one split."""
@@ -183,20 +202,7 @@ def text_dataset(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Callable[[Sequenc
     def build(rows: Sequence[dict[str, Any]]) -> TextDataset:
         source = tmp_path / "rows.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        loaded = load_split(
-            source=source,
-            split="train",
-            tokenizer=tiny_tokenizer,
-            template=Template(),
-            seq_len=256,
-            subset_size=None,
-            hash_split=None,
-            default_system_prompt=None,
-            long_rows="truncate",
-            on_bad_row="error",
-            cache_dir=tmp_path / "cache",
-        )
-        return TextDataset(loaded)
+        return TextDataset(load_file(source, tiny_tokenizer, seq_len=256))
 
     return build
 

@@ -42,6 +42,7 @@ TINY_PUZZLES = (
     "device=cpu",
     "wandb=disabled",
     "plot=false",
+    "report=false",
     "arch.hidden_size=16",
     "arch.num_heads=2",
     "arch.expansion=1",

@@ -38,12 +38,14 @@ def test_scores_of_each_family_and_overall() -> None:
     answers = ["7", "8", "1", "", "yes", "no", "yes", "yes", "no", "yes"]
     scores = score_answers(families, references, answers)
     assert scores["families"]["sum"] == {
-        "accuracy": 0.5, "baseline": 0.5, "count": 4, "lower_95": wilson_lower_bound(2, 4),
+        "accuracy": 0.5, "baseline": 0.5, "count": 4,
+        "lower_95": wilson_lower_bound(2, 4), "upper_95": 1 - wilson_lower_bound(2, 4),
     }  # fmt: skip
     assert scores["families"]["logic"]["accuracy"] == 1.0
     assert scores["families"]["logic"]["baseline"] == pytest.approx(4 / 6)
     # (2 + 4) of 10 by the two constants "7" and "yes".
-    assert scores["overall"] == {"accuracy": 0.8, "baseline": 0.6, "count": 10, "lower_95": wilson_lower_bound(8, 10)}
+    ends = {"lower_95": wilson_lower_bound(8, 10), "upper_95": 1 - wilson_lower_bound(2, 10)}
+    assert scores["overall"] == {"accuracy": 0.8, "baseline": 0.6, "count": 10, **ends}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
 from generation import load
 from generation.answers import Options, Piece, Responder, Speaker
-from generation.batch import Asked, Shard, answer_file, answers_in_order, positions_needed, read_asked
+from generation.batch import InputRow, Shard, answer_file, answers_in_order, positions_needed, read_inputs
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
 
@@ -87,6 +87,7 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
         assert row["log_probability"] == pytest.approx(alone.log_probability, rel=1e-9)
         assert row["mean_act_steps"] == pytest.approx(sum(alone.act_steps) / len(alone.act_steps))
         assert row["prompt_tokens"] == len(one.prompt(history).ids) and row["answer_tokens"] == len(alone.act_steps)
+        assert "".join(row["tokens"]) == row["answer"] and len(row["tokens"]) == len(row["act_steps"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
     size, end = told
     assert "3 answers at a time" in size and "GB of keys and values" in size and end == f"11 rows: {tmp_path / 'new/out.jsonl'}"
@@ -118,11 +119,11 @@ def test_a_row_longer_than_the_context_becomes_an_error_and_the_others_are_answe
 def test_memory_is_bounded_by_a_block(responder: Callable[..., Responder], rows: int) -> None:
     one, pulled, count = responder(max_output_tokens=2), 0, 60
 
-    def coming() -> Iterator[Asked]:
+    def coming() -> Iterator[InputRow]:
         nonlocal pulled
         for number in range(count):
             pulled += 1
-            yield Asked(user(("Red " * 200) if number % 7 == 0 else f"blue {number}"), sample=number)
+            yield InputRow(user(("Red " * 200) if number % 7 == 0 else f"blue {number}"), sample=number)
 
     _, positions = positions_needed(one, (asked.history for asked in coming()))
     pulled, given = 0, 0
@@ -163,10 +164,10 @@ def test_memory_is_bounded_by_a_block(responder: Callable[..., Responder], rows:
 )
 def test_rows_of_every_form_are_read(tmp_path: Path, row: dict[str, Any], history: Any, reference: str | None) -> None:
     source = write(tmp_path / "in.jsonl", ["", row, "  "])
-    [asked] = read_asked(open_row_file(source), None)
+    [asked] = read_inputs(open_row_file(source), None)
     assert [(turn.role, turn.text) for turn in asked.history] == [(turn.role, turn.text) for turn in history]
     assert asked.reference == reference
-    [opened] = read_asked(open_row_file(source), "default")
+    [opened] = read_inputs(open_row_file(source), "default")
     assert opened.history[0].text == ("s" if history[0].role == "system" else "default")
 
 
@@ -319,7 +320,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = prompts(20)
-    source = write(tmp_path / "in.jsonl", [*rows[:2], "{an odd row", *rows[3:18], {"words": "another"}, rows[19]])
+    source = write(tmp_path / "in.jsonl", [*rows[:2], "{a bad row", *rows[3:18], {"words": "another"}, rows[19]])
     one = responder(sampling=DRAWN)
     answer_file(one, source, tmp_path / "whole.jsonl")
     with monkeypatch.context() as patched, pytest.raises(Stopped):
@@ -387,7 +388,7 @@ def test_shards_give_the_bytes_of_one_process(
     model = tiny_model("arch.forward_dtype=float32", vocab_size=tiny_tokenizer.vocab_size, halt_scale=2.0)
     chosen = Options(max_output_tokens=5, act_steps=2, **options)
     one = Responder(model, tiny_tokenizer, Template(), 128, chosen, rows=3, kv_budget_gb=1.0)
-    source = write(tmp_path / "in.jsonl", [*prompts(15), "{an odd row", *prompts(8)])
+    source = write(tmp_path / "in.jsonl", [*prompts(15), "{a bad row", *prompts(8)])
     answer_file(one, source, tmp_path / "whole.jsonl")
     target = tmp_path / "out.jsonl"
     told: list[str] = []

@@ -16,7 +16,7 @@ import zstandard
 
 from config.compose import compose_config
 from config.errors import UsageError
-from dataset.instruct import open_instruct_split
+from dataset.instruct import Source
 from dataset.text import rows
 from dataset.text.conversation import Template
 from dataset.text.loader import TextDataset
@@ -114,7 +114,7 @@ CONFIG = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", "dataset.seq_
 
 def open_file(path: Path, on_bad_row: str = "skip") -> TextDataset:
     changes = {"data_dir": str(path.parent), "files": (path.name,), "on_bad_row": on_bad_row, "default_system_prompt": None}
-    return open_instruct_split(CONFIG.model_copy(update=changes), TOKENIZER, Template(), "train")
+    return Source(CONFIG.model_copy(update=changes)).open_split("train", TOKENIZER, Template())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])

@@ -449,3 +449,14 @@ def test_apportioned_rows_add_up_and_stay_within_one_of_their_share(total: int) 
     assert sum(parts.values()) == total
     for name, weight in TRAIN_WEIGHTS.items():
         assert abs(parts[name] - weight * total / sum(TRAIN_WEIGHTS.values())) < 1
+
+
+def test_deep_families_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--output-dir", str(tmp_path), "--train-size", "12", "--test-per-family", "6", "--families"]
+    main([*flags, "deep_map", "deep_boolean"])
+    for split, rows in (("train", 6), ("test", 6), ("test_deeper", 6)):
+        tasks = [json.loads(line)["task"] for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        assert sorted(tasks) == ["deep_boolean"] * rows + ["deep_map"] * rows
+    with pytest.raises(SystemExit):
+        main([*flags, "deep", "deep_map"])
+    assert "takes shallow, deep, or names of deep families, found deep deep_map" in capsys.readouterr().err

@@ -3,11 +3,15 @@
 import dataclasses
 import io
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from config.errors import UsageError
 from dataset.text.conversation import Conversation, Template, Turn, encode_prompt
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder
@@ -215,3 +219,45 @@ def test_what_is_typed_never_becomes_a_role(
 def test_bytes_that_are_no_text_are_told(responder: Callable[..., Responder]) -> None:
     shown, chat = talk(responder(), "half \udcff", "/system \udcff")
     assert shown.count("not valid UTF-8") == 2 and chat.history == ()
+
+
+def test_lines_between_quotation_marks_and_pasted_ones_are_one_message(responder: Callable[..., Responder]) -> None:
+    shown, chat = talk(responder(), '"""', "/reset", "", "Red", '"""', "blue\nplus")
+    assert [turn.text for turn in chat.history[::2]] == ["/reset\n\nRed", "blue\nplus"]
+    assert "> . . . . " in shown
+
+
+def test_depth_shows_what_the_tokens_of_the_last_answer_took(responder: Callable[..., Responder]) -> None:
+    one = responder().at_depth(4, 0.5)
+    shown, _ = talk(one, "/depth", "blue 1", "/depth")
+    answer = one.answers([(Turn("user", "blue 1"),)])[0]
+    [line] = [line for line in shown.splitlines() if "the last answer took" in line]
+    mean = sum(answer.act_steps) / len(answer.act_steps)
+    assert f"took {mean:.2f} ACT steps a token" in line and len(set(answer.act_steps)) > 1
+    assert [int(steps) for steps in re.findall(r'" (\d)', line)] == answer.act_steps
+
+
+def test_conversations_are_saved_as_rows(responder: Callable[..., Responder], tmp_path: Path) -> None:
+    """On request, and with a transcript each one at its end, whole even where the model is told its last part only."""
+    one, path = responder(context=60, max_output_tokens=5), tmp_path / "said.jsonl"
+    messages = [f"Red {number} plus" for number in range(6)]
+    output = io.StringIO()
+    coming = iter([f"/save {path}", messages[0], f"/save {path}", "/save", "/reset", *messages, "/quit"])
+    chat = Chat(dataclasses.replace(one, system="Be blue."), lambda _: next(coming), output, tmp_path / "kept.jsonl")
+    chat.run()
+    assert "2 turns are in" in output.getvalue() and output.getvalue().count("/save FILE adds") == 2
+    [saved] = read_rows(path)
+    first, second = read_rows(tmp_path / "kept.jsonl")
+    assert saved == first and first["messages"][0] == {"role": "system", "content": "Be blue."}
+    assert [message["content"] for message in second["messages"][1::2]] == messages and len(chat.history) < 12
+
+
+def test_a_transcript_that_cannot_be_written_is_told(responder: Callable[..., Responder], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can't be written: Is a directory; name another file"):
+        Chat(responder(), lambda _: "/quit", io.StringIO(), tmp_path).run()
+    shown, chat = talk(responder(), "blue 1", f"/save {tmp_path}")
+    assert "can't be written" in shown and chat.history
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

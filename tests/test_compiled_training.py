@@ -178,4 +178,4 @@ def test_a_step_without_rows_waits_for_the_device_once(
         next(steps)
         device.waits.clear()
         next(steps)
-        assert device.waits == ["training/loop.py:_reduce_gradients"]
+        assert device.waits == ["training/loop.py:step"]

@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import MissingConfigException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ from config.compose import (
     add_sampling_arguments,
     compose_as,
     compose_config,
+    explain_error,
     override_config,
     plain_overrides,
     settings_for_use,
@@ -228,6 +230,11 @@ def test_values_of_a_sweep_stay_apart_and_are_text() -> None:
         "dataset.files=a,'1'",
         "lr=1e-3,1e-4",
     ]
+
+
+def test_a_preset_with_the_old_name_of_a_group_gets_the_new_one() -> None:
+    message = explain_error(MissingConfigException("Could not find 'source/jsonl'", "source/jsonl", []))
+    assert message == "source=jsonl: this group is now called dataset, write /dataset@sources.NAME: jsonl"
 
 
 @pytest.mark.parametrize(

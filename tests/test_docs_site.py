@@ -36,7 +36,7 @@ def test_the_reference_has_every_key_with_its_default_and_what_it_does() -> None
     [
         ("index.md", "[a](docs/data.md#packing)", "[a](data.md#packing)"),
         ("index.md", "![a](docs/sudoku_act_steps.png)", "![a](sudoku_act_steps.png)"),
-        ("index.md", "[a](config/schema.py)", "[a](reference.md)"),
+        ("index.md", "[a](config/schema)", "[a](reference.md)"),
         ("index.md", "[the licence](LICENSE)", "the licence"),
         ("data.md", "[a](../README.md#commands)", "[a](index.md#commands)"),
         ("tokenizers.md", "[a](../docs/data.md)", "[a](data.md)"),

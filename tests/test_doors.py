@@ -46,6 +46,7 @@ SMALL = (
     "sample_answers=1",
     "dataloader_workers=0",
     "plot=false",
+    "report=false",
 )
 
 
@@ -209,7 +210,7 @@ def test_help_shows_the_groups_and_where_keys_are_explained(tmp_path: Path) -> N
     for group in ("arch", "dataset", "experiment"):
         names = sorted(path.stem for path in (REPOSITORY / "config" / group).glob("*.yaml"))
         assert f"{group}: {', '.join(names)}\n" in shown
-    assert "config/schema.py" in shown and "dry_run=true" in shown and "source: sample" in shown
+    assert "config/schema" in shown and "dry_run=true" in shown and "source: sample" in shown
     settings = run_well("pretrain_instruct.py", "--cfg", "job", folder=tmp_path).out
     assert "global_batch_size: 32" in settings and "hydra:" not in settings
 
@@ -472,7 +473,7 @@ def test_inference_writes_metrics_beside_the_checkpoint(checkpoint: Path, tmp_pa
     answers = metrics["answers"]
     assert len(answers["families"]) == FAMILIES
     assert answers["overall"]["count"] == TEST_ROWS
-    assert set(answers["families"]["addition"]) == {"accuracy", "baseline", "count", "lower_95"}
+    assert set(answers["families"]["addition"]) == {"accuracy", "baseline", "count", "lower_95", "upper_95"}
     assert len(answers["by_act_step"]) == 2
 
 

@@ -23,7 +23,7 @@ from dataset.text.loader import Example
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 from models.layers import Linear
-from training.loop import StepResult
+from training.progress import StepResult
 
 NETWORK = (
     "arch.hidden_size=16",

@@ -24,7 +24,8 @@ from models.act import RecursiveModel
 from models.distributed import Ranks
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.estimate import count_parameters, count_steps, dry_run_instruct, dry_run_puzzles, flops_per_token
-from training.loop import StepResult, Trainer
+from training.loop import Trainer
+from training.progress import StepResult
 from training.puzzle import PuzzleTask
 from training.text import TextTask
 
@@ -51,7 +52,6 @@ def test_flops_are_those_of_a_real_step(tiny_config: ConfigFactory, random_examp
     with torch.device("meta"):
         on_meta = RecursiveModel(config.arch, VOCABULARY)
     _, task = make_task(config, examples, on_meta)
-    task.admit(1)
     model, task_on_cpu = make_task(config, examples)
     # Only the plain kernel's products are counted on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -18,9 +18,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from artifacts.checkpoint import Checkpoint, Snapshot, TrainerState, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import Checkpoint, Snapshot, TrainerState, open_checkpoint, save_checkpoint
 from artifacts.halting import HaltingCalibration, write_halting_calibration
 from artifacts.hf.export import export_folder, modeling_file
+from artifacts.weights import read_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.conversation import Template, Turn, encode_conversation
@@ -62,7 +63,7 @@ def trained(
             tokenizer=tiny_tokenizer,
             template=Template(),
             data_hash="0123456789abcdef",
-            data_report={"rows": 12},
+            data_report={"sources": {"hub": {"train": {"files": ["rows.jsonl"], "counts": {"read": 12}}}}},
         )
         return open_checkpoint(folder)
 
@@ -234,7 +235,7 @@ def test_the_folder_says_what_the_model_is(trained: Trained) -> None:
     assert card.data.license == "mit" and card.data.datasets == ["someone/rows"] and card.data.library_name == "transformers"
     settings = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
     assert settings == json.loads(json.dumps(checkpoint.config.model_dump()))
-    assert '"bits_per_byte": 1.25' in card.text and '"rows": 12' in card.text
+    assert "| held out: bits per byte | 1.25 |" in card.text and "| read | 12 |" in card.text
     generation = GenerationConfig.from_pretrained(folder)
     assert (generation.max_new_tokens, generation.do_sample) == (8, False)
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).act_steps == 2

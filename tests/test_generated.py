@@ -10,12 +10,12 @@ import pytest
 from config.compose import compose_config
 from config.errors import UsageError
 from dataset.build_sample_dataset import build
-from dataset.instruct import open_instruct_split
+from dataset.instruct import Source
 from dataset.text.conversation import Conversation, Template
 from dataset.text.tokenizer import Tokenizer
 from evaluators.generated import evaluate_generated, write_generated
 from generation.answers import Options, Responder
-from generation.batch import Asked
+from generation.batch import InputRow
 
 ROWS = 30
 
@@ -25,9 +25,9 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> dict[Conversation, str]:
     """Answers are taken from this table of references; at depth 1 only every other one is known."""
     references: dict[Conversation, str] = {}
 
-    def answers(responder: Responder, asked: Iterable[Asked], **_: int) -> Iterator[dict[str, Any]]:
+    def answers(responder: Responder, inputs: Iterable[InputRow], **_: int) -> Iterator[dict[str, Any]]:
         depth = responder.options.act_steps
-        for index, one in enumerate(asked):
+        for index, one in enumerate(inputs):
             yield {"answer": references[one.history] if depth == 2 or index % 2 else "?", "act_steps": [depth] * 3}
 
     monkeypatch.setattr("evaluators.generated.answers_in_order", answers)
@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
 def _split(folder: Path, tokenizer: Tokenizer, **built: Any) -> Any:
     build(folder, 60, 2, 0, **built)
     config = compose_config("cfg_pretrain_instruct", ["dataset=sample", f"dataset.data_dir={folder}"]).dataset
-    return open_instruct_split(config, tokenizer, Template(), "test_deeper" if built else "test")
+    return Source(config).open_split("test_deeper" if built else "test", tokenizer, Template())
 
 
 def _responder(split: Any, tokenizer: Tokenizer, context: int, oracle: dict[Conversation, str]) -> Responder:

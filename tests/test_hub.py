@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 from config.compose import compose_config
 from config.errors import UsageError
-from dataset.instruct import open_instruct_data, open_run_data
+from dataset.instruct import Source, open_run_data
 from dataset.text.conversation import Template
 from dataset.text.hub import download, split_files
 from dataset.text.loader import TextDataset
@@ -235,7 +235,7 @@ def test_the_hash_that_the_hub_states_is_checked(
 def open_openorca(folder: Path) -> TextDataset:
     config = compose_config("cfg_pretrain_instruct", ["dataset=openorca", f"dataset.data_dir={folder}", "dataset.test_ratio=0"])
     tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
-    return open_instruct_data(config.dataset, tokenizer, Template())[0]
+    return Source(config.dataset).open_splits(tokenizer, Template())[0]
 
 
 def test_openorca_is_fetched_at_its_revision_broken_off_and_resumed(stand_in: StandIn, tmp_path: Path) -> None:

@@ -17,14 +17,7 @@ import zstandard
 from config.compose import compose_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import (
-    last_exchange,
-    open_instruct_data,
-    open_instruct_split,
-    open_run_data,
-    open_run_split,
-    split_conversations,
-)
+from dataset.instruct import Source, last_exchange, open_run_data, open_run_split
 from dataset.text.conversation import Template, Turn
 from dataset.text.curriculum import Curriculum, Stage
 from dataset.text.loader import TextCorpus, TextDataset, overlap
@@ -51,7 +44,7 @@ def write(path: Path, rows: list[Any]) -> None:
 def open_data(data_dir: Path, **changes: Any) -> tuple[TextDataset, TextDataset | None]:
     config = compose_config("cfg_pretrain_instruct", ["dataset.seq_len=64", "dataset.repo=null"]).dataset
     settings = {"data_dir": str(data_dir), "subset_size": None, "test_ratio": 0.25, "default_system_prompt": "Help.", **changes}
-    return open_instruct_data(config.model_copy(update=settings), TOKENIZER, Template())
+    return Source(config.model_copy(update=settings)).open_splits(TOKENIZER, Template())
 
 
 def questions(dataset: TextDataset) -> set[str]:
@@ -106,7 +99,7 @@ def test_a_sample_folder_without_files_names_the_command_that_builds_it(tmp_path
 def test_deeper_questions_are_a_split_of_the_deep_families_alone(tmp_path: Path) -> None:
     def opened_deeper(source: str) -> TextDataset:
         config = compose_config("cfg_pretrain_instruct", [f"dataset={source}", f"dataset.data_dir={tmp_path}"]).dataset
-        return open_instruct_split(config, TOKENIZER, Template(), "test_deeper")
+        return Source(config).open_split("test_deeper", TOKENIZER, Template())
 
     with pytest.raises(UsageError, match=r"test_deeper\.jsonl.*--families deep"):
         opened_deeper("sample")
@@ -139,7 +132,7 @@ def orca_table(numbers: range) -> Any:
 
 def opened(*overrides: str) -> tuple[TextDataset, TextDataset | None]:
     config = compose_config("cfg_pretrain_instruct", [f"dataset.tokenizer_path={MODEL}", *overrides]).dataset
-    return open_instruct_data(config, TOKENIZER, Template())
+    return Source(config).open_splits(TOKENIZER, Template())
 
 
 def test_openorca_is_its_two_parquet_files(tmp_path: Path) -> None:
@@ -174,7 +167,7 @@ def test_a_split_alone_has_rows_of_its_own(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [chat(n) for n in range(300)])
     overrides = [f"dataset.tokenizer_path={MODEL}", "dataset=jsonl", f"dataset.data_dir={tmp_path}", "dataset.subset_size=9"]
     config = compose_config("cfg_pretrain_instruct", overrides).dataset
-    assert len(open_instruct_split(config, TOKENIZER, Template(), "test")) == 9
+    assert len(Source(config).open_split("test", TOKENIZER, Template())) == 9
 
 
 @pytest.mark.parametrize("override", ["dataset.files=[a.jsonl]", "dataset.shards=1"])
@@ -198,14 +191,15 @@ def test_held_out_rows_of_ones_own(tmp_path: Path) -> None:
     assert test is not None and (len(train), len(test)) == (30, 8)
     assert overlap(train, test) == {"questions": 5, "conversations": 5}
     config = compose_config("cfg_pretrain_instruct", [*where, "dataset.validation_files=[theirs.jsonl]"]).dataset
-    assert len(open_instruct_split(config, TOKENIZER, Template(), "test")) == 8
+    assert len(Source(config).open_split("test", TOKENIZER, Template())) == 8
     train, test = opened(*where[:2], "dataset.validation_files=[theirs.jsonl]")
     assert test is not None and (len(train), len(test)) == (30, 8), "what is measured on isn't trained on"
     (tmp_path / "theirs.jsonl").rename(tmp_path / "mine-test.jsonl")
     train, test = opened(*where[:2])
     assert test is not None and (len(train), len(test)) == (30, 8), "the name says that it is held out"
-    train, test = open_instruct_data(compose_config("cfg_pretrain_instruct", list(where[:2])).dataset, TOKENIZER, Template(), True)
-    assert test is not None and len(train) + len(test) == 30, "in stages all sources are split alike"
+    config = compose_config("cfg_pretrain_instruct", list(where[:2])).dataset
+    train, test = Source(config, is_alone=False).open_splits(TOKENIZER, Template())
+    assert test is not None and len(train) + len(test) == 30, "several sources are all split alike"
 
 
 def test_a_saved_folder_has_its_own_splits(tmp_path: Path) -> None:
@@ -244,7 +238,7 @@ def test_the_same_rows_in_any_format_are_the_same_data(tmp_path: Path) -> None:
     train, _ = found[0]
     of_train = [[turn.text for turn in train.conversation(i)] for i in range(len(train))]
     for config in configs:
-        assert [[turn.text for turn in conversation] for conversation in split_conversations(config, "train")] == of_train
+        assert [[turn.text for turn in conversation] for conversation in Source(config).conversations("train")] == of_train
 
 
 def test_a_value_that_is_no_text_where_text_belongs_is_told(tmp_path: Path) -> None:
@@ -284,6 +278,7 @@ def test_settings_that_this_data_has_no_use_for_are_told(tmp_path: Path, is_save
         (["dataset=jsonl", "dataset.config=x"], "config is for hub"),
         (["dataset=jsonl", "dataset.validation_split=test", "dataset.validation_files=[a.jsonl]"], "choose one"),
         (["experiment=slimorca_then_openorca", "sources.openorca.validation_files=[a.parquet]"], "give all of them"),
+        (["+dataset@sources.a=sample", "stages=[{mix: {a: 1}, epochs: 1}]"], "can't be sample"),
     ],
 )
 def test_settings_of_sources_that_do_not_fit_are_told(overrides: list[str], message: str) -> None:
@@ -359,21 +354,30 @@ def test_a_stage_takes_sampled_shards_and_mixes_them(tmp_path: Path) -> None:
     assert data.curriculum.stages[1] == Stage(1, (10, 40))
 
 
-def test_without_stages_a_run_has_its_one_source(tmp_path: Path) -> None:
-    write(tmp_path / "SlimOrca.jsonl", [chat(number) for number in range(40)])
-    overrides = [f"dataset.data_dir={tmp_path}", f"dataset.tokenizer_path={MODEL}", "dataset.test_ratio=0", "epochs=3"]
-    config = compose_config("cfg_pretrain_instruct", overrides)
-    data = open_run_data(config, TOKENIZER, Template())
-    train, _ = open_instruct_data(config.dataset, TOKENIZER, Template())
-    assert data.test is None and data.train.data_hash == train.data_hash
-    assert data.curriculum == Curriculum.of_epochs(40, 0, 3)
+def test_a_single_source_is_a_run_of_one_stage(tmp_path: Path) -> None:
+    write(tmp_path / "mine.jsonl", [chat(number) for number in range(40)])
+    write(tmp_path / "mine-test.jsonl", [chat(number) for number in range(40, 45)])
+    tokenizer = f"dataset.tokenizer_path={MODEL}"
+    alone = ["dataset=jsonl", f"dataset.data_dir={tmp_path}", "epochs=3"]
+    staged = ["+dataset@sources.mine=jsonl", f"sources.mine.data_dir={tmp_path}", "stages=[{mix: {mine: 1}, epochs: 3}]"]
+    first, second = (
+        open_run_data(compose_config("cfg_pretrain_instruct", [tokenizer, *overrides]), TOKENIZER, Template())
+        for overrides in (alone, staged)
+    )
+    assert first.curriculum == second.curriculum == Curriculum.of_epochs(40, 0, 3)
+    for data, name in ((first, "jsonl"), (second, "mine")):
+        assert data.test is not None and list(data.train.parts) == [name] and len(data.test) == 5
+        train, test = Source(compose_config("cfg_pretrain_instruct", [tokenizer, *alone]).dataset).open_splits(
+            TOKENIZER, Template()
+        )
+        assert test is not None and (data.train.data_hash, data.test.data_hash) == (train.data_hash, test.data_hash)
 
 
 def test_each_source_has_forms_of_its_own(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     write(one / "rows.jsonl", [{"pregunta": f"Question {n}?", "respuesta": f"Answer {n}."} for n in range(20)])
     write(other / "rows.jsonl", [{**chat(n), "notes": "left out"} for n in range(20)])
-    sources = [f"+source@sources.{folder.name}=jsonl" for folder in (one, other)]
+    sources = [f"+dataset@sources.{folder.name}=jsonl" for folder in (one, other)]
     sources += [f"sources.{folder.name}.data_dir={folder}" for folder in (one, other)]
     own = ["sources.one.fields={prompt: pregunta, response: respuesta}", "sources.other.ignore=[notes]"]
     stages = ["dataset.seq_len=64", "dataset.test_ratio=0.3", "dataset.default_system_prompt=null"]

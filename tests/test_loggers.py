@@ -10,7 +10,7 @@ import pytest
 
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from training.loggers import WANDB_VARIABLE, open_logger, wandb_mode
+from training.loggers import WANDB_VARIABLE, RunLogger, wandb_mode
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 TIMING = {"step": 2, "tokens_per_second": 30.0, "peak_rss_bytes": 5}
@@ -52,12 +52,12 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
 
 
 def test_files_are_always_written_and_cut_back(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    logger = open_logger(tiny_config("wandb=disabled"), tmp_path)
+    logger = RunLogger(tiny_config("wandb=disabled"), tmp_path)
     logger.training(metrics(1), {**TIMING, "step": 1})
     kept = logger.state()
     logger.training(metrics(2), TIMING)
     logger.close()
-    again = open_logger(tiny_config("wandb=disabled"), tmp_path, {**kept, "step": 1})
+    again = RunLogger(tiny_config("wandb=disabled"), tmp_path, {**kept, "step": 1})
     again.evaluation(evaluation(1))
     again.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [metrics(1), evaluation(1)]
@@ -69,7 +69,7 @@ def test_wandb_gets_the_numbers_of_every_line_and_goes_on_with_its_id(
     tiny_config: ConfigFactory, tmp_path: Path, wandb_runs: list[FakeRun]
 ) -> None:
     config = tiny_config("wandb=online", "run_name=one")
-    logger = open_logger(config, tmp_path)
+    logger = RunLogger(config, tmp_path)
     logger.training(metrics(2), TIMING)
     logger.evaluation(evaluation(2))
     logger.close()
@@ -80,7 +80,7 @@ def test_wandb_gets_the_numbers_of_every_line_and_goes_on_with_its_id(
         (2, {"test/bits_per_byte": 0.25}),
     ]
     assert first.finished and logger.state()["wandb_id"] == "new"
-    open_logger(config, tmp_path, {**logger.state(), "step": 2})
+    RunLogger(config, tmp_path, {**logger.state(), "step": 2})
     assert wandb_runs[1].given["id"] == "new" and wandb_runs[1].given["resume"] == "allow"
 
 
@@ -100,27 +100,27 @@ def test_what_wandb_cannot_do_is_told(tiny_config: ConfigFactory, tmp_path: Path
 
     monkeypatch.setenv(WANDB_VARIABLE, "on")
     with pytest.raises(UsageError, match="WANDB_MODE=on: expected one of offline, online, disabled"):
-        open_logger(tiny_config(), tmp_path)
+        RunLogger(tiny_config(), tmp_path)
 
     def init(**given: Any) -> None:
         raise wandb.errors.UsageError("No API key configured")
 
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(UsageError, match="No API key configured; log in with `wandb login`, or use wandb=offline"):
-        open_logger(tiny_config("wandb=online"), tmp_path)
+        RunLogger(tiny_config("wandb=online"), tmp_path)
     assert not list(tmp_path.iterdir()), "nothing is begun"
 
 
 def test_tensorboard_reads_back_what_was_logged(tiny_config: ConfigFactory, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny_config("wandb=disabled", "tensorboard=true")
-    logger = open_logger(config, tmp_path)
+    logger = RunLogger(config, tmp_path)
     for step in (1, 2, 3):
         logger.training(metrics(step), {**TIMING, "step": step})
     kept = {**logger.state(), "step": 1}
     logger.close()
     # Killed after step 3, resumed from step 1.
-    logger = open_logger(config, tmp_path, kept)
+    logger = RunLogger(config, tmp_path, kept)
     logger.training(metrics(2), TIMING)
     logger.evaluation(evaluation(2))
     logger.close()
@@ -135,5 +135,5 @@ def test_tensorboard_reads_back_what_was_logged(tiny_config: ConfigFactory, tmp_
 def test_a_missing_tensorboard_is_told(tiny_config: ConfigFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match="run `pip install tensorboard`"):
-        open_logger(tiny_config("wandb=disabled", "tensorboard=true"), tmp_path)
+        RunLogger(tiny_config("wandb=disabled", "tensorboard=true"), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.checkpoint import Snapshot, TrainerState, load_weights, open_checkpoint, read_saved_run, save_checkpoint
+from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, read_saved_run, save_checkpoint
+from artifacts.weights import load_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.instruct import last_exchange
@@ -23,7 +24,9 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.distributed import Ranks
 from models.losses import log_probs
-from training.loop import MicroBatch, StepResult, Trainer
+from training.loop import Trainer
+from training.progress import StepResult
+from training.task import MicroBatch
 from training.text import TextTask
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
@@ -116,7 +119,7 @@ def assert_step_is_plain(config: PretrainInstructConfig, examples: list[Example]
     assert result.weight == result.sums["supervised"] == count
     assert result.sums["tokens"] == steps * sum(len(e.ids) - 1 for e in examples)
     assert (float(result.sums["nll"]), float(result.sums["halt_bce"])) == pytest.approx(sums[-1], rel=1e-9)
-    report = trainer.task.report({name: float(result.sums.get(name, 0)) for name in trainer.task.sum_names})
+    report = trainer.task.report({name: float(value) for name, value in result.sums.items()})
     assert report["loss_per_token"] == pytest.approx(sums[-1][0] / count)
     # A loss that weighs nothing isn't computed, and a single ACT step is no first one.
     assert report.get("loss_first_step") == (pytest.approx(sums[0][0] / count) if steps > 1 and config.loss_discount else None)
@@ -224,7 +227,7 @@ def test_weights_that_are_not_finite_stop_the_run_at_the_limit(tiny_config: Conf
         for result in trainer.steps():
             assert result.skipped
     assert_same(weights(trainer), before)
-    assert trainer.skipped_in_a_row == 3 and trainer.step_number == 5
+    assert trainer.progress.skipped_in_a_row == 3 and trainer.progress.step == 5
 
 
 def test_the_halting_loss_stops_at_its_head_unless_told_otherwise(
@@ -277,9 +280,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     """The examples that tasks compute from here on, in order; nothing is computed of them."""
     found: list[Example] = []
 
-    def remembered(task: TextTask, examples: Sequence[Example]) -> MicroBatch:
+    def remembered(task: TextTask, examples: Sequence[Example], act_steps: int) -> MicroBatch:
         found.extend(examples)
-        return MicroBatch(sum(p.sum() for p in task.model.parameters()), 1, {"tokens": 1})  # type: ignore[arg-type]
+        loss = torch.stack([p.sum() for p in task.model.parameters()]).sum()
+        return MicroBatch(loss, 1, {"tokens": 1}, torch.full((len(examples),), act_steps))
 
     monkeypatch.setattr(TextTask, "_micro_batch", remembered)
     return found
@@ -305,7 +309,7 @@ def test_every_example_is_trained_once_an_epoch_across_a_restart(
     assert [len(result.finished_depths) for result in run(resumed)] == [4, 4, 4, 4, 2]
     expected = [draw.example_id for draw in Curriculum.of_epochs(31, config.seed, 2).draws()]
     assert order_of(examples, trained) == expected and Counter(expected) == dict.fromkeys(range(31), 2)
-    assert resumed.task.done == resumed.task.total == 62 and resumed.task.epochs_done == 2
+    assert resumed.task.done == resumed.task.total == (62, 2)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3), (5, 2)])
@@ -329,9 +333,7 @@ def test_ranks_train_every_example_once_an_epoch_across_a_restart(
         for step in range(steps):
             trained.clear()
             for task in tasks:
-                task.admit(1 + step)
-                assert task.busy
-                assert len(list(task.micro_batches())) <= 1 and len(task.finished_depths) == len(task._examples)
+                assert len(list(task.next_batch(1 + step).micro_batches)) <= 1
             batch = slice(start + 5 * step, start + 5 * (step + 1))
             assert order_of(examples, trained) == drawn[batch]
         assert len({task.done for task in tasks}) == 1
@@ -378,13 +380,13 @@ def test_a_curriculum_killed_in_its_second_stage_goes_on_bit_for_bit(
     run(whole)
     killed = staged(config, examples, curriculum)
     run(killed, 5)
-    assert 12 < killed.task.done < killed.task.total
+    assert 12 < killed.task.done.examples < killed.task.total.examples
     resumed = staged(config, examples, curriculum, start=killed.task.admitted)
     resumed.model.load_state_dict(killed.model.state_dict())
     resumed.load_state(killed.state())
     run(resumed)
     assert_same(weights(resumed), weights(whole))
-    assert resumed.task.epochs_done == 2
+    assert resumed.task.done.epochs == 2
 
 
 def test_the_learning_rate_follows_admitted_examples(tiny_config: ConfigFactory, random_examples: ExampleFactory) -> None:
@@ -577,7 +579,7 @@ def test_eight_conversations_are_learned_by_heart_and_said_word_for_word(
             accuracy = [sums.metrics()["exact_accuracy"] for sums in report.by_depth]
             if accuracy == [1.0, 1.0]:
                 break
-    assert accuracy == [1.0, 1.0], f"not learned after {trainer.step_number} steps"
+    assert accuracy == [1.0, 1.0], f"not learned after {trainer.progress.step} steps"
     responder = make_responder(trainer.model, tiny_tokenizer, Template(), config)
     for act_steps in (1, 2):
         # The last: the first of two turns.

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import training.run
 from config.compose import compose_as
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
@@ -28,6 +27,7 @@ from models.layers import Mask, TokenRows
 from tests.fake_device import FakeDevice, fake_device
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.loop import Trainer
+from training.progress import Window
 from training.puzzle import PuzzleTask
 from training.text import TextTask
 
@@ -36,7 +36,7 @@ ExampleFactory = Callable[..., list[Example]]
 RECURSIONS = ("looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
 VOCABULARY = 13
 # Steps and tokens: the host reads whether weights may move, and the ids.
-OF_A_STEP = ["training/loop.py:_reduce_gradients"]
+OF_A_STEP = ["training/loop.py:step"]
 OF_TOKENS = ["generation/engine.py:_give"]
 OF_GREEDY_TOKENS = ["generation/device_tick.py:choose"]
 
@@ -115,12 +115,11 @@ def test_a_step_of_training_waits_once(
 def test_other_ways_to_train(tiny_config: ConfigFactory, random_examples: ExampleFactory, overrides: tuple[str, ...]) -> None:
     with fake_device() as device:
         trainer = text_trainer(device, tiny_config(*small("trm"), *overrides), random_examples(8))
-        window = training.run._Window(trainer.task.sum_names, trainer.model.config.halt_max_steps)
+        window = Window()
         device.waits.clear()
         window.add(next(trainer.steps()))
         assert device.waits == OF_A_STEP
-        assert window.totals(Ranks())[0]["nll"]
-        trainer.task.after_skipped_step()
+        assert window.over_ranks(Ranks(), trainer.model.config.halt_max_steps).sums["nll"]
         trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
 
 
@@ -243,9 +242,8 @@ def test_puzzles(tmp_path: Path, recursion: str, overrides: tuple[str, ...]) -> 
         next(steps)
         device.waits.clear()
         next(steps)
-        # Which rows left, whether weights may move, and how many puzzles there were.
-        assert device.waits == ["training/puzzle.py:micro_batches", *OF_A_STEP, "models/sparse_embedding.py:take_gradient"]
-        trainer.task.after_skipped_step()
+        # Whether weights may move, how many puzzles there were, and which rows left.
+        assert device.waits == [*OF_A_STEP, "models/sparse_embedding.py:take_gradient", *OF_A_STEP]
         trainer.load_state(trainer.state(), trainer.ema.average if trainer.ema is not None else None)
         evaluate_puzzles(model, data, batch_size=4, max_batches=1)
 

@@ -26,9 +26,12 @@ def lines(path: Path, rows: Iterable[Any]) -> None:
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "first"
     metrics = [{"step": step, "loss_per_token": 5 / step, "lr": 1e-3, "mean_act_steps": None} for step in (10, 20, 30)]
-    test = {"loss_per_token": 0.2, "bits_per_byte": 0.1, "counts": {"text_bytes": 3}}
+    by_act_step = [{"bits_per_byte": 0.4}, {"bits_per_byte": 0.1}]
+    test = {"loss_per_token": 0.2, "bits_per_byte": 0.1, "by_act_step": by_act_step, "counts": {"text_bytes": 3}}
     lines(folder / "metrics.jsonl", [*metrics, {"step": 30, "examples": 9, "test": test}])
-    timing = [{"step": step, "tokens_per_second": 7.0 * step, "peak_rss_bytes": 2e9} for step in (10, 20, 20, 30)]
+    timing = [
+        {"step": step, "seconds": 3.0 * step, "tokens_per_second": 7.0 * step, "peak_rss_bytes": 2e9} for step in (10, 20, 20, 30)
+    ]
     timing[2]["tokens_per_second"] = 1.0  # trained again after a kill
     lines(folder / "timing.jsonl", timing)
     return folder
@@ -53,15 +56,20 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list[int], li
     return panels
 
 
-def test_every_value_stands_at_its_step(run: Path, drawn: dict[str, Any]) -> None:
+def test_every_value_stands_at_its_step_and_minute(run: Path, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    logarithmic = set()
+    monkeypatch.setattr(Axes, "set_yscale", lambda axes, scale: logarithmic.add(axes.get_title()))
     draw_runs([run], run / "run.png")
     assert (run / "run.png").read_bytes().startswith(PNG)
-    assert drawn["loss, nats per token"] == [([10, 20, 30], [0.5, 0.25, pytest.approx(1 / 6)]), ([30], [0.2])]
-    assert drawn["bits per byte, held out"] == [([30], [0.1])]
+    losses = [0.5, 0.25, pytest.approx(1 / 6)]
+    assert drawn["loss, nats per token"] == [([10, 20, 30], losses), ([30], [0.2])]
+    assert drawn["loss, nats per token, by time"] == [([0.5, 1.0, 1.5], losses), ([1.5], [0.2])]
+    assert logarithmic == {"loss, nats per token", "loss, nats per token, by time"}
+    assert drawn["bits per byte, held out"] == [([30], [0.1]), ([30], [0.4])], "at all ACT steps, and at the first"
     assert drawn["learning rate"] == [([10, 20, 30], [1e-3] * 3)]
     assert drawn["tokens per second, one ACT step each"] == [([10, 20, 30], [70.0, 1.0, 210.0])]
     assert drawn["peak memory, GB"] == [([10, 20, 30], [2.0] * 3)]
-    assert "ACT steps of rows that halted, mean" not in drawn, "there is nothing to draw"
+    assert "ACT steps of a row, mean" not in drawn, "there is nothing to draw"
 
 
 def test_a_line_that_is_being_written_is_no_line_yet(run: Path, drawn: dict[str, Any]) -> None:

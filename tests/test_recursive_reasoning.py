@@ -193,7 +193,7 @@ def loss_of(logits: Tensor, halting: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("H", "L"), [(1, 1), (3, 2), (2, 6)])
 def test_a_step_makes_as_many_calls_as_the_settings_are_checked_by(name: str, H: int, L: int) -> None:
-    """The limit of arch.grad_calls, which config/schema.py knows without a recursion."""
+    """The limit of arch.grad_calls, which config/schema knows without a recursion."""
     cycles = {"H_cycles": 1, "L_cycles": 0} if name == "transformers_baseline" else {"H_cycles": H, "L_cycles": L}
     arch = puzzle_arch(name, **cycles, halt_max_steps=1)
     calls = len(build_recursion(arch).calls)

@@ -30,8 +30,8 @@ from models.distributed import Ranks
 from tests.children import Child
 from tests.conftest import SHORT_RUN
 from training.instruct_run import run_instruct
+from training.loop import Run
 from training.resume import find_resume_point
-from training.run import Run
 
 RunConfig = Callable[..., PretrainInstructConfig]
 
@@ -143,7 +143,7 @@ def test_a_run_that_the_clock_has_ended_goes_on_as_if_it_had_not(
     run_config: RunConfig, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights, logs and all, through several ends between lines, evaluations and saved steps; the time counts over restarts."""
-    monkeypatch.setattr(Run, "_seconds", lambda run: 60.0 * run.trainer.step_number)
+    monkeypatch.setattr(Run, "_seconds", lambda run: 60.0 * run.trainer.progress.step)
     steps = []
     for minutes in (5, 7, 14.5, 22):
         result = run_instruct(run_config(tmp_path, "resume=auto", f"max_minutes={minutes}"))

@@ -17,7 +17,7 @@ from dataset.text.curriculum import Curriculum
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.estimate import count_steps
-from training.instruct_run import _InstructJob, run_instruct
+from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
 from training.text import TextTask
 
@@ -138,7 +138,7 @@ def test_early_stopping_ends_a_run_and_keeps_its_best(
     run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.25, 10: 2.1, 12: 1.0, 14: 1.5, 16: 1.5}
-    monkeypatch.setattr(_InstructJob, "evaluate", lambda job, step: {"loss_per_token": losses[step]})
+    monkeypatch.setattr("training.instruct_run._evaluate", lambda *given: {"loss_per_token": losses[given[-1]]})
     settings = ("eval_every_steps=2", "eval_interval=100", "checkpoint.keep_last=1", "checkpoint.keep_best=0")
     result = run_instruct(run_config(tmp_path, *settings, "early_stopping.patience=2"))
     run = tmp_path / "SlimOrca-ACT/run"

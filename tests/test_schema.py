@@ -182,7 +182,7 @@ def test_stages_have_a_length_and_shares(values: dict[str, Any]) -> None:
     [
         ({"mix": {"a": 1, "b": 1}}, "either epochs or examples"),
         ({"mix": {"a": 1, "b": 1}, "epochs": 1, "examples": 3}, "either epochs or examples"),
-        ({"mix": {"a": 1, "b": None}, "epochs": 1}, "a share for each of its sources, or null for each"),
+        ({"mix": {"a": 1, "b": None}, "epochs": 1}, "a weight for each of its sources, or null for each"),
         ({"mix": {"a": 1, "b": 0}, "epochs": 1}, "greater than 0"),
         ({"mix": {}, "epochs": 1}, "at least 1"),
         ({"mix": {"a": 1}, "epochs": 1}, "both must have the same names"),

@@ -29,7 +29,7 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.engine import Token
 from generation.sampling import Sampling
-from generation.service import Part
+from generation.service import ChoiceDelta
 from scripts import serve
 from scripts.chat_completions import ChatCompletion, ChatRequest
 from tests.running_server import ASK, CHAT, KEY, MODEL, QUESTION, WAIT, Running, wait_for
@@ -444,9 +444,9 @@ def test_a_client_that_never_takes_its_answer_is_given_up(monkeypatch: pytest.Mo
     monkeypatch.setattr(serve, "_SLOWEST_CLIENT_SECONDS", 0.05)
     ended = []
 
-    async def parts() -> AsyncIterator[Part]:
+    async def parts() -> AsyncIterator[ChoiceDelta]:
         while True:
-            yield Part(0, Piece(0, "a", Token(0, 5, -0.1, 1, None), None))
+            yield ChoiceDelta(0, Piece(0, "a", Token(0, 5, -0.1, 1, None), None))
 
     async def never() -> Any:
         await asyncio.Event().wait()

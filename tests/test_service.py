@@ -17,7 +17,7 @@ from dataset.text.conversation import Template, Turn
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder, Speaker
 from generation.sampling import Sampling
-from generation.service import Broken, Closed, Event, Full, Part, PromptScores, Service, ServiceError, Submission, TimedOut
+from generation.service import Broken, ChoiceDelta, Closed, Event, Full, PromptScores, Service, ServiceError, Submission, TimedOut
 
 QUESTION = (Turn("user", "What is 2 plus 3"),)
 OPTIONS = Options(max_output_tokens=6, act_steps=2, sampling=Sampling(temperature=1.0, seed=3))
@@ -65,11 +65,11 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
 class Inbox:
     """What came of a submission."""
 
-    arrived: "queue.Queue[Part | ServiceError]" = field(default_factory=queue.Queue)
+    arrived: "queue.Queue[ChoiceDelta | ServiceError]" = field(default_factory=queue.Queue)
 
-    def end(self, n: int = 1) -> list[Part] | ServiceError:
+    def end(self, n: int = 1) -> list[ChoiceDelta] | ServiceError:
         """All parts of n answers, or the error that ended them."""
-        parts: list[Part] = []
+        parts: list[ChoiceDelta] = []
         while sum(part.piece.answer is not None for part in parts) < n:
             event = self.arrived.get(timeout=WAIT)
             if isinstance(event, ServiceError):
@@ -98,7 +98,7 @@ def test_answers_are_those_of_the_responder_sample_by_sample(serve: Callable[...
     for inbox in inboxes:
         parts = inbox.end(n=3)
         assert isinstance(parts, list)
-        assert [[part.piece.text for part in parts if part.place == sample] for sample in range(3)] == expected
+        assert [[part.piece.text for part in parts if part.index == sample] for sample in range(3)] == expected
     assert service.pending == 0
 
 
@@ -108,7 +108,7 @@ def test_what_has_no_place_is_refused_at_once_and_a_finished_answer_makes_room(
     service = serve(queue=3)
     assert service.capacity == 5
     first, _ = ask(service, n=4)
-    with pytest.raises(Full, match="4 of at most 5 answers are waiting or in work: no room for 2 more"):
+    with pytest.raises(Full, match="4 of at most 5 answers are waiting or running: no room for 2 more"):
         ask(service, n=2)
     second, _ = ask(service)
     held.release(100)
@@ -165,11 +165,11 @@ def test_prompts_are_scored_before_their_answers_and_give_their_places_back(
         assert [scored[place] for place in (0, 1)] == [responder.token_scores(encode(), OPTIONS) for encode in prompts]
         seen = set()
         for event in events:
-            if isinstance(event, Part):
-                assert event.place // 2 in seen, "the scores of its prompt came first"
+            if isinstance(event, ChoiceDelta):
+                assert event.index // 2 in seen, "the scores of its prompt came first"
             elif isinstance(event, PromptScores):
                 seen.add(event.prompt)
-        assert {event.place for event in events if isinstance(event, Part)} == set(range(2 * samples))
+        assert {event.index for event in events if isinstance(event, ChoiceDelta)} == set(range(2 * samples))
 
 
 def test_prompts_that_wait_for_their_scores_end_with_their_caller_and_in_time(

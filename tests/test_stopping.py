@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 
 from config.compose import compose_as
 from config.schema import EarlyStoppingConfig, PretrainInstructConfig, PretrainPuzzleConfig, TrainingConfig
-from training.stopping import EarlyStopping, Position, automatic_evaluations, is_evaluation_due, reason_to_end
+from training.stopping import EarlyStopping, automatic_evaluations, is_evaluation_due, reason_to_end
+from training.task import Position
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 
 
 def evaluated_at(config: TrainingConfig, finished: list[int], epoch: int, rows: int) -> list[int]:
     """Steps after which a run is evaluated that has trained `finished` examples after each step, in epochs of `epoch` examples."""
-    total = finished[-1]
-    automatic = automatic_evaluations(config, total, total // epoch, rows)
-    positions = [Position(0, 0, 0), *(Position(step, done, done // epoch) for step, done in enumerate(finished, start=1))]
-    return [now.step for before, now in itertools.pairwise(positions) if is_evaluation_due(config, automatic, total, before, now)]
+    positions = [Position(done, done // epoch) for done in (0, *finished)]
+    total = positions[-1]
+    automatic = automatic_evaluations(config, total, rows)
+    taken = enumerate(itertools.pairwise(positions), start=1)
+    return [step for step, (before, now) in taken if is_evaluation_due(config, automatic, total, step, before, now)]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def evaluated_at(config: TrainingConfig, finished: list[int], epoch: int, rows: 
 def test_automatic_evaluations_are_ten_or_what_the_run_can_afford(
     tiny_config: ConfigFactory, settings: tuple[str, ...], examples: int, epochs: int, rows: int, expected: int
 ) -> None:
-    assert automatic_evaluations(tiny_config(*settings), examples, epochs, rows) == expected
+    assert automatic_evaluations(tiny_config(*settings), Position(examples, epochs), rows) == expected
 
 
 def test_a_run_is_evaluated_by_epochs_and_by_steps(tiny_config: ConfigFactory) -> None:
@@ -82,21 +84,21 @@ def test_a_long_epoch_has_ten_evaluations_however_its_examples_come(tiny_config:
 
 def test_a_run_ends_at_the_first_limit(tiny_config: ConfigFactory) -> None:
     config = tiny_config("max_steps=5", "max_minutes=0.5", "early_stopping.patience=1")
-    patient = EarlyStopping(config.early_stopping)
+    patient = EarlyStopping()
     assert reason_to_end(config, 4, False, patient) is None
     assert reason_to_end(config, 5, False, patient) == "max_steps=5 is reached"
     assert reason_to_end(config, 4, True, patient) == "max_minutes=0.5 are over"
-    patient.observe(2.0)
+    patient.observe(2.0, config.early_stopping)
     assert reason_to_end(config, 4, False, patient) is None
-    patient.observe(2.0)
+    patient.observe(2.0, config.early_stopping)
     assert "early_stopping.patience=1" in (reason_to_end(config, 4, False, patient) or "")
-    assert reason_to_end(tiny_config(), 10**9, False, EarlyStopping(tiny_config().early_stopping)) is None
+    assert reason_to_end(tiny_config(), 10**9, False, EarlyStopping()) is None
 
 
-def observed(config: EarlyStoppingConfig, losses: list[float], state: dict[str, object] | None = None) -> EarlyStopping:
-    stopping = EarlyStopping(config, state)
+def observed(losses: list[float], config: EarlyStoppingConfig) -> EarlyStopping:
+    stopping = EarlyStopping()
     for loss in losses:
-        stopping.observe(loss)
+        stopping.observe(loss, config)
     return stopping
 
 
@@ -116,12 +118,6 @@ def observed(config: EarlyStoppingConfig, losses: list[float], state: dict[str, 
     ],
 )
 def test_patience_counts_evaluations_without_a_lower_loss(losses: list[float], min_delta: float, over: bool) -> None:
-    assert observed(EarlyStoppingConfig(patience=2, min_delta=min_delta), losses).is_over is over
-    assert not observed(EarlyStoppingConfig(patience=None, min_delta=min_delta), losses).is_over
-
-
-@given(losses=st.lists(st.floats(allow_infinity=True), max_size=12), at=st.integers(0, 12))
-def test_it_goes_on_where_it_was(losses: list[float], at: int) -> None:
-    config = EarlyStoppingConfig(patience=3, min_delta=0.1)
-    resumed = observed(config, losses[at:], observed(config, losses[:at]).state())
-    assert resumed.state() == observed(config, losses).state()
+    patient, endless = (EarlyStoppingConfig(patience=patience, min_delta=min_delta) for patience in (2, None))
+    assert observed(losses, patient).is_over(patient) is over
+    assert not observed(losses, endless).is_over(endless)

@@ -21,7 +21,7 @@ from dataset.build_sample_dataset import build
 from dataset.text.tokenizer import TOKENIZER_VARIABLE, Tokenizer
 from tests.puzzle_data import write_puzzles
 from tests.test_doors import SMALL, Outcome, run_door
-from training.run import RunResult
+from training.loop import RunResult
 
 Sweep = Callable[..., Outcome]
 

@@ -24,8 +24,9 @@ from dataset.text.forms import FormOptions
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
 from dataset.text.rows import RowFile
 from dataset.text.splits import are_test_hashes, prompt_hash
-from dataset.text.token_cache import HashSplit, LoadedSplit, file_sha256, load_split, wanted_rows
+from dataset.text.token_cache import HashSplit, LoadedSplit, file_sha256, wanted_rows
 from dataset.text.tokenizer import Tokenizer
+from tests.conftest import load_file
 
 MODEL = (Path(mistral_common.__file__).parent / "data/tokenizer.model.v1").read_bytes()
 TOKENIZER = Tokenizer.from_bytes(MODEL)
@@ -47,20 +48,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def load(file: Path, **changes: Any) -> LoadedSplit:
-    arguments: dict[str, Any] = {
-        "source": file,
-        "split": "train",
-        "tokenizer": TOKENIZER,
-        "template": Template(),
-        "seq_len": 64,
-        "subset_size": None,
-        "hash_split": None,
-        "default_system_prompt": None,
-        "long_rows": "truncate",
-        "on_bad_row": "error",
-        "cache_dir": file.parent / "cache",
-    }
-    return load_split(**{**arguments, **changes})
+    return load_file(file, **{"tokenizer": TOKENIZER, **changes})
 
 
 @pytest.fixture

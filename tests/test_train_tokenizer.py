@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from artifacts.checkpoint import open_checkpoint
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import open_instruct_data, split_conversations
+from dataset.instruct import Source
 from dataset.text.conversation import Template, Turn
 from dataset.text.tokenizer import Tokenizer
 from generation import load
@@ -139,7 +139,7 @@ def test_the_rows_are_those_of_a_run_with_the_same_settings(tmp_path: Path) -> N
         ("dataset.default_system_prompt=null", "dataset.subset_size=70", "dataset.test_ratio=0.2"),
     ):
         config = script.settings(tmp_path, changes)
-        data = open_instruct_data(config.dataset, Tokenizer(LLAMA), Template())
+        data = Source(config.dataset).open_splits(Tokenizer(LLAMA), Template())
         for name, opened in zip(("train", "test"), data, strict=True):
             read = [tuple(turn.text for turn in opened.conversation(index)) for index in range(len(opened))]
             assert list(script.rows_of(config, name))[: len(read)] == read
@@ -163,7 +163,7 @@ def test_bad_and_useless_rows_are_passed_over(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     path.write_text(path.read_text() + '{"prompt": 1}\nnot json\n{"prompt": "no answer"}\n\n')
     config = script.settings(path, ["dataset.test_ratio=0"]).dataset
-    assert len(list(split_conversations(config, "train"))) == 3
+    assert len(list(Source(config).conversations("train"))) == 3
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

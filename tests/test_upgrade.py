@@ -97,7 +97,7 @@ def test_a_source_lacks_keys_as_a_dataset_does() -> None:
     settings = compose_config("cfg_pretrain_instruct", ["experiment=slimorca_then_openorca"]).model_dump()
     expected = parse_config(settings)
     for source in settings["sources"].values():
-        del source["files"], source["subset_size"]
+        del source["fields"], source["validation_split"]
     assert parse_config(upgraded(settings)[0]) == expected
 
 

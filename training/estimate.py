@@ -27,10 +27,11 @@ from models.act import RecursiveModel
 from models.device import memory_in_all, peak_memory
 from models.distributed import Ranks
 from models.layers import BlockStack
-from training.loop import Task, Trainer
+from training.loop import Trainer
 from training.puzzle import PuzzleTask
 from training.schedule import act_steps_at, expected_examples
-from training.stopping import Position, automatic_evaluations, is_evaluation_due
+from training.stopping import automatic_evaluations, is_evaluation_due
+from training.task import Position, Task
 from training.text import TextTask
 
 # Rows that stand for all, and optimizer steps: the first ones, of the longest rows and of others, warm up; the others are timed.
@@ -57,16 +58,16 @@ def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluati
 
     evaluation_rows: what an evaluation measures.
     """
-    batch, total = config.global_batch_size, curriculum.total
-    expected = expected_examples(config, total)
-    steps = math.ceil(expected / batch)
-    automatic = automatic_evaluations(config, total, curriculum.rounds_before(total), evaluation_rows)
-    rows_by_depth, evaluations, before = Counter[int](), 0, Position(0, 0, 0)
+    total = Position(curriculum.total, curriculum.rounds_before(curriculum.total))
+    expected = expected_examples(config, total.examples)
+    steps = math.ceil(expected / config.global_batch_size)
+    automatic = automatic_evaluations(config, total, evaluation_rows)
+    rows_by_depth, evaluations, before = Counter[int](), 0, Position(0, 0)
     for step in range(1, steps + 1):
-        done = min(total, step * batch)
+        done = min(total.examples, step * config.global_batch_size)
         rows_by_depth[act_steps_at(config, step, before.examples / expected)] += done - before.examples
-        now = Position(step, done, curriculum.rounds_before(done))
-        evaluations += step == steps or is_evaluation_due(config, automatic, total, before, now)
+        now = Position(done, curriculum.rounds_before(done))
+        evaluations += step == steps or is_evaluation_due(config, automatic, total, step, before, now)
         before = now
     return Steps(steps, rows_by_depth, evaluations)
 
@@ -78,7 +79,7 @@ def flops_per_token(task: Task) -> float:
     addition as two; elementwise work isn't. Only the first micro-batch is taken.
     """
     with FlopCounterMode(display=False) as counter:
-        micro_batch = next(task.micro_batches())
+        micro_batch = next(task.next_batch(1).micro_batches)
         micro_batch.loss.backward()
     return float(counter.get_total_flops() / micro_batch.sums["tokens"])
 
@@ -102,19 +103,15 @@ def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data
     tokens = float(np.mean([len(example.ids) - 1 for example in sample]))
     say(f"tokens a row      {tokens:.1f} (mean of {len(sample):,} rows)")
 
-    def task(model: RecursiveModel, rows: Sequence[Example]) -> TextTask:
+    def task(model: RecursiveModel, rows: Sequence[Example], depth: int = deepest) -> TextTask:
         curriculum = Curriculum.of_epochs(len(rows), config.seed, 1)
-        at_depth = config.model_copy(update={"act_steps": "fixed"})
+        arch = config.arch.model_copy(update={"halt_max_steps": depth})
+        at_depth = config.model_copy(update={"act_steps": "fixed", "arch": arch})
         return TextTask(at_depth, model, ExampleStream(rows, curriculum, 0), curriculum, ranks)
 
     with torch.device("meta"):
         on_meta = RecursiveModel(model.config, model.vocab_size)
-    counted = task(on_meta, sample)
-    counted.admit(1)
-    flops = dict[int, float]()
-    for depth in {*steps.rows_by_depth, deepest}:
-        counted.act_steps = depth
-        flops[depth] = flops_per_token(counted)
+    flops = {depth: flops_per_token(task(on_meta, sample, depth)) for depth in {*steps.rows_by_depth, deepest}}
     total = tokens * sum(count * depth * flops[depth] for depth, count in steps.rows_by_depth.items())
     say(f"FLOPs a token     {total / tokens / trained:.3g} in all its ACT steps; {total:.3g} in the run")
     longest = sorted(sample, key=lambda example: len(example.ids))[-config.global_batch_size :]
@@ -135,9 +132,7 @@ def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: P
         puzzles = None if model.puzzle_emb is None else len(model.puzzle_emb.weights)
         on_meta = RecursiveModel(model.config, model.vocab_size, seq_len=seq_len, puzzles=puzzles)
     on_meta.requires_grad_(not config.freeze_weights)
-    counted = PuzzleTask(config, on_meta, data, ranks)
-    counted.admit(1)
-    flops = flops_per_token(counted)
+    flops = flops_per_token(PuzzleTask(config, on_meta, data, ranks))
     total = steps * config.global_batch_size * seq_len * flops
     say(f"FLOPs a token     {flops:.3g} an ACT step; {total:.3g} in the run")
     _say_measured(config, model, [task], flops, total, ranks)

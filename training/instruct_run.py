@@ -1,19 +1,20 @@
 """One instruction-tuning run from a checked config: its data, how the model is measured, answers to look at, what is kept.
 
-What runs share is in training/run.py. Knows no Hydra.
+The loop itself is in training/loop.py. Knows no Hydra.
 """
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, load_weights, open_checkpoint, read_weights, save_checkpoint
+from artifacts.checkpoint import open_checkpoint, save_checkpoint
+from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
-from dataset.instruct import last_exchange, open_run_data, source_configs
+from dataset.instruct import last_exchange, open_run_data
 from dataset.text.conversation import Template
 from dataset.text.counts import describe_counts, describe_files, warnings_about
 from dataset.text.loader import ExampleStream, TextCorpus
@@ -23,9 +24,10 @@ from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from models.distributed import Ranks, joined_ranks
+from training.console import say_places, show_evaluation
 from training.estimate import dry_run_instruct
-from training.resume import find_resume_point, weights_to_begin_with
-from training.run import Run, RunResult, make_ready
+from training.loop import Run, RunResult, Trainer
+from training.resume import find_resume_point, initial_weights_path, prepare_model
 from training.text import TextTask
 
 # Answers shown during training are for the eye; longer ones only cost time.
@@ -61,12 +63,12 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
                 f"early_stopping.patience={config.early_stopping.patience} watches the held-out loss, and dataset.test_ratio=0 "
                 "holds nothing out: raise dataset.test_ratio, or set early_stopping.patience=null"
             )
-        decided = config.model_copy(update={"arch": arch})
-        resume_point.check(decided, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
+        resolved = config.model_copy(update={"arch": arch})
+        resume_point.check(resolved, {"data_hash": data.train.data_hash, "tokenizer_sha256": tokenizer.sha256}, ranks.say)
         model = RecursiveModel(arch, tokenizer.vocab_size, seed=config.seed)
         if config.load_checkpoint is not None and resume_point.saved is None:
-            _begin_with(model, weights_to_begin_with(Path(config.load_checkpoint), decided, ranks), tokenizer)
-        make_ready(model, config, device, resume_point, ranks)
+            _load_initial_weights(model, initial_weights_path(Path(config.load_checkpoint), resolved, ranks), tokenizer)
+        prepare_model(model, config, device, resume_point.folder, ranks)
         report = data.report()
         _say_data(config, report, ranks)
         if config.dry_run:
@@ -75,16 +77,28 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         # Threads that read ahead can't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
         with ExampleStream(data.train, data.curriculum, workers, start=resume_point.position) as stream:
-            task = TextTask(config, model, stream, data.curriculum, ranks)
-            job = _InstructJob(config, model, task, tokenizer, data.train.data_hash, report, data.test)
-            result = Run(config, job, resume_point, ranks).train()
-        ranks.say(f"checkpoint {result.checkpoint}")
+            trainer = Trainer(config, model, TextTask(config, model, stream, data.curriculum, ranks), ranks)
+            result = Run(
+                trainer,
+                resume_point,
+                evaluate=lambda step: _evaluate(config, model, tokenizer, data.test, ranks, step),
+                evaluation_rows=0 if data.test is None else rows_evaluated(data.test, config.eval_examples),
+                save=functools.partial(
+                    save_checkpoint,
+                    config=config,
+                    tokenizer=tokenizer,
+                    template=Template(),
+                    data_hash=data.train.data_hash,
+                    data_report=report,
+                ),
+            ).train()
+        say_places(result.checkpoint, ranks.say)
         return result
 
 
 def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: Ranks) -> None:
     """What the run reads, and what of it a user should know before it goes on."""
-    for name, source in source_configs(config).items():
+    for name, source in config.all_sources.items():
         train, test = report["sources"][name]["train"], report["sources"][name].get("test")
         rows, test_rows = train["counts"]["kept"], test["counts"]["kept"] if test is not None else 0
         place = source.repo if source.source == "hub" else source.data_dir
@@ -108,78 +122,49 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
         ranks.say(f"  of the test rows, {asked:,} ask what training rows ask; {equal:,} equal one as a whole")
 
 
-def _begin_with(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
+def _load_initial_weights(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
     """Fill `model` with the weights of `source`. Raises UsageError if they don't fit, or were trained with another tokenizer."""
     if (source / "checkpoint.json").is_file() and (own := open_checkpoint(source).tokenizer).sha256 != tokenizer.sha256:
         raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / own.file_name})")
     load_weights(model, read_weights(source), source)
 
 
-@dataclass
-class _InstructJob:
-    """Instruction tuning, as training/run.py needs to know it."""
-
-    config: PretrainInstructConfig
-    model: RecursiveModel
-    task: TextTask
-    tokenizer: Tokenizer
-    data_hash: str
-    data_report: Mapping[str, Any]
-    test_split: TextCorpus | None
-
-    @property
-    def evaluation_rows(self) -> int:
-        """Test rows of all sources within `eval_examples`."""
-        return 0 if self.test_split is None else rows_evaluated(self.test_split, self.config.eval_examples)
-
-    def evaluate(self, step: int) -> dict[str, Any] | None:
-        """Teacher-forced measures of the test split, of which each rank takes a share, and a few answers to look at."""
-        config = self.config
-        if self.test_split is None:
-            return None
-        ranks = self.task.ranks
-        report = evaluate_sources(
-            self.model,
-            self.test_split,
-            eos_id=self.tokenizer.eos_id,
-            batch_size=config.global_batch_size,
-            act_steps=config.depth,
-            halt_threshold=config.generation.halt_threshold,
-            limit=config.eval_examples,
-            ranks=ranks,
-            pad_multiple=config.pad_multiple,
-        ).report()
-        if not ranks.is_first:
-            return report
-        numbers = {name: value for name, value in report.items() if isinstance(value, float)}
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-        if report["worse_act_steps"]:
-            tqdm.write(f"  depth doesn't pay: the held-out loss rises at ACT steps {report['worse_act_steps']}")
-        self._show_answers(self.test_split)
+def _evaluate(
+    config: PretrainInstructConfig,
+    model: RecursiveModel,
+    tokenizer: Tokenizer,
+    test_split: TextCorpus | None,
+    ranks: Ranks,
+    step: int,
+) -> dict[str, Any] | None:
+    """Teacher-forced measures of the test split, of which each rank takes a share, and a few answers to look at."""
+    if test_split is None:
+        return None
+    report = evaluate_sources(
+        model,
+        test_split,
+        eos_id=tokenizer.eos_id,
+        batch_size=config.global_batch_size,
+        act_steps=config.depth,
+        halt_threshold=config.generation.halt_threshold,
+        limit=config.eval_examples,
+        ranks=ranks,
+        pad_multiple=config.pad_multiple,
+    ).report()
+    if not ranks.is_first:
         return report
-
-    def save(self, folder: Path, snapshot: Snapshot) -> None:
-        """The checkpoint, with tokenizer and template."""
-        save_checkpoint(
-            folder,
-            snapshot,
-            config=self.config,
-            tokenizer=self.tokenizer,
-            template=Template(),
-            data_hash=self.data_hash,
-            data_report=self.data_report,
-        )
-
-    def _show_answers(self, split: TextCorpus) -> None:
-        config = self.config
-        responder = make_responder(self.model, self.tokenizer, Template(), config)
-        responder = responder.with_options(max_output_tokens=min(config.answer_limit, _SHOWN_ANSWER_TOKENS))
-        shown = []
-        for index in range(min(config.sample_answers, len(split))):
-            exchange = last_exchange(split.conversation(index))
-            # Raw text asks nothing, and a row that training cut short may have a history longer than the context.
-            if exchange is not None and responder.fits(exchange[0]):
-                shown.append(exchange)
-        answers = responder.answers([history for history, _ in shown])
-        for (history, reference), answer in zip(shown, answers, strict=True):
-            tqdm.write(f"  Q {history[-1].text[:200]!r}\n  A {answer.text[:200]!r} (reference {reference[:200]!r})")
+    show_evaluation(step, report)
+    if report["worse_act_steps"]:
+        tqdm.write(f"  depth doesn't pay: the held-out loss rises at ACT steps {report['worse_act_steps']}")
+    responder = make_responder(model, tokenizer, Template(), config)
+    responder = responder.with_options(max_output_tokens=min(config.answer_limit, _SHOWN_ANSWER_TOKENS))
+    shown = []
+    for index in range(min(config.sample_answers, len(test_split))):
+        exchange = last_exchange(test_split.conversation(index))
+        # Raw text asks nothing, and a row that training cut short may have a history longer than the context.
+        if exchange is not None and responder.fits(exchange[0]):
+            shown.append(exchange)
+    answers = responder.answers([history for history, _ in shown])
+    for (history, reference), answer in zip(shown, answers, strict=True):
+        tqdm.write(f"  Q {history[-1].text[:200]!r}\n  A {answer.text[:200]!r} (reference {reference[:200]!r})")
+    return report

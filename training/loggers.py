@@ -1,7 +1,4 @@
-"""Where a run's figures go: its JSONL files always, W&B and TensorBoard as the config says. Knows nothing of what is trained.
-
-A logger takes the same two kinds of line that metrics.jsonl has, and says what a checkpoint must remember for it to go on.
-"""
+"""Where a run's figures go: its JSONL files always, W&B and TensorBoard as the config says. Knows nothing of what is trained."""
 
 import os
 from collections.abc import Mapping
@@ -16,37 +13,49 @@ WANDB_VARIABLE = "WANDB_MODE"
 _WANDB_MODES = ("offline", "online", "disabled")
 
 
-class Logger(Protocol):
-    """One place that figures go to. Lines come in the order of their steps."""
+class RunLogger:
+    """All places that the figures of the run in `folder` go to. Lines come in the order of their steps."""
+
+    def __init__(self, config: TrainingConfig, folder: Path, saved: Mapping[str, Any] | None = None) -> None:
+        """saved: the `state` and the "step" that the run resumes from, None for a new run.
+
+        Raises UsageError if a place that is asked for can't begin.
+        """
+        saved = saved or {}
+        # The others first: if one can't begin, metrics.jsonl hasn't been touched.
+        mode = wandb_mode(config)
+        self._wandb = None if mode == "disabled" else _WandB(config, folder, mode, saved.get("wandb_id"))
+        tensorboard = _TensorBoard(folder, int(saved.get("step", 0))) if config.tensorboard else None
+        self._charts: list[_Charts] = [charts for charts in (self._wandb, tensorboard) if charts is not None]
+        self._files = MetricsLog(folder, saved.get("metrics_log_bytes", 0), saved.get("timing_log_bytes", 0))
 
     def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Figures of the steps since the line before, and what depends on the clock, both with their "step"."""
+        self._files.write(metrics, timing)
+        self._add({**_numbers("train", metrics), **_numbers("timing", timing)}, metrics["step"])
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """An evaluation: "step", "examples", and the measures as "test"."""
+        self._files.write(metrics)
+        self._add(_numbers("test", metrics["test"]), metrics["step"])
+
+    def _add(self, values: Mapping[str, float], step: int) -> None:
+        for charts in self._charts:
+            charts.add(values, step)
 
     def state(self) -> dict[str, Any]:
-        """JSON values that a resumed run gives to `open_logger`."""
+        """What a resumed run needs as `saved`, JSON values under the names of `training.progress.RunProgress`."""
+        return {
+            "metrics_log_bytes": self._files.length,
+            "timing_log_bytes": self._files.timing_length,
+            "wandb_id": None if self._wandb is None else self._wandb.id,
+        }
 
     def close(self) -> None:
         """Write what is left to be written."""
-
-
-def open_logger(config: TrainingConfig, folder: Path, kept: Mapping[str, Any] | None = None) -> Logger:
-    """All loggers of the run in `folder` as one; `kept` is the state that it resumes from, None for a new run.
-
-    Raises UsageError if one that is asked for can't begin.
-    """
-    kept = kept or {}
-    step = int(kept.get("step", 0))
-    # The others first: if one can't begin, metrics.jsonl hasn't been touched.
-    others: list[Logger] = []
-    mode = wandb_mode(config)
-    if mode != "disabled":
-        others.append(_WandB(config, folder, mode, kept.get("wandb_id")))
-    if config.tensorboard:
-        others.append(_TensorBoard(folder, step))
-    return _All([_JSONLines(folder, kept), *others])
+        self._files.close()
+        for charts in self._charts:
+            charts.close()
 
 
 def wandb_mode(config: TrainingConfig) -> str:
@@ -57,46 +66,17 @@ def wandb_mode(config: TrainingConfig) -> str:
     return mode
 
 
-def numbers(group: str, values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(group: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among `values`, as `group/name`."""
     return {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
 
 
-class _All:
-    def __init__(self, loggers: list[Logger]) -> None:
-        self._loggers = loggers
+class _Charts(Protocol):
+    """A program that shows numbers as curves over steps."""
 
-    def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        for logger in self._loggers:
-            logger.training(metrics, timing)
+    def add(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        for logger in self._loggers:
-            logger.evaluation(metrics)
-
-    def state(self) -> dict[str, Any]:
-        return {key: value for logger in self._loggers for key, value in logger.state().items()}
-
-    def close(self) -> None:
-        for logger in self._loggers:
-            logger.close()
-
-
-class _JSONLines:
-    def __init__(self, folder: Path, kept: Mapping[str, Any]) -> None:
-        self._log = MetricsLog(folder, kept.get("metrics_log_bytes", 0), kept.get("timing_log_bytes", 0))
-
-    def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        self._log.write(metrics, timing)
-
-    def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        self._log.write(metrics)
-
-    def state(self) -> dict[str, Any]:
-        return {"metrics_log_bytes": self._log.length, "timing_log_bytes": self._log.timing_length}
-
-    def close(self) -> None:
-        self._log.close()
+    def close(self) -> None: ...
 
 
 class _WandB:
@@ -121,15 +101,10 @@ class _WandB:
             raise UsageError(
                 f"W&B can't begin: {error}; log in with `wandb login`, or use wandb=offline or wandb=disabled"
             ) from error
+        self.id: str = self._run.id
 
-    def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        self._run.log({**numbers("train", metrics), **numbers("timing", timing)}, step=metrics["step"])
-
-    def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        self._run.log(numbers("test", metrics["test"]), step=metrics["step"])
-
-    def state(self) -> dict[str, Any]:
-        return {"wandb_id": self._run.id}
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -144,19 +119,10 @@ class _TensorBoard:
         # A reader drops what a run that was killed had written after `step`.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        self._add({**numbers("train", metrics), **numbers("timing", timing)}, metrics["step"])
-
-    def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        self._add(numbers("test", metrics["test"]), metrics["step"])
-
-    def _add(self, values: Mapping[str, float], step: int) -> None:
+    def add(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-
-    def state(self) -> dict[str, Any]:
-        return {}
 
     def close(self) -> None:
         self._writer.close()

@@ -1,219 +1,386 @@
-"""The training loop: optimizer steps over whatever a task hands out. Knows no rows and no files, and prints nothing.
+"""The training loop, from top to bottom: a run's steps with their logs, evaluations and checkpoints (`Run.train`), and a step
+(`Trainer.step`).
 
-A task (conversations: training/text.py) holds the rows in work and says what one optimizer step consists of; everything about
-gradients, weights and their average is here.
+Knows no Hydra, and not what is trained: that is a `Task` (training/task.py).
 """
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
-from artifacts.checkpoint import TrainerState
-from config.errors import UsageError
+from artifacts.checkpoint import Snapshot, TrainerState
+from artifacts.plots import draw_runs
+from artifacts.report import write_report
+from artifacts.retention import best_checkpoints, held_out_loss, prune_checkpoints
+from artifacts.weights import load_weights
+from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
+from models.act import RecursiveModel
+from models.device import peak_memory
 from models.distributed import Ranks
 from models.ema import EMA
+from training.console import Console
+from training.loggers import RunLogger
 from training.optimizer import ModelOptimizer
+from training.progress import RunProgress, StepResult, Window
+from training.resume import ResumePoint
+from training.stopping import automatic_evaluations, first_signal, is_evaluation_due, reason_to_end
+from training.task import Task
 
-# How the names of the optimizer's tensors begin among the trainer's.
+# How the names of the optimizer's tensors begin in a checkpoint.
 _OPTIMIZER = "optimizer."
+# A loss this much above the median of the last lines is said to be a spike: a factor, and nats beside it for losses near 0.
+_SPIKE_FACTOR, _SPIKE_NATS = 1.5, 0.2
+_SPIKE_LINES = 20
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """The loss of some rows of an optimizer step. Its graph is freed before the next micro-batch is asked for."""
+class RunResult:
+    """What a run has come to."""
 
-    loss: Tensor
-    """Scalar to differentiate: a sum, not a mean."""
-    weight: int
-    """What the loss sums over: the step's gradient is divided by the weights of all its micro-batches together."""
-    sums: dict[str, Tensor | int]
-    """What is logged, summed over the rows, with at least the counts "tokens" and "supervised"; tensors are left on the device."""
+    checkpoint: Path
+    """The last one."""
+    loss: float | None
+    """Held-out loss of that checkpoint, `Task.loss_name`; None: there is no held-out data."""
 
 
-class Task(Protocol):
-    """What is trained: the rows in work, what they have come to, and the losses of an optimizer step."""
+class Run:
+    """One training run on disk, begun at `resume_point`: what happens around the steps of `trainer`."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether any row is in work."""
+    def __init__(
+        self,
+        trainer: "Trainer",
+        resume_point: ResumePoint,
+        *,
+        evaluate: Callable[[int], dict[str, Any] | None],
+        evaluation_rows: int,
+        save: Callable[[Path, Snapshot], None],
+    ) -> None:
+        """Loads the weights and the state of a run that is resumed.
 
-    @property
-    def done(self) -> int:
-        """How far the run has come, of `total`."""
+        evaluate: measure the model as it stands after a number of steps on `evaluation_rows` held-out rows, and show what there is
+        to see; None where nothing is held out. All ranks call it and get the same. save: write a checkpoint, whole or not at all.
+        """
+        self.trainer, self.task, self.ranks, self.config = trainer, trainer.task, trainer.ranks, trainer.config
+        self.folder = resume_point.folder
+        self._measure, self._evaluation_rows, self._write_checkpoint = evaluate, evaluation_rows, save
+        self._loss: float | None = None
+        self._saved: Path | None = None
+        saved = resume_point.saved
+        if saved is not None:
+            self._saved = saved.folder
+            load_weights(trainer.model, saved.weights, saved.folder)
+            trainer.load_state(saved.trainer, saved.average)
+            self._loss = held_out_loss(saved.folder, self.task.loss_name)
+        progress = trainer.progress
+        progress.forward_dtype = trainer.model.config.forward_dtype
+        is_through = self.task.done.examples == self.task.total.examples
+        is_over_time = self._is_over_time(progress.seconds)
+        self._end_reason = None if is_through else reason_to_end(self.config, progress.step, is_over_time, progress.early_stopping)
+        # Of a run that has come to its end already, the logs are left as they are.
+        begins = self.ranks.is_first and self._end_reason is None
+        self._logger = RunLogger(self.config, self.folder, vars(progress)) if begins else None
+        if self._logger is not None and self._logger.state()["metrics_log_bytes"] < progress.metrics_log_bytes:
+            print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
 
-    @property
-    def total(self) -> int:
-        """Where `done` ends."""
+    def train(self) -> RunResult:
+        """Train to the end: of the data, or where the config says so before.
 
-    @property
-    def unit(self) -> str:
-        """What `done` counts, as the progress bar calls it."""
+        Raises StoppedBySignal once SIGTERM or SIGINT has come and what the run needs to resume is saved.
+        """
+        self._saved_at = time.perf_counter()
+        self._begun_at = self._saved_at - self.trainer.progress.seconds
+        if self._end_reason is not None:
+            return self._finished(already=True)
+        config, task, total = self.config, self.task, self.task.total
+        automatic = automatic_evaluations(config, total, self._evaluation_rows)
+        before = task.done
+        console = Console(
+            config,
+            total=total.examples,
+            done=before.examples,
+            seconds=self.trainer.progress.seconds,
+            shown=self.ranks.is_first,
+        )
+        with first_signal() as stop, console:
+            for result in self.trainer.steps():
+                now = task.done
+                is_last = now.examples == total.examples
+                console.advance(now.examples)
 
-    @property
-    def loss_name(self) -> str:
-        """Which entry of `report` is the loss to watch."""
+                # Log.
+                self.trainer.progress.window.add(result)
+                if result.step % config.log_interval == 0 or is_last:
+                    self._log(console)
 
-    @property
-    def sum_names(self) -> Sequence[str]:
-        """The names of a micro-batch's sums."""
+                # Evaluate.
+                metrics = None
+                if is_last or is_evaluation_due(config, automatic, total, result.step, before, now):
+                    metrics = self._evaluate()
+                before = now
 
-    @property
-    def epochs(self) -> int:
-        """Passes over the training split in the whole run."""
+                # End, or save. Ranks act as one: on any rank's signal, and by the clock of the first.
+                stopped_by = max(self.ranks.gather(stop.signal_number))
+                is_over_time, is_save_due = self.ranks.agree((self._is_over_time(self._seconds()), self._is_save_due(result.step)))
+                if not is_last:
+                    self._end_reason = reason_to_end(config, result.step, is_over_time, self.trainer.progress.early_stopping)
+                if self._end_reason is not None:
+                    self._end_early(metrics)
+                    break
+                keeps_evaluation = metrics is not None and (config.saves_evaluations or is_last)
+                if keeps_evaluation or is_save_due or stopped_by:
+                    self._save(metrics or {"step": result.step, "examples": now.examples})
+                if stopped_by and not is_last:
+                    if self._logger is not None:
+                        name = signal.Signals(stopped_by).name
+                        tqdm.write(f"{name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on")
+                        self._logger.close()
+                    raise StoppedBySignal(stopped_by)
+        if self._logger is not None:
+            self._logger.close()
+        return self._finished()
 
-    @property
-    def epochs_done(self) -> int:
-        """Whole passes over the training split that have been trained."""
+    def _log(self, console: Console | None = None) -> None:
+        """Write a line for the steps since the last one, of which `console` shows what it has room for."""
+        progress, task, now = self.trainer.progress, self.task, self._seconds()
+        window = progress.window.over_ranks(self.ranks, self.config.arch.halt_max_steps)
+        rows, sums = sum(window.halted_at.values()), window.sums
+        metrics: dict[str, Any] = {
+            "step": progress.step,
+            "examples": task.done.examples,
+            "lr": window.lr,
+            **(task.report(sums) if window.steps else {}),
+            "mean_act_steps": sum(depth * count for depth, count in window.halted_at.items()) / rows if rows else None,
+            "halted_at": {str(depth): count for depth, count in window.halted_at.items()},
+            "grad_norm": window.grad_norm / window.steps if window.steps else None,
+            "skipped_steps": window.skipped,
+        }
+        seconds, memory = now - progress.seconds_at_line, peak_memory(self.trainer.model.device)
+        timing = {
+            "step": progress.step,
+            "seconds": now,
+            "tokens_per_second": sums.get("tokens", 0.0) / seconds,
+            "supervised_tokens_per_second": sums.get("supervised", 0.0) / seconds,
+            **({"attention_padding": 1 - sums["tokens"] / sums["attended"]} if sums.get("attended") else {}),
+            **memory,
+        }
+        loss = metrics.get(task.loss_name)
+        if self._logger is not None:
+            self._logger.training(metrics, timing)
+            self._warn(window.skipped, loss)
+        progress.window, progress.seconds_at_line = Window(), now
+        if console is not None:
+            figures = {"loss": loss, "act_steps": metrics["mean_act_steps"]}
+            console.line(progress.step, task.done.examples, figures, memory)
 
-    @property
-    def finished_depths(self) -> list[int]:
-        """ACT steps taken by each of this rank's rows that left in the last optimizer step."""
+    def _warn(self, skipped: int, loss: float | None) -> None:
+        """Report skipped steps, and a loss that jumps."""
+        progress = self.trainer.progress
+        if skipped:
+            tqdm.write(f"step {progress.step}: {skipped} steps skipped, whose loss or gradient wasn't finite")
+        if loss is None:
+            return
+        usual = statistics.median(progress.losses) if len(progress.losses) == _SPIKE_LINES else loss
+        if loss > _SPIKE_FACTOR * usual + _SPIKE_NATS:
+            tqdm.write(
+                f"step {progress.step}: the loss has jumped to {loss:.3f} from about {usual:.3f}; if it stays there, "
+                "lower lr or set grad_clip"
+            )
+        progress.losses = [*progress.losses, loss][-_SPIKE_LINES:]
 
-    def admit(self, step: int) -> None:
-        """Take the rows that enter with optimizer step number `step`, from 1, if there are any left."""
+    def _evaluate(self) -> dict[str, Any]:
+        """Measure the weights, or their average if there is one; returns what is kept of it."""
+        trainer, progress = self.trainer, self.trainer.progress
+        self._loss = None
+        metrics: dict[str, Any] = {"step": progress.step, "examples": self.task.done.examples}
+        with trainer.averaged_weights():
+            report = self._measure(progress.step)
+        if report is not None:
+            metrics["test"] = report
+            self._loss = float(report[self.task.loss_name])
+            progress.early_stopping.observe(self._loss, self.config.early_stopping)
+            if self._logger is not None:
+                self._logger.evaluation(metrics)
+        if self._logger is not None and self.config.plot:
+            with _reported():
+                draw_runs([self.folder], self.folder / "run.png")
+        return metrics
 
-    def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at optimizer step number `step`, from 1, once its rows are taken."""
+    def _state(self) -> TrainerState:
+        """What the run resumes from; of ranks but the first, their part of it."""
+        logs = {} if self._logger is None else self._logger.state()
+        self.trainer.progress = replace(self.trainer.progress, seconds=self._seconds(), **logs)
+        return self.trainer.state()
 
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of one optimizer step. Rows have moved on when the iterator is exhausted."""
+    def _save(self, metrics: Mapping[str, Any], state: TrainerState | None = None) -> None:
+        """Write a checkpoint to resume from `state`, by default the present one, which all ranks gather."""
+        trainer, step, keep = self.trainer, self.trainer.progress.step, self.config.checkpoint
+        state = state or self._state()
+        folder = self.folder / f"step_{step}"
+        if self._logger is not None:
+            average = trainer.ema.average if trainer.ema is not None else None
+            self._write_checkpoint(folder, Snapshot(step, trainer.model.state_dict(), average, metrics, state))
+            if keep.keep_last is not None:
+                keep_best = max(keep.keep_best, self.config.early_stopping.patience is not None)
+                prune_checkpoints(self.folder, keep.keep_last, keep_best, self.task.loss_name)
+        self._saved, self._saved_at = folder, time.perf_counter()
 
-    def after_step(self, lr_factor: float) -> None:
-        """Called after each applied step, at this share of the peak learning rate: update what the optimizer does not own."""
+    def _end_early(self, metrics: Mapping[str, Any] | None) -> None:
+        """End a run that has data left: its last line, evaluation (unless this step has its own, `metrics`) and checkpoint.
 
-    def after_skipped_step(self) -> None:
-        """Called after a step that was skipped: let no row carry on what isn't finite."""
+        The checkpoint knows the run as it was before them. So a run that is resumed, because it may now take longer, takes them out
+        of its logs, and is the one that never ended here.
+        """
+        state, window = self._state(), self.trainer.progress.window
+        if window.steps or window.skipped:
+            self._log()
+        self._save(metrics or self._evaluate(), state)
 
-    def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What is logged of some steps, from their micro-batches' sums: the same for any number of ranks and micro-batches."""
+    def _finished(self, already: bool = False) -> RunResult:
+        """What the run has come to, and say why it ended, if not because its data did."""
+        assert self._saved is not None
+        if self._end_reason is not None:
+            ended = "has ended already" if already else "ends"
+            self.ranks.say(
+                f"the run {ended} at step {self.trainer.progress.step}: {self._end_reason}; to go on, raise that and give "
+                f"resume=auto run_name={self.folder.name}"
+            )
+            if already and self._loss is None:
+                # It was saved there for another reason, before the limit was set or by the clock.
+                self._evaluate()
+        if self.ranks.is_first and self.config.report and not already:
+            with _reported():
+                write_report([self.folder], self.folder / "report.html")
+        if self.ranks.is_first and self.config.early_stopping.patience is not None:
+            [best, *_] = best_checkpoints(self.folder, self.task.loss_name) or [self._saved]
+            self.ranks.say(f"best checkpoint {best}")
+        return RunResult(self._saved, self._loss)
 
-    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What is logged with the times of those steps: how they were computed, which is not."""
+    def _seconds(self) -> float:
+        """Since the run began, without the time it was stopped."""
+        return time.perf_counter() - self._begun_at
 
-    def state(self) -> TrainerState:
-        """The position in the data, and what rows of all ranks carry from step to step, between two steps."""
+    def _is_over_time(self, seconds: float) -> bool:
+        return self.config.max_minutes is not None and seconds >= 60 * self.config.max_minutes
 
-    def load_state(self, state: TrainerState) -> None:
-        """Go on from `state`."""
+    def _is_save_due(self, step: int) -> bool:
+        when = self.config.checkpoint
+        by_clock = when.every_minutes is not None and time.perf_counter() - self._saved_at >= 60 * when.every_minutes
+        return by_clock or (when.every_steps is not None and step % when.every_steps == 0)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, for logging: sums and depths of this rank, the rest of all. Tensors are left on the device."""
-
-    step: int
-    lr: float
-    """Of AdamATan2."""
-    weight: int
-    """What the step's gradient was divided by."""
-    grad_norm: float
-    """Of the gradient as it would be without clipping; not finite if the step was skipped."""
-    skipped: bool
-    """The loss or the gradient wasn't finite: no weight has moved."""
-    sums: dict[str, Tensor | int]
-    finished_depths: list[int]
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Report what keeps a picture or a page from being written, and keep training."""
+    try:
+        yield
+    except UsageError as error:
+        tqdm.write(str(error))
 
 
 class Trainer:
-    """A model with its optimizer and moving average, trained on a task, by one rank or several that hold the same weights."""
+    """A model with its optimizer and moving average, trained on a task by one rank, or by several that hold the same weights."""
 
-    def __init__(self, config: TrainingConfig, model: nn.Module, task: Task, ranks: Ranks | None = None) -> None:
-        self.config = config
-        self.model = model
-        self.task = task
-        self.ranks = ranks or Ranks()
-        self.step_number = 0
-        self.skipped_in_a_row = 0
+    def __init__(self, config: TrainingConfig, model: RecursiveModel, task: Task, ranks: Ranks | None = None) -> None:
+        self.config, self.model, self.task, self.ranks = config, model, task, ranks or Ranks()
         self.optimizer = ModelOptimizer(config, model)
         self.ema = EMA(model, config.ema_rate) if config.ema else None
+        self.progress = RunProgress()
 
     def steps(self) -> Iterator[StepResult]:
-        """Train until the task has no row left in work.
+        """Train to the end of the task's data.
 
         Raises UsageError when `skip_limit` steps in a row had to be skipped.
         """
-        self.task.admit(self.step_number + 1)
-        while self.task.busy:
-            yield self._step()
-            if self.skipped_in_a_row >= self.config.skip_limit:
+        while self.task.done.examples < self.task.total.examples:
+            result = self.step()
+            yield result
+            if self.progress.skipped_in_a_row >= self.config.skip_limit:
                 raise UsageError(
-                    f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.step_number}: lower lr, set "
-                    "grad_clip, raise lr_warmup_steps, or use arch.forward_dtype=float32; no weight has moved since, and earlier "
-                    "checkpoints of the run are kept"
+                    f"no finite gradient in {self.progress.skipped_in_a_row} steps in a row, up to step {result.step}: lower lr, "
+                    "set grad_clip, raise lr_warmup_steps, or use arch.forward_dtype=float32; no weight has moved since, and "
+                    "earlier checkpoints of the run are kept"
                 )
-            self.task.admit(self.step_number + 1)
 
-    def _step(self) -> StepResult:
-        lr_factor = self.task.lr_factor(self.step_number + 1)
+    def step(self) -> StepResult:
+        """One optimizer step, of all ranks together."""
+        config, progress = self.config, self.progress
+        progress.step += 1
+
+        # Forward and backward, a micro-batch at a time.
+        batch = self.task.next_batch(progress.step)
         self.optimizer.zero_grad()
-        losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
-        for micro_batch in self.task.micro_batches():
+        losses, weight, sums, depths = list[Tensor](), 0, dict[str, Tensor | int](), list[Tensor]()
+        for micro_batch in batch.micro_batches:
             micro_batch.loss.backward()
             losses.append(micro_batch.loss.detach())
             weight += micro_batch.weight
+            depths.append(micro_batch.finished_depths)
             for name, value in micro_batch.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
-        weight, grad_norm = self._reduce_gradients(losses, weight)
-        skipped = not math.isfinite(grad_norm)
-        if skipped:
-            self.skipped_in_a_row += 1
-            self.task.after_skipped_step()
-        else:
-            self.skipped_in_a_row = 0
-            self.optimizer.step(lr_factor)
-            self.task.after_step(lr_factor)
-            if self.ema is not None:
-                self.ema.update(self.model)
-        self.step_number += 1
-        return StepResult(
-            step=self.step_number,
-            lr=self.config.lr * lr_factor,
-            weight=weight,
-            grad_norm=grad_norm,
-            skipped=skipped,
-            sums=sums,
-            finished_depths=self.task.finished_depths,
-        )
 
-    def _reduce_gradients(self, losses: list[Tensor], weight: int) -> tuple[int, float]:
-        """Sum gradients over ranks, divide by the weight of all micro-batches, clip; that weight, and the norm before clipping.
-
-        The norm is not finite if a loss isn't. Reading it is the one time in a step that the host waits for the device: whether
-        weights may move depends on it.
-        """
+        # Sum over ranks. One that has run out of rows has no gradients, but must add zeros where the others have some.
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # A rank that has run out of rows has no gradients, but must add zeros where the others have some.
         weight, *with_gradient = map(int, self.ranks.sum_numbers([weight, *(p.grad is not None for p in parameters)]))
         reached = [p for p, ranks in zip(parameters, with_gradient, strict=True) if ranks]
         for p in reached:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in reached if p.grad is not None]
         # No parameter is reached where only the puzzles' vectors learn.
-        zero = grads[0].new_zeros(()) if grads else torch.zeros((), device=losses[0].device)
+        zero = grads[0].new_zeros(()) if grads else torch.zeros((), device=self.model.device)
         loss = torch.stack(losses).sum().to(zero.dtype) if losses else zero
         self.ranks.sum_([*grads, loss])
         # Divided once, at the end: by then the micro-batches of all ranks have said what they sum over.
         if grads:
             torch._foreach_div_(grads, float(max(1, weight)))
-        norm = torch.nn.utils.get_total_norm(grads)
-        grad_norm = float(norm + 0 * loss)
-        if self.config.grad_clip is not None and grad_norm > self.config.grad_clip:
-            torch._foreach_mul_(grads, self.config.grad_clip / grad_norm)
-        return weight, grad_norm
+
+        # Clip. The norm isn't finite where the loss isn't. Reading it is the one time that the loop waits for the device.
+        grad_norm = float(torch.nn.utils.get_total_norm(grads) + 0 * loss)
+        if config.grad_clip is not None and grad_norm > config.grad_clip:
+            torch._foreach_mul_(grads, config.grad_clip / grad_norm)
+
+        # Move the weights and their average, or skip the step.
+        skipped = not math.isfinite(grad_norm)
+        if skipped:
+            progress.skipped_in_a_row += 1
+        else:
+            progress.skipped_in_a_row = 0
+            self.optimizer.step(batch.lr_factor)
+            if self.ema is not None:
+                self.ema.update(self.model)
+        finished_depths = torch.cat(depths).tolist() if depths else []
+        return StepResult(
+            step=progress.step,
+            lr=config.lr * batch.lr_factor,
+            weight=weight,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            sums=sums,
+            finished_depths=[depth for depth in finished_depths if depth],
+        )
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the model computes with the moving average of its weights, if the run keeps one."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.swapped_in(self.model)
 
     def state(self) -> TrainerState:
-        """Everything that training goes on from, between two steps, but for the weights and their average."""
+        """Everything that training resumes from, between two steps, but for the weights and their average; all ranks must call."""
         task = self.task.state()
         tensors = {**task.tensors, **{_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}}
-        return TrainerState(tensors, {"step": self.step_number, "skipped_in_a_row": self.skipped_in_a_row, **task.values})
+        return TrainerState(tensors, {**self.progress.values(self.ranks, self.config.arch.halt_max_steps), **task.values})
 
     def load_state(self, state: TrainerState, average: Mapping[str, Tensor] | None = None) -> None:
-        """Go on from `state` and the weights' moving `average`, if the run keeps one.
+        """Resume from `state` and the weights' moving `average`, if the run keeps one.
 
         The weights must be loaded, and the task's data stand where the state was taken.
         """
@@ -221,9 +388,11 @@ class Trainer:
         self.optimizer.load_state(own)
         if self.ema is not None:
             if average is None:
-                raise ValueError("this run keeps a moving average, and there is none to go on from")
+                raise ValueError("this run keeps a moving average, and there is none to resume from")
             for name, kept in self.ema.average.items():
                 kept.copy_(average[name])
-        self.step_number = state.values["step"]
-        self.skipped_in_a_row = state.values["skipped_in_a_row"]
+        self.progress = RunProgress.from_values(state.values)
+        if not self.ranks.is_first:
+            # The sums of all ranks are the first one's from here on.
+            self.progress.window = replace(self.progress.window, sums={}, halted_at={})
         self.task.load_state(state)

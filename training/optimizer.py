@@ -1,4 +1,7 @@
-"""What moves a model's weights: AdamATan2, the optimizer of the original work, or with it Muon. Knows no schedule and no loss."""
+"""What moves a model's weights: AdamATan2, the optimizer of the original work, or with it Muon; for puzzles' vectors sign descent.
+
+Knows no schedule and no loss.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,18 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-from config.schema import TrainingConfig
+from config.schema import PretrainPuzzleConfig, TrainingConfig
+from models.act import RecursiveModel
 from models.layers import BlockStack
+from models.sparse_embedding import sign_sgd_
 
 
 class ModelOptimizer:
     """The optimizers of all parameters of a model, which follow one schedule. A parameter without gradient is left alone.
 
     `optimizer=muon` gives `muon_matrices` to torch's Muon (https://kellerjordan.github.io/posts/muon/) at the peak learning rate
-    `muon_lr`; AdamATan2 has all others at `lr`. Muon computes its updates in bfloat16, whatever the format of the weights.
+    `muon_lr`; AdamATan2 has all others at `lr`. Muon computes its updates in bfloat16, whatever the format of the weights. Puzzles'
+    vectors, which are no parameters, follow the sign of their gradient at `puzzle_emb_lr`.
     """
 
-    def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
+    def __init__(self, config: TrainingConfig, model: RecursiveModel) -> None:
+        self._config = config
+        self._puzzle_emb = model.puzzle_emb
         self._parameters = dict(model.named_parameters())
         self._peak_rates: dict[Optimizer, float] = {}
         self._owners: dict[nn.Parameter, Optimizer] = {}
@@ -36,6 +44,8 @@ class ModelOptimizer:
         """Forget all gradients."""
         for p in self._owners:
             p.grad = None
+        if self._puzzle_emb is not None:
+            self._puzzle_emb.forget_gradient()
 
     def step(self, lr_factor: float) -> None:
         """Update every parameter with a gradient, at this share of its peak learning rate."""
@@ -43,6 +53,9 @@ class ModelOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * lr_factor
             optimizer.step()
+        config = self._config
+        if self._puzzle_emb is not None and isinstance(config, PretrainPuzzleConfig):
+            sign_sgd_(self._puzzle_emb, config.puzzle_emb_lr * lr_factor, config.puzzle_emb_weight_decay)
 
     def state(self) -> dict[str, Tensor]:
         """What is kept of each parameter that has had a gradient, by "<what>.<name of the parameter>"; a count has no dimension."""
@@ -53,7 +66,7 @@ class ModelOptimizer:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the `state` of an optimizer of the same kind. Parameters that it doesn't name have never had a gradient."""
+        """Resume from the `state` of an optimizer of the same kind. Parameters that it doesn't name have never had a gradient."""
         for place, value in state.items():
             what, name = place.split(".", 1)
             p = self._parameters[name]

@@ -4,7 +4,7 @@ As in the original, every optimizer step is one ACT step of every slot and takes
 slots that are still at work are discarded. Shape suffixes as in models/layers.py; P counts a puzzle vector's positions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +21,8 @@ from models.distributed import Ranks
 from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
-from models.sparse_embedding import sign_sgd_
-from training.loop import MicroBatch
-from training.schedule import learning_rate_at_step
+from training.schedule import lr_factor_by_steps
+from training.task import Batch, MicroBatch, Position
 
 # Separates this module's draws from others that are keyed by the same seed.
 _EXPLORATION_DRAW = 2
@@ -72,22 +71,7 @@ class Carry:
 class PuzzleTask:
     """The puzzles of a run: slots, what they carry, and the place in the data."""
 
-    unit = "ex"
     loss_name = "lm_loss"
-    # Over the rows of a step; "halted" and what follows over those that halted in it and have a label.
-    sum_names = (
-        "tokens",
-        "supervised",
-        "rows",
-        "lm_loss",
-        "q_halt_loss",
-        "q_continue_loss",
-        "halted",
-        "accuracy",
-        "exact_accuracy",
-        "q_halt_accuracy",
-        "steps",
-    )
 
     def __init__(self, config: PretrainPuzzleConfig, model: RecursiveModel, data: PuzzleData, ranks: Ranks | None = None) -> None:
         """Raises UsageError if the data doesn't fill a batch."""
@@ -96,7 +80,6 @@ class PuzzleTask:
         self.ranks = ranks or Ranks()
         self.total_steps = data.metadata.total_steps(config.epochs, config.global_batch_size)
         self.steps_done = 0
-        self.finished_depths: list[int] = []
         self._batches = TrainBatches(
             data,
             global_batch_size=config.global_batch_size,
@@ -108,7 +91,7 @@ class PuzzleTask:
         self._iterations_done = 0
         self._iteration = self._batches.iteration()
         self._place = self._place_in_data()
-        self._batch = self._next_batch()
+        self._batch = self._read_batch()
         if self._batch is None:
             raise UsageError(
                 f"global_batch_size {config.global_batch_size} is more than the examples that eval_interval={config.eval_interval} "
@@ -121,41 +104,39 @@ class PuzzleTask:
         self._mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
 
     @property
-    def busy(self) -> bool:
-        """Whether there is a batch for another step; the rows still at work when there is none are left as they are."""
-        return self._batch is not None
+    def total(self) -> Position:
+        """Examples of the run, as the original estimates them for its schedule, and epochs, as the config says."""
+        return Position(self.total_steps * self.config.global_batch_size, self.config.epochs)
 
     @property
-    def total(self) -> int:
-        """Examples of the run, as the original estimates them for its schedule."""
-        return self.total_steps * self.config.global_batch_size
+    def done(self) -> Position:
+        """Examples that the loader has handed out, all once it has no more; its whole iterations, in epochs."""
+        examples = self.total.examples if self._batch is None else self.steps_done * self.config.global_batch_size
+        return Position(examples, self._iterations_done * self.config.eval_interval)
 
-    @property
-    def done(self) -> int:
-        """Examples that the loader has handed out; `total` once it has no more."""
-        return self.steps_done * self.config.global_batch_size if self.busy else self.total
-
-    @property
-    def epochs(self) -> int:
-        """As the config says: the loader's iterations, in epochs."""
-        return self.config.epochs
-
-    @property
-    def epochs_done(self) -> int:
-        """Whole iterations of the loader, in epochs."""
-        return self._iterations_done * self.config.eval_interval
-
-    def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rates at that step."""
-        config = self.config
+    def next_batch(self, step: int) -> Batch:
+        """One ACT step of every slot; the rows that are at work when there is no further batch are left as they are."""
+        config, rows = self.config, len(self._part)
+        assert self._batch is not None
+        self._enter(self._batch)
+        drawn = exploration(
+            config.seed, self.steps_done, config.global_batch_size, config.arch.halt_exploration_prob, config.arch.halt_max_steps
+        )
+        minimum_B = on_device(drawn[self._part.start : self._part.stop], self.model.device)
+        self.steps_done = step
+        self._place = self._place_in_data()
+        self._batch = self._read_batch()
         last = min(self.total_steps, config.max_steps or self.total_steps)
-        return learning_rate_at_step(step, last, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps)
+        at_once = config.micro_batch_size or rows
+        parts = (slice(start, start + at_once) for start in range(0, rows, at_once))
+        return Batch(
+            lr_factor_by_steps(step, last, min_ratio=config.lr_min_ratio, warmup_steps=config.lr_warmup_steps),
+            (self._act_step(part, minimum_B[part]) for part in parts),
+        )
 
-    def admit(self, step: int) -> None:
-        """Give the next batch's rows, with fresh states, to the free slots of the same place; those for others are discarded."""
-        batch, carry = self._batch, self.carry
-        if batch is None:
-            return
+    def _enter(self, batch: PuzzleBatch) -> None:
+        """Give the rows of `batch`, with fresh states, to the free slots of the same place; those for others are discarded."""
+        carry = self.carry
         free_B = carry.halted_B
         for target, rows in (
             (carry.inputs_BT, batch.inputs),
@@ -169,29 +150,13 @@ class PuzzleTask:
         carry.steps_B.masked_fill_(free_B, 0)
         carry.halted_B = torch.zeros_like(free_B)
 
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """One ACT step of every slot, `micro_batch_size` at a time."""
-        arch, carry, rows = self.config.arch, self.carry, len(self._part)
-        minimum = exploration(
-            self.config.seed, self.steps_done, self.config.global_batch_size, arch.halt_exploration_prob, arch.halt_max_steps
-        )
-        minimum_B = on_device(minimum[self._part.start : self._part.stop], self.model.device)
-        at_once = self.config.micro_batch_size or rows
-        for start in range(0, rows, at_once):
-            yield self._act_step(slice(start, start + at_once), minimum_B[start : start + at_once])
-        # Zeros left out on the host: a GPU would be asked for their number first.
-        self.finished_depths = [depth for depth in (carry.steps_B * carry.halted_B).tolist() if depth]
-        self.steps_done += 1
-        self._place = self._place_in_data()
-        self._batch = self._next_batch()
-
     def _place_in_data(self) -> dict[str, int | str]:
         """Where the next batch comes from."""
         return {"iterations": self._iterations_done, **self._batches.state()}
 
-    def _next_batch(self) -> PuzzleBatch | None:
+    def _read_batch(self) -> PuzzleBatch | None:
         """The loader's next batch, of the next iteration if need be; None at the end of the run."""
-        while self.steps_done < self.total_steps and self.epochs_done < self.config.epochs:
+        while self.steps_done < self.total_steps and self._iterations_done * self.config.eval_interval < self.config.epochs:
             batch = next(self._iteration, None)
             if batch is not None:
                 return batch
@@ -218,12 +183,15 @@ class PuzzleTask:
         loss = row_loss(output_BTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_B2, labels_BT, arch.loss, target_B)
         with torch.no_grad():
             halted_B = halted(arch, halt_logits_B2, steps_B, minimum_B)
-            for kept, new in zip(carry.states, states, strict=True):
-                kept[part] = new
+            # A row whose states aren't finite begins again, or all further steps would be skipped.
+            finite_B = torch.stack([state.isfinite().flatten(1).all(dim=1) for state in states]).all(dim=0)
+            for kept, new, initial in zip(carry.states, states, model.initial_states(1, 1), strict=True):
+                kept[part] = torch.where(finite_B.view(-1, 1, 1), new, initial)
             carry.steps_B[part], carry.halted_B[part] = steps_B, halted_B
             supervised_BT = labels_BT != IGNORE_LABEL_ID
             counted_B = halted_B & supervised_BT.any(dim=1)
             says_right_B = halt_logits_B2[:, 0] >= 0
+            # "halted" and what follows over the rows that halted in this step and have a label, the rest over all.
             of_halted = {
                 "halted": counted_B,
                 "accuracy": loss.accuracy_B,
@@ -240,20 +208,7 @@ class PuzzleTask:
                 "q_continue_loss": loss.continue_bce_B.sum(),
                 **{name: (value_B * counted_B).sum() for name, value_B in of_halted.items()},
             }
-        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums)
-
-    def after_step(self, lr_factor: float) -> None:
-        """Let the puzzles' vectors follow the weights: their own optimizer, learning rate and decay, and the same schedule."""
-        if self.model.puzzle_emb is not None:
-            sign_sgd_(self.model.puzzle_emb, self.config.puzzle_emb_lr * lr_factor, self.config.puzzle_emb_weight_decay)
-
-    def after_skipped_step(self) -> None:
-        """Forget the vectors' gradient, and give initial states again to rows whose states aren't finite."""
-        if self.model.puzzle_emb is not None:
-            self.model.puzzle_emb.take_gradient()
-        broken_B = ~torch.stack([state.isfinite().flatten(1).all(dim=1) for state in self.carry.states]).all(dim=0)
-        for state, initial in zip(self.carry.states, self.model.initial_states(1, 1), strict=True):
-            state[broken_B] = initial[0]
+        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums, finished_depths=steps_B * halted_B)
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Means under the original's names: losses of all rows of the steps, the rest of the rows that halted and have a label."""
@@ -265,18 +220,13 @@ class PuzzleTask:
         # Of no row nothing is known, and nothing is said.
         return {**losses, **(measures if sums["halted"] else {}), "halted_rows": sums["halted"]}
 
-    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Nothing: every position of a row is computed."""
-        return {}
-
     def state(self) -> TrainerState:
         """Carry of all ranks, and the place in the data: the same for any number of ranks."""
-        rows = self.config.global_batch_size
-        tensors = {name: self.ranks.gather(part, rows) for name, part in self.carry.tensors().items()}
+        tensors = {name: torch.cat(self.ranks.gather(part.cpu())) for name, part in self.carry.tensors().items()}
         return TrainerState(tensors, {"steps_done": self.steps_done, "place_in_data": self._place})
 
     def load_state(self, state: TrainerState) -> None:
-        """Go on from `state`, whatever number of ranks left it. Raises UsageError if it belongs to other data."""
+        """Resume from `state`, whatever number of ranks left it. Raises UsageError if it belongs to other data."""
         for name, target in self.carry.tensors().items():
             target.copy_(state.tensors[name][self._part.start : self._part.stop])
         self.steps_done = state.values["steps_done"]
@@ -284,4 +234,4 @@ class PuzzleTask:
         self._iterations_done = int(self._place["iterations"])
         self._batches.restore(self._place)
         self._iteration = self._batches.iteration()
-        self._batch = self._next_batch()
+        self._batch = self._read_batch()

@@ -1,16 +1,16 @@
 """One run on puzzles from a checked config: its data, how the model is measured, what is kept.
 
-What runs share is in training/run.py. Knows no Hydra.
+The loop itself is in training/loop.py. Knows no Hydra.
 """
 
-from dataclasses import dataclass
+import functools
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, load_weights, read_weights
 from artifacts.puzzle_checkpoint import identifiers_sha256, save_puzzle_checkpoint
+from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import PuzzleData
@@ -18,10 +18,11 @@ from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from models.distributed import Ranks, joined_ranks
+from training.console import say_places, show_evaluation
 from training.estimate import dry_run_puzzles
+from training.loop import Run, RunResult, Trainer
 from training.puzzle import PuzzleTask
-from training.resume import find_resume_point, weights_to_begin_with
-from training.run import Run, RunResult, make_ready
+from training.resume import find_resume_point, initial_weights_path, prepare_model
 
 
 def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
@@ -45,8 +46,8 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
                 )
         test_rows = sum(map(len, test.sets.values()))
         measurement = PuzzleMeasurement(config, test, test_paths)
-        decided = config.model_copy(update={"arch": arch})
-        resume_point.check(decided, {"data_hash": train.data_hash}, ranks.say)
+        resolved = config.model_copy(update={"arch": arch})
+        resume_point.check(resolved, {"data_hash": train.data_hash}, ranks.say)
         model = RecursiveModel(
             arch,
             train.metadata.vocab_size,
@@ -55,11 +56,11 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
         )
         if config.load_checkpoint is not None and resume_point.saved is None:
-            source = weights_to_begin_with(Path(config.load_checkpoint), decided, ranks)
+            source = initial_weights_path(Path(config.load_checkpoint), resolved, ranks)
             load_weights(model, read_weights(source), source, reset_puzzle_embedding=True)
         if config.freeze_weights:
             model.requires_grad_(False)
-        make_ready(model, config, device, resume_point, ranks)
+        prepare_model(model, config, device, resume_point.folder, ranks)
         task = PuzzleTask(config, model, train, ranks)
         train_rows = sum(map(len, train.sets.values()))
         ranks.say(
@@ -69,48 +70,36 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
         if config.dry_run:
             dry_run_puzzles(config, model, task, train, ranks)
             return None
-        job = _PuzzleJob(
-            config, model, task, train, identifiers_sha256(config.data_paths), measurement, test_rows, resume_point.folder, ranks
-        )
-        result = Run(config, job, resume_point, ranks).train()
-        ranks.say(f"checkpoint {result.checkpoint}")
+        result = Run(
+            Trainer(config, model, task, ranks),
+            resume_point,
+            evaluate=lambda step: _evaluate(measurement, config, model, resume_point.folder, ranks, step),
+            evaluation_rows=test_rows,
+            save=functools.partial(
+                save_puzzle_checkpoint, config=config, data=train, identifiers=identifiers_sha256(config.data_paths)
+            ),
+        ).train()
+        say_places(result.checkpoint, ranks.say)
         return result
 
 
-@dataclass
-class _PuzzleJob:
-    """Training on puzzles, as training/run.py needs to know it."""
-
-    config: PretrainPuzzleConfig
-    model: RecursiveModel
-    task: PuzzleTask
-    data: PuzzleData
-    identifiers: str
-    measurement: PuzzleMeasurement
-    evaluation_rows: int
-    folder: Path
-    ranks: Ranks
-
-    def evaluate(self, step: int) -> dict[str, Any] | None:
-        """Measure every row of the test split, of which each rank takes a share."""
-        report: dict[str, Any] = self.ranks.agree(
-            self.measurement.measure(
-                self.model,
-                self.folder,
-                f"test_step_{step}",
-                save=self.config.eval_save_outputs,
-                rank=self.ranks.rank,
-                ranks=self.ranks.size,
-                sum_over_ranks=self.ranks.sum_numbers,
-            )
+def _evaluate(
+    measurement: PuzzleMeasurement, config: PretrainPuzzleConfig, model: RecursiveModel, folder: Path, ranks: Ranks, step: int
+) -> dict[str, Any]:
+    """Measure every row of the test split, of which each rank takes a share."""
+    report: dict[str, Any] = ranks.agree(
+        measurement.measure(
+            model,
+            folder,
+            f"test_step_{step}",
+            save=config.eval_save_outputs,
+            rank=ranks.rank,
+            ranks=ranks.size,
+            sum_over_ranks=ranks.sum_numbers,
         )
-        if self.ranks.is_first:
-            numbers = {name: value for name, value in report.items() if isinstance(value, float)}
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-            curve = " ".join(f"{share:.3f}" for share in report["exact_accuracy_by_act_step"])
-            tqdm.write(f"  exact_accuracy by ACT step: {curve}")
-        return report
-
-    def save(self, folder: Path, snapshot: Snapshot) -> None:
-        """The checkpoint, with the description of its data."""
-        save_puzzle_checkpoint(folder, snapshot, config=self.config, data=self.data, identifiers=self.identifiers)
+    )
+    if ranks.is_first:
+        show_evaluation(step, report)
+        curve = " ".join(f"{share:.3f}" for share in report["exact_accuracy_by_act_step"])
+        tqdm.write(f"  exact_accuracy by ACT step: {curve}")
+    return report

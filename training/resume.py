@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or with the newest whole checkpoint that it left. Builds nothing and knows not what is trained.
+"""How a run begins: anew, with another run's weights, or with the newest whole checkpoint that it left. Knows no task.
 
 A run is only gone on with where that is safe: damage is told and an older checkpoint taken, another run's is refused, and nothing
 starts from zero that was begun before, unless it is asked to.
@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from artifacts.checkpoint import (
     SavedRun,
     checkpoints_of,
-    clear_remains,
     newest_checkpoint,
     read_saved_run,
     read_settings,
     step_of,
 )
+from artifacts.retention import remove_partial_checkpoints
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
+from models.act import RecursiveModel
+from models.device import set_matmul_precision, should_compile
 from models.distributed import Ranks
 
 # Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
@@ -80,8 +84,8 @@ def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePo
     Within the block the folder belongs to this run: rank 0 holds its lock. Damaged checkpoints that are newer are moved aside,
     out of the way of those to come. A dry run takes no lock and changes nothing. Raises UsageError if the run can't begin.
     """
-    with contextlib.ExitStack() as held:
-        found = _find(config, ranks.say, held) if ranks.is_first else None
+    with contextlib.ExitStack() as lock:
+        found = _find(config, ranks.say, lock) if ranks.is_first else None
         place = ranks.agree(None if found is None else [str(found.folder), found.saved and str(found.saved.folder)])
         if found is None:
             folder, checkpoint = place
@@ -89,7 +93,18 @@ def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePo
         yield found
 
 
-def weights_to_begin_with(path: Path, config: TrainingConfig, ranks: Ranks) -> Path:
+def prepare_model(model: RecursiveModel, config: TrainingConfig, device: torch.device, folder: Path, ranks: Ranks) -> None:
+    """Bring `model` to where and how it is trained, and say so of the run in `folder`."""
+    model.to(device)
+    set_matmul_precision(config.tf32, device)
+    if should_compile(config.compile, device):
+        model.compile_levels()
+    parameters = sum(p.numel() for p in model.parameters())
+    processes = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    ranks.say(f"run {folder}: {parameters:,} parameters, {device.type}, {model.config.forward_dtype}{processes}")
+
+
+def initial_weights_path(path: Path, config: TrainingConfig, ranks: Ranks) -> Path:
     """What `load_checkpoint=path` names: a file of weights or a checkpoint, of a run's folder its newest; rank 0 decides for all.
 
     Says which checkpoint it is, and where its settings differ from the run's `config`, which takes over weights and nothing else.
@@ -105,7 +120,7 @@ def weights_to_begin_with(path: Path, config: TrainingConfig, ranks: Ranks) -> P
     return source
 
 
-def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.ExitStack) -> ResumePoint:
+def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.ExitStack) -> ResumePoint:
     check_folder_name("project_name", config.project_name)
     if config.run_name is not None:
         check_folder_name("run_name", config.run_name)
@@ -120,7 +135,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
     if config.resume is None and not is_unnamed:
         _refuse_to_overwrite(folder)
     if not config.dry_run:
-        folder = held.enter_context(owned_folder(folder, say, is_new=is_unnamed))
+        folder = lock.enter_context(owned_folder(folder, say, is_new=is_unnamed))
     # From here on no other process changes what is in it; one may have until now.
     if config.resume is None:
         _refuse_to_overwrite(folder)
@@ -130,7 +145,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], held: contextlib.E
         say(f"{folder} has no checkpoint yet: beginning at step 0")
         return ResumePoint(folder)
     if not config.dry_run:
-        clear_remains(folder)
+        remove_partial_checkpoints(folder)
     damaged: list[Path] = []
     for checkpoint in reversed(candidates):
         try:

@@ -1,10 +1,16 @@
-"""When a run is evaluated, and when it ends before its data does. Numbers only; must not know what is trained."""
+"""When a run is evaluated, and when it ends before its data does. Must not know what is trained."""
 
+import contextlib
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
 
 from config.schema import EarlyStoppingConfig, TrainingConfig
+from training.task import Position
 
 # What eval_every_steps=auto aims at: so many evaluations, and at least so many trained rows for each evaluated one. A row costs
 # about 0.7 of a trained one to evaluate, so that evaluations take less than a tenth of the run.
@@ -14,73 +20,55 @@ _TRAINED_PER_EVALUATED = 8
 _LEAST_TRAINED_BETWEEN = 1000
 
 
-class Position(NamedTuple):
-    """Where a run stands between two optimizer steps."""
-
-    step: int
-    """Optimizer steps taken."""
-    examples: int
-    """Examples trained."""
-    epochs: int
-    """Whole passes over the training split."""
-
-
-def automatic_evaluations(config: TrainingConfig, examples: int, epochs: int, rows: int) -> int:
+def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) -> int:
     """How many evaluations, evenly spaced over the run, `eval_every_steps=auto` adds to those of `eval_interval`; 0: none.
 
     Ten, or fewer: a thousand examples are trained between two of them at least, and eight for each row that one measures.
-    examples, epochs: of the whole run. rows: what one evaluation measures.
+    total: of the whole run. rows: what one evaluation measures.
     """
     if config.eval_every_steps != "auto" or rows == 0:
         return 0
     # With max_steps, the most that can be trained until then.
-    trained = examples if config.max_steps is None else min(examples, config.max_steps * config.global_batch_size)
+    trained = total.examples if config.max_steps is None else min(total.examples, config.max_steps * config.global_batch_size)
     count = min(_AUTOMATIC_EVALUATIONS, trained // max(_LEAST_TRAINED_BETWEEN, _TRAINED_PER_EVALUATED * rows))
-    by_epochs = epochs * trained // (examples * config.eval_interval)
+    by_epochs = total.epochs * trained // (total.examples * config.eval_interval)
     return count if count > by_epochs else 0
 
 
-def is_evaluation_due(config: TrainingConfig, automatic: int, examples: int, before: Position, now: Position) -> bool:
-    """Whether the run is evaluated at `now`, one optimizer step after `before`.
+def is_evaluation_due(config: TrainingConfig, automatic: int, total: Position, step: int, before: Position, now: Position) -> bool:
+    """Whether the run is evaluated after optimizer step number `step`, which has taken it from `before` to `now`.
 
-    automatic: `automatic_evaluations`. examples: of the whole run.
+    automatic: `automatic_evaluations`. total: of the whole run.
     """
     if now.epochs // config.eval_interval > max(before.epochs // config.eval_interval, config.unevaluated_intervals):
         return True
     if isinstance(config.eval_every_steps, int):
-        return now.step % config.eval_every_steps == 0
+        return step % config.eval_every_steps == 0
 
-    def part(position: Position) -> int:
-        by_steps = 0 if config.max_steps is None else automatic * position.step // config.max_steps
-        return max(by_steps, automatic * position.examples // examples)
+    def part(step: int, position: Position) -> int:
+        by_steps = 0 if config.max_steps is None else automatic * step // config.max_steps
+        return max(by_steps, automatic * position.examples // total.examples)
 
-    return part(now) > part(before)
+    return part(step, now) > part(step - 1, before)
 
 
+@dataclass
 class EarlyStopping:
     """Counts the evaluations since the held-out loss was last lower than before."""
 
-    def __init__(self, config: EarlyStoppingConfig, state: Mapping[str, Any] | None = None) -> None:
-        """`state`: of the run that is resumed."""
-        self._config = config
-        self._best: float | None = None if state is None else state["best"]
-        self._waited: int = 0 if state is None else state["waited"]
+    best: float | None = None
+    waited: int = 0
 
-    def observe(self, loss: float) -> None:
+    def observe(self, loss: float, config: EarlyStoppingConfig) -> None:
         """Count an evaluation. One without a finite loss is no improvement."""
-        if math.isfinite(loss) and (self._best is None or loss < self._best - self._config.min_delta):
-            self._best, self._waited = loss, 0
+        if math.isfinite(loss) and (self.best is None or loss < self.best - config.min_delta):
+            self.best, self.waited = loss, 0
         else:
-            self._waited += 1
+            self.waited += 1
 
-    @property
-    def is_over(self) -> bool:
+    def is_over(self, config: EarlyStoppingConfig) -> bool:
         """Whether the run's patience has run out."""
-        return self._config.patience is not None and self._waited >= self._config.patience
-
-    def state(self) -> dict[str, Any]:
-        """JSON values to resume from."""
-        return {"best": self._best, "waited": self._waited}
+        return config.patience is not None and self.waited >= config.patience
 
 
 def reason_to_end(config: TrainingConfig, step: int, time_is_up: bool, early_stopping: EarlyStopping) -> str | None:
@@ -89,7 +77,37 @@ def reason_to_end(config: TrainingConfig, step: int, time_is_up: bool, early_sto
         return f"max_steps={config.max_steps} is reached"
     if time_is_up:
         return f"max_minutes={config.max_minutes:g} are over"
-    if early_stopping.is_over:
+    if early_stopping.is_over(config.early_stopping):
         patience = config.early_stopping.patience
         return f"{patience} evaluations in a row have not lowered the held-out loss (early_stopping.patience={patience})"
     return None
+
+
+class StopRequest:
+    """The first signal that asked for an end; 0: none has."""
+
+    signal_number = 0
+
+
+@contextlib.contextmanager
+def first_signal() -> Iterator[StopRequest]:
+    """Within the block SIGTERM and SIGINT are noted instead of obeyed; a second Ctrl-C is obeyed at once.
+
+    Not the second where torchrun passes on what the terminal has sent already.
+    """
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal_number = request.signal_number or number
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,7 +4,7 @@ Knows no files, no optimizer, and prints nothing. Shape suffixes as in models/la
 is never computed), N the supervised ones among them, S the ACT steps with a loss.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +22,8 @@ from models.device import on_device
 from models.distributed import Ranks
 from models.layers import TOKEN_MULTIPLE, TokenRows
 from models.losses import token_loss
-from training.loop import MicroBatch
-from training.schedule import act_steps_at, expected_examples, learning_rate
+from training.schedule import act_steps_at, expected_examples, lr_factor_by_examples
+from training.task import Batch, MicroBatch, Position
 
 
 class ExampleIterator(Protocol):
@@ -39,11 +39,7 @@ class ExampleIterator(Protocol):
 class TextTask:
     """The conversations of a run, `global_batch_size` of them an optimizer step."""
 
-    unit = "ex"
     loss_name = "loss_per_token"
-    # "tokens" and "attended" over all ACT steps; what follows over supervised tokens at the deepest one, but for the last two: the
-    # tokens of optimizer steps with several ACT steps, and their loss at the first.
-    sum_names = ("tokens", "attended", "supervised", "nll", "halt_bce", "correct", "supervised_first", "nll_first")
 
     def __init__(
         self,
@@ -56,49 +52,41 @@ class TextTask:
         self.config = config
         self.model = model
         self.ranks = ranks or Ranks()
-        self.total = curriculum.total
         self.admitted = 0
-        self.done = 0
-        self.act_steps = 0
-        self.finished_depths: list[int] = []
         self._curriculum = curriculum
         self._stream = stream
         multiple = config.pad_multiple
         self._rotary = model.rotary(torch.arange(-(-(config.dataset.seq_len + TOKEN_MULTIPLE) // multiple) * multiple))
         self._part = self.ranks.part(config.global_batch_size)
-        self._examples: list[Example] = []
 
     @property
-    def busy(self) -> bool:
-        """Whether any rank has a row to train."""
-        return self.done < self.admitted
+    def total(self) -> Position:
+        """Examples and rounds of all stages."""
+        return self._position(self._curriculum.total)
 
     @property
-    def epochs(self) -> int:
-        """Rounds of all stages."""
-        return self._curriculum.rounds_before(self.total)
+    def done(self) -> Position:
+        """Examples and rounds trained; batches flow over the ends of rounds, so the last few examples may be of the next one."""
+        return self._position(self.admitted)
 
-    @property
-    def epochs_done(self) -> int:
-        """ExampleIterator trained, in epochs; batches flow over epoch ends, so the last few may be of the next one."""
-        return self._curriculum.rounds_before(self.done)
+    def _position(self, examples: int) -> Position:
+        return Position(examples, self._curriculum.rounds_before(examples))
 
     @property
     def expected(self) -> float:
-        """ExampleIterator that the run comes to, where its schedules end."""
-        return expected_examples(self.config, self.total)
+        """Examples that the run comes to, where its schedules end."""
+        return expected_examples(self.config, self._curriculum.total)
 
-    def lr_factor(self, step: int) -> float:
+    def _lr_factor(self) -> float:
         """Share of the peak learning rate at the examples admitted so far."""
         config, admitted, begin, end = self.config, self.admitted, 0, self.expected
         if config.lr_schedule == "stage":
             stage = self._curriculum.stage_of(admitted - 1)
             begin = self._curriculum.begin_of(stage)
             end = min(end, begin + self._curriculum.stages[stage].total)
-        return learning_rate(
+        return lr_factor_by_examples(
             admitted - begin,
             end - begin,
-            base=1.0,
             min_ratio=config.lr_min_ratio,
             warmup_steps=config.lr_warmup_steps,
             batch_size=config.global_batch_size,
@@ -116,16 +104,12 @@ class TextTask:
             "supervised_tokens": tokens,
         }
 
-    def timing(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Of the positions that attention computed, the share that was padding."""
-        return {"attention_padding": 1 - sums["tokens"] / max(1, sums["attended"])}
-
     def state(self) -> TrainerState:
         """The number of examples admitted: the same for any number of ranks."""
         return TrainerState({}, {"admitted": self.admitted})
 
     def load_state(self, state: TrainerState) -> None:
-        """Go on from `state`; the stream must already stand at example number `admitted`.
+        """Resume from `state`; the stream must already stand at example number `admitted`.
 
         Raises UsageError for a state with rows halfway through their ACT steps, as earlier versions left it.
         """
@@ -134,29 +118,24 @@ class TextTask:
                 "the checkpoint is of an earlier version, which took an optimizer step after each ACT step of a row, and can't be "
                 "gone on with: begin another run with its weights (run_name, load_checkpoint)"
             )
-        self.admitted = self.done = state.values["admitted"]
+        self.admitted = state.values["admitted"]
 
-    def admit(self, step: int) -> None:
-        """Take the next examples of the run's order, of which this rank reads its part."""
-        self.act_steps = act_steps_at(self.config, step, self.admitted / self.expected)
-        count = min(self.config.global_batch_size, self.total - self.admitted)
+    def next_batch(self, step: int) -> Batch:
+        """The next examples of the run's order, of which this rank reads its part."""
+        act_steps = act_steps_at(self.config, step, self.admitted / self.expected)
+        count = min(self.config.global_batch_size, self._curriculum.total - self.admitted)
         begin, end = min(count, self._part.start), min(count, self._part.stop)
         self._stream.skip(begin)
-        self._examples = [next(self._stream)[1] for _ in range(end - begin)]
+        rows = [next(self._stream)[1] for _ in range(end - begin)]
         self._stream.skip(count - end)
         self.admitted += count
-
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """The rows taken, `micro_batch_size` at a time, each through all ACT steps."""
-        rows = self._examples
         at_once = self.config.micro_batch_size or max(1, len(rows))
-        for first in range(0, len(rows), at_once):
-            yield self._micro_batch(rows[first : first + at_once])
-        self.finished_depths = [self.act_steps] * len(rows)
-        self.done = self.admitted
+        parts = (rows[first : first + at_once] for first in range(0, len(rows), at_once))
+        return Batch(self._lr_factor(), (self._micro_batch(part, act_steps) for part in parts))
 
-    def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
-        model, config, device, act_steps = self.model, self.config, self.model.device, self.act_steps
+    def _micro_batch(self, examples: Sequence[Example], act_steps: int) -> MicroBatch:
+        """The loss of some rows, which go through all ACT steps."""
+        model, config, device = self.model, self.config, self.model.device
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
         packing = config.packing
         if model.needs_no_rows or (model.is_compiled and packing == "bucketed"):
@@ -207,6 +186,8 @@ class TextTask:
             values.view(len(weights_S), -1) for values in (loss.nll_N, loss.argmax_N, loss.halt_bce_N)
         )
         has_first = 1 < act_steps == len(weights_S)
+        # "tokens" and "attended" over all ACT steps; what follows over supervised tokens at the deepest one, but for the last two:
+        # the tokens of optimizer steps with several ACT steps, and their loss at the first.
         return MicroBatch(
             loss=loss.total,
             weight=len(supervised),
@@ -217,12 +198,8 @@ class TextTask:
                 "nll": nll_SN[-1].sum(),
                 "halt_bce": halt_bce_SN[-1].sum(),
                 "correct": (argmax_SN[-1] == labels_N).sum(),
-                **({"supervised_first": len(supervised), "nll_first": nll_SN[0].sum()} if has_first else {}),
+                "supervised_first": len(supervised) if has_first else 0,
+                "nll_first": nll_SN[0].sum() if has_first else 0,
             },
+            finished_depths=torch.full((len(examples),), act_steps),
         )
-
-    def after_step(self, lr_factor: float) -> None:
-        """Nothing: all of a language model's weights are the optimizer's."""
-
-    def after_skipped_step(self) -> None:
-        """Nothing: no row outlives its step."""

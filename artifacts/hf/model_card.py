@@ -1,11 +1,10 @@
 """The model card of an exported model: what it is, its data, how it was trained, how it did, how it is used."""
 
-import json
-
 import yaml
 from huggingface_hub import ModelCardData
 
-from artifacts.checkpoint import Checkpoint, read_about, read_train_metrics
+from artifacts.checkpoint import Checkpoint
+from artifacts.report import card_tables
 
 _CARD = """\
 ---
@@ -34,12 +33,9 @@ become a role: what looks like a tag or `<s>` is text. Written for transformers 
 
 ## Data
 
-{sources}. SHA-256 of the training data begins with `{data_hash}`. Rows, and what became of them:
+{sources}. SHA-256 of the training data begins with `{data_hash}`.
 
-```json
 {data}
-```
-
 ## Training
 
 {step:,} optimizer steps of {config.global_batch_size} rows, optimizer `{config.optimizer}`, peak learning rate {config.lr:g};
@@ -54,12 +50,7 @@ these are {weights}.
 
 ## Results
 
-Measured when the checkpoint was saved. `loss_per_token` is in nats, `bits_per_byte` of the answers' text.
-
-```json
-{metrics}
-```
-
+{results}
 ## Licence
 
 Of the weights: {licence}. The data have licences of their own.
@@ -69,8 +60,8 @@ Of the weights: {licence}. The data have licences of their own.
 def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
     """README.md with the hub's header. licence: an identifier of the hub's, or None for one that wasn't stated."""
     config = checkpoint.config
-    parts = config.sources.values() or [config.dataset]
-    repos = list(dict.fromkeys(part.repo for part in parts if part.repo is not None))
+    sources = config.all_sources.values()
+    repos = list(dict.fromkeys(source.repo for source in sources if source.repo is not None))
     header = ModelCardData(
         license=licence or "unknown",
         library_name="transformers",
@@ -79,7 +70,8 @@ def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
         datasets=repos or None,
     )
     links = [f"[{repo}](https://huggingface.co/datasets/{repo})" for repo in repos]
-    kinds = [f"`{part.source}`" for part in parts if part.repo is None]
+    kinds = [f"`{source.source}`" for source in sources if source.repo is None]
+    data, results = card_tables(checkpoint.folder)
     return _CARD.format(
         header=header.to_yaml(),
         name=config.run_name or checkpoint.folder.parent.name,
@@ -89,10 +81,10 @@ def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
         parameters=sum(tensor.numel() for tensor in checkpoint.weights(ema=True).values()),
         sources=", ".join(dict.fromkeys([*links, *kinds])),
         data_hash=checkpoint.data_hash[:16],
-        data=json.dumps(read_about(checkpoint.folder, set()).get("data"), indent=2),
+        data=data,
         step=checkpoint.step,
         weights="the moving average of the weights" if config.ema else "the last weights",
         settings=yaml.safe_dump(config.model_dump(), sort_keys=False),
-        metrics=json.dumps(read_train_metrics(checkpoint.folder), indent=2),
+        results=results,
         licence=licence or "not stated",
     )

@@ -22,7 +22,7 @@ from models.recursive_reasoning import build_recursion
 
 
 class TRMConfig(PreTrainedConfig):
-    """The architecture, as `arch` of the run that trained it (config/schema.py), and the depth at use."""
+    """The architecture, as `arch` of the run that trained it (config/schema/arch.py), and the depth at use."""
 
     model_type = "tiny_recursive_model"
 

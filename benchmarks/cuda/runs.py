@@ -33,7 +33,7 @@ from dataset.text.loader import ExampleStream
 from evaluators.puzzles import evaluate_puzzles
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
-from training.text import TextTask
+from training.task import Batch
 
 # Of SlimOrca, what an epoch has to train.
 _EPOCH_ROWS = 517_982
@@ -59,17 +59,17 @@ def epoch(scale: Scale) -> Iterator[Case]:
             vocabulary = tokenizer.vocab_size
         trainer = trainer_on(config, rows, vocabulary, compiled=True)
         task, loading = trainer.task, list[float]()
-        assert isinstance(task, TextTask)
-        admit = task.admit
+        next_batch = task.next_batch
 
-        def timed_admit(step: int) -> None:
+        def timed_next_batch(step: int) -> Batch:
             started = time.perf_counter()
-            admit(step)
+            batch = next_batch(step)
             loading.append(time.perf_counter() - started)
+            return batch
 
-        task.admit = timed_admit  # type: ignore[method-assign]
+        task.next_batch = timed_next_batch  # type: ignore[method-assign]
         warm_up, _steps = timed_steps(steps := trainer.steps(), scale.steps, scale)
-        done, begun = task.done, time.perf_counter()
+        done, begun = task.done.examples, time.perf_counter()
         results = [next(steps) for _step in range(scale.epoch_steps)]
         synchronize(scale)
         seconds = time.perf_counter() - begun
@@ -78,7 +78,7 @@ def epoch(scale: Scale) -> Iterator[Case]:
             "data": "generated" if scale.data is None else scale.data.name,
             "ms a step": 1e3 * seconds / scale.epoch_steps,
             "tokens/s": sum(int(result.sums["tokens"]) for result in results) / seconds,
-            "epoch, minutes": _EPOCH_ROWS * seconds / (task.done - done) / 60,
+            "epoch, minutes": _EPOCH_ROWS * seconds / (task.done.examples - done) / 60,
             "loading, ms a step": 1e3 * loaded / scale.epoch_steps,
             "loading, share": loaded / seconds,
             "first steps, s": sum(warm_up),
@@ -156,8 +156,8 @@ def sudoku(scale: Scale) -> Iterator[Case]:
                 with trainer.ema.swapped_in(model):
                     result = evaluate_puzzles(model, test, batch_size=config.global_batch_size, max_batches=1).report()
                 kept = {key: result[key] for key in ("exact_accuracy", "accuracy", "lm_loss")}
-                curve.append({"seconds": spent, "step": trainer.step_number, **kept})
-        pace = (trainer.step_number - len(warm_up)) / spent
+                curve.append({"seconds": spent, "step": trainer.progress.step, **kept})
+        pace = (trainer.progress.step - len(warm_up)) / spent
         return {
             "puzzles": "6x6, generated" if source is None else str(source),
             "batch": config.global_batch_size,

@@ -1,6 +1,6 @@
 """The order of a run's examples: stages one after the other, each a mix of sources. Numbers only; must not know files or tokens.
 
-The n-th example is a function of n, the seed, the stages and the sources' sizes, so a run that goes on needs n alone.
+The n-th example is a function of n, the seed, the stages and the sources' sizes, so a run resumes from n alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from config.errors import UsageError
 from config.schema import StageConfig
 
-# Which of the draws that share (seed, round, stage): the order of a source's rows, or which source comes when.
+# Two kinds of draws share (seed, round, stage): the order of a source's rows, and the order of the sources.
 _ORDER_OF_ROWS, _ORDER_OF_SOURCES = 0, 1
 _DRAWS_AT_ONCE = 4096
 
@@ -25,14 +25,14 @@ class Draw(NamedTuple):
 
     stage: int
     epoch: int
-    """Which pass over its source, counted within the stage."""
+    """Pass over the source, counted within the stage."""
     example_id: int
-    """Row in all sources, one behind the other."""
+    """Row, counted through all sources in their order."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`rounds` times quotas[s] examples of each source s, in an order of their own each time."""
+    """`rounds` times quotas[s] examples of each source s, each time in another order."""
 
     rounds: int
     quotas: tuple[int, ...]
@@ -52,8 +52,8 @@ class Stage:
 class Curriculum:
     """What a run is trained on, in order. sizes: rows of each source.
 
-    In a stage, a source's rows come in one permutation after the other, keyed by (seed, stage, source, pass): none comes twice
-    before all have come once. Where several sources meet, a further permutation says which of them is next.
+    In a stage, a source's rows come in one permutation after the other, keyed by (seed, stage, source, pass): no row comes twice
+    before every row has come once. A further permutation mixes the sources of a stage.
     """
 
     seed: int
@@ -67,7 +67,7 @@ class Curriculum:
 
     @classmethod
     def of_stages(cls, stages: Sequence[StageConfig], sizes: Mapping[str, int], seed: int) -> "Curriculum":
-        """What `stages` ask of sources of these sizes, by name. Raises `UsageError` for a stage without an example."""
+        """`stages` over sources of these sizes, by name. Raises `UsageError` if a stage takes no example of one of its sources."""
         return cls(seed, tuple(sizes.values()), tuple(_stage(number, stage, sizes) for number, stage in enumerate(stages)))
 
     @property
@@ -76,7 +76,7 @@ class Curriculum:
         return sum(stage.total for stage in self.stages)
 
     def stage_of(self, position: int) -> int:
-        """The stage of example number `position`, from 0; of the end of the run, the last."""
+        """The stage of example number `position`, from 0; at the end of the run, the last stage."""
         ends = accumulate(stage.total for stage in self.stages)
         return next((number for number, end in enumerate(ends) if position < end), len(self.stages) - 1)
 
@@ -85,7 +85,7 @@ class Curriculum:
         return sum(earlier.total for earlier in self.stages[:stage])
 
     def rounds_before(self, position: int) -> int:
-        """Rounds, of all stages, that lie wholly in the first `position` examples: the epochs that evaluation counts."""
+        """Whole rounds, of all stages, within the first `position` examples: the epochs that evaluation counts."""
         rounds = 0
         for stage in self.stages:
             if position < stage.total:
@@ -100,7 +100,7 @@ class Curriculum:
             first = min(stage.rounds, max(0, start - begin) // stage.per_round) if stage.per_round else stage.rounds
             for taken in range(first, stage.rounds):
                 epochs, ids = self._round(number, taken)
-                # A part at a time: Python's integers for all of millions of rows would take more room than the rows' order itself.
+                # A part at a time: as Python's integers, millions of rows would take more memory than their order itself.
                 for at in range(max(0, start - begin - taken * stage.per_round), stage.per_round, _DRAWS_AT_ONCE):
                     part = slice(at, at + _DRAWS_AT_ONCE)
                     for epoch, example_id in zip(epochs[part].tolist(), ids[part].tolist(), strict=True):
@@ -114,7 +114,7 @@ class Curriculum:
         epochs, ids = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         if np.count_nonzero(stage.quotas) < 2:
             return epochs, ids
-        # Which source comes when is drawn; of each source, the next row comes.
+        # The order of the sources is drawn. Each takes its own next row.
         order = np.repeat(np.arange(len(stage.quotas)), stage.quotas)
         order = order[permutation(len(order), self.seed, taken, stage=number, kind=_ORDER_OF_SOURCES)]
         place = np.empty(len(order), np.int64)
@@ -137,23 +137,23 @@ class Curriculum:
 def permutation(
     n: int, seed: int, epoch: int, *, stage: int = 0, source: int = 0, kind: int = _ORDER_OF_ROWS
 ) -> npt.NDArray[np.int64]:
-    """An order of n things, int64 [n], the same wherever it is computed, keyed by all that it is given."""
+    """A permutation of n, int64 [n], keyed by all arguments and the same on every machine."""
     bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64), counter=np.array([0, kind, source, stage], np.uint64))
     # Raw bits, because NumPy keeps their stream over versions and not that of Generator.permutation.
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
 def _stage(number: int, stage: StageConfig, sizes: Mapping[str, int]) -> Stage:
-    # Shares as they are written: a binary 0.1 would ask for one row more than 0.1 does.
+    # Exact fractions: the binary 0.1 would ask for one row more than 0.1 does.
     weights = {name: Fraction(sizes[name]) if weight is None else Fraction(str(weight)) for name, weight in stage.mix.items()}
     shares = [weights.get(name, Fraction(0)) / sum(weights.values()) for name in sizes]
     if stage.examples is not None:
         rounds, wanted = 1, stage.examples
     else:
-        # As many as it takes for the source that is gone through most slowly.
+        # As many as it takes to finish the slowest source.
         rounds = stage.epochs or 1
         wanted = max(-(-size // share) for size, share in zip(sizes.values(), shares, strict=True) if share)
-    # Largest remainders: whole examples of each source, as near to the shares as can be.
+    # The largest-remainder method: whole examples of each source, as close to the shares as possible.
     quotas = [int(share * wanted) for share in shares]
     rest = sorted(range(len(quotas)), key=lambda source: quotas[source] - shares[source] * wanted)
     for source in rest[: wanted - sum(quotas)]:

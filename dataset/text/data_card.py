@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 from matplotlib.figure import Figure
 
 from dataset.text.conversation import Template
-from dataset.text.loader import TextDataset, overlap
+from dataset.text.loader import Lengths, TextDataset, overlap
 from dataset.text.row_encoder import ROLES
 from dataset.text.splits import questions
 from dataset.text.tokenizer import Tokenizer
@@ -26,8 +25,6 @@ _PERMUTATIONS = 128
 _TRAIN_ROWS_PER_TEST_ROW = 5
 _PAIRS_SHOWN = 5
 _TEXT_SHOWN = 100
-_BINS = 32
-_PERCENTILES = (5, 50, 95, 99)
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,6 @@ class NearOverlap:
     near: int
     pairs: list[tuple[int, int, float]]
     """Some (test row, training row, similarity), indices into the splits."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Ids a row: rows for each bin of `edges`, of rows whole and cut, and percentiles of what is kept."""
-
-    edges: npt.NDArray[np.int64]
-    whole: npt.NDArray[np.int64]
-    cut: npt.NDArray[np.int64]
-    percentiles: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -109,7 +96,7 @@ def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, 
         tokens=int(lengths.sum()),
         tokens_cut=sum(int(split.column("full_length").sum(dtype=np.int64)) for split in splits) - int(lengths.sum()),
         supervised_tokens=sum(int(split.column("targets").sum()) for split in splits),
-        lengths=_histogram(lengths, np.concatenate([split.column("cut") for split in splits]) > 0),
+        lengths=Lengths.of(splits),
         repeated_conversations=repeated["conversation_hash"],
         repeated_prompts=repeated["prompt_hash"],
         repeated_questions=repeated["question_hash"],
@@ -140,18 +127,6 @@ def _counts(splits: Sequence[TextDataset]) -> dict[str, Any]:
             for reason, rows in split.counts[name].items():
                 total[name][reason] = total[name].get(reason, 0) + rows
     return total | {name: sum(split.counts[name] for split in splits) for name in ("kept", "truncated", "prompt_cut", "answer_cut")}
-
-
-def _histogram(lengths: npt.NDArray[np.int64], is_cut: npt.NDArray[np.bool_]) -> Lengths:
-    width = max(1, -(-int(lengths.max(initial=1)) // _BINS))
-    edges = np.arange(0, int(lengths.max(initial=1)) + width + 1, width)
-    percentiles = np.percentile(lengths, _PERCENTILES, method="nearest") if len(lengths) else [0] * len(_PERCENTILES)
-    return Lengths(
-        edges,
-        np.histogram(lengths[~is_cut], edges)[0],
-        np.histogram(lengths[is_cut], edges)[0],
-        {p: int(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
-    )
 
 
 def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, template: Template, rows: int) -> NearOverlap:
@@ -278,10 +253,10 @@ def draw(card: DataCard, path: Path) -> None:
     """The histogram of lengths as a PNG."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    edges, lengths = card.lengths.edges, card.lengths
-    axes.bar(edges[:-1], lengths.whole, np.diff(edges), align="edge", label="whole")
-    axes.bar(edges[:-1], lengths.cut, np.diff(edges), bottom=lengths.whole, align="edge", label="cut")
-    tallest = max(1, int((lengths.whole + lengths.cut).max(initial=0)))
+    edges, whole, cut = map(np.array, (card.lengths.edges, card.lengths.whole, card.lengths.cut))
+    axes.bar(edges[:-1], whole, np.diff(edges), align="edge", label="whole")
+    axes.bar(edges[:-1], cut, np.diff(edges), bottom=whole, align="edge", label="cut")
+    tallest = max(1, int((whole + cut).max(initial=0)))
     axes.set(xlabel="tokens a row", ylabel="rows", xlim=(0, edges[-1]), ylim=(0, 1.05 * tallest))
     axes.legend()
     figure.savefig(path, dpi=120)

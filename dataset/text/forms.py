@@ -31,8 +31,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "content": ("content", "value"),
     **{flag: (flag,) for flag in FLAGS},
 }
-Speaker = Literal["system", "user", "assistant", "tool", "tool_call"]
-ROLES: dict[str, Speaker] = {
+MessageRole = Literal["system", "user", "assistant", "tool", "tool_call"]
+ROLES: dict[str, MessageRole] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
@@ -40,7 +40,7 @@ ROLES: dict[str, Speaker] = {
     **dict.fromkeys(("tool_call", "function_call"), "tool_call"),
 }
 # With `tool_turns=as_user`, what a tool says is the user's, and a call is what the assistant says.
-_TURN_ROLES: dict[Speaker, Role] = {
+_TURN_ROLES: dict[MessageRole, Role] = {
     "system": "system", "user": "user", "assistant": "assistant", "tool": "user", "tool_call": "assistant",
 }  # fmt: skip
 # Names of keys whose values are labels, never content, if they are short; and so are all names that end in `_id`.
@@ -68,7 +68,7 @@ class FormOptions:
     """
 
     fields: tuple[tuple[str, str], ...] = ()
-    roles: tuple[tuple[str, Speaker], ...] = ()
+    roles: tuple[tuple[str, MessageRole], ...] = ()
     tool_turns: ToolTurns = "error"
     ignore: tuple[str, ...] = ()
 
@@ -159,7 +159,7 @@ class _Vocabulary:
     """`FIELDS` and `ROLES` under some options: a name of the user's own is no other field's, and an ignored name is none's."""
 
     names: dict[str, tuple[str, ...]]
-    roles: dict[str, Speaker]
+    roles: dict[str, MessageRole]
     flags: dict[str, bool]
     of_message: frozenset[str]
     ignore: frozenset[str]
@@ -359,7 +359,7 @@ class _RowReader:
             return None
         return Turn(_TURN_ROLES[role], text, supervised)
 
-    def _role(self, name: Any, where: str) -> Speaker:
+    def _role(self, name: Any, where: str) -> MessageRole:
         role = self._vocabulary.roles.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
             raise BadRow(

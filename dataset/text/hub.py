@@ -41,7 +41,7 @@ def download(
     what = f"{filename} of {repo} (revision {revision})"
     if _is_complete(target, expected_sha256):
         return target
-    with _told(what, f"or put the file at {str(target)!r} by hand"):
+    with _as_usage_error(what, f"or put the file at {str(target)!r} by hand"):
         url = hf_hub_url(repo, filename, repo_type=repo_type, revision=revision)
         about = get_hf_file_metadata(url, token=get_token())
         if about.etag is None:
@@ -89,7 +89,7 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
     what = f"the data set {repo} (revision {revision})"
     by_hand = "or fetch its files by hand and name them: dataset=jsonl dataset.data_dir=FOLDER"
     otherwise = "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand
-    with _told(what, otherwise, DatasetsError, RuntimeError):  # RuntimeError: it has code of its own, which isn't run
+    with _as_usage_error(what, otherwise, DatasetsError, RuntimeError):  # RuntimeError: it has code of its own, which isn't run
         builder = load_dataset_builder(repo, config, revision=revision, cache_dir=str(cache_dir / "converted"))
         splits = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
         if split not in splits:
@@ -108,10 +108,10 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
 
 
 @contextlib.contextmanager
-def _told(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[None]:
-    """Turns all that a transfer can meet with into a `UsageError` about `what`, which ends in another way to get there.
+def _as_usage_error(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[None]:
+    """Turn every error of a transfer into a `UsageError` about `what` that ends with `otherwise`, another way to get it.
 
-    wrong_use: errors that say that `what` can't be used as it is asked for, beside ValueError.
+    wrong_use: errors, besides ValueError, that say that `what` can't be used as asked.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -1,6 +1,6 @@
-"""Examples of one split or several, read in the order of a curriculum, and how some of them become a padded batch.
+"""Examples of one split or several, read in the order of a curriculum, and collated into padded batches.
 
-This file must not know files' row forms, slots or models; it hands out what the token cache holds.
+This file reads the token cache. It must not know row forms or models.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ from dataset.text.token_cache import LoadedSplit
 
 IGNORE_LABEL_ID = -100
 _READ_AHEAD_PER_WORKER = 16
+_LENGTH_BINS = 32
+_PERCENTILES = (5, 50, 95, 99)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class Example:
 
 
 class Examples(Protocol):
-    """Examples by their numbers from 0: a `TextDataset`, a `TextCorpus`, or a list."""
+    """Examples by number: a `TextDataset`, a `TextCorpus`, or a list."""
 
     def __len__(self) -> int: ...
 
@@ -50,17 +52,16 @@ class Examples(Protocol):
 class TextDataset:
     """The examples of one split, in the order of their files.
 
-    data_hash: hex SHA-256 over all that is cached of the source and which of its rows are in this split.
-    counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut"; over the rows read of the
-    files: "read", "dropped" and "bad" by reason, "beyond_subset" (whole rows that `subset_size` left out), "forms" (rows by their
+    data_hash: hex SHA-256 of the contents of this split's rows, in order.
+    counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut". Over all rows read of the
+    files: "read", "dropped" and "bad" by reason, "beyond_subset" (usable rows that `subset_size` left out), "forms" (rows by
     form), and "ignored" (rows by each key whose text was left out).
-    loaded: what it was made of. left_out: files beside its own that aren't trained on, because of their names.
+    loaded: the split in the token cache. left_out: files that its source doesn't read, because of their names.
     """
 
-    left_out: tuple[Path, ...] = ()
-
-    def __init__(self, loaded: LoadedSplit) -> None:
+    def __init__(self, loaded: LoadedSplit, left_out: Sequence[Path] = ()) -> None:
         self.loaded = loaded
+        self.left_out = left_out
         self._rows = loaded.rows
         self.data_hash: str = hashlib.sha256(self.column("content_hash").astype("<u8").tobytes()).hexdigest()
         cut = self.column("cut")
@@ -95,12 +96,13 @@ class TextDataset:
         return values
 
     def report(self) -> dict[str, Any]:
-        """Files and counts, as plain values."""
+        """Names of files, counts and `Lengths`, as plain values."""
         left_out = {"left_out": [path.name for path in self.left_out]} if self.left_out else {}
-        return {"files": [file.path.name for file in self.loaded.files], **left_out, "counts": self.counts}
+        files = [file.path.name for file in self.loaded.files]
+        return {"files": files, **left_out, "counts": self.counts, "lengths": asdict(Lengths.of([self]))}
 
     def row(self, index: int) -> dict[str, Any]:
-        """The source's own row behind an example, with whatever further fields it has."""
+        """The row of the source behind an example, with all its fields."""
         return parse_row(self.loaded.raw.value("row", self._row_number(index)))
 
     def place(self, index: int) -> str:
@@ -110,15 +112,41 @@ class TextDataset:
         return file.where(raw.value("number", row))
 
     def conversation(self, index: int) -> Conversation:
-        """The whole conversation as it was encoded: default system prompt included, nothing cut off."""
+        """The conversation before it was cut, with the default system prompt."""
         recipe = self.loaded.recipe
         return with_default_system(to_conversation(self.row(index), recipe.forms)[0], recipe.default_system_prompt)
 
 
-class TextCorpus:
-    """Splits of several sources under one numbering, those of the first source first. Reads like a `TextDataset`.
+@dataclass(frozen=True)
+class Lengths:
+    """Ids a row: rows for each bin of `edges` (a bin reaches up to the next edge), of rows whole and cut; percentiles of all."""
 
-    parts: the splits by the sources' names. data_hash: of them all, in order; of a single one, its own.
+    edges: list[int]
+    whole: list[int]
+    cut: list[int]
+    percentiles: dict[int, int]
+
+    @classmethod
+    def of(cls, splits: Sequence[TextDataset]) -> Self:
+        """Of the rows of all `splits` together, as they were kept."""
+        lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
+        is_cut = np.concatenate([split.column("cut") for split in splits]) > 0
+        longest = int(lengths.max(initial=1))
+        width = -(-longest // _LENGTH_BINS)
+        edges = np.arange(0, longest + width + 1, width)
+        percentiles = np.percentile(lengths, _PERCENTILES, method="nearest") if len(lengths) else [0] * len(_PERCENTILES)
+        return cls(
+            edges.tolist(),
+            np.histogram(lengths[~is_cut], edges)[0].tolist(),
+            np.histogram(lengths[is_cut], edges)[0].tolist(),
+            {p: int(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
+        )
+
+
+class TextCorpus:
+    """The splits of a run's sources, concatenated. Reads like a `TextDataset`.
+
+    parts: the splits by the sources' names. data_hash: of all of them, in order; a single split keeps its own.
     """
 
     def __init__(self, parts: Mapping[str, TextDataset]) -> None:
@@ -162,7 +190,7 @@ class TextCorpus:
 
 
 def overlap(train: TextDataset | TextCorpus, test: TextDataset | TextCorpus) -> dict[str, int]:
-    """How many test rows ask what a training row asks ("questions"), and how many equal one as a whole ("conversations")."""
+    """How many test rows ask what a training row asks ("questions"), and how many equal a training row ("conversations")."""
     columns = {"questions": "question_hash", "conversations": "conversation_hash"}
     return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in columns.items()}
 
@@ -171,8 +199,8 @@ class ExampleStream:
     """Iterates (draw, Example) in the order of a curriculum.
 
     workers: background threads that read ahead; 0 reads inline. The order is the same either way.
-    start: examples to leave out, so a stream goes on where another one's `position` stood.
-    position: examples handed out so far, `start` included. Use as a context manager, or `close` it.
+    start: examples to leave out: the `position` of the stream to resume.
+    position: examples returned so far, `start` included. Use as a context manager, or `close` it.
     """
 
     def __init__(self, dataset: Examples, curriculum: Curriculum, workers: int, start: int = 0) -> None:
@@ -202,7 +230,7 @@ class ExampleStream:
     def __next__(self) -> tuple[Draw, Example]:
         try:
             item = self._next_inline() if self._pool is None else self._next_read_ahead(self._pool)
-        except BaseException:  # the end of the stream too: its threads have nothing left to do
+        except BaseException:  # also at the end of the stream
             self.close()
             raise
         self.position += 1
@@ -224,13 +252,13 @@ class ExampleStream:
         return draw, future.result()
 
     def skip(self, count: int) -> None:
-        """Pass over the next `count` examples without reading them, as a rank does with those that other ranks take.
+        """Skip the next `count` examples without reading them: those that other ranks take.
 
-        Every rank walks the same order, so that together they read each example once. Threads that read ahead can't know what will
-        be passed over: such a stream has none (workers=0).
+        All ranks have the same order, so together they read each example once. Threads can't read ahead of a skip, so such a
+        stream has none (workers=0).
         """
         if not 0 <= count <= len(self):
-            raise ValueError(f"can't pass over {count} of {len(self)} examples")
+            raise ValueError(f"can't skip {count} of {len(self)} examples")
         for _ in range(count):
             if self._pending:
                 self._pending.popleft()[1].cancel()
@@ -239,7 +267,7 @@ class ExampleStream:
         self.position += count
 
     def close(self) -> None:
-        """Stop reading ahead and end the threads; the stream is over."""
+        """End the stream and its threads."""
         self._order = iter(())
         self._pending.clear()
         if self._pool is not None:

@@ -158,7 +158,7 @@ def load_split(
     recipe = Recipe(tokenizer.model_bytes, template, default_system_prompt or None, seq_len, long_rows, forms)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    with _told_where(cache_dir):
+    with _as_usage_error(cache_dir):
         # Taken before the content is hashed: a cache must hold what its key was made of.
         stamps = [_stamp(file.path) for file in files]
         content = [[file.format, file_sha256(file.path, cache_dir)] for file in files]
@@ -169,7 +169,7 @@ def load_split(
             raw = _raw_rows(files, stamps, limit, key, cache_dir)
             key = _key("tokens", rows=key, tokenizer=tokenizer.sha256, on_bad_row=on_bad_row, **recipe.key())
             encoder = RowEncoder(recipe, tokenizer.vocab_size)
-            with _alone(cache_dir / key) as folder:
+            with _locked(cache_dir / key) as folder:
                 tokens = ArrowRows(_encoded(raw, encoder, on_bad_row == "error", processes_to_use(processes), folder))
             if len(tokens) != len(raw):
                 raise pa.ArrowInvalid(f"{len(tokens)} of {len(raw)} rows in {folder.name}")
@@ -258,7 +258,7 @@ def _unused_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _told_where(cache_dir: Path) -> Iterator[None]:
+def _as_usage_error(cache_dir: Path) -> Iterator[None]:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         yield
@@ -311,13 +311,13 @@ def _key(kind: str, **parts: Any) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """Let one process fill a folder; the others (ranks of the same run, say) wait for it, and find what it made."""
+def _locked(folder: Path) -> Iterator[Path]:
+    """Let one process fill a folder. Others, such as ranks of the same run, wait and find it filled."""
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        # Where the file system has no locks, making it twice is slower, not wrong.
+        # Without locks in the file system, several processes do the same work, which is slower but not wrong.
         with contextlib.suppress(NotImplementedError):
             stack.enter_context(FileLock(folder / "lock"))
         yield folder

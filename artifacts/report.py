@@ -1,0 +1,425 @@
+"""A report of a run, or of several side by side: one HTML page that needs no network, or Markdown for a model card.
+
+Every figure in it stands in the files of the runs. What a run hasn't measured is left out, with the command that measures it. Knows
+files and keys; nothing of training, models or command lines.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+
+from artifacts.checkpoint import checkpoints_of, read_settings
+from artifacts.plots import METRICS, TIMING, Log, draw_panel, panels_of, read_log, svg
+from config.errors import UsageError
+from config.upgrade import shipped_settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ANSWERS_SHOWN = 10
+# Where a run is kept and how it is watched: no difference from the defaults that is worth a line.
+_NOT_COMPARED = ("project_name", "run_name", "checkpoint_dir", "resume", "dataset.data_dir", "dataset.cache_dir")
+_MEASURES = (
+    ("loss per token, nats", "loss_per_token"),
+    ("bits per byte", "bits_per_byte"),
+    ("loss of a row, nats", "lm_loss"),
+    ("tokens right, teacher-forced", "token_accuracy"),
+    ("tokens right", "accuracy"),
+    ("rows wholly right", "exact_accuracy"),
+    ("halting right", "q_halt_accuracy"),
+    ("ACT steps, mean", "mean_act_steps"),
+    ("ACT steps, mean", "steps"),
+)
+_Points = tuple[str, Sequence[float], Sequence[float]]  # a curve's name, positions and values
+_SHARES = {"token_accuracy", "exact_accuracy", "accuracy", "q_halt_accuracy", "predicted", "ece"}
+
+
+class Cell(NamedTuple):
+    """A number as it is read, and as it stands in its file."""
+
+    text: str
+    exact: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Table(NamedTuple):
+    """Rows of cells under their heads; the first column says what a row is about."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+class Answers(NamedTuple):
+    """Sample answers of a run: the records of answers_<split>.jsonl, and the most ACT steps that a token can take."""
+
+    run: str
+    records: Sequence[Mapping[str, Any]]
+    most_act_steps: int
+
+
+class Section(NamedTuple):
+    """A part of the report; without charts, tables and answers it says by `missing` how to get them."""
+
+    title: str
+    missing: str
+    charts: Sequence[Callable[[], str]] = ()
+    """Each draws itself, as an <svg> element."""
+    tables: Sequence[Table] = ()
+    answers: Sequence[Answers] = ()
+    note: str = ""
+
+
+class _Run:
+    """What a run and its newest checkpoint, or the one that `path` is, have left. Raises UsageError if `path` is neither."""
+
+    def __init__(self, path: Path) -> None:
+        is_checkpoint = (path / "checkpoint.json").is_file()
+        self.folder = path.parent if is_checkpoint else path
+        self.name = path.absolute().parent.name if is_checkpoint else path.absolute().name
+        is_run = not is_checkpoint or (self.folder / METRICS).is_file()
+        self.log: Log = read_log(self.folder) if is_run else {METRICS: {}, TIMING: {}}
+        self.checkpoint = path if is_checkpoint else next(reversed(checkpoints_of(path)), None)
+        self.settings = {} if self.checkpoint is None else read_settings(self.checkpoint, say=lambda _: None)
+        self.about, self.puzzles, self.halting, self.depths = (
+            self._json(name) for name in ("checkpoint.json", "dataset.json", "halting.json", "depth.json")
+        )
+        of_training = [line["test"] for line in self.log[METRICS].values() if "test" in line]
+        of_split = [self._json("metrics.json"), self._json("metrics_test.json")]
+        self._measurements = [*of_split, *reversed(of_training), self._json("train_metrics.json").get("test", {})]
+        self.measured: Mapping[str, Any] = next(filter(None, self._measurements), {})
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = None if self.checkpoint is None else self.checkpoint / name
+        if path is None or not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: {error}; write it again, or delete it") from error
+        return dict(found)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The first answers to the test split that have been generated."""
+        path = None if self.checkpoint is None else self.checkpoint / "answers_test.jsonl"
+        if path is None or not path.is_file():
+            return []
+        with path.open(encoding="utf-8") as lines:
+            return [record for line in islice(lines, _ANSWERS_SHOWN) if "answer" in (record := json.loads(line))]
+
+    def setting(self, key: str) -> Any:
+        """A setting by its dotted key, None if there is none."""
+        return dict(_flat(self.settings)).get(key)
+
+    def last(self, file: str, key: str) -> Any:
+        """The last value of a log's key, None if there is none."""
+        return next((line[key] for line in reversed(list(self.log[file].values())) if line.get(key) is not None), None)
+
+    def by_act_step(self) -> list[Mapping[str, Any]]:
+        """The last measures at 1, 2, ... ACT steps; with a halting threshold there are none."""
+        for found in self._measurements:
+            if found.get("by_act_step"):
+                return list(found["by_act_step"])
+        return [{"exact_accuracy": share} for share in self.measured.get("exact_accuracy_by_act_step", [])]
+
+
+def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -> None:
+    """Write the report of the runs (or of single checkpoints) `paths`, as HTML or as Markdown, in place of a file that is there.
+
+    Raises UsageError if a path is neither a run nor a checkpoint, something in it is damaged, or the file can't be written.
+    """
+    runs = [_Run(folder) for folder in paths]
+    title = ", ".join(run.name for run in runs)
+    if markdown:
+        text = f"# {title}\n\n" + "\n".join(map(_as_markdown, _sections(runs)))
+    else:
+        pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        text = pages.get_template("report.html.jinja").render(title=title, sections=list(_sections(runs)))
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UsageError(f"the report {path} can't be written: {error}; free space, or name another file") from error
+
+
+def card_tables(checkpoint: Path) -> tuple[str, str]:
+    """Tables of a checkpoint's data and of its results, as they stand in its model card. Raises UsageError if it is damaged."""
+    runs = [_Run(checkpoint)]
+    results = (_overview(runs), _depth(runs), _calibration(runs), _families(runs))
+    return _tables_as_markdown(_data(runs)), "\n".join(map(_tables_as_markdown, results))
+
+
+def _sections(runs: Sequence[_Run]) -> Iterator[Section]:
+    of_text = (_calibration, _samples)
+    for section in (_overview, _data, _curves, _depth, _calibration, _families, _samples, _settings):
+        if section not in of_text or not all(run.puzzles for run in runs):
+            yield section(runs)
+
+
+def _overview(runs: Sequence[_Run]) -> Section:
+    facts: list[tuple[str, Callable[[_Run], Cell]]] = [
+        ("checkpoint", lambda run: _cell(run.checkpoint and run.checkpoint.name)),
+        ("recursion", lambda run: _cell(run.setting("arch.name"))),
+        ("parameters and buffers", lambda run: _cell(run.about.get("parameters"))),
+        ("width", lambda run: _cell(run.setting("arch.hidden_size"))),
+        ("ACT steps, at most", lambda run: _cell(run.setting("arch.halt_max_steps"))),
+        ("optimizer", lambda run: _cell(run.setting("optimizer"))),
+        ("rows of an optimizer step", lambda run: _cell(run.setting("global_batch_size"))),
+        ("optimizer steps", lambda run: _cell(run.last(METRICS, "step"))),
+        ("rows trained", lambda run: _cell(None if run.puzzles else run.last(METRICS, "examples"))),
+        ("training time", lambda run: _duration(run.last(TIMING, "seconds"))),
+        ("peak memory of the process", lambda run: _gigabytes(run.last(TIMING, "peak_rss_bytes"))),
+        ("peak memory of the GPU", lambda run: _gigabytes(run.last(TIMING, "cuda_peak_bytes"))),
+        *((f"held out: {name}", lambda run, key=key: _measure(run.measured, key)) for name, key in _MEASURES),
+    ]
+    rows = [(Cell(name), *(fact(run) for run in runs)) for name, fact in facts]
+    known = [row for row in rows if any(cell.text != "-" for cell in row[1:])]
+    return Section("Overview", "", tables=[Table(("", *(run.name for run in runs)), known)])
+
+
+def _data(runs: Sequence[_Run]) -> Section:
+    tables, lengths = [], []
+    for run in runs:
+        of_run = f"{run.name}: " if len(runs) > 1 else ""
+        for source, splits in run.about.get("data", {}).get("sources", {}).items():
+            found = [
+                dict(_flat(split["counts"] | {"tokens a row, percentile": split.get("lengths", {}).get("percentiles", {})}))
+                for split in splits.values()
+            ]
+            names = [name for name in dict.fromkeys(name for of in found for name in of) if any(of.get(name) for of in found)]
+            rows = [(Cell(name.replace("_", " ").replace(".", ": ")), *(_cell(of.get(name)) for of in found)) for name in names]
+            rows.insert(0, (Cell("files"), *(Cell(", ".join(split["files"])) for split in splits.values())))
+            tables.append(Table((f"{of_run}rows of {source}", *splits), rows))
+            lengths += [(f"{of_run}{source}, {name}", split["lengths"]) for name, split in splits.items() if "lengths" in split]
+        if run.puzzles:
+            known = [(Cell(name.replace("_", " ")), _cell(value)) for name, value in run.puzzles.items() if isinstance(value, int)]
+            data = (Cell("data"), Cell(", ".join(run.setting("data_paths") or [])))
+            tables.append(Table((f"{of_run}puzzles", "training"), [data, *known]))
+    curves = [
+        (name, of["edges"], [*(whole + cut for whole, cut in zip(of["whole"], of["cut"], strict=True)), 0]) for name, of in lengths
+    ]
+    charts = [_chart("rows by their length", "tokens a row", curves, drawstyle="steps-post", logarithmic=True)] if curves else []
+    return Section("Data", "It is described in the run's first checkpoint.", charts, tables)
+
+
+def _curves(runs: Sequence[_Run]) -> Section:
+    logs = [(run.name, run.log) for run in runs]
+    charts = [partial(svg, partial(draw_panel, panel=panel, runs=logs)) for panel in panels_of([run.log for run in runs])]
+    return Section("Curves", "They come with the run's first lines in metrics.jsonl.", charts)
+
+
+def _depth(runs: Sequence[_Run]) -> Section:
+    charts, tables = [], []
+    for name, key in (measure for measure in _MEASURES if measure[1] in ("bits_per_byte", "exact_accuracy")):
+        values = [(run.name, [of[key] for of in run.by_act_step() if key in of]) for run in runs]
+        curves = [(run, range(1, len(own) + 1), own) for run, own in values if own]
+        charts += [_chart(f"{name}, held out", "ACT steps", curves, marker="o")] if curves else []
+    timed = []
+    for run in runs:
+        rows = run.by_act_step()
+        measures = [(name, key) for name, key in _MEASURES if any(key in of for of in rows)]
+        cells = [(_cell(step), *(_measure(of, key) for _, key in measures)) for step, of in enumerate(rows, 1)]
+        head = [f"{run.name}: ACT steps", *(name for name, _ in measures)]
+        answers = run.measured.get("answers", {}).get("by_act_step", [])
+        if len(answers) == len(cells) > 0:
+            head.append("answers exact")
+            cells = [(*row, _share(share)) for row, share in zip(cells, answers, strict=True)]
+        tables += [Table(head, cells)] if cells else []
+        settings = [
+            (of, sorted(of["tokens_per_second"])[len(of["tokens_per_second"]) // 2]) for of in run.depths.get("settings", [])
+        ]
+        for is_fixed, label in ((True, "fixed depths"), (False, "halting thresholds")):
+            points = [(speed, of["overall"]["accuracy"]) for of, speed in settings if (of["threshold"] is None) == is_fixed]
+            timed += [(f"{run.name}, {label}", *_columns(points))] if points else []
+        if settings:
+            head = [f"{run.name}: at use", *_EXACT, "ACT steps a token", "tokens a second"]
+            cells = [
+                (Cell(of["name"]), *_exact(of["overall"]), _cell(of["mean_act_steps"]), _cell(speed)) for of, speed in settings
+            ]
+            tables.append(Table(head, cells))
+    charts += [_chart("answers exact against speed", "tokens a second", timed, marker="o")] if timed else []
+    note = "Against time: python benchmarks/depth.py --checkpoint RUN/step_N --output RUN/step_N/depth.json (bundled data)."
+    return Section(
+        "Depth",
+        "Nothing was measured at several ACT steps.",
+        charts,
+        tables,
+        note=note if tables and not (timed or run.puzzles) else "",
+    )
+
+
+def _calibration(runs: Sequence[_Run]) -> Section:
+    charts, tables = [], []
+    for run in runs:
+        depths = run.halting.get("measured", {}).get("by_act_step", [])
+        if not depths:
+            continue
+        last = [(f"{when} calibration", depths[-1][when]) for when in ("before", "after")]
+        curves = [(label, *_columns([(p, right) for p, right, _ in of["bins"]])) for label, of in last if "bins" in of]
+        title = f"{run.name}: share of tokens right, ACT step {len(depths)}"
+        charts.append(_chart(title, "halting probability", [*curves, ("perfectly calibrated", (0, 1), (0, 1))], marker="o"))
+        rows = [
+            (_cell(step), *(_measure(of["after"], key) for key in ("accuracy", "predicted", "ece")), _measure(of["before"], "ece"))
+            for step, of in enumerate(depths, 1)
+        ]
+        head = (f"{run.name}: ACT steps", "tokens right", "halting probability, mean", "calibration error", "before calibration")
+        tables.append(Table(head, rows))
+    return Section("Calibration of the halting probability", "python scripts/calibrate_halting.py --checkpoint RUN", charts, tables)
+
+
+def _families(runs: Sequence[_Run]) -> Section:
+    missing = "python inference_instruct.py --checkpoint RUN (scores the bundled data's answers)"
+    sets = [(f"{run.name}: {name}", values) for run in runs for name, values in run.measured.get("sets", {}).items()]
+    if sets:
+        keys = ("rows", "exact_accuracy", "accuracy")
+        rows = [(Cell(name), *(_measure(values, key) for key in keys)) for name, values in sets]
+        return Section("Answers by set", missing, tables=[Table(("set", "rows", "rows wholly right", "tokens right"), rows)])
+    found = [(run.name, run.measured["answers"]) for run in runs if "answers" in run.measured]
+    if not found:
+        return Section("Answers by family", missing)
+    families = list(dict.fromkeys(family for _, answers in found for family in answers["families"]))
+    rows = []
+    for family in (*families, None):
+        scores = [answers["overall"] if family is None else answers["families"].get(family, {}) for _, answers in found]
+        about = (_measure(max(scores, key=len), "count"), _share(max(scores, key=len).get("baseline")))
+        rows.append((Cell(family or "all"), *about, *(cell for score in scores for cell in _exact(score))))
+    head = ["family", "questions", "most frequent answer", *(f"{name}: {what}" for name, _ in found for what in _EXACT)]
+
+    def draw(axes: "Axes") -> None:
+        for number, (name, answers) in enumerate(found):
+            scores = [(families.index(family), score) for family, score in answers["families"].items()]
+            values = [score["accuracy"] for _, score in scores]
+            below = [max(0.0, score["accuracy"] - score["lower_95"]) for _, score in scores]
+            above = [max(0.0, score.get("upper_95", score["accuracy"]) - score["accuracy"]) for _, score in scores]
+            # Runs stand side by side.
+            places = [place + 0.2 * (number - (len(found) - 1) / 2) for place, _ in scores]
+            axes.errorbar(values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name)
+        axes.set_yticks(range(len(families)), families)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.02)
+        _label(axes, "answers exact, with 95 % intervals", "share of the family's questions")
+
+    return Section("Answers by family", missing, [partial(svg, draw, height=1 + 0.22 * len(families))], [Table(head, rows)])
+
+
+def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: bool = False, **style: Any) -> Callable[[], str]:
+    def draw(axes: "Axes") -> None:
+        for label, positions, values in curves:
+            axes.plot(positions, values, label=label, markersize=4, linewidth=1.2, **style)
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.locator_params(axis="x", integer=xlabel == "ACT steps")
+        _label(axes, title, xlabel)
+
+    return partial(svg, draw)
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[Sequence[float], Sequence[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _label(axes: "Axes", title: str, xlabel: str) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(xlabel, fontsize="small")
+    axes.tick_params(labelsize="small")
+    axes.grid(alpha=0.3)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(fontsize="small")
+
+
+def _samples(runs: Sequence[_Run]) -> Section:
+    answers = [Answers(run.name, run.samples(), run.setting("arch.halt_max_steps")) for run in runs]
+    missing = f"python inference_instruct.py --checkpoint RUN --generate --max-generated {_ANSWERS_SHOWN}"
+    return Section("Sample answers", missing, answers=[of_run for of_run in answers if of_run.records])
+
+
+def _settings(runs: Sequence[_Run]) -> Section:
+    found = [dict(_flat(run.settings)) for run in runs]
+    shipped = [dict(_flat(shipped_settings(run.settings))) for run in runs]
+    # What another setting decides (${...}) is no difference: only Hydra knows what it stands for.
+    differing = [
+        key
+        for own, default in zip(found, shipped, strict=True)
+        for key, value in own.items()
+        if key in default and "${" not in str(default[key]) and value != default[key] and key not in _NOT_COMPARED
+    ]
+    keys = dict.fromkeys(differing)
+    texts = [[value if isinstance(value := of.get(key), str) else json.dumps(value) for of in (shipped[0], *found)] for key in keys]
+    rows = [(Cell(key), *map(Cell, values)) for key, values in zip(keys, texts, strict=True)]
+    tables = [Table(("setting", "default", *(run.name for run in runs)), rows)] if any(found) else []
+    return Section("Settings that differ from the defaults", "They come with the run's first checkpoint.", tables=tables)
+
+
+# Cells.
+
+
+def _cell(value: Any) -> Cell:
+    if value is None:
+        return Cell("-")
+    if isinstance(value, float):
+        return Cell(f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}", value)
+    return Cell(f"{value:,}", value) if isinstance(value, int) else Cell(str(value))
+
+
+def _share(value: float | None) -> Cell:
+    return Cell("-") if value is None else Cell(f"{value:.1%}", value)
+
+
+def _measure(values: Mapping[str, Any], key: str) -> Cell:
+    return (_share if key in _SHARES else _cell)(values.get(key))
+
+
+_EXACT = ("exact", "95 % from", "to")
+
+
+def _exact(score: Mapping[str, float]) -> Sequence[Cell]:
+    """The cells under `_EXACT`."""
+    return [_share(score.get(key)) for key in ("accuracy", "lower_95", "upper_95")]
+
+
+def _duration(seconds: float | None) -> Cell:
+    return (
+        Cell("-") if seconds is None else Cell(f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h", seconds)
+    )
+
+
+def _gigabytes(size: float | None) -> Cell:
+    return Cell("-") if size is None else Cell(f"{size / 1e9:.2f} GB", size)
+
+
+def _flat(values: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{under}{key}.")
+        else:
+            yield f"{under}{key}", value
+
+
+def _as_markdown(section: Section) -> str:
+    text = f"## {section.title}\n\n{_tables_as_markdown(section)}"
+    for answers in section.answers:
+        for record in answers.records:
+            texts = {"Q": record["prompt"][-1]["content"], "A": record["answer"], "expected": record.get("reference")}
+            told = [f"- {name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in texts.items() if text is not None]
+            text += "".join([*told, "\n"])
+    if not section.tables and not section.answers:
+        text += "Shown in report.html.\n" if section.charts else f"Not there. To get it: {section.missing}\n"
+    return text
+
+
+def _tables_as_markdown(section: Section) -> str:
+    lines = []
+    for table in section.tables:
+        rows = [table.head, ["---"] * len(table.head), *table.rows]
+        lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n" for row in rows]
+        lines.append("\n")
+    return "".join(lines)

@@ -1,0 +1,49 @@
+"""Which checkpoints of a run are kept: the newest and the best. The others are removed."""
+
+import contextlib
+import math
+import shutil
+from pathlib import Path
+
+from artifacts.checkpoint import checkpoints_of, read_train_metrics
+from config.errors import UsageError
+
+
+def held_out_loss(checkpoint: Path, loss_name: str) -> float | None:
+    """`loss_name` on held-out data when the checkpoint was saved; None if it wasn't measured."""
+    with contextlib.suppress(UsageError, KeyError, TypeError):
+        return float(read_train_metrics(checkpoint)["test"][loss_name])
+    return None
+
+
+def best_checkpoints(run: Path, loss_name: str) -> list[Path]:
+    """A run's checkpoints that were measured, by ascending `loss_name`; of equal ones the older first."""
+    losses = {folder: held_out_loss(folder, loss_name) for folder in checkpoints_of(run)}
+    measured = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted(measured, key=lambda folder: measured[folder])
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
+    """Remove all of a run's checkpoints but the newest and those with the lowest `loss_name` on held-out data.
+
+    Raises UsageError if one can't be removed.
+    """
+    folders = checkpoints_of(run)
+    kept = {*folders[-keep_last:], *best_checkpoints(run, loss_name)[:keep_best]}
+    for folder in folders:
+        if folder in kept:
+            continue
+        removed = folder.parent / f".{folder.name}.removed"
+        try:
+            # First renamed, so that a kill in the middle leaves no folder that looks whole.
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            raise UsageError(f"the checkpoint {folder} can't be removed: {error}; see checkpoint.keep_last") from error
+
+
+def remove_partial_checkpoints(run: Path) -> None:
+    """Remove what a kill has left of checkpoints that were being written or removed."""
+    for kind in ("partial", "removed"):
+        for folder in run.glob(f".step_*.{kind}"):
+            shutil.rmtree(folder, ignore_errors=True)

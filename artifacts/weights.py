@@ -1,0 +1,92 @@
+"""Weights in files: a checkpoint's safetensors, and foreign state dicts. Of a pickle, nothing is read but tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config.errors import UsageError
+from models.act import RecursiveModel
+
+_PREFIX = "model.inner."
+_COMPILED_PREFIX = "_orig_mod."
+TIED_HEAD = "lm_head.weight"
+_PUZZLE_VECTORS = "puzzle_emb.weights"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights by the names of `RecursiveModel`, whatever prefix they have in the file.
+
+    path: a checkpoint folder, of which the moving average is read if there is one; a .safetensors file; or a state dict written by
+    torch.save, as the original does. Raises UsageError if it is none of these, or a pickle that could run code.
+    """
+    if path.is_dir():
+        path = weights_file(path, ema=True)
+    tensors = load_tensors(path) if path.suffix == ".safetensors" else _load_pickled_tensors(path)
+    return {name.removeprefix(_COMPILED_PREFIX).removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path, reset_puzzle_embedding: bool = False) -> None:
+    """Fill `model`. Raises UsageError with the names that are missing, unknown or of another shape.
+
+    reset_puzzle_embedding: if the number of puzzles differs, each puzzle gets the mean of the vectors in `weights`.
+    """
+    expected = model.state_dict()
+    found = dict(weights)
+    vectors = found.get(_PUZZLE_VECTORS)
+    if reset_puzzle_embedding and model.puzzle_emb is not None and vectors is not None and vectors.dim() == 2 and len(vectors):
+        count = len(model.puzzle_emb.weights)
+        if len(vectors) != count:
+            found[_PUZZLE_VECTORS] = vectors.mean(dim=0, keepdim=True).expand(count, -1)
+    if model.config.tie_embeddings:
+        found.setdefault(TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[TIED_HEAD]))
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name}: expected shape {tuple(expected[name].shape)}, found {tuple(found[name].shape)}"
+        for name in expected.keys() & found.keys()
+        if expected[name].shape != found[name].shape
+    ]
+    if problems:
+        raise UsageError(f"the weights of {source} don't fit the architecture: {'; '.join(sorted(problems)[:5])}")
+    model.load_state_dict(found)
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], *, tied: bool) -> None:
+    """Write weights under the original's names. tied: leave out the vocabulary head, which is the embedding matrix."""
+    # safetensors refuses two names for one tensor.
+    named = {name: tensor for name, tensor in weights.items() if not (tied and name == TIED_HEAD)}
+    save_file({_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+
+
+def weights_file(folder: Path, *, ema: bool) -> Path:
+    """The file of a checkpoint's weights: of their moving average if `ema` is wanted and there is one."""
+    path = folder / "ema.safetensors"
+    return path if ema and path.exists() else folder / "model.safetensors"
+
+
+def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"the weights {path} can't be read: {error}") from error
+    # The errors of torch's reader for damaged files have no common class.
+    except Exception as error:
+        raise UsageError(
+            f"the weights {path} are refused: not a state dict saved by torch, damaged, or a pickle that holds more than tensors "
+            "and could run code; if you trust it, have its owner save the tensors as .safetensors"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        raise UsageError(f"the weights {path} are no state dict: expected names with tensors, and nothing else")
+    return content
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises UsageError if it can't be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error

@@ -1,0 +1,109 @@
+"""From plain values to a checked config, the type of a key, and the messages for keys and values that don't fit."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from config.errors import UsageError
+from config.schema.base import OnResume, text_type
+from config.schema.text import PretrainInstructConfig
+from config.schema.training import TrainingConfig
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+# Keys of the original TRM that are set in another way here.
+_ORIGINAL_KEYS = {
+    "checkpoint_path": "the folder of a run is <checkpoint_dir>/<project_name>/<run_name>: set these three",
+    "arch.loss.name": "there is one loss head; arch.loss says stablemax or softmax",
+    "arch.rms_norm_eps": "it is fixed at the original's value, 1e-5",
+}
+
+
+def type_of_key(path: Sequence[str], kind: type[TrainingConfig]) -> Any:
+    """The type of a key of a config of `kind`, given as the key's parts; None if there is no such key."""
+    found: Any = kind
+    for part in path:
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            field = found.model_fields.get(part)
+            found = None if field is None else field.annotation
+        else:
+            # The names in a dict are the user's; in a list sections are known by their numbers.
+            is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
+            found = get_args(found)[1] if get_origin(found) is dict else get_args(found)[0] if is_item else None
+    return found
+
+
+def on_resume(key: str, kind: type[TrainingConfig]) -> OnResume:
+    """What happens when a run of `kind` is resumed with another value of `key`, a dotted name."""
+    found: Any = kind
+    mark = OnResume.REPORTED
+    for part in key.split("."):
+        if get_origin(found) is dict:
+            # The names in it are the user's.
+            found = get_args(found)[1]
+        elif isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
+            field = found.model_fields[part]
+            mark = next((own for own in field.metadata if isinstance(own, OnResume)), mark)
+            found = field.annotation
+    return mark
+
+
+def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
+    """The message for a key, given as its parts, that a config of `kind` doesn't have. It names the nearest keys that exist."""
+    parts = [str(part) for part in path]
+    key = ".".join(parts)
+    if key in _ORIGINAL_KEYS:
+        return f"{key}: no such key here, {_ORIGINAL_KEYS[key]}"
+    known = 0
+    while known < len(parts) - 1 and type_of_key(parts[: known + 1], kind) is not None:
+        known += 1
+    section = type_of_key(parts[:known], kind)
+    beside = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    if not known:
+        beside.append("experiment")  # a group of presets, and no key of the result
+    elsewhere: dict[str, list[str]] = {}
+    for other in _keys(kind):
+        elsewhere.setdefault(other.rpartition(".")[2], []).append(other)
+    near = (
+        elsewhere.get(parts[-1])
+        or difflib.get_close_matches(parts[known], beside, n=1)
+        or [other for name in difflib.get_close_matches(parts[-1], elsewhere, n=1) for other in elsewhere[name]]
+    )
+    return f"{key}: no such key" + (f", did you mean {' or '.join(near[:3])}?" if near else "")
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def parse_config(values: Mapping[str, Any]) -> PretrainInstructConfig:
+    """`parse_as` for an instruction run."""
+    return parse_as(PretrainInstructConfig, values)
+
+
+def parse_as(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Check `values` (a resolved config as plain dicts) against the schema of `kind`.
+
+    Raises UsageError with one line per problem: the key, what was found, what is allowed.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"])) or "config"
+            if problem["type"] == "extra_forbidden":
+                lines.append(no_such_key(problem["loc"], kind))
+            elif problem["type"] == "missing":
+                lines.append(f"{key}: missing")
+            else:
+                # A rule over several keys names them itself; its input would be the whole section.
+                found = "" if isinstance(problem["input"], Mapping) else f" (found {problem['input']!r})"
+                lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{found}"[:400])
+        raise UsageError("the configuration does not fit config/schema:\n  " + "\n  ".join(lines)) from None
