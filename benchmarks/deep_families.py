@@ -38,7 +38,7 @@ from dataset.text.conversation import Encoded, Template, Turn, encode_batch
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch, set_matmul_precision
-from models.layers import Block, attention_mask
+from models.layers import Block, row_attention
 from models.losses import token_loss
 from training.optimizer import muon_matrices
 
@@ -236,10 +236,10 @@ class Network:
     def loss(self, bins: Bins, answered: Tensor) -> Tensor:
         """The mean of the ACT steps' losses over the supervised tokens of questions with admitted hops; counts right answers."""
         model, steps = self.model, self.config.arch.halt_max_steps
-        mask = attention_mask("prefix", bins.segments_RT, bins.ids_RT.shape[1], bins.documents_RT)
+        attend = row_attention("prefix", bins.segments_RT, bins.ids_RT.shape[1], bins.documents_RT)
         rotary = None if self._rotary is None else self._rotary.at(bins.positions_RT)
         places = bins.place_RS.unsqueeze(-1).expand(-1, -1, self.config.arch.hidden_size)
-        outputs = model.act_steps(model.embed(bins.ids_RT), rotary, mask, steps)
+        outputs = model.act_steps(model.embed(bins.ids_RT), rotary, attend, steps)
         output_ND = torch.stack([output.gather(1, places) for output in outputs]).flatten(0, 2)
         hops_RQ1 = torch.nn.functional.pad(bins.hops_RQ, (0, 1))
         hops_RS = hops_RQ1.gather(1, bins.question_RS)

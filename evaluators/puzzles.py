@@ -147,7 +147,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
     samples = search.samples
     positions = model.prefix_len + tokens
     rotary = model.rotary(torch.arange(positions))
-    mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
+    attend = model.row_attention(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
     inputs_RT, labels_RT = (values.repeat_interleave(samples, dim=0) for values in (inputs_BT, labels_BT))
     places = batch.rows[real].tolist()
     forms = search.forms(places, model.device)
@@ -165,7 +165,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
     measured, preds, halt_logits = [], [], []
     for step in range(1, config.halt_max_steps + 1):
         if len(at_work):
-            states, output_RTD = model.act_step(states, x_RTD[at_work], rotary, mask)
+            states, output_RTD = model.act_step(states, x_RTD[at_work], rotary, attend)
             halt_logits_R2 = model.halt_logits(output_RTD[:, 0])
             loss = row_loss(
                 output_RTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_R2, labels_RT[at_work], config.loss

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.act import RecursiveModel
 from models.cache import KVCache
-from models.layers import Mask, Rotary
+from models.layers import Rotary
 from models.losses import argmax, log_probs
 
 if TYPE_CHECKING:
@@ -224,7 +224,6 @@ class DeviceTick:
             tuple(state[:rows] for state in self._states),
             self._x_B1D[:rows],
             rotary,
-            Mask(),
             self._cache.extend_together(rows_B, act_steps_B, positions_B, past, compiled=compiled),
         )
         for kept, new in zip((*self._states, self._output_B1D), (*states, output_B1D), strict=True):

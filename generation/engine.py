@@ -24,7 +24,7 @@ from generation.sampling import GREEDY, Sampler, Sampling
 from models.act import DTYPES, RecursiveModel
 from models.cache import KVCache
 from models.device import on_device
-from models.layers import Mask, Rotary, TokenRows
+from models.layers import Rotary, TokenRows
 
 # Prompts are short, so a coarser rounding would cost more than the kernels it saves; see models/layers.TOKEN_MULTIPLE.
 _PROMPT_TOKEN_MULTIPLE = 8
@@ -222,7 +222,6 @@ class Engine:
             tuple(state[index_B] for state in self._states),
             self._x[index_B],
             self._rotary_at(positions),
-            Mask(),
             self._cache.extend(slots, act_steps, positions),
         )
         for kept, new in zip(self._states, states, strict=True):
@@ -357,25 +356,29 @@ class Engine:
         lengths_P = np.array([len(prompt.ids) for prompt in of_prompt])
         # Without padding: the tokens of all prompts stand side by side.
         index_N, width = tokens_in_rows(lengths_P, token_multiple=_PROMPT_TOKEN_MULTIPLE)
-        ids_PT, segments_PT = np.zeros((2, len(of_prompt), width), np.int64)
-        for place, prompt in enumerate(of_prompt):
-            ids_PT[place, : lengths_P[place]] = prompt.ids
-            segments_PT[place, : lengths_P[place]] = prompt.segment
+        begin_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width)
+        ids_N, segments_N = np.zeros((2, len(index_N)), np.int64)
+        spans = [slice(begin, begin + length) for begin, length in zip(begin_P.tolist(), lengths_P.tolist(), strict=True)]
+        for span, prompt in zip(spans, of_prompt, strict=True):
+            ids_N[span], segments_N[span] = prompt.ids, prompt.segment
+        spans = [spans[place] for place in source]
         token_rows = TokenRows(on_device(index_N, device), len(of_prompt), width)
-        segments = on_device(segments_PT, device)
+        segments = on_device(segments_N, device)
         refinement = model.refine(
-            on_device(ids_PT.ravel()[index_N], device),
+            on_device(ids_N, device),
             None if self._rotary is None else self._rotary.at(token_rows.index_N % width),
-            model.mask(segments)._replace(token_rows=token_rows),
+            self._cache.fill(slots, spans, model.token_attention([token_rows], segments)),
             act_steps=act_steps,
-            lanes=self._cache.fill(slots, source, lengths_P.tolist()),
             halt_threshold=halt_threshold,
             # Earlier answers halt as they did when they were given.
-            may_halt_BT=token_rows.gather(segments) == 0,
+            may_halt_BT=segments == 0,
         )
-        refined = collections.deque(refinement, maxlen=1).pop()
-        last_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width + lengths_P - 1)
-        last_B = on_device(last_P[source], device)
+        taken, refined = collections.deque(enumerate(refinement, 1), maxlen=1).pop()
+        if taken < act_steps:
+            # Every token halted, of a text that is continued: deeper steps of what follows see what they halted with.
+            for slot, span in zip(slots, spans, strict=True):
+                self._cache.carry_halted(slot, slice(span.stop - span.start), taken - 1, act_steps)
+        last_B = on_device([span.stop - 1 for span in spans], device)
         return refined.output_BTD[last_B], refined.steps_BT[last_B]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:

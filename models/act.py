@@ -18,11 +18,23 @@ from torch.utils.checkpoint import checkpoint
 
 from config.errors import UsageError
 from config.schema import ArchConfig
-from models.cache import HeldLanes, StepLanes
+from models.cache import HeldAttention, StatefulAttention
 from models.device import on_device
-from models.document_attention import can_attend_in_documents, documents_side_by_side
+from models.document_attention import DocumentAttention, can_attend_in_documents, documents_side_by_side
 from models.initialization import truncated_normal_
-from models.layers import BlockStack, Embedding, Linear, Mask, Rotary, TokenRows, attention_mask, rotary_table
+from models.layers import (
+    Attend,
+    BlockStack,
+    Embedding,
+    GroupedAttention,
+    Linear,
+    Rotary,
+    RowAttention,
+    TokenAttention,
+    TokenRows,
+    rotary_table,
+    row_attention,
+)
 from models.recursive_reasoning import build_recursion
 from models.recursive_reasoning.base import States
 from models.sparse_embedding import SparseEmbedding
@@ -48,7 +60,7 @@ class RecursiveModel(nn.Module):
     State-dict names and shapes are those of the original TinyRecursiveModels below its prefix `model.inner.`.
 
     Tokens of a puzzle's row stand behind the P = `prefix_len` positions of the puzzle's vector: `embed(inputs_BT, puzzle_ids_B)`
-    gives [B, P + T, D]; states, rotary tables and mask are for P + T positions; the halting logits of the row are those of
+    gives [B, P + T, D]; states, rotary tables and attention are for P + T positions; the halting logits of the row are those of
     `output_BTD[:, 0]`, its tokens' logits those of `output_BTD[:, P:]`.
     """
 
@@ -146,17 +158,18 @@ class RecursiveModel(nn.Module):
         table = rotary_table(positions.cpu(), self.head_dim, self.config.rope_theta, exact)
         return Rotary(*(on_device(part.numpy(), self.device) for part in table))
 
-    def mask(self, segments_BT: Tensor) -> Mask:
-        """The attention mask of the configured kind for whole rows with these prompt segments (0: assistant text, padding)."""
-        return attention_mask(self.config.attention, segments_BT, segments_BT.shape[1])
+    def row_attention(self, segments_BT: Tensor) -> RowAttention:
+        """Attention in whole rows with these prompt segments (0: assistant text, padding)."""
+        return row_attention(self.config.attention, segments_BT, segments_BT.shape[1])
 
-    def mask_in_rows(self, groups: Sequence[TokenRows], segments_N: Tensor, documents_N: Tensor | None = None) -> Mask:
-        """The mask for tokens without padding that stand in `groups` of rows, those of the first group first.
+    def token_attention(self, groups: Sequence[TokenRows], segments_N: Tensor, documents_N: Tensor | None = None) -> Attend:
+        """Attention of tokens without padding that stand in `groups` of rows, one after the other.
 
-        segments_N: prompt segments, as for `mask`. documents_N: numbers from 0, where several documents share a row.
+        segments_N: prompt segments, as for `row_attention`. documents_N: numbers from 0, where several
+        documents share a row.
         """
         sizes = [len(group.index_N) for group in groups]
-        masks = []
+        attends = []
         for number, (group, segments) in enumerate(zip(groups, segments_N.split(sizes), strict=True)):
             if self.is_compiled:
                 # An empty row beside a single one: compiled code is made anew for a size of 1.
@@ -165,38 +178,35 @@ class RecursiveModel(nn.Module):
             if documents_N is not None:
                 documents_BT = group.scatter(documents_N.split(sizes)[number] + 1)  # 0: where no document stands
             segments_BT = group.scatter(segments)
-            mask = attention_mask(self.config.attention, segments_BT, group.positions, documents_BT)
-            masks.append(mask._replace(token_rows=group))
-        return masks[0] if len(masks) == 1 else Mask(groups=tuple(masks))
+            rows = row_attention(self.config.attention, segments_BT, group.positions, documents_BT)
+            attends.append(TokenAttention(group, rows))
+        return attends[0] if len(attends) == 1 else GroupedAttention(tuple(attends))
 
     @property
     def needs_no_rows(self) -> bool:
-        """Whether `mask_side_by_side` is to be used: compiled code on a GPU has kernels that attend to tokens where they stand."""
+        """Whether to use `document_attention`, for which compiled code on a GPU has kernels."""
         return self.is_compiled and can_attend_in_documents(self.config.attention, self.device, self.dtype, self.head_dim)
 
-    def mask_side_by_side(self, starts: np.ndarray, segments_N: Tensor) -> Mask:
-        """The mask for tokens of documents that stand side by side, each beginning at one of the `starts`, the last of which is N.
+    def document_attention(self, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
+        """Attention of documents side by side, which begin at `starts`, the last of which is N.
 
-        segments_N: prompt segments, as for `mask`.
+        segments_N: prompt segments, as for `row_attention`.
         """
-        return Mask(documents=documents_side_by_side(self.config.attention, starts, segments_N))
+        return documents_side_by_side(self.config.attention, starts, segments_N)
 
     def act_step(
         self,
         states: States,
         x_BTD: Tensor,
         rotary: Rotary | None,
-        mask: Mask,
-        lanes: StepLanes | None = None,
+        attend: Attend,
         grad_calls: int | None = None,
     ) -> tuple[States, Tensor]:
         """One ACT step: new states, and the output [B, T, D] for the heads.
 
         Only the last `grad_calls` level calls carry gradient; None: as where an optimizer step takes a single ACT step.
-        `lanes` (models/cache.py) holds the keys and values of this step, one lane per call and layer; None keeps none.
         """
         calls_done = 0
-        lanes_used = 0
         if grad_calls is None:
             [grad_calls] = self.grad_calls_by_step(1)
         casts = [linear.cast_weight(self.dtype) for linear in self._level_linears]
@@ -207,27 +217,26 @@ class RecursiveModel(nn.Module):
                     torch._dynamo.mark_static(cast)
 
         def call(level: str, h_BTD: Tensor) -> Tensor:
-            nonlocal calls_done, lanes_used
+            nonlocal calls_done
             stack = self.get_submodule(level)
             assert isinstance(stack, BlockStack)
-            first_lane, lanes_used = lanes_used, lanes_used + len(stack.layers)
             carries_gradient = torch.is_grad_enabled() and calls_done >= len(self.level_calls) - grad_calls
             calls_done += 1
             if not carries_gradient:
                 h_BTD = h_BTD.detach()
             with torch.set_grad_enabled(carries_gradient):
-                if lanes is not None:
-                    result: Tensor = lanes.call(stack, first_lane, h_BTD, rotary, mask)
+                if isinstance(attend, StatefulAttention):
+                    result: Tensor = attend.level_call(stack, h_BTD, rotary)
                 elif carries_gradient and self.config.activation_checkpointing:
                     result = checkpoint(recomputed, stack, h_BTD, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    result = stack(h_BTD, rotary, mask)
+                    result = stack(h_BTD, rotary, attend)
             return result
 
         def recomputed(stack: BlockStack, h_BTD: Tensor) -> Tensor:
             # Backward comes here after the step: with other casts, compiled code would be made anew and save other tensors.
             with self._caching_casts(casts):
-                result: Tensor = stack(h_BTD, rotary, mask)
+                result: Tensor = stack(h_BTD, rotary, attend)
             return result
 
         with self._caching_casts(casts):
@@ -242,7 +251,7 @@ class RecursiveModel(nn.Module):
             return [calls] * act_steps
         return [min(calls, max(0, last - calls * later)) for later in reversed(range(act_steps))]
 
-    def act_steps(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, count: int) -> Iterator[Tensor]:
+    def act_steps(self, x_BTD: Tensor, rotary: Rotary | None, attend: Attend, count: int) -> Iterator[Tensor]:
         """The output [B, T, D] for the heads after each of `count` ACT steps from the initial states: what training differentiates.
 
         Gradient runs through the last `arch.grad_calls` level calls of all the ACT steps together. null: through those of each ACT
@@ -250,7 +259,7 @@ class RecursiveModel(nn.Module):
         """
         states = self.initial_states(*x_BTD.shape[:-1])
         for grad_calls in self.grad_calls_by_step(count):
-            states, output_BTD = self.act_step(states, x_BTD, rotary, mask, grad_calls=grad_calls)
+            states, output_BTD = self.act_step(states, x_BTD, rotary, attend, grad_calls)
             if self.config.grad_calls is None:
                 states = tuple(state.detach() for state in states)
             yield output_BTD
@@ -259,30 +268,29 @@ class RecursiveModel(nn.Module):
         self,
         ids_BT: Tensor,
         rotary: Rotary | None,
-        mask: Mask,
+        attend: Attend,
         *,
         act_steps: int,
-        lanes: HeldLanes | None = None,
         halt_threshold: float | None = None,
         may_halt_BT: Tensor | None = None,
     ) -> Iterator[Refined]:
         """Refine tokens from the initial states, one ACT step at a time, for measuring and generating.
 
         With `halt_threshold`, a token of `may_halt_BT` (None: every one) stops for good when its
-        halting probability passes it: its states and output stay, and deeper steps see the keys and values it halted with, which
-        needs `lanes`. Stops early when no token goes on. With `mask.token_rows`, tokens come without padding: [N] for every [B, T].
+        halting probability passes it: its states and output stay, and deeper steps see the keys and
+        values it halted with. Stops early when no token goes on. Tokens may come without padding: [N]
+        for every [B, T].
         """
+        held = HeldAttention(attend)
+        if halt_threshold is not None:
+            attend = held
         x_BTD = self.embed(ids_BT)
         states = self.initial_states(*ids_BT.shape)
         active_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         steps_BT = torch.zeros_like(ids_BT)
         output_BTD: Tensor | None = None
         for step in range(act_steps):
-            step_lanes = None
-            if lanes is not None:
-                scattered_BT = active_BT if mask.token_rows is None else mask.token_rows.scatter(active_BT)
-                step_lanes = lanes.at_step(step, None if halt_threshold is None else scattered_BT)
-            new_states, new_output_BTD = self.act_step(states, x_BTD, rotary, mask, step_lanes)
+            new_states, new_output_BTD = self.act_step(states, x_BTD, rotary, attend)
             steps_BT = steps_BT + active_BT
             if output_BTD is None or halt_threshold is None:
                 states, output_BTD = new_states, new_output_BTD
@@ -293,6 +301,7 @@ class RecursiveModel(nn.Module):
             if halt_threshold is not None:
                 halting_BT = self.halting_probability(output_BTD, step) > halt_threshold
                 active_BT = active_BT & ~(halting_BT if may_halt_BT is None else halting_BT & may_halt_BT)
+                held.active_BT = active_BT
             is_last = step == act_steps - 1 or (halt_threshold is not None and not bool(active_BT.any()))
             yield Refined(output_BTD, steps_BT, is_last)
             if is_last:
@@ -305,9 +314,8 @@ class RecursiveModel(nn.Module):
         return self.refine(
             ids_BT,
             self.rotary(torch.arange(ids_BT.shape[1])),
-            self.mask(segments_BT),
+            self.row_attention(segments_BT),
             act_steps=act_steps,
-            lanes=HeldLanes() if halt_threshold is not None else None,
             halt_threshold=halt_threshold,
             may_halt_BT=segments_BT == 0,
         )

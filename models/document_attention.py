@@ -18,15 +18,30 @@ from models.device import on_device
 _BLOCK = 128
 
 
-class Documents(NamedTuple):
-    """Which tokens see each other: of `starts_R1`, int32, where documents begin and N at the end, those up to themselves.
+class DocumentAttention(NamedTuple):
+    """Attention of tokens [N, H, K] within their documents.
 
-    longest: tokens of the longest document. blocks: a FlexAttention BlockMask, where not all documents are causal.
+    starts_R1: int32, where documents begin and, at the end, N. longest: tokens of the longest one.
+    blocks: a FlexAttention BlockMask, where not all documents are causal.
     """
 
     starts_R1: Tensor
     longest: int
     blocks: Any = None
+
+    def __call__(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
+        if self.blocks is None:
+            from torch.nn.attention.varlen import varlen_attn
+
+            starts_R1, longest = self.starts_R1, self.longest
+            y_NHK = varlen_attn(q_NHK, k_NHK, v_NHK, starts_R1, starts_R1, longest, longest, window_size=(-1, 0))
+            assert isinstance(y_NHK, Tensor)
+            return y_NHK
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q_1HNK, k_1HNK, v_1HNK = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHK, k_NHK, v_NHK))
+        y_1HNK: Tensor = flex_attention(q_1HNK, k_1HNK, v_1HNK, block_mask=self.blocks, scale=q_NHK.shape[-1] ** -0.5)
+        return y_1HNK.squeeze(0).transpose(0, 1)
 
 
 def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -36,32 +51,15 @@ def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype,
     return is_supported and device.type == "cuda" and kind in ("causal", "prefix")
 
 
-def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) -> Documents:
-    """The documents that begin at these of `segments_N`'s tokens; the last of `starts` is N.
+def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
+    """Attention within the documents that begin at `starts`, the last of which is N.
 
     causal: j <= i. prefix: besides, i and j in the same prompt segment, a run of tokens of one number that isn't 0.
     """
     starts_R1 = on_device(starts.astype(np.int32), segments_N.device)
     longest = int(np.diff(starts).max())
     blocks = _block_mask(*_visible_range(starts_R1, segments_N)) if kind == "prefix" else None
-    return Documents(starts_R1, longest, blocks)
-
-
-def attend_in_documents(qk: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Scaled dot-product attention of queries and keys [N, 2, H, K] and values [N, H, K]: [N, H * K]."""
-    q_NHK, k_NHK = qk.unbind(1)
-    if documents.blocks is None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        starts_R1, longest = documents.starts_R1, documents.longest
-        y_NHK = varlen_attn(q_NHK, k_NHK, v, starts_R1, starts_R1, longest, longest, window_size=(-1, 0))
-        assert isinstance(y_NHK, Tensor)
-        return y_NHK.flatten(1)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    q_1HNK, k_1HNK, v_1HNK = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHK, k_NHK, v))
-    y_1HNK: Tensor = flex_attention(q_1HNK, k_1HNK, v_1HNK, block_mask=documents.blocks, scale=q_NHK.shape[-1] ** -0.5)
-    return y_1HNK.squeeze(0).transpose(0, 1).flatten(1)
+    return DocumentAttention(starts_R1, longest, blocks)
 
 
 def _visible_range(starts_R1: Tensor, segments_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head, 
 are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the tokens of all rows; "..." stands for either.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from config.schema import ArchConfig
 from models.device import cpu_multiplies_bfloat16
-from models.document_attention import Documents, attend_in_documents
 from models.initialization import truncated_normal_
 from models.product_attention import product_attention
 
@@ -72,23 +70,53 @@ class TokenRows(NamedTuple):
         return x.flatten(0, 1).index_select(0, self.index_N)
 
 
-class Mask(NamedTuple):
-    """What a position may see: `visible` (bool, [B, 1, T, S] or None for all) or, without a dense mask, the past only.
+class Attend(Protocol):
+    """Attention of queries and keys, both rotated, and values, each [..., H, K]: [..., H, K].
 
-    With `token_rows`, activations come without padding and are laid out in rows for the attention alone. With `groups`, they are so
-    in rows of several widths: each group's tokens follow those of the one before, and has its own mask. With `documents`, they
-    come without padding and need no rows.
+    Which tokens see each other is its own affair. A NamedTuple goes into compiled code as tensors;
+    for any other, code would be recompiled.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
+
+
+class RowAttention(NamedTuple):
+    """Attention within rows [B, T, H, K]: to all positions, the past, or those that `visible` shows.
+
+    visible: bool [B or 1, 1, T, T].
     """
 
     visible: Tensor | None = None
     is_causal: bool = False
-    token_rows: TokenRows | None = None
-    groups: tuple["Mask", ...] = ()
-    documents: Documents | None = None
+
+    def __call__(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+        q_BHTK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+        return dot_product_attention(q_BHTK, k_BHTK, v_BHTK, self.visible, self.is_causal).transpose(1, 2)
 
 
-def attention_mask(kind: str, segments_BT: Tensor | None, positions: int, documents_BT: Tensor | None = None) -> Mask:
-    """The mask of `kind` over `positions` input positions of right-padded rows.
+class TokenAttention(NamedTuple):
+    """Attention of tokens without padding [N, H, K], which are laid out in rows for it."""
+
+    rows: TokenRows
+    attend: RowAttention
+
+    def __call__(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
+        return self.rows.gather(self.attend(*(self.rows.scatter(x) for x in (q_NHK, k_NHK, v_NHK))))
+
+
+class GroupedAttention(NamedTuple):
+    """`TokenAttention` of groups of tokens, one after the other, each in rows of a width of its own."""
+
+    groups: tuple[TokenAttention, ...]
+
+    def __call__(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
+        sizes = [len(group.rows.index_N) for group in self.groups]
+        parts = zip(self.groups, *(x.split(sizes) for x in (q_NHK, k_NHK, v_NHK)), strict=True)
+        return torch.cat([group(*qkv) for group, *qkv in parts])
+
+
+def row_attention(kind: str, segments_BT: Tensor | None, positions: int, documents_BT: Tensor | None = None) -> RowAttention:
+    """Attention of `kind` over `positions` input positions of right-padded rows.
 
     full: no restriction. causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, that is
     `segments_BT` equal and not 0. Padding stands at the end, so no real position sees it; its segment is 0.
@@ -98,7 +126,7 @@ def attention_mask(kind: str, segments_BT: Tensor | None, positions: int, docume
     if kind not in ("full", "causal", "prefix") or (kind == "prefix" and segments_BT is None):
         raise ValueError(f"attention {kind!r}: expected full, causal, or prefix with segments")
     if documents_BT is None and kind != "prefix":
-        return Mask(is_causal=kind == "causal")
+        return RowAttention(is_causal=kind == "causal")
     visible_BTT: Tensor | None = None
     if kind != "full":
         device = (documents_BT if segments_BT is None else segments_BT).device  # type: ignore[union-attr]
@@ -110,14 +138,7 @@ def attention_mask(kind: str, segments_BT: Tensor | None, positions: int, docume
         same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
         visible_BTT = same_BTT if visible_BTT is None else visible_BTT & same_BTT
     assert visible_BTT is not None
-    return Mask(visible=visible_BTT.unsqueeze(1))
-
-
-class Lane(Protocol):
-    """Where one layer of one level call keeps its keys and values (models/cache.py)."""
-
-    def attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask) -> Tensor:
-        """Store the new keys and values, and attend to all that the new positions see: [B, H, T, K] in q's dtype."""
+    return RowAttention(visible=visible_BTT.unsqueeze(1))
 
 
 # Where attention in bfloat16 on a CPU is faster as products than by torch's kernel: with instructions for them, and with so many
@@ -126,39 +147,25 @@ _MULTIPLIES_BFLOAT16 = cpu_multiplies_bfloat16()
 _MANY_SCORES = 2**18
 
 
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask) -> Tensor:
-    """Scaled dot-product attention [B, H, T, K]."""
+def dot_product_attention(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Scaled dot-product attention [B, H, T, K] by the fastest kernel for format and device."""
     dtype = q_BHTK.dtype
     if dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
         if _MULTIPLIES_BFLOAT16 and q_BHTK.shape == k_BHSK.shape and _are_many_scores(q_BHTK):
-            y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, mask.visible, mask.is_causal)
+            y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, visible, is_causal)
             return y_BHTK
         if any(x.requires_grad for x in (q_BHTK, k_BHSK, v_BHSK)):
             # torch's kernel is slower backwards in bfloat16 than in float32.
             q_BHTK, k_BHSK, v_BHSK = q_BHTK.float(), k_BHSK.float(), v_BHSK.float()
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=mask.is_causal).to(dtype)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=visible, is_causal=is_causal).to(dtype)
 
 
 def _are_many_scores(q_BHTK: Tensor) -> bool:
     """Compiled code takes all for many: each number of rows on the other side of the limit would need code of its own."""
     rows, heads, positions, _ = q_BHTK.shape
     return torch.compiler.is_compiling() or rows * heads * positions**2 >= _MANY_SCORES
-
-
-def attention(qk: Tensor, v: Tensor, mask: Mask, lane: Lane | None) -> Tensor:
-    """Scaled dot-product attention of queries and keys [..., 2, H, K] and values [..., H, K]: [..., H * K]."""
-    if mask.documents is not None:
-        return attend_in_documents(qk, v, mask.documents)
-    if mask.groups:
-        sizes = [len(group.token_rows.index_N) for group in mask.groups if group.token_rows is not None]
-        parts = zip(qk.split(sizes), v.split(sizes), mask.groups, strict=True)
-        return torch.cat([attention(*part, lane) for part in parts])
-    if mask.token_rows is not None:
-        qk, v = mask.token_rows.scatter(qk), mask.token_rows.scatter(v)
-    q_BHTK, k_BHTK, v_BHTK = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)
-    y_BHTK = (attend if lane is None else lane.attend)(q_BHTK, k_BHTK, v_BHTK, mask)
-    y = y_BHTK.transpose(1, 2).flatten(2)
-    return y if mask.token_rows is None else mask.token_rows.gather(y)
 
 
 class Linear(nn.Module):
@@ -213,7 +220,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(hidden_size, 3 * width)
         self.o_proj = Linear(width, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
         # By split, not by slices: backwards one join, not the sum of two padded gradients.
         qk, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)
         v = v.squeeze(-3)
@@ -221,7 +228,8 @@ class Attention(nn.Module):
             qk = rms_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
-        result: Tensor = self.o_proj(attention(qk, v, mask, lane))
+        q, k = qk.unbind(-3)
+        result: Tensor = self.o_proj(attend(q, k, v).flatten(-2))
         return result
 
 
@@ -259,10 +267,10 @@ class Block(nn.Module):
         self.mlp_t = SwiGLU(mixed_positions, expansion) if mixed_positions is not None else None
         self.mlp = SwiGLU(hidden_size, expansion)
 
-    def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lane: Lane | None) -> Tensor:
+    def forward(self, h: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
         if self.is_pre_norm:
             assert self.self_attn is not None
-            h = h + self.self_attn(rms_norm(h), rotary, mask, lane)
+            h = h + self.self_attn(rms_norm(h), rotary, attend)
             result: Tensor = h + self.mlp(rms_norm(h))
             return result
         if self.mlp_t is not None:
@@ -270,7 +278,7 @@ class Block(nn.Module):
             h = rms_norm(h_BDT + self.mlp_t(h_BDT)).transpose(1, 2)
         else:
             assert self.self_attn is not None
-            h = rms_norm(h + self.self_attn(h, rotary, mask, lane))
+            h = rms_norm(h + self.self_attn(h, rotary, attend))
         return rms_norm(h + self.mlp(h))
 
 
@@ -282,7 +290,7 @@ class BlockStack(nn.Module):
         self.is_pre_norm = config.norm == "pre"
         self.layers = nn.ModuleList(Block(config, mixed_positions) for _ in range(layers))
 
-    def forward(self, h: Tensor, rotary: Rotary | None, mask: Mask, lanes: Sequence[Lane] | None = None) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            h = layer(h, rotary, mask, None if lanes is None else lanes[index])
+    def forward(self, h: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        for layer in self.layers:
+            h = layer(h, rotary, attend)
         return rms_norm(h) if self.is_pre_norm else h

@@ -29,7 +29,7 @@ def heads_at_depth(model: RecursiveModel, ids_BT: torch.Tensor, segments_BT: tor
     results = []
     with torch.no_grad():
         for _ in range(steps):
-            states, output = model.act_step(states, x, model.rotary(torch.arange(positions)), model.mask(segments_BT))
+            states, output = model.act_step(states, x, model.rotary(torch.arange(positions)), model.row_attention(segments_BT))
             results.append(torch.cat((model.logits(output), model.halt_logits(output)), -1))
     return torch.stack(results)
 
@@ -138,7 +138,7 @@ def one_gradient(model: RecursiveModel) -> tuple[torch.Tensor, dict[str, torch.T
                 tuple(state.detach() for state in states),
                 model.embed(ids),
                 model.rotary(torch.arange(10)),
-                model.mask(segments),
+                model.row_attention(segments),
             )
             loss = loss + model.logits(output).square().mean()
     loss.backward()
@@ -235,14 +235,14 @@ def losses_in_rows(model: RecursiveModel, rows: Sequence[Example], packing: Pack
     )
     groups = [TokenRows(torch.from_numpy(group.index_N), *group[1:]) for group in layout.groups]
     documents_N = torch.from_numpy(layout.document_N)
-    mask = model.mask_in_rows(groups, segments_N, documents_N if packing == "packed" else None)
+    attend = model.token_attention(groups, segments_N, documents_N if packing == "packed" else None)
     states, x, rotary = (
         model.initial_states(len(inputs_N)),
         model.embed(inputs_N),
         model.rotary(torch.from_numpy(layout.position_N)),
     )
     for _ in range(steps):
-        states, output = model.act_step(states, x, rotary, mask)
+        states, output = model.act_step(states, x, rotary, attend)
     nll_N = -log_probs(model.logits(output), model.config.loss).gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
     return [nll_N[(documents_N == document) & (labels_N >= 0)] for document in range(len(rows))]
 

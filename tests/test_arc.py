@@ -165,6 +165,17 @@ def test_a_canvas_without_a_grid_is_a_wrong_grid(folder: Path) -> None:
     assert json.loads((folder / "submission.json").read_text())["x"][1]["attempt_1"] == [[0]]
 
 
+def test_ties_do_not_depend_on_who_predicted_first(folder: Path) -> None:
+    tied: list[Vote] = [("y", 0, PLAIN, grid, 1.0) for grid in (WRONG, WORSE, RIGHT["y"][0])]
+    submissions = []
+    for order in (tied, tied[::-1]):
+        arc = ARC(folder, attempts=3)
+        arc.add(**batch_of(order))
+        arc.result(folder)
+        submissions.append(json.loads((folder / "submission.json").read_text())["y"])
+    assert submissions[0] == submissions[1]
+
+
 def test_training_puzzles_and_padding_have_no_vote(folder: Path) -> None:
     arc = ARC(folder, pass_ks=(1,))
     batch = batch_of(VOTES[5:6], padding=1)

@@ -151,7 +151,8 @@ def test_the_seed_decides_and_not_the_number_of_processes(subsets: Path, built: 
 
 
 def test_the_test_puzzles_are_kept_as_they_were(subsets: Path, built: Path) -> None:
-    assert json.loads((built / "test_puzzles.json").read_text()) == read_tasks(subsets, "evaluation")
+    kept, given = json.loads((built / "test_puzzles.json").read_text()), read_tasks(subsets, "evaluation")
+    assert list(kept.items()) == list(given.items())
 
 
 def test_the_command_as_a_file_and_as_a_module(subsets: Path, built: Path, tmp_path: Path) -> None:
@@ -178,6 +179,15 @@ def test_identifiers_start_where_they_are_told(subsets: Path, tmp_path: Path) ->
 def test_a_second_test_set(subsets: Path, tmp_path: Path) -> None:
     build(str(subsets / "arc"), tmp_path / "data", ["training", "evaluation"], ["evaluation", "training"], num_aug=0, processes=1)
     assert PuzzleData([tmp_path / "data"], "test").metadata.total_groups == 5
+
+
+def test_a_second_test_set_is_evaluation2_if_it_is_there(tmp_path: Path) -> None:
+    for name, subset in zip("abc", ("training", "evaluation", "evaluation2"), strict=True):
+        write_subset(tmp_path, subset, random_tasks(name, ord(name)))
+    subsets = ["--subsets", "training", "evaluation", "evaluation2", "--test-set-name", "evaluation"]
+    places = ["--input-file-prefix", str(tmp_path / "arc"), "--output-dir", str(tmp_path / "data")]
+    main([*places, *subsets, "--num-aug", "0", "--processes", "1"])
+    assert set(json.loads((tmp_path / "data/test_puzzles.json").read_text())) == {"b", "c"}
 
 
 def test_a_test_set_may_be_without_solutions_and_a_training_set_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from generation.engine import Engine, Request, Token, lane_count
 from models.act import RecursiveModel
 from models.cache import KVCache
-from models.layers import Mask, Rotary
+from models.layers import Rotary
 from tests.test_device_tick import Recordings, assert_same
 from tests.test_engine import NEVER, decode, make_prompts
 
@@ -61,7 +61,7 @@ def test_an_act_step_equals_level_calls(tiny_model: ModelFactory, overrides: tup
     act_steps_B = torch.tensor([1, 2, 0][:rows], device=DEVICE)
     rotary = model.rotary(torch.arange(positions, device=DEVICE))
     assert rotary is not None
-    lanes = second.extend_together(torch.arange(rows, device=DEVICE), act_steps_B, positions_B, positions, compiled=False)
+    attend = second.extend_together(torch.arange(rows, device=DEVICE), act_steps_B, positions_B, positions, compiled=False)
     from models.decode_kernel import ActStepKernel
 
     with torch.inference_mode():
@@ -69,8 +69,7 @@ def test_an_act_step_equals_level_calls(tiny_model: ModelFactory, overrides: tup
             tuple(vectors[:states, :rows, None]),
             vectors[states, :rows, None],
             Rotary(rotary.cos[positions_B].unsqueeze(1), rotary.sin[positions_B].unsqueeze(1)),
-            Mask(),
-            lanes,
+            attend,
         )
         expected = vectors.clone()
         expected[:states, :rows] = torch.stack(new_states)[:, :, 0]

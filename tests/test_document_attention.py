@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.document_attention import attend_in_documents, can_attend_in_documents, documents_side_by_side
-from models.layers import attend, attention_mask
+from models.document_attention import can_attend_in_documents, documents_side_by_side
+from models.layers import row_attention
 
 # Of some documents, the prompt segments and their lengths; two of one number that touch are one.
 DOCUMENTS = st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 150)), min_size=1, max_size=4), min_size=1, max_size=4)
@@ -34,7 +34,7 @@ def side_by_side(documents: list[list[tuple[int, int]]]) -> tuple[torch.Tensor, 
 def test_tokens_see_what_a_dense_mask_shows(documents: list[list[tuple[int, int]]]) -> None:
     starts, document_N, segments_N = side_by_side(documents)
     tokens = len(document_N)
-    dense = attention_mask("prefix", segments_N[None], tokens, document_N[None]).visible
+    dense = row_attention("prefix", segments_N[None], tokens, document_N[None]).visible
     assert dense is not None
     blocks = documents_side_by_side("prefix", starts.numpy(), segments_N).blocks
     token_N = torch.arange(tokens)
@@ -81,15 +81,14 @@ def test_attention_equals_that_with_a_dense_mask(kind: str, device: str, monkeyp
     )
     generator = torch.Generator().manual_seed(0)
     dtype, tolerance = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 0.03)
-    qk, v = (torch.randn(len(document_N), *shape, generator=generator).to(device, dtype) for shape in ((2, 2, 16), (2, 16)))
-    inputs = [x.requires_grad_(device == "cuda") for x in (qk, v)]
-    documents = documents_side_by_side(kind, starts.cpu().numpy(), segments_N)
-    assert documents.longest == 204
-    function = torch.compile(attend_in_documents, dynamic=True) if device == "cuda" else attend_in_documents
-    dense = attention_mask(kind, segments_N[None], len(document_N), document_N[None])
-    q, k = qk.unbind(1)
-    rows = (x.transpose(0, 1)[None].to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    results = [function(qk, v, documents).float(), attend(*rows, dense)[0].transpose(0, 1).flatten(1)]
+    qkv = [torch.randn(len(document_N), 2, 16, generator=generator).to(device, dtype) for _ in range(3)]
+    inputs = [x.requires_grad_(device == "cuda") for x in qkv]
+    attend = documents_side_by_side(kind, starts.cpu().numpy(), segments_N)
+    assert attend.longest == 204
+    function = torch.compile(attend.__call__, dynamic=True) if device == "cuda" else attend
+    dense = row_attention(kind, segments_N[None], len(document_N), document_N[None])
+    rows = (x[None].to(torch.promote_types(dtype, torch.float32)) for x in qkv)
+    results = [function(*qkv).float(), dense(*rows)[0]]
     torch.testing.assert_close(*results, rtol=0, atol=tolerance)
     if device == "cuda":
         gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in results]

@@ -86,7 +86,9 @@ def recomputed(model: RecursiveModel, prompt: Prompt, tokens: Sequence[Token], a
     states = model.initial_states(1, positions)
     with torch.no_grad():
         for _ in range(act_steps):
-            states, output = model.act_step(states, model.embed(ids), model.rotary(torch.arange(positions)), model.mask(segments))
+            states, output = model.act_step(
+                states, model.embed(ids), model.rotary(torch.arange(positions)), model.row_attention(segments)
+            )
         return model.logits(output[0, -len(tokens) :])
 
 
@@ -290,6 +292,21 @@ def test_per_token_halting_equals_the_parallel_evaluation(
             steps_seen.add(token.act_steps)
     assert len(steps_seen) >= 3, "tokens must halt at different steps for this test to mean anything"
     assert {tokens[0].act_steps for tokens in answers} == {act_steps}, "prompts take all steps"
+
+
+def test_a_text_whose_tokens_all_halt_early_is_continued_as_in_the_parallel_evaluation(tiny_model: ModelFactory) -> None:
+    """Raw text has no prompt segment, whose tokens would go to full depth."""
+    model, act_steps, threshold = tiny_model("arch.halt_max_steps=6", halt_scale=3.0, seed=3), 6, 0.5
+    prompts = [Prompt(prompt.ids, np.zeros_like(prompt.segment)) for prompt in make_prompts((3,)) + make_prompts((8,))]
+    answers = decode(model, requests_for(prompts, 6, halt_threshold=threshold), act_steps=act_steps)
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        ids = torch.tensor([[*prompt.ids.tolist(), *(token.id for token in tokens[:-1])]])
+        *_, refined = model.refine_rows(ids, torch.zeros_like(ids), act_steps=act_steps, halt_threshold=threshold)
+        steps = refined.steps_BT[0].tolist()
+        assert max(steps[: len(prompt.ids)]) == 1 < max(steps), "a token must go deeper than the whole prompt"
+        assert [token.act_steps for token in tokens] == steps[-6:]
+        for token, logits_V in zip(tokens, model.logits(refined.output_BTD[0, -6:]), strict=True):
+            torch.testing.assert_close(logp_of(token), log_probs(logits_V, model.config.loss), rtol=0, atol=1e-6)
 
 
 def test_memory_that_was_never_written_reaches_no_row(tiny_model: ModelFactory) -> None:

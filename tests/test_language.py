@@ -30,7 +30,7 @@ def by_hand(model: RecursiveModel, example: Example, act_steps: int) -> list[lis
     states, depths = model.initial_states(1, inputs.shape[1]), []
     for _ in range(act_steps):
         states, output = model.act_step(
-            states, model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.mask(segments)
+            states, model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.row_attention(segments)
         )
         logp = log_probs(model.logits(output[0]), model.config.loss)
         tokens = []
@@ -56,7 +56,10 @@ def examples(random_examples: ExampleFactory, tiny_model: ModelFactory) -> list[
         states = model.initial_states(1, inputs.shape[1])
         for _ in range(3):
             states, output = model.act_step(
-                states, model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.mask(torch.zeros_like(inputs))
+                states,
+                model.embed(inputs),
+                model.rotary(torch.arange(inputs.shape[1])),
+                model.row_attention(torch.zeros_like(inputs)),
             )
         first.ids[t] = int(model.logits(output[0, -1]).argmax())
     return rows

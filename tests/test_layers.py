@@ -15,13 +15,14 @@ from models.layers import (
     BlockStack,
     Embedding,
     Linear,
-    Mask,
+    RowAttention,
     SwiGLU,
+    TokenAttention,
     TokenRows,
-    attention_mask,
     rms_norm,
     rotary_table,
     rotate,
+    row_attention,
 )
 
 
@@ -37,21 +38,21 @@ def test_rms_norm_has_the_epsilon_inside_and_no_weight() -> None:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=7))
 def test_masks_show_what_their_definition_says(segments: list[int]) -> None:
     count = len(segments)
-    mask = attention_mask("prefix", torch.tensor([segments]), count)
+    mask = row_attention("prefix", torch.tensor([segments]), count)
     assert mask.visible is not None and not mask.is_causal
     for i in range(count):
         for j in range(count):
             expected = j <= i or (segments[i] == segments[j] != 0)
             assert bool(mask.visible[0, 0, i, j]) == expected
-    assert attention_mask("full", None, count) == Mask(None, False)
-    assert attention_mask("causal", None, count) == Mask(None, True)
+    assert row_attention("full", None, count) == RowAttention(None, False)
+    assert row_attention("causal", None, count) == RowAttention(None, True)
 
 
 def test_a_mask_kind_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="expected full, causal"):
-        attention_mask("sideways", torch.zeros(1, 3), 3)
+        row_attention("sideways", torch.zeros(1, 3), 3)
     with pytest.raises(ValueError, match="prefix with segments"):
-        attention_mask("prefix", None, 3)
+        row_attention("prefix", None, 3)
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 300))
@@ -90,7 +91,7 @@ def test_attention_equals_the_plain_formula(kind: str, qk_norm: bool) -> None:
     layer = Attention(D, H, qk_norm).double()
     x, segments = random(B, T, D), torch.tensor([[1, 1, 0, 2, 2], [1, 1, 1, 0, 0]])
     rotary = rotary_table(torch.arange(T), D // H, 10000.0, torch.float64)
-    got = layer(x, rotary, attention_mask(kind, segments, T), None)
+    got = layer(x, rotary, row_attention(kind, segments, T))
     qkv = layer.qkv_proj.weight
     heads = []
     for h in range(H):
@@ -115,14 +116,14 @@ def test_attention_equals_the_plain_formula(kind: str, qk_norm: bool) -> None:
 def test_the_scale_of_queries_and_keys_counts_unless_they_are_normalised(qk_norm: bool) -> None:
     torch.manual_seed(0)
     # Large ones for the norm's epsilon to be nothing; without a norm they would leave attention nothing to choose.
-    layer, x, mask = Attention(12, 3, qk_norm).double(), (30 if qk_norm else 1) * random(2, 5, 12), Mask(is_causal=True)
+    layer, x, attend = Attention(12, 3, qk_norm).double(), (30 if qk_norm else 1) * random(2, 5, 12), RowAttention(is_causal=True)
     rotary = rotary_table(torch.arange(5), 4, 10000.0, torch.float64)
-    before = layer(x, rotary, mask, None)
+    before = layer(x, rotary, attend)
     with torch.no_grad():
         layer.qkv_proj.weight[:12] *= 3
         layer.qkv_proj.weight[12:24] *= 2
     # As equal as the epsilon of the norm lets it be.
-    assert torch.allclose(layer(x, rotary, mask, None), before, rtol=0, atol=1e-4) == qk_norm
+    assert torch.allclose(layer(x, rotary, attend), before, rtol=0, atol=1e-4) == qk_norm
 
 
 @pytest.mark.parametrize("kind", ["causal", "prefix"])
@@ -132,12 +133,12 @@ def test_tokens_without_padding_attend_as_in_padded_rows(kind: str) -> None:
     segments = torch.tensor([[1, 1, 0, 2, 2, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
     is_token = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
     token_rows = TokenRows(torch.nonzero(is_token.flatten()).squeeze(1), len(lengths), T)
-    x_ND, mask = random(sum(lengths), D), attention_mask(kind, segments, T)
+    x_ND, attend = random(sum(lengths), D), row_attention(kind, segments, T)
     x_BTD = token_rows.scatter(x_ND)
     assert torch.equal(x_BTD[~is_token], torch.zeros(3 * T - 8, D)) and torch.equal(token_rows.gather(x_BTD), x_ND)
-    padded = layer(x_BTD, rotary_table(torch.arange(T), 4, 10000.0, torch.float64), mask, None)
+    padded = layer(x_BTD, rotary_table(torch.arange(T), 4, 10000.0, torch.float64), attend)
     rotary_N = rotary_table(token_rows.index_N % T, 4, 10000.0, torch.float64)
-    torch.testing.assert_close(layer(x_ND, rotary_N, mask._replace(token_rows=token_rows), None), padded[is_token])
+    torch.testing.assert_close(layer(x_ND, rotary_N, TokenAttention(token_rows, attend)), padded[is_token])
 
 
 @pytest.mark.parametrize(("hidden", "expansion", "width"), [(512, 4, 1536), (16, 1, 256), (384, 1, 256), (386, 1, 512)])
@@ -151,16 +152,16 @@ def test_swiglu_width_is_rounded_up_to_256_and_gate_comes_first(hidden: int, exp
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_a_stack_normalises_where_it_says(tiny_config: Callable[..., PretrainInstructConfig], norm: str) -> None:
-    stack, x, mask = BlockStack(2, tiny_config(f"arch.norm={norm}").arch).double(), random(1, 4, 16), Mask(is_causal=True)
+    stack, x, attend = BlockStack(2, tiny_config(f"arch.norm={norm}").arch).double(), random(1, 4, 16), RowAttention(is_causal=True)
     h = x
     for block in stack.layers:
         if norm == "post":
-            h = rms_norm(h + block.self_attn(h, None, mask, None))
+            h = rms_norm(h + block.self_attn(h, None, attend))
             h = rms_norm(h + block.mlp(h))
         else:
-            h = h + block.self_attn(rms_norm(h), None, mask, None)
+            h = h + block.self_attn(rms_norm(h), None, attend)
             h = h + block.mlp(rms_norm(h))
-    torch.testing.assert_close(stack(x, None, mask), h if norm == "post" else rms_norm(h))
+    torch.testing.assert_close(stack(x, None, attend), h if norm == "post" else rms_norm(h))
 
 
 def test_linear_keeps_float32_weights_and_computes_in_its_inputs_format() -> None:
@@ -187,7 +188,7 @@ def test_embedding_looks_up_in_float32_and_casts() -> None:
 
 
 def packed_mask(kind: str, documents: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    mask = attention_mask(kind, segments, documents.shape[1], documents)
+    mask = row_attention(kind, segments, documents.shape[1], documents)
     assert mask.visible is not None and not mask.is_causal
     return mask.visible[:, 0]
 
@@ -197,7 +198,7 @@ def packed_mask(kind: str, documents: torch.Tensor, segments: torch.Tensor) -> t
 )
 def test_no_document_sees_another(tokens: list[tuple[int, int]], kind: str) -> None:
     documents, segments = (torch.tensor([column]) for column in zip(*tokens, strict=True))
-    alone = attention_mask(kind, segments, len(tokens))
+    alone = row_attention(kind, segments, len(tokens))
     for i, (document, segment) in enumerate(tokens):
         for j, (other, other_segment) in enumerate(tokens):
             allowed = {"full": True, "causal": j <= i, "prefix": j <= i or segment == other_segment != 0}[kind]

@@ -1,6 +1,7 @@
 """From a checkpoint to a model that answers: `generation.load`, its options, and the examples of the Python interface."""
 
 import doctest
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from generation import load
 from generation.answers import Options
 from generation.sampling import Sampling
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 RUN = Path("checkpoints/demo/run")
 
 
@@ -50,6 +52,15 @@ def test_the_examples_of_the_interface_hold(place: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(place)
     found = doctest.testmod(module, extraglobs={"load": load})
     assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_the_first_example_of_a_page_runs(place: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    [example, *_] = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / page).read_text(), re.MULTILINE | re.DOTALL)
+    example, paths = re.subn(r'"checkpoints/[^"]+"', f'"{RUN}"', example)
+    assert paths == 1
+    monkeypatch.chdir(place)
+    exec(compile(example, page, "exec"), {})
 
 
 def test_a_run_a_checkpoint_and_an_open_one_are_the_same_model(place: Path) -> None:

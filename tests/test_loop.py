@@ -80,7 +80,7 @@ def plain_gradients(
     for row in rows:
         inputs, labels = torch.from_numpy(row.ids[:-1]).long()[None], torch.from_numpy(row.ids[1:]).long()
         supervised, segments = torch.from_numpy(row.supervised[1:]), torch.from_numpy(row.segment[:-1]).long()[None]
-        x, rotary, mask = model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.mask(segments)
+        x, rotary, attend = model.embed(inputs), model.rotary(torch.arange(inputs.shape[1])), model.row_attention(segments)
         z_H, z_L = model.initial_states(1, inputs.shape[1])
         of_step = [number >= calls - (arch.L_cycles + 1) for number in range(calls)]
         last = grad_calls if isinstance(grad_calls, int) else steps * calls
@@ -91,9 +91,9 @@ def plain_gradients(
                 z_H, z_L = z_H.detach(), z_L.detach()
             for _ in range(arch.H_cycles):
                 for _ in range(arch.L_cycles):
-                    z_L = stack(z_L + z_H + x, rotary, mask)
+                    z_L = stack(z_L + z_H + x, rotary, attend)
                     z_L = z_L if next(carries) else z_L.detach()
-                z_H = stack(z_H + z_L, rotary, mask)
+                z_H = stack(z_H + z_L, rotary, attend)
                 z_H = z_H if next(carries) else z_H.detach()
             logp = log_probs(model.logits(z_H[0]), arch.loss)[supervised]
             ce = -logp[torch.arange(len(logp)), labels[supervised]].sum()
@@ -605,7 +605,7 @@ def assert_decoded_as_recomputed(model: RecursiveModel, prompt: Prompt, answer: 
     with torch.no_grad():
         for _ in range(act_steps):
             states, output = model.act_step(
-                states, model.embed(ids), model.rotary(torch.arange(ids.shape[1])), model.mask(segments)
+                states, model.embed(ids), model.rotary(torch.arange(ids.shape[1])), model.row_attention(segments)
             )
         logp_TV = log_probs(model.logits(output[0, -len(answer) :]), model.config.loss)
     decoded_TV = torch.empty_like(logp_TV)

@@ -20,10 +20,10 @@ from evaluators.puzzles import evaluate_puzzles
 from generation.engine import Engine, Prompt, Request, lane_count
 from generation.sampling import Sampling
 from models.act import RecursiveModel
-from models.cache import KVCache
+from models.cache import HeldAttention, KVCache
 from models.device import on_device
 from models.distributed import Ranks
-from models.layers import Mask, TokenRows
+from models.layers import TokenRows
 from tests.fake_device import FakeDevice, fake_device
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.loop import Trainer
@@ -136,9 +136,9 @@ def test_masks(tiny_config: ConfigFactory, attention: str, is_packed: bool) -> N
         tokens = sum(lengths)
         documents_N = on_device(layout.document_N, device_) if is_packed else None
         device.waits.clear()
-        mask = model.mask_in_rows(groups, torch.ones(tokens, dtype=torch.int64, device=device_), documents_N)
+        attend = model.token_attention(groups, torch.ones(tokens, dtype=torch.int64, device=device_), documents_N)
         x_ND = model.embed(torch.zeros(tokens, dtype=torch.int64, device=device_))
-        model.act_step(model.initial_states(tokens), x_ND, None, mask)
+        model.act_step(model.initial_states(tokens), x_ND, None, attend)
         assert not device.waits
 
 
@@ -185,18 +185,19 @@ def test_lanes_of_a_cache(tiny_config: ConfigFactory) -> None:
         )
         table = model.rotary(torch.arange(16))
         assert table is not None
-        rotary = table.at(torch.arange(1, device=model.device))
+        rows_B, act_steps_B, starts_B = on_device([[0, 2], [0, 1], [4, 2]], model.device)
+        index_N = torch.arange(2, device=model.device)
+        rotary_B = table.at(index_N.unsqueeze(1))
         device.waits.clear()
         x_BTD = model.embed(torch.zeros(2, 1, dtype=torch.int64, device=model.device))
-        states = model.initial_states(2, 1)
-        active_BT = torch.ones(2, 1, dtype=torch.bool, device=model.device)
-        filling = cache.fill([2, 0], [0, 1], [1, 1])
-        for step in range(2):
-            model.act_step(states, x_BTD, rotary, model.mask(active_BT.long()), filling.at_step(step, active_BT))
-        model.act_step(states, x_BTD, rotary, Mask(), cache.extend([0, 2], [0, 1], [4, 2]))
-        rows_B, act_steps_B, starts_B = on_device([[0, 2], [0, 1], [4, 2]], model.device)
-        lanes = cache.extend_together(rows_B, act_steps_B, starts_B, 4, compiled=False)
-        model.act_step(states, x_BTD, rotary, Mask(), lanes)
+        attend = model.token_attention([TokenRows(index_N, 2, 1)], torch.ones_like(index_N))
+        held = HeldAttention(cache.fill([2, 0], [slice(0, 1), slice(1, 2)], attend))
+        for _ in range(2):
+            model.act_step(model.initial_states(2), x_BTD[:, 0], table.at(index_N), held)
+            held.active_BT = torch.ones(2, dtype=torch.bool, device=model.device)
+        together = cache.extend_together(rows_B, act_steps_B, starts_B, 4, compiled=False)
+        for extending in (cache.extend([0, 2], [0, 1], [4, 2]), together):
+            model.act_step(model.initial_states(2, 1), x_BTD, rotary_B, extending)
         cache.carry_halted(0, 4, 0, 2)
         assert not device.waits
 

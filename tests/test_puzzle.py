@@ -75,7 +75,7 @@ def test_steps_are_what_the_formulas_say(build: Build, arch: str) -> None:
     assert task.total_steps == total and len(batches) > 7
 
     P, N = model.prefix_len, config.arch.halt_max_steps
-    rotary, mask = model.rotary(torch.arange(P + TOKENS)), model.mask(torch.zeros(1, P + TOKENS, dtype=torch.int64))
+    rotary, attend = model.rotary(torch.arange(P + TOKENS)), model.row_attention(torch.zeros(1, P + TOKENS, dtype=torch.int64))
     inputs, labels, ids = torch.zeros(4, TOKENS).long(), torch.zeros(4, TOKENS).long(), torch.zeros(4).long()
     states = [torch.zeros(4, P + TOKENS, 16).double() for _ in model.recursion.initial_states]
     steps, is_free = [0] * 4, [True] * 4
@@ -94,10 +94,10 @@ def test_steps_are_what_the_formulas_say(build: Build, arch: str) -> None:
         table = model.puzzle_emb.weights.requires_grad_(True)
         prefix = F.pad(table[ids], (0, P * 16 - 16)).view(4, P, 16)
         x = torch.cat((prefix, model.embed_tokens.embedding_weight[inputs]), dim=1) * math.sqrt(16)
-        new_states, output = model.act_step(tuple(states), x, rotary, mask)
+        new_states, output = model.act_step(tuple(states), x, rotary, attend)
         q = output[:, 0] @ model.q_head.weight.T + model.q_head.bias
         with torch.no_grad():
-            _, ahead = model.act_step(new_states, x, rotary, mask)
+            _, ahead = model.act_step(new_states, x, rotary, attend)
             next_q = ahead[:, 0] @ model.q_head.weight.T + model.q_head.bias
         log_p = log_stablemax(output[:, P:] @ model.lm_head.weight.T)
         minimum = exploration(0, number, 4, 0.1, N)

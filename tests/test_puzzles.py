@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from config.compose import compose_as
@@ -59,6 +60,10 @@ def test_metrics_are_those_of_the_saved_tensors(opened: Open) -> None:
     assert report["accuracy"] == pytest.approx((right.sum(dim=1) / supervised.sum(dim=1)).mean().item())
     assert report["exact_accuracy"] == pytest.approx(exact.double().mean().item())
     assert report["q_halt_accuracy"] == pytest.approx(((saved["q_halt_logits"] >= 0) == exact).double().mean().item())
+    # Of rows alone: the last batch isn't full.
+    assert rows % 4
+    halt_loss = F.binary_cross_entropy_with_logits(saved["q_halt_logits"].double(), exact.double())
+    assert report["q_halt_loss"] == pytest.approx(halt_loss.item())
     by_step = ((saved["preds_by_step"] == saved["labels"].unsqueeze(1)) | ~supervised.unsqueeze(1)).all(dim=2)
     assert report["exact_accuracy_by_act_step"] == pytest.approx(by_step.double().mean(dim=0).tolist())
     assert torch.equal(saved["preds_by_step"][:, -1], saved["preds"])
@@ -70,9 +75,9 @@ def test_the_last_step_is_the_model_run_so_often(opened: Open) -> None:
     with torch.no_grad():
         x = model.embed(saved["inputs"], saved["puzzle_identifiers"])
         states = model.initial_states(*x.shape[:2])
-        mask, rotary = model.mask(torch.zeros(1, x.shape[1], dtype=torch.int64)), model.rotary(torch.arange(x.shape[1]))
+        attend, rotary = model.row_attention(torch.zeros(1, x.shape[1], dtype=torch.int64)), model.rotary(torch.arange(x.shape[1]))
         for _ in range(3):
-            states, output = model.act_step(states, x, rotary, mask)
+            states, output = model.act_step(states, x, rotary, attend)
         logits = model.logits(output[:, model.prefix_len :])
     assert torch.equal(logits.argmax(-1), saved["preds"])
     torch.testing.assert_close(model.halt_logits(output[:, 0])[:, 0].detach().float(), saved["q_halt_logits"])

@@ -138,7 +138,10 @@ def test_the_commands_for_puzzles_exist_and_every_flag_is_documented() -> None:
     assert flags_in(help_of(["inference.py"])) - {"-h", "--help"} <= flags_in(pages[1])
 
 
-@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))])
+PAGES = ["README.md", "AGENTS.md", "docs/quickstart.ipynb", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (REPOSITORY / page).read_text())
     local = [target for target in targets if "://" not in target]

@@ -15,7 +15,7 @@ from config.schema import ArchConfig, PretrainInstructConfig
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
 from models.act import RecursiveModel
-from models.layers import Mask
+from models.layers import RowAttention
 from models.losses import row_loss
 from models.recursive_reasoning import build_recursion
 from models.row_halting import continue_target, halted
@@ -230,7 +230,7 @@ def test_three_steps_equal_the_straight_line_program(name: str, changes: dict[st
         # The original carries states, not gradients, from one ACT step to the next.
         states, plain_states = (tuple(state.detach() for state in group) for group in (states, plain_states))
         x = model.embed(IDS, PUZZLE_IDS)
-        states, output = model.act_step(states, x, model.rotary(torch.arange(shape[1])), Mask())
+        states, output = model.act_step(states, x, model.rotary(torch.arange(shape[1])), RowAttention())
         logits, halting = model.logits(output[:, model.prefix_len :]), model.halt_logits(output[:, 0])
         left = calls
         plain_states, z = PLAIN[name](call, plain_states, plain_input(w, arch, prefix), H, L)
@@ -371,12 +371,12 @@ def test_every_recursion_learns_puzzles(name: str, changes: dict[str, Any]) -> N
         if update % arch.halt_max_steps == 0:
             states, steps = model.initial_states(3, model.prefix_len + SEQ_LEN), torch.zeros(3, dtype=torch.int64)
         x, rotary = model.embed(inputs, PUZZLE_IDS), model.rotary(torch.arange(model.prefix_len + SEQ_LEN))
-        states, output = model.act_step(states, x, rotary, Mask())
+        states, output = model.act_step(states, x, rotary, RowAttention())
         states, steps = tuple(state.detach() for state in states), steps + 1
         target = None
         if arch.trains_continue:
             with torch.no_grad():
-                _, next_output = model.act_step(states, x, rotary, Mask())
+                _, next_output = model.act_step(states, x, rotary, RowAttention())
                 target = continue_target(model.halt_logits(next_output[:, 0]), steps >= arch.halt_max_steps)
         halt_logits = model.halt_logits(output[:, 0])
         tokens = output[:, model.prefix_len :]

@@ -103,7 +103,9 @@ def test_three_steps_equal_the_straight_line_program(
     for _ in range(3):
         # The original carries states, not gradients, from one ACT step to the next.
         states = tuple(state.detach() for state in states)
-        states, output = model.act_step(states, model.embed(IDS), model.rotary(torch.arange(6)), model.mask(torch.zeros_like(IDS)))
+        states, output = model.act_step(
+            states, model.embed(IDS), model.rotary(torch.arange(6)), model.row_attention(torch.zeros_like(IDS))
+        )
         logits, halting = model.logits(output), model.halt_logits(output)
         x = w["embed_tokens.embedding_weight"][IDS] * math.sqrt(HIDDEN)
         z_h, z_l = plain_step(w, z_h.detach(), z_l.detach(), x, grad_calls or L_CYCLES + 1)
@@ -128,7 +130,10 @@ def test_the_knob_changes_gradients_and_no_output(tiny_config: Callable[..., Pre
     for grad_calls in (None, L_CYCLES + 1, L_CYCLES, CALLS):
         model = build(tiny_config, grad_calls)
         _, output = model.act_step(
-            model.initial_states(*IDS.shape), model.embed(IDS), model.rotary(torch.arange(6)), model.mask(torch.zeros_like(IDS))
+            model.initial_states(*IDS.shape),
+            model.embed(IDS),
+            model.rotary(torch.arange(6)),
+            model.row_attention(torch.zeros_like(IDS)),
         )
         output.sin().sum().backward()
         outputs.append(output)

@@ -101,7 +101,7 @@ class PuzzleTask:
         self.carry = Carry.empty(model, len(self._part), data.metadata.seq_len)
         positions = model.prefix_len + data.metadata.seq_len
         self._rotary = model.rotary(torch.arange(positions))
-        self._mask = model.mask(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
+        self._attend = model.row_attention(torch.zeros(1, positions, dtype=torch.int64, device=model.device))
 
     @property
     def total(self) -> Position:
@@ -170,7 +170,7 @@ class PuzzleTask:
         labels_BT = carry.labels_BT[part]
         x_BTD = model.embed(carry.inputs_BT[part], carry.puzzle_ids_B[part])
         states = tuple(state[part] for state in carry.states)
-        states, output_BTD = model.act_step(states, x_BTD, self._rotary, self._mask)
+        states, output_BTD = model.act_step(states, x_BTD, self._rotary, self._attend)
         output_BD = output_BTD[:, 0]
         halt_logits_B2 = model.halt_logits(output_BD if arch.halt.backprop else output_BD.detach())
         steps_B = carry.steps_B[part] + 1
@@ -178,7 +178,7 @@ class PuzzleTask:
         with torch.no_grad():
             states = tuple(state.detach() for state in states)
             if arch.trains_continue:
-                _, next_BTD = model.act_step(states, x_BTD, self._rotary, self._mask)
+                _, next_BTD = model.act_step(states, x_BTD, self._rotary, self._attend)
                 target_B = continue_target(model.halt_logits(next_BTD[:, 0]), steps_B >= arch.halt_max_steps)
         loss = row_loss(output_BTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_B2, labels_BT, arch.loss, target_B)
         with torch.no_grad():

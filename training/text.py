@@ -20,7 +20,7 @@ from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
 from models.distributed import Ranks
-from models.layers import TOKEN_MULTIPLE, TokenRows
+from models.layers import TOKEN_MULTIPLE, Attend, TokenRows
 from models.losses import token_loss
 from training.schedule import act_steps_at, expected_examples, lr_factor_by_examples
 from training.task import Batch, MicroBatch, Position
@@ -151,15 +151,15 @@ class TextTask:
         supervised_N, labels_N = on_device(supervised, device), on_device(labels_M[supervised], device)
         segments = on_device(segments_M, device)
         if model.needs_no_rows:
-            mask = model.mask_side_by_side(layout.starts, segments)
+            attend: Attend = model.document_attention(layout.starts, segments)
         else:
             rows = [TokenRows(on_device(group.index_N, device), *group[1:]) for group in layout.groups]
             documents = on_device(layout.document_N, device) if packing == "packed" else None
-            mask = model.mask_in_rows(rows, segments, documents)
+            attend = model.token_attention(rows, segments, documents)
         outputs = model.act_steps(
             model.embed(on_device(inputs_M, device)),
             None if self._rotary is None else self._rotary.at(on_device(layout.position_N, device)),
-            mask,
+            attend,
             act_steps,
         )
         weights = config.loss_discount ** np.arange(act_steps)[::-1]

@@ -1,9 +1,10 @@
-"""The part of an exported modeling file that transformers needs: configuration, cache lanes, and a causal language model.
+"""What transformers needs in an exported modeling file: configuration, attention, language model.
 
 artifacts/hf/export.py puts the definitions that are imported from models/ here in place of the imports, so that the file stands
 alone; what is defined here comes before a definition of that name there. Shape suffixes as in models/layers.py.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.versions import require_version
 
-from models.layers import BlockStack, Embedding, Linear, Rotary, rotary_table
+from models.cache import HeldAttention
+from models.layers import Attend, BlockStack, Embedding, Linear, Rotary, rotary_table
 from models.losses import log_probs
 from models.recursive_reasoning import build_recursion
 
@@ -81,54 +83,34 @@ class TRMConfig(PreTrainedConfig):
         super().__init__(**others)
         # What a cache takes for layers: one for each ACT step, level call and block.
         recursion = build_recursion(self)
-        self.lanes_per_step = sum(recursion.levels[level] for level in recursion.calls)
-        self.num_hidden_layers = halt_max_steps * self.lanes_per_step
+        self.num_hidden_layers = halt_max_steps * sum(recursion.levels[level] for level in recursion.calls)
 
 
-# As models/layers.py and the recursions call it.
-ArchConfig = TRMConfig
-Mask = Tensor
-"""bool [B, 1, T, S]: whether each of T new positions sees each of S."""
+ArchConfig = TRMConfig  # as models/layers.py and the recursions call it
 
 
-class Lanes:
-    """Keys and values of the new positions: a lane for each ACT step, level call and block, which is a layer to `cache`.
+class LaneAttention:
+    """Attention of new positions to each lane: a block of a level call of an ACT step.
 
-    With `holds`, a token that halted shows every deeper ACT step the keys and values it halted with.
+    A lane is a layer to `cache`. visible: bool [B, 1, T, S], whether each of T new positions sees each
+    of S.
     """
 
-    def __init__(self, cache: DynamicCache | None, per_step: int, holds: bool) -> None:
-        self.cache, self.per_step, self.holds = cache, per_step, holds
-        self.held: dict[int, tuple[Tensor, Tensor]] = {}
-        self.act_step = 0
-        self.active_BT: Tensor | None = None
+    def __init__(self, cache: DynamicCache | None, visible: Tensor) -> None:
+        self.cache, self.visible = cache, visible
+        self.numbers = itertools.count()
 
-    def update(self, lane: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new positions' keys and values in a lane of the ACT step; all that it holds, [B, H, S, K]."""
-        if self.holds:
-            if self.active_BT is not None:
-                active_B1T1 = self.active_BT[:, None, :, None]
-                k_old, v_old = self.held[lane]
-                k_BHTK, v_BHTK = torch.where(active_B1T1, k_BHTK, k_old), torch.where(active_B1T1, v_BHTK, v_old)
-            self.held[lane] = k_BHTK, v_BHTK
+    def __call__(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+        k_BHSK, v_BHSK = self.keep(k_BTHK, v_BTHK)
+        return F.scaled_dot_product_attention(q_BTHK.transpose(1, 2), k_BHSK, v_BHSK, attn_mask=self.visible).transpose(1, 2)
+
+    def keep(self, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new positions' keys and values in the next lane; all of its [B, H, S, K]."""
+        k_BHTK, v_BHTK = k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
         if self.cache is None:
             return k_BHTK, v_BHTK
-        k_BHSK, v_BHSK = self.cache.update(k_BHTK, v_BHTK, self.act_step * self.per_step + lane)
+        k_BHSK, v_BHSK = self.cache.update(k_BHTK, v_BHTK, next(self.numbers))
         return k_BHSK, v_BHSK
-
-
-class Lane:
-    """The lane of one block of one level call."""
-
-    def __init__(self, lanes: Lanes, number: int) -> None:
-        self.lanes, self.number = lanes, number
-
-
-def attention(qk: Tensor, v: Tensor, mask: Mask, lane: Lane) -> Tensor:
-    """Scaled dot-product attention of queries and keys [B, T, 2, H, K] and values [B, T, H, K] to a lane: [B, T, H * K]."""
-    q_BHTK, k_BHTK = qk.transpose(1, 3).unbind(2)
-    k_BHSK, v_BHSK = lane.lanes.update(lane.number, k_BHTK, v.transpose(1, 2))
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def prompt_segments(ids_BT: Tensor, config: TRMConfig, is_begun: bool) -> Tensor:
@@ -214,26 +196,26 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             rotary = Rotary(*(part.to(self.device) for part in table))
         present_BT = attention_mask[:, past:] != 0
         segments_BT = prompt_segments(input_ids.masked_fill(~present_BT, -1), config, past > 0)
-        mask = self._visible(attention_mask, segments_BT)
-        lanes = Lanes(cache, config.lanes_per_step, holds=threshold is not None)
+        lanes = LaneAttention(cache, self._visible(attention_mask, segments_BT))
+        held = HeldAttention(lanes)
         x_BTD = self.embed_tokens(input_ids, self.dtype) * math.sqrt(config.hidden_size)
         states = tuple(self.get_buffer(name).expand_as(x_BTD) for name in self.recursion.initial_states)
         active_BT = torch.ones_like(present_BT)
         output_BTD = x_BTD
-        for lanes.act_step in range(act_steps):
+        for step in range(act_steps):
             if threshold is None:
-                states, output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
+                states, output_BTD = self._act_step(states, x_BTD, rotary, lanes)
             elif active_BT.any():
-                new_states, new_output_BTD = self._act_step(states, x_BTD, rotary, mask, lanes)
+                new_states, new_output_BTD = self._act_step(states, x_BTD, rotary, held)
                 active_BT1 = active_BT.unsqueeze(-1)
                 states = tuple(torch.where(active_BT1, new, old) for new, old in zip(new_states, states, strict=True))
                 output_BTD = torch.where(active_BT1, new_output_BTD, output_BTD)
-                scale, shift = config.halt_scale[lanes.act_step], config.halt_shift[lanes.act_step]
+                scale, shift = config.halt_scale[step], config.halt_shift[step]
                 halting_BT = (self.q_head(output_BTD)[..., 0].to(exact) * scale + shift).sigmoid() > threshold
-                active_BT = lanes.active_BT = active_BT & ~(halting_BT & (segments_BT == 0))
+                active_BT = held.active_BT = active_BT & ~(halting_BT & (segments_BT == 0))
             else:
-                for lane, kept in lanes.held.items():
-                    lanes.update(lane, *kept)
+                for kv in held.lanes:
+                    lanes.keep(*kv)
         shown = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(output_BTD[:, shown]).to(exact)
         if config.loss == "stablemax":
@@ -241,19 +223,14 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits_BTV, labels, config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, cache=cache)
 
-    def _act_step(self, states: Any, x_BTD: Tensor, rotary: Any, mask: Mask, lanes: Lanes) -> Any:
-        used = 0
-
+    def _act_step(self, states: Any, x_BTD: Tensor, rotary: Any, attend: Attend) -> Any:
         def call(level: str, h_BTD: Tensor) -> Tensor:
-            nonlocal used
-            stack = self.get_submodule(level)
-            first, used = used, used + len(stack.layers)
-            result: Tensor = stack(h_BTD, rotary, mask, [Lane(lanes, number) for number in range(first, used)])
+            result: Tensor = self.get_submodule(level)(h_BTD, rotary, attend)
             return result
 
         return self.recursion.step(states, x_BTD, call)
 
-    def _visible(self, attention_mask: Tensor, segments_BT: Tensor) -> Mask:
+    def _visible(self, attention_mask: Tensor, segments_BT: Tensor) -> Tensor:
         """What new positions see: the past and, with attention "prefix", their whole prompt segment; of padding, itself alone."""
         key_S = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         past = len(key_S) - segments_BT.shape[1]

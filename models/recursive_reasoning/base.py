@@ -13,7 +13,7 @@ States = tuple[Tensor, ...]
 
 
 class LevelCall(Protocol):
-    """Apply the block stack named `level` to `h_BTD`; the wrapper counts calls, cuts gradients and picks the cache lane."""
+    """Apply the block stack named `level` to `h_BTD`; the wrapper counts calls and cuts gradients."""
 
     def __call__(self, level: str, h_BTD: Tensor) -> Tensor: ...
 
