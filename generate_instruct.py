@@ -1,7 +1,7 @@
 """Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run> --message "..."`.
 
-`--chat` talks on and on instead, `--input FILE --output FILE` answers a file. Everything else comes from the checkpoint; flags and
---overrides go on top.
+`--chat` talks on and on instead, `--input FILE --output FILE` answers a file, which several processes can share. Everything else
+comes from the checkpoint; flags and --overrides go on top.
 """
 
 from config import environment  # noqa: F401  (before torch and tqdm)
@@ -13,21 +13,31 @@ import contextlib
 import functools
 import json
 import math
+import os
 import sys
 
 from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, add_sampling_arguments, settings_for_use
-from config.errors import UsageError, one_clear_message, refuse_several_ranks
+from config.errors import UsageError, one_clear_message, refuse_several_ranks, stopped_by_sigterm
 from config.schema import user_path
 from dataset.text.conversation import Conversation
 from dataset.text.forms import form_options
 from generation import load
 from generation.answers import Piece, Responder
-from generation.batch import InputRow, answer_file, answers_in_order, positions_needed
+from generation.batch import InputRow, Shard, answer_file, answers_in_order, positions_needed
 from generation.chat import Chat
 from models.device import keep_freed_memory
+from models.distributed import take_local_gpu
 
 _SHOWN_CANDIDATES = 5
+
+
+def shard(text: str) -> Shard:
+    """Read I/N, where I is at least 0 and less than N."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, such as 0/4")
+    return Shard(int(index), int(count))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,6 +54,12 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=user_path, metavar="FILE", help="with --input: the answers, as JSON lines; resumes after a kill"
     )
     parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="with --input: answer the share of process I (from 0) of N; torchrun says it by itself",
+    )
+    parser.add_argument(
         "--transcript", type=user_path, metavar="FILE", help="with --chat: add each conversation to FILE, as a row of JSON lines"
     )
     parser.add_argument("--samples", type=int, metavar="N", help="with --message: answer it N times")
@@ -55,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     given = {name for name, value in vars(arguments).items() if value is not None and value is not False}
     needs = {"samples": "message", "json": "message", "verbose": "message", "output": "input", "input": "output"}
-    for flag, other in (needs | {"transcript": "chat"}).items():
+    for flag, other in (needs | {"shard": "input", "transcript": "chat"}).items():
         if flag in given and other not in given:
             raise UsageError(f"--{flag} goes with --{other}: give both")
     if arguments.samples is not None and arguments.samples < 1:
@@ -83,7 +99,7 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
         responder.prompt(conversation)  # tells a message that is too long
         _, positions = positions_needed(responder, [conversation])
         inputs = (InputRow(conversation, sample=sample) for sample in range(samples))
-        records = answers_in_order(responder, inputs, rows=min(responder.rows, samples), positions=positions)
+        records = answers_in_order(responder, inputs, rows=min(responder.rows, samples), positions=positions, block=samples)
         for number, record in enumerate(records, 1):
             print(json.dumps(record) if arguments.json else f"[{number} of {samples}]\n{record['answer']}", flush=True)
     elif arguments.verbose:
@@ -101,9 +117,11 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
 def main() -> None:
     """Load, answer, print."""
     arguments = parse_arguments()
-    refuse_several_ranks()
+    if arguments.input is None:
+        refuse_several_ranks()
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings_for_use(checkpoint.config, arguments)
+    take_local_gpu(config.device)
     responder = load(checkpoint, config, system=arguments.system_message)
     if arguments.chat:
         with contextlib.suppress(ImportError):
@@ -114,8 +132,9 @@ def main() -> None:
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)
         forms = form_options(config.dataset)
-        count = answer_file(responder, arguments.input, arguments.output, forms=forms, tell=tell)
-        tell(f"{count} rows: {arguments.output}")
+        own = arguments.shard or Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        with stopped_by_sigterm():
+            answer_file(responder, arguments.input, arguments.output, forms=forms, shard=own, tell=tell)
     else:
         answer_message(responder, responder.conversation(arguments.message), arguments)
 

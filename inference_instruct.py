@@ -1,7 +1,7 @@
 """Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>`.
 
 Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family; with --generate all generated
-answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json.
+answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json. Processes share the rows (torchrun).
 """
 
 from config import environment  # noqa: F401  (before torch and tqdm)
@@ -11,6 +11,7 @@ from config import environment  # noqa: F401  (before torch and tqdm)
 import argparse
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,16 +19,17 @@ from typing import Any, Literal, get_args
 import torch
 from tqdm import tqdm
 
-from artifacts.checkpoint import open_checkpoint
+from artifacts.checkpoint import Checkpoint, open_checkpoint
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs, output_folder, write_json
 from config.compose import add_model_arguments, override_config, settings_for_use
-from config.errors import UsageError, one_clear_message, refuse_several_ranks
+from config.errors import StoppedBySignal, UsageError, one_clear_message, stopped_by_sigterm
 from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import MeasuredSplit, open_run_split
 from evaluators.generated import evaluate_generated, write_generated
 from evaluators.language import DepthOutput, evaluate_sources
 from generation import load
 from models.device import keep_freed_memory
+from models.distributed import Ranks, joined_ranks
 from training.loggers import wandb_mode
 
 
@@ -90,18 +92,10 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, 
         logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
 
 
-def main() -> None:
-    """Load, measure, write, print."""
-    arguments = parse_arguments()
-    refuse_several_ranks()
-    for flag, value in (("--max-batches", arguments.max_batches), ("--max-generated", arguments.max_generated)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} {value}: expected at least 1")
-    if arguments.max_generated is not None and not arguments.generate:
-        raise UsageError("--max-generated goes with --generate: give both")
-    checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
-    config = settings(checkpoint.config, arguments)
-    logs_to = wandb_mode(config)
+def measure(
+    checkpoint: Checkpoint, config: PretrainInstructConfig, arguments: argparse.Namespace, logs_to: str, ranks: Ranks
+) -> None:
+    """Run over the split, which `ranks` share; the first writes and prints. logs_to: see `log_to_wandb`."""
     split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load(checkpoint, config)
     folder = output_folder(arguments.output_dir or checkpoint.folder)
@@ -118,9 +112,10 @@ def main() -> None:
         act_steps=responder.options.act_steps,
         halt_threshold=responder.options.halt_threshold,
         max_batches=arguments.max_batches,
+        ranks=ranks,
         pad_multiple=config.pad_multiple,
         on_output=keep if saved.keys else None,
-        progress=partial(tqdm, desc=arguments.split, unit="batch"),
+        progress=partial(tqdm, desc=arguments.split, unit="batch", disable=not ranks.is_first),
     )
     most = arguments.max_batches and arguments.max_batches * config.global_batch_size
     rows = split.first_rows(most)
@@ -133,19 +128,40 @@ def main() -> None:
         **result.report(),
     }
     if all(source.source == "sample" for source in config.all_sources.values()):
-        metrics["answers"] = evaluate_generated(responder, split, rows=rows)
+        metrics["answers"] = evaluate_generated(responder, split, rows=rows, ranks=ranks)
     if arguments.generate:
         path = folder / f"answers_{arguments.split}.jsonl"
         fewest = min((number for number in (most, arguments.max_generated) if number is not None), default=None)
-        metrics["generated"] = write_generated(responder, split, path, rows=split.first_rows(fewest))
-    if saved.keys:
-        saved.write(folder / f"outputs_{arguments.split}.safetensors")
-    write_json(folder / f"metrics_{arguments.split}.json", metrics)
-    if arguments.split == "test" and arguments.max_batches is None:
-        write_json(folder / "metrics.json", metrics)
-    if arguments.project_name is not None:
-        log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder, logs_to)
-    print(json.dumps(metrics, indent=2))
+        metrics["generated"] = write_generated(responder, split, path, rows=split.first_rows(fewest), ranks=ranks)
+    saved.gather(ranks)
+    if ranks.is_first:
+        if saved.has_rows:
+            saved.write(folder / f"outputs_{arguments.split}.safetensors")
+        write_json(folder / f"metrics_{arguments.split}.json", metrics)
+        if arguments.split == "test" and arguments.max_batches is None:
+            write_json(folder / "metrics.json", metrics)
+        if arguments.project_name is not None:
+            log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder, logs_to)
+        print(json.dumps(metrics, indent=2))
+
+
+def main() -> None:
+    """Load, measure, write, print."""
+    arguments = parse_arguments()
+    for flag, value in (("--max-batches", arguments.max_batches), ("--max-generated", arguments.max_generated)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} {value}: expected at least 1")
+    if arguments.max_generated is not None and not arguments.generate:
+        raise UsageError("--max-generated goes with --generate: give both")
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
+    config = settings(checkpoint.config, arguments)
+    logs_to = wandb_mode(config)
+    try:
+        with stopped_by_sigterm(), joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+            measure(checkpoint, config, arguments, logs_to, ranks)
+    except StoppedBySignal as stop:
+        print(f"stopped by {stop}, which torchrun sends when a rank has died: the same command measures anew", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config.errors import UsageError
+from models.distributed import Ranks
 
 # What may be kept of text, and what fills positions beyond a row's end. Rows of puzzles are all of one length.
 OUTPUT_FILL = {"inputs": 0, "labels": -100, "preds": -100, "nll": 0, "halt_logits": 0, "act_steps": 0}
@@ -34,6 +35,14 @@ class SavedOutputs:
     def has_rows(self) -> bool:
         """Whether there is anything to write."""
         return bool(self.keys and self._rows)
+
+    def gather(self, ranks: Ranks) -> None:
+        """Keep the batches of all ranks at the first one, and none elsewhere."""
+        of_ranks = ranks.gather((self._rows, self._batches))
+        self._rows, self._batches = [], []
+        for rows, batches in of_ranks if ranks.is_first else ():
+            self._rows += rows
+            self._batches += batches
 
     def write(self, path: Path) -> None:
         """Write all batches, padded to the longest, with a tensor `rows` beside them."""

@@ -21,7 +21,7 @@ class UsageError(Exception):
 
 
 class StoppedBySignal(Exception):
-    """A run has saved all it needs to go on and ends because a signal asked it to."""
+    """A program ends because a signal asked it to; it has kept what it needs to go on, if it goes on."""
 
     def __init__(self, signal_number: int) -> None:
         # The number, not the name, so that it can be pickled.
@@ -67,8 +67,22 @@ def refuse_several_ranks() -> None:
         sys.exit(2)
     raise UsageError(
         f"WORLD_SIZE is {size}, so each of {size} ranks would do all of the work: this program runs as one process, start it with "
-        "`python` instead of `torchrun` (training is what ranks share)"
+        "`python` instead of `torchrun` (ranks share training, inference_instruct.py, and generate_instruct.py --input)"
     )
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM, which torchrun sends when another rank has died, raises StoppedBySignal."""
+
+    def stop(number: int, _: object) -> None:
+        raise StoppedBySignal(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

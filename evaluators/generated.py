@@ -1,8 +1,9 @@
 """Answers a model generates for a split: scored by family at every depth, or written down. Knows no training, no flags."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,26 @@ from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
 from evaluators.answer_scores import is_exact, score_answers, score_by_hops
-from generation.answers import Answer, Responder
-from generation.batch import InputRow, answers_in_order, positions_needed
+from generation.answers import Responder
+from generation.batch import InputRow, answers_in_order, block_size, positions_needed
+from models.distributed import Ranks
 
 
-def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int]) -> dict[str, Any]:
+def evaluate_generated(
+    responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Answer the last turn of the split's `rows` and score the answers against the references, by the rows' `task`.
 
-    Raw text asks nothing and is left out. Returns `score_answers`' result at the responder's depth, and beside it `by_act_step`
-    (accuracy of all at 1, 2, ... ACT steps; with a halting threshold one entry), `mean_act_steps` of a generated token, and
-    `longer_than_context`: rows whose history leaves no room for an answer and that are not scored. Of the bundled deep families
-    also `by_hops`: for each number of dependent steps, `score_answers`' result at each of these depths (`by_act_step`) and
-    `mean_act_steps`. Raises UsageError if no row is left.
+    `ranks` share the rows, and each gets the result of all. Raw text asks nothing and is left out. Returns `score_answers`' result
+    at the responder's depth, and beside it `by_act_step` (accuracy of all at 1, 2, ... ACT steps; with a halting threshold one
+    entry), `mean_act_steps` of a generated token, and `longer_than_context`: rows whose history leaves no room for an answer and
+    that are not scored. Of the bundled deep families also `by_hops`: for each number of dependent steps, `score_answers`' result at
+    each of these depths (`by_act_step`) and `mean_act_steps`. Raises UsageError if no row is left.
     """
     exchanges = list(_exchanges(split, rows))
     fitting = [exchange for exchange in exchanges if responder.fits(exchange[1])]
-    histories, references = [history for _, history, _ in fitting], [reference for _, _, reference in fitting]
+    inputs = [InputRow(history) for _, history, _ in fitting]
+    references = [reference for _, _, reference in fitting]
     rows_asked = [split.row(i) for i, _, _ in fitting]
     families = [str(row.get("task", "no task")) for row in rows_asked]
     hops = [row["hops"] if isinstance(row.get("hops"), int) else None for row in rows_asked]
@@ -35,67 +40,90 @@ def evaluate_generated(responder: Responder, split: TextCorpus | TextDataset, *,
     depths = range(1, options.act_steps + 1) if options.halt_threshold is None else [options.act_steps]
     by_depth, by_hops = [], []
     for depth in depths:
-        answers = [Answer() for _ in histories]
-        finished = responder.at_depth(depth, options.halt_threshold).finished(histories)
-        for index, answer in tqdm(finished, desc=f"answers at {depth} ACT steps", unit="answer", total=len(histories)):
-            answers[index] = answer
-        texts = [answer.text for answer in answers]
+        at_depth = responder.at_depth(depth, options.halt_threshold)
+        answered = list(_answered(at_depth, lambda: inputs, f"answers at {depth} ACT steps", ranks))
+        texts = [record["answer"] for record in answered]
+        act_steps = [record["act_steps"] for record in answered]
         by_depth.append(score_answers(families, references, texts))
         by_hops.append(score_by_hops(hops, families, references, texts))
     return {
         **by_depth[-1],
         "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
-        "mean_act_steps": _mean_act_steps(answers),
+        "mean_act_steps": _mean_act_steps(act_steps),
         "longer_than_context": len(exchanges) - len(fitting),
         "by_hops": {
             str(number): {
                 "by_act_step": [scores[number] for scores in by_hops],
-                "mean_act_steps": _mean_act_steps([answer for answer, found in zip(answers, hops, strict=True) if found == number]),
+                "mean_act_steps": _mean_act_steps([steps for steps, found in zip(act_steps, hops, strict=True) if found == number]),
             }
             for number in by_hops[-1]
         },
     }
 
 
-def _mean_act_steps(answers: Sequence[Answer]) -> float:
-    """Of a generated token."""
-    steps = [step for answer in answers for step in answer.act_steps]
-    return sum(steps) / len(steps)
+def _mean_act_steps(act_steps: Sequence[Sequence[int]]) -> float:
+    """Of a generated token; act_steps: of each answer's tokens."""
+    return sum(map(sum, act_steps)) / sum(map(len, act_steps))
 
 
-def write_generated(responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int]) -> dict[str, Any]:
+def write_generated(
+    responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Answer the last turn of the split's `rows` into `path`, one JSON object a line, in their order.
 
-    Raw text is left out. Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split; an
-    `error` stands where the history leaves no room for an answer. The file appears whole, in place of one that was there. Returns
-    sums over the answers, divided once: `count`, `exact_accuracy`, `mean_act_steps` and `log_probability_per_token` (nats) of
-    generated tokens, EOS included (None without an answer), and `longer_than_context`.
+    `ranks` share the rows; the first writes, and each gets the result of all. Raw text is left out. Lines have the keys of
+    `generation.batch.answers_in_order` and the row's `index` in the split; an `error` stands where the history leaves no room for
+    an answer. The file appears whole, in place of one that was there. Returns sums over the answers, divided once: `count`,
+    `exact_accuracy`, `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS included (None without an
+    answer), and `longer_than_context`.
     """
-    asking, positions = positions_needed(responder, (history for _, history, _ in _exchanges(split, rows)))
-    indices, exchanges = itertools.tee(_exchanges(split, rows))
-    inputs = (InputRow(history, reference, sample=i) for i, history, reference in exchanges)
-    records = answers_in_order(responder, inputs, rows=min(responder.rows, max(1, asking)), positions=positions)
-    count = exact = tokens = steps = 0
+
+    def inputs() -> Iterator[InputRow]:
+        for i, history, reference in _exchanges(split, rows):
+            yield InputRow(history, reference, sample=i, extra={"index": i})
+
+    longer = count = exact = tokens = steps = 0
     log_probability = 0.0
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for (index, _, _), record in zip(indices, tqdm(records, desc="generated", unit="answer", total=asking), strict=True):
-            lines.write(json.dumps({"index": index, **record}, ensure_ascii=False) + "\n")
+    is_first = ranks is None or ranks.is_first
+    with partial.open("w", encoding="utf-8") if is_first else contextlib.nullcontext() as lines:
+        for record in _answered(responder, inputs, "generated", ranks):
+            if lines is not None:
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             if "error" in record:
+                longer += 1
                 continue
             count += 1
             exact += is_exact(record["reference"], record["answer"])
             tokens += record["answer_tokens"]
             steps += sum(record["act_steps"])
             log_probability += record["log_probability"]
-    partial.replace(path)
+    if is_first:
+        partial.replace(path)
     return {
         "count": count,
         "exact_accuracy": exact / count if count else None,
         "mean_act_steps": steps / tokens if count else None,
         "log_probability_per_token": log_probability / tokens if count else None,
-        "longer_than_context": asking - count,
+        "longer_than_context": longer,
     }
+
+
+def _answered(
+    responder: Responder, inputs: Callable[[], Iterable[InputRow]], name: str, ranks: Ranks | None
+) -> Iterator[dict[str, Any]]:
+    """The records of `answers_in_order`; of several ranks, which take turns at the blocks, each gets all. `name` is shown."""
+    ranks = ranks or Ranks()
+    count, positions = positions_needed(responder, (one.history for one in inputs()))
+    rows = min(responder.rows, max(1, count))
+    block = block_size(count, rows)
+    own = (one for number, one in enumerate(inputs()) if number // block % ranks.size == ranks.rank)
+    records = answers_in_order(responder, own, rows=rows, positions=positions, block=block)
+    total = sum(min(block, count - begin) for begin in range(ranks.rank * block, count, ranks.size * block))
+    shown = iter(tqdm(records, desc=name, unit="answer", total=total, disable=not ranks.is_first))
+    for _ in range(0, count, block * ranks.size):
+        for answered in ranks.gather(list(itertools.islice(shown, block))):
+            yield from answered
 
 
 def _exchanges(split: TextCorpus | TextDataset, rows: Sequence[int]) -> Iterator[tuple[int, Conversation, str]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dataset.text.loader import IGNORE_LABEL_ID, Examples, TextCorpus, collate
 from models.act import RecursiveModel
 from models.device import on_device
+from models.distributed import Ranks
 from models.losses import linear_cross_entropy
 
 # A deeper ACT step may cost this much more than the one before, in nats per token, before it counts as worse.
@@ -93,7 +94,7 @@ class LanguageResult:
     """Where several sources were measured: each by itself."""
 
     def totals(self) -> list[float]:
-        """Every sum in it, in a fixed order: those of several parts of a split, added up, are the sums of the whole."""
+        """Every sum in it, in a fixed order: those of all batches, added up, are the sums of the whole."""
         return [float(value) for sums in self.by_depth for value in astuple(sums)] + [float(self.step_sum)]
 
     @classmethod
@@ -131,19 +132,14 @@ def evaluate_sources(
     corpus: TextCorpus,
     *,
     on_output: Callable[[DepthOutput], None] | None = None,
-    over_ranks: Callable[[list[float]], list[float]] = lambda totals: totals,
     **options: Any,
 ) -> LanguageResult:
-    """`evaluate_language` on each source of `corpus`, with its limits, and the sums over all. Rows have the corpus's numbers.
-
-    over_ranks: sums `LanguageResult.totals` over ranks that measure a `part` each.
-    """
+    """`evaluate_language` on each source of `corpus`, with its limits, and the sums over all. Rows have the corpus's numbers."""
     by_source: dict[str, LanguageResult] = {}
     begin = 0
     for name, part in corpus.parts.items():
         numbered = None if on_output is None else partial(_renumbered, on_output, begin)
-        of_part = evaluate_language(model, part, on_output=numbered, **options)
-        by_source[name] = LanguageResult.from_totals(over_ranks(of_part.totals()))
+        by_source[name] = evaluate_language(model, part, on_output=numbered, **options)
         begin += len(part)
     if len(by_source) == 1:
         return by_source[name]
@@ -175,7 +171,7 @@ def evaluate_language(
     halt_threshold: float | None = None,
     max_batches: int | None = None,
     limit: int | None = None,
-    part: tuple[int, int] = (0, 1),
+    ranks: Ranks | None = None,
     pad_multiple: int = 8,
     on_output: Callable[[DepthOutput], None] | None = None,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
@@ -183,16 +179,19 @@ def evaluate_language(
     """Measure `model` on the first `limit` rows of `dataset`, at most `max_batches` batches of them, teacher-forced.
 
     Without `halt_threshold` every depth 1..act_steps is measured; with it, an assistant's token stops for good when its halting
-    probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth. `part` (i, n)
-    measures every n-th batch only, from the i-th on: a rank's share, whose `totals` add up to those of the whole.
+    probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth. `ranks` take
+    turns at the batches; each gets the result of all, the same bits as one process.
     """
+    ranks = ranks or Ranks()
     most = len(dataset) if max_batches is None else max_batches * batch_size
     count = min(len(dataset), most, len(dataset) if limit is None else limit)
-    result = LanguageResult([LanguageSums() for _ in range(1 if halt_threshold is not None else act_steps)])
+    depths = 1 if halt_threshold is not None else act_steps
     # Rows of like length share a batch, so little is padding.
     order = np.argsort([len(dataset[i].ids) for i in range(count)], kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    for rows in progress(batches[part[0] :: part[1]]):
+    own_totals: list[list[float]] = []
+    for rows in progress(batches[ranks.rank :: ranks.size]):
+        result = LanguageResult([LanguageSums() for _ in range(depths)])
         examples = [dataset[int(row)] for row in rows]
         batch = collate(examples, pad_id=0, length_multiple=pad_multiple)
         turn_bytes = sum(example.turn_bytes for example in examples)
@@ -232,4 +231,9 @@ def evaluate_language(
                     )
             if refined.is_last:
                 result.step_sum += int(refined.steps_BT.flatten()[supervised_N].sum())
-    return result
+        own_totals.append(result.totals())
+    # Added in the order of the batches, whichever rank measured them.
+    totals = np.zeros((len(batches), depths * len(fields(LanguageSums)) + 1))
+    for rank, part in enumerate(ranks.gather(own_totals)):
+        totals[rank :: ranks.size] = np.reshape(part, (-1, totals.shape[1]))
+    return LanguageResult.from_totals(totals.sum(axis=0).tolist())

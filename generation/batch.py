@@ -1,6 +1,7 @@
 """Many prompts, answered in their order: a file of rows becomes a file of answers, and a kill in the middle costs neither.
 
-Rows come and go through a window, so memory doesn't grow with the file. Knows nothing of training, flags or Hydra.
+Rows come and go in blocks, so memory doesn't grow with the file, and several processes can share it. Knows nothing of training,
+flags or Hydra.
 """
 
 import contextlib
@@ -10,16 +11,18 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from config.errors import UsageError
+from config.errors import StoppedBySignal, UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
 from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
@@ -37,8 +40,8 @@ _RECORD_KEYS = frozenset(
 _REQUEST_SETTINGS = (
     "stop", "user", "metadata", "response_format", "tool_choice", "service_tier", "reasoning_effort", "verbosity", "modalities",
 )  # fmt: skip
-# Rows in the window for each that can be in work: one long answer holds back that many short ones before work stalls.
-_WINDOW = 8
+# What a block has of the rows that form at the same time, and how many blocks a file of middling length has.
+_FEWEST_ROUNDS, _MOST_ROUNDS, _BLOCKS = 2, 16, 8
 
 
 @dataclass(frozen=True)
@@ -68,52 +71,62 @@ def positions_needed(responder: Responder, histories: Iterable[Conversation]) ->
     return count, positions
 
 
-def answers_in_order(responder: Responder, inputs: Iterable[InputRow], *, rows: int, positions: int) -> Iterator[dict[str, Any]]:
+def block_size(count: int, rows: int) -> int:
+    """How many of `count` rows a block has, if `rows` are answered at a time.
+
+    Longer blocks waste less at their ends, where the last answers form alone; shorter ones are shared more evenly, and a kill
+    costs less.
+    """
+    return rows * min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, count // (_BLOCKS * rows)))
+
+
+def answers_in_order(
+    responder: Responder, inputs: Iterable[InputRow], *, rows: int, positions: int, block: int
+) -> Iterator[dict[str, Any]]:
     """The answer to each, in the given order, as plain values for JSON. At most `rows` form at the same time.
 
-    `positions` as from `positions_needed`. Keys: those of `InputRow.extra`; prompt (messages), reference (if there is one),
-    prompt_tokens; answer, finish, log_probability (nats), mean_act_steps, and with the EOS where there is one act_steps (of each
-    token), tokens (the text that each made certain) and answer_tokens. For a history longer than the context: error and context
-    instead of an answer; for what can't be answered: error alone. Raises UsageError if the keys and values of one row are over the
-    budget.
+    Every `block` of them begins when the one before has ended, so that its answers are the same bits whatever else is answered
+    before or elsewhere: sums round differently beside other rows. `positions` as from `positions_needed`.
+
+    Keys: those of `InputRow.extra`; prompt (messages), reference (if there is one), prompt_tokens; answer, finish, log_probability
+    (nats), mean_act_steps, and with the EOS where there is one act_steps (of each token), tokens (the text that each made certain)
+    and answer_tokens. For a history longer than the context: error and context instead of an answer; for what can't be answered:
+    error alone. Raises UsageError if the keys and values of one row are over the budget.
     """
     speaker = Speaker(responder, rows=rows, positions=max(1, positions))
     coming = iter(inputs)
-    window: deque[tuple[int | None, dict[str, Any]]] = deque()
-    in_work: dict[int | None, dict[str, Any]] = {}
-    while True:
-        for one in itertools.islice(coming, _WINDOW * rows - len(window)):
-            if one.error is not None:
-                window.append((None, {**one.extra, "error": one.error}))
-                continue
-            record = {**one.extra, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
-            if one.reference is not None:
-                record["reference"] = one.reference
-            number = None
-            try:
-                request = responder.request(one.history, responder.options, one.sample)
-            except UsageError as error:
-                record |= {"prompt_tokens": responder.prompt_length(one.history), "error": str(error), "context": responder.context}
-            else:
-                record["prompt_tokens"] = len(request.prompt.ids)
-                number = speaker.submit(request, responder.options.stop)
-                in_work[number] = record
-            window.append((number, record))
-        if not window:
-            return
-        while window and window[0][0] not in in_work:
-            yield window.popleft()[1]
-        for piece in speaker.tick() if speaker.busy else ():
-            in_work[piece.request].setdefault("tokens", []).append(piece.text)
-            if (answer := piece.answer) is not None:
-                in_work.pop(piece.request).update(
-                    answer=answer.text,
-                    finish=answer.finish,
-                    log_probability=answer.log_probability,
-                    mean_act_steps=sum(answer.act_steps) / len(answer.act_steps),
-                    act_steps=answer.act_steps,
-                    answer_tokens=len(answer.act_steps),
-                )
+    while window := deque(_submitted(speaker, responder, one) for one in itertools.islice(coming, block)):
+        in_work = {number: record for number, record in window if number is not None}
+        while window:
+            while window and window[0][0] not in in_work:
+                yield window.popleft()[1]
+            for piece in speaker.tick() if speaker.busy else ():
+                in_work[piece.request].setdefault("tokens", []).append(piece.text)
+                if (answer := piece.answer) is not None:
+                    in_work.pop(piece.request).update(
+                        answer=answer.text,
+                        finish=answer.finish,
+                        log_probability=answer.log_probability,
+                        mean_act_steps=sum(answer.act_steps) / len(answer.act_steps),
+                        act_steps=answer.act_steps,
+                        answer_tokens=len(answer.act_steps),
+                    )
+
+
+def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[int | None, dict[str, Any]]:
+    """The number of a request, and the record that its answer completes; None: the record is complete, with an error."""
+    if one.error is not None:
+        return None, {**one.extra, "error": one.error}
+    record = {**one.extra, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
+    if one.reference is not None:
+        record["reference"] = one.reference
+    try:
+        request = responder.request(one.history, responder.options, one.sample)
+    except UsageError as error:
+        length = responder.prompt_length(one.history)
+        return None, {**record, "prompt_tokens": length, "error": str(error), "context": responder.context}
+    record["prompt_tokens"] = len(request.prompt.ids)
+    return speaker.submit(request, responder.options.stop), record
 
 
 # Rows of a file.
@@ -179,7 +192,24 @@ def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return free
 
 
-# Files that survive a kill.
+# Files that survive a kill, and may be shared.
+
+# In the folder of finished blocks: all that they depend on.
+_ABOUT = "about.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of `count` processes that share a file: number `index`, from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard()
 
 
 def answer_file(
@@ -188,16 +218,24 @@ def answer_file(
     target: Path,
     *,
     forms: FormOptions = USUAL,
+    shard: Shard = WHOLE,
     tell: Callable[[str], None] = lambda _: None,
-) -> int:
-    """Answer each row of `source` into a row of `target`, in its order. Returns the number of rows.
+) -> None:
+    """Answer each row of `source` into a row of `target`, in its order.
 
-    A row that can't be answered becomes a row with an error. Finished rows are kept in `target`.partial; the same call goes on
-    after them, and a call with another model, input or settings is refused. `target` appears whole or not at all; one that is there
-    is refused. `tell` gets lines on size and progress, and on rows that can't be answered or not as they ask. Raises UsageError for
-    a file of which no row can be answered.
+    A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`) are files in the folder
+    `target`.partial; the same call goes on with the others, and a call with another model, input or settings is refused. `target`
+    appears whole or not at all; one that is there is refused.
+
+    shard: take turns at the blocks with other processes that are given the same files and settings. The one that finishes last
+    makes `target`, the same bytes as a single process. What all have in common is told by the first, which shows its progress.
+
+    `tell` gets lines on size and progress, and on rows that can't be answered or not as they ask. Raises UsageError for a file of
+    which no row can be answered.
     """
     if target.exists():
+        if shard.index > 0:  # There may be fewer blocks than shards, and those who have them may be faster.
+            return
         raise UsageError(f"{target} exists already and is not overwritten: name another output file, or delete it")
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
@@ -208,40 +246,50 @@ def answer_file(
         raise UsageError(f"{source} has no rows: there is nothing to answer")
     if not overview.asking:
         raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {overview.first_error}")
-    if overview.bad:
+    is_first = shard.index == 0
+    if overview.bad and is_first:
         tell(
             f"{overview.bad} of {count} rows can't be answered: they become lines with an error; the first: {overview.first_error}"
         )
-    if overview.ignored_settings:
+    if overview.ignored_settings and is_first:
         names = ", ".join(overview.ignored_settings)
         tell(f"rows ask for settings of their own ({names}): this command's settings are used instead")
     model, options = responder.model, responder.options
     rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
-    partial = target.with_name(target.name + ".partial")
-    about = target.with_name(target.name + ".partial.about.json")
-    with _locked(partial) as lines:
-        done = _resume(lines, partial, about, _identity(responder, source, forms))
-        begun = f", going on after {done} finished rows" if done else ""
-        tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
-        inputs = itertools.islice(read_inputs(file, responder.system, forms), done, None)
-        records = answers_in_order(responder, inputs, rows=rows, positions=positions)
+    folder = target.with_name(target.name + ".partial")
+    # Kept from the start of the work: rows at a time and their budget may change.
+    block = _begun_with(folder).get("block") or block_size(count, rows)
+    own = range(shard.index * block, count, shard.count * block)
+    if not own:
+        return
+    with _locked(folder, shard):
+        _begin(folder, {"block": block, **_identity(responder, source, forms)})
+        missing = deque(begin for begin in own if not _block_file(folder, begin).exists())
+        total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
+        if is_first:
+            begun = f", going on after {total - left} finished rows" if left < total else ""
+            tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
+        numbered = enumerate(read_inputs(file, responder.system, forms))
+        begins = set(missing)
+        inputs = (one for number, one in numbered if number - number % block in begins)
+        records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
+        lines: list[str] = []
         try:
-            for record in tqdm(records, desc="answers", unit="row", initial=done, total=count):
-                with _writing(partial):
-                    # A row's own values may be of any type, and hold half a surrogate pair, which is then written as JSON's escape.
-                    line = json.dumps({"index": done, **record}, ensure_ascii=False, default=str)
-                    lines.write(line.encode(errors="backslashreplace") + b"\n")
-                    lines.flush()
-                done += 1
-        except KeyboardInterrupt:
-            tell(f"stopped after {done} of {count} rows: the same command goes on from there")
+            for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
+                index = missing[0] + len(lines)
+                # A row's own values may be of any type.
+                lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
+                if len(lines) == block or index + 1 == count:
+                    _write_block(folder, missing.popleft(), lines)
+                    left -= len(lines)
+                    lines.clear()
+        except (KeyboardInterrupt, StoppedBySignal):
+            of_shard = "" if shard == WHOLE else f" of shard {shard}"
+            tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command goes on from there")
             raise
-        with _writing(target):
-            os.fsync(lines.fileno())
-            partial.rename(target)
-            about.unlink(missing_ok=True)
-    return count
+        is_whole = _join(folder, target, range(0, count, block))
+    tell(f"{count} rows: {target}" if is_whole else f"shard {shard} is finished; the last one to finish makes {target}")
 
 
 @dataclass(frozen=True)
@@ -311,55 +359,87 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """`path` to read and to append to, for one process at a time."""
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("ab+")
-    try:
+def _locked(folder: Path, shard: Shard) -> Iterator[None]:
+    """Within the block the folder is there, and no other process answers this shard."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / f"{shard.index}-of-{shard.count}.lock").open("a")
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"{path} is being written by another process: wait for it, or name another file") from error
-        yield handle
-    finally:
-        # What a full disk didn't take is tried once more, and has been told.
-        with contextlib.suppress(OSError):
-            handle.close()
+            raise UsageError(f"{folder} is being written by another process: wait for it, or name another file") from error
+        yield
 
 
-def _resume(lines: BinaryIO, path: Path, about: Path, identity: dict[str, Any]) -> int:
-    """Check that `lines`, the file at `path`, was begun with `identity`, which `about` keeps; drop a torn end; count the rows."""
-    if lines.seek(0, os.SEEK_END) == 0:
-        with _writing(about):
-            about.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        return 0
+def _begun_with(folder: Path) -> dict[str, Any]:
+    """All that the answers in a folder depend on; empty if that can't be read."""
     try:
-        begun_with = json.loads(about.read_text(encoding="utf-8"))
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        begun_with = {}
-    changed = sorted(key for key in identity.keys() | begun_with.keys() if identity.get(key) != begun_with.get(key))
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Check that `folder` was begun with `about`, or is new."""
+    if not (folder / _ABOUT).exists() and not any(folder.glob("*.jsonl")):
+        with _writing(folder):
+            _write_whole(folder / _ABOUT, json.dumps(about, indent=2).encode())
+    begun_with = _begun_with(folder)
+    changed = sorted(key for key in about.keys() | begun_with.keys() if about.get(key) != begun_with.get(key))
     if changed:
-        told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(identity.get(key))} now" for key in changed[:3])
+        told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(about.get(key))} now" for key in changed[:3])
         raise UsageError(
-            f"{path} was begun with something else ({told}): go on with what it was begun with, name another output file, or "
+            f"{folder} was begun with something else ({told}): go on with what it was begun with, name another output file, or "
             f"delete it to begin anew"
         )
-    rows, end = 0, 0
-    lines.seek(0)
-    for line in lines:
-        if not _is_row(line, rows):
-            break
-        rows, end = rows + 1, end + len(line)
-    lines.truncate(end)
-    return rows
 
 
-def _is_row(line: bytes, index: int) -> bool:
+def _block_file(folder: Path, begin: int) -> Path:
+    # So many digits that names are in the order of the rows: `cat` joins them.
+    return folder / f"{begin:012}.jsonl"
+
+
+def _write_block(folder: Path, begin: int, lines: Iterable[str]) -> None:
+    with _writing(folder):
+        # A row's own values may hold half a surrogate pair, which is then written as JSON's escape.
+        _write_whole(_block_file(folder, begin), "".join(lines).encode(errors="backslashreplace"))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole, whoever else writes the same one."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        return line.endswith(b"\n") and json.loads(line)["index"] == index
-    except (ValueError, KeyError, TypeError):
-        return False
+        with partial.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _join(folder: Path, target: Path, begins: range) -> bool:
+    """Make `target` of the blocks that begin with these rows and remove `folder`, if all are there; whether `target` is there."""
+    try:
+        lock = (folder / "join.lock").open("a")
+    except FileNotFoundError:  # joined and removed by another shard
+        return target.exists()
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        blocks = [_block_file(folder, begin) for begin in begins]
+        if target.exists() or not all(block.exists() for block in blocks):
+            return target.exists()
+        with _writing(target), (folder / "whole").open("wb") as whole:
+            for block in blocks:
+                with block.open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+            whole.flush()
+            os.fsync(whole.fileno())
+            Path(whole.name).rename(target)
+        shutil.rmtree(folder)
+    return True
 
 
 def _short(value: object) -> str:

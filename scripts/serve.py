@@ -226,7 +226,8 @@ class _Api:
             # In a thread, as a long text takes long to encode.
             submission = await asyncio.to_thread(service.submit, prompts, options, samples, deliver, scored=is_scored)
         except UsageError as error:
-            raise invalid(str(error), param, "context_length_exceeded") from None
+            # In these words litellm knows it, and may ask a model with a longer context.
+            raise invalid(f"prompt is too long: {error}", param, "context_length_exceeded") from None
         completion = make_completion(
             id=f"{'chatcmpl' if param == 'messages' else 'cmpl'}-{secrets.token_hex(12)}",
             tokenizer=service.responder.tokenizer,

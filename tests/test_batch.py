@@ -6,10 +6,9 @@ import fcntl
 import json
 import os
 import resource
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
 from generation import load
 from generation.answers import Options, Piece, Responder, Speaker
-from generation.batch import InputRow, answer_file, answers_in_order, positions_needed, read_inputs
+from generation.batch import InputRow, Shard, answer_file, answers_in_order, positions_needed, read_inputs
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
 
@@ -76,7 +75,7 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
     one = responder(**options)
     source = write(tmp_path / "in.jsonl", prompts(11))
     told: list[str] = []
-    assert answer_file(dataclasses.replace(one, system="Be blue."), source, tmp_path / "new/out.jsonl", tell=told.append) == 11
+    answer_file(dataclasses.replace(one, system="Be blue."), source, tmp_path / "new/out.jsonl", tell=told.append)
     rows = read(tmp_path / "new/out.jsonl")
     assert [row["index"] for row in rows] == list(range(11))
     for index, row in enumerate(rows):
@@ -90,8 +89,8 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
         assert row["prompt_tokens"] == len(one.prompt(history).ids) and row["answer_tokens"] == len(alone.act_steps)
         assert "".join(row["tokens"]) == row["answer"] and len(row["tokens"]) == len(row["act_steps"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
-    [size] = told
-    assert "3 answers at a time" in size and "GB of keys and values" in size
+    size, end = told
+    assert "3 answers at a time" in size and "GB of keys and values" in size and end == f"11 rows: {tmp_path / 'new/out.jsonl'}"
 
 
 def test_a_stop_string_and_the_number_of_tokens_are_counted(responder: Callable[..., Responder], tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_row_longer_than_the_context_becomes_an_error_and_the_others_are_answe
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_memory_is_bounded_by_a_window(responder: Callable[..., Responder], rows: int) -> None:
+def test_memory_is_bounded_by_a_block(responder: Callable[..., Responder], rows: int) -> None:
     one, pulled, count = responder(max_output_tokens=2), 0, 60
 
     def coming() -> Iterator[InputRow]:
@@ -128,8 +127,8 @@ def test_memory_is_bounded_by_a_window(responder: Callable[..., Responder], rows
 
     _, positions = positions_needed(one, (asked.history for asked in coming()))
     pulled, given = 0, 0
-    for given, record in enumerate(answers_in_order(one, coming(), rows=rows, positions=positions), 1):
-        assert pulled - given < 8 * rows
+    for given, record in enumerate(answers_in_order(one, coming(), rows=rows, positions=positions, block=8), 1):
+        assert pulled - given < 8
         assert ("error" in record) == ((given - 1) % 7 == 0)
     assert given == pulled == count
 
@@ -207,7 +206,7 @@ def test_an_odd_row_is_a_line_with_its_place_and_the_others_are_answered(
 ) -> None:
     source = write(tmp_path / "in.jsonl", [*prompts(3), row, *prompts(2)])
     told: list[str] = []
-    assert answer_file(responder(), source, tmp_path / "out.jsonl", tell=told.append) == 6
+    answer_file(responder(), source, tmp_path / "out.jsonl", tell=told.append)
     lines = read(tmp_path / "out.jsonl")
     assert [line["index"] for line in lines] == list(range(6))
     assert ["answer" in line for line in lines] == [True, True, True, False, True, True]
@@ -312,29 +311,36 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, ticks: int, error: type[BaseExce
     monkeypatch.setattr(Speaker, "tick", tick)
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"index": 99, "ans', b"\0\0\0\0", b'{"index": 0}\n', b"[]\n"])
+def finished(folder: Path) -> dict[str, bytes]:
+    """The finished blocks of a file that is being answered, by their names."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
+
+
 def test_a_stopped_run_goes_on_where_it_was(
-    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = prompts(12)
-    source = write(tmp_path / "in.jsonl", [*rows[:2], "{an bad row", *rows[3:10], {"words": "another"}, rows[11]])
+    rows = prompts(20)
+    source = write(tmp_path / "in.jsonl", [*rows[:2], "{a bad row", *rows[3:18], {"words": "another"}, rows[19]])
     one = responder(sampling=DRAWN)
     answer_file(one, source, tmp_path / "whole.jsonl")
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        stop_after(patched, ticks=30)
+        stop_after(patched, ticks=50)
         answer_file(one, source, tmp_path / "out.jsonl")
     partial = tmp_path / "out.jsonl.partial"
-    done = read(partial)
-    assert 0 < len(done) < 12 and not (tmp_path / "out.jsonl").exists()
-    with partial.open("ab") as handle:
-        handle.write(torn)
+    done = finished(partial)
+    assert 0 < len(done) < 4 and not (tmp_path / "out.jsonl").exists()
+    (partial / "000000000018.jsonl.1f").write_text('{"index": 18, "ans')  # what a kill leaves of a block
+    taken: list[int] = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, request: taken.append(request.sample) or submit(self, request))
     told: list[str] = []
-    # Rows at a time and the budget may change: an answer doesn't depend on them.
+    # Rows at a time and the budget may change; blocks stay what they were.
     answer_file(dataclasses.replace(one, rows=2), source, tmp_path / "out.jsonl", tell=told.append)
-    assert f"going on after {len(done)} finished rows" in told[-1]
-    resumed, whole = read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl")
-    assert resumed[: len(done)] == done
-    for row, other in zip(resumed, whole, strict=True):
+    assert f"going on after {6 * len(done)} finished rows" in told[-2]
+    assert taken == [number for number in range(6 * len(done), 20) if number != 18], "no finished row is answered again"
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert whole.startswith(b"".join(done.values()))
+    for row, other in zip(read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl"), strict=True):
         if "error" not in row:
             assert row.pop("log_probability") == pytest.approx(other.pop("log_probability"), rel=1e-9)
         assert row == other
@@ -342,12 +348,13 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 
 def test_ctrl_c_says_how_to_go_on(responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write(tmp_path / "in.jsonl", prompts(12))
+    source = write(tmp_path / "in.jsonl", prompts(20))
     told: list[str] = []
-    stop_after(monkeypatch, ticks=30, error=KeyboardInterrupt)
+    stop_after(monkeypatch, ticks=50, error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         answer_file(responder(), source, tmp_path / "out.jsonl", tell=told.append)
-    assert f"stopped after {len(read(tmp_path / 'out.jsonl.partial'))} of 12 rows" in told[-1]
+    done = len(finished(tmp_path / "out.jsonl.partial"))
+    assert done and f"stopped after {6 * done} of 20 rows" in told[-1]
 
 
 def test_a_full_disk_says_how_to_go_on(responder: Callable[..., Responder], tmp_path: Path) -> None:
@@ -355,14 +362,60 @@ def test_a_full_disk_says_how_to_go_on(responder: Callable[..., Responder], tmp_
     answer_file(responder(), source, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # No file may grow beyond the middle of the last row.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 10, limits[1]))
-    try:
-        with pytest.raises(UsageError, match=r"out\.jsonl\.partial can't be written \(File too large\).* same command"):
-            answer_file(responder(), source, target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "out.jsonl.partial").read_bytes() == whole[:-10]
+    # Blocks fit, and the whole doesn't; then not even a block does.
+    for limit, file in ((len(whole) - 10, r"out\.jsonl"), (1000, r"small\.jsonl\.partial")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(UsageError, match=rf"{file} can't be written \(File too large\).* same command"):
+                answer_file(responder(), source, tmp_path / ("out.jsonl" if limit > 1000 else "small.jsonl"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert b"".join(finished(tmp_path / "out.jsonl.partial").values()) == whole
+    assert {path.name for path in (tmp_path / "small.jsonl.partial").iterdir()} <= {"about.json", "0-of-1.lock"}
+    answer_file(responder(), source, target)
+    assert target.read_bytes() == whole
+
+
+# Several processes.
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("options", [{}, {"halt_threshold": 0.4}, {"sampling": DRAWN}], ids=["fixed", "halting", "drawn"])
+def test_shards_give_the_bytes_of_one_process(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer, tmp_path: Path, options: dict[str, Any], count: int
+) -> None:
+    """In float32, where an answer's probability depends on what is computed beside it; there are more shards than blocks, too."""
+    model = tiny_model("arch.forward_dtype=float32", vocab_size=tiny_tokenizer.vocab_size, halt_scale=2.0)
+    chosen = Options(max_output_tokens=5, act_steps=2, **options)
+    one = Responder(model, tiny_tokenizer, Template(), 128, chosen, rows=3, kv_budget_gb=1.0)
+    source = write(tmp_path / "in.jsonl", [*prompts(15), "{a bad row", *prompts(8)])
+    answer_file(one, source, tmp_path / "whole.jsonl")
+    target = tmp_path / "out.jsonl"
+    told: list[str] = []
+    # The first one is slow, and is the one that joins.
+    for index in reversed(range(count)):
+        assert not target.exists()
+        answer_file(one, source, target, shard=Shard(index, count), tell=told.append)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert told[0] == f"shard {min(count, 4) - 1}/{count} is finished; the last one to finish makes {target}"
+    assert told[-1] == f"24 rows: {target}" and sum("can't be answered" in line for line in told) == 1
+    assert not list(tmp_path.glob("*.partial*"))
+    answer_file(one, source, target, shard=Shard(1, count))  # started after all is done
+    with pytest.raises(UsageError, match="exists already"):
+        answer_file(one, source, target, shard=Shard(0, count))
+
+
+def test_finished_blocks_serve_any_number_of_shards(responder: Callable[..., Responder], tmp_path: Path) -> None:
+    source, target, folder = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    answer_file(responder(), source, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    answer_file(responder(), source, target, shard=Shard(1, 3))
+    assert list(finished(folder)) == ["000000000006.jsonl"]
+    for index in (0, 2):
+        answer_file(responder(), source, tmp_path / "other.jsonl", shard=Shard(index, 3))
+    for path in (tmp_path / "other.jsonl.partial").glob("*.jsonl"):  # as from a machine with a disk of its own
+        shutil.copy(path, folder)
+    assert b"".join(finished(folder).values()) == whole, "`cat` joins them in order"
     answer_file(responder(), source, target)
     assert target.read_bytes() == whole
 
@@ -370,12 +423,12 @@ def test_a_full_disk_says_how_to_go_on(responder: Callable[..., Responder], tmp_
 def test_a_partial_file_of_something_else_is_refused_and_kept(
     responder: Callable[..., Responder], tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, target = write(tmp_path / "in.jsonl", prompts(12)), tmp_path / "out.jsonl"
+    source, target = write(tmp_path / "in.jsonl", prompts(20)), tmp_path / "out.jsonl"
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        stop_after(patched, ticks=30)
+        stop_after(patched, ticks=50)
         answer_file(responder(), source, target)
     partial = tmp_path / "out.jsonl.partial"
-    before = partial.read_bytes()
+    before = finished(partial)
     other_weights = tiny_model(vocab_size=responder().tokenizer.vocab_size, seed=1)
     for changed, system, fragment in (
         (responder(act_steps=1), None, "act_steps 2 then, 1 now"),
@@ -390,20 +443,21 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
         assert fragment in str(told.value) and "delete it to begin anew" in str(told.value)
     with pytest.raises(UsageError, match="forms"):
         answer_file(responder(), source, target, forms=FormOptions(ignore=("notes",)))
-    assert partial.read_bytes() == before
-    write(source, prompts(13))
+    assert finished(partial) == before
+    write(source, prompts(21))
     with pytest.raises(UsageError, match="input"):
         answer_file(responder(), source, target)
-    assert partial.read_bytes() == before and not target.exists()
-    write(source, prompts(12))
-    (tmp_path / "out.jsonl.partial.about.json").unlink()
+    assert finished(partial) == before and not target.exists()
+    write(source, prompts(20))
+    (partial / "about.json").unlink()
     with pytest.raises(UsageError, match="begun with something else"):
         answer_file(responder(), source, target)
 
 
 def test_two_processes_do_not_write_one_file(responder: Callable[..., Responder], tmp_path: Path) -> None:
     source, partial = write(tmp_path / "in.jsonl", prompts(2)), tmp_path / "out.jsonl.partial"
-    with partial.open("ab") as other:
+    partial.mkdir()
+    with (partial / "0-of-1.lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another process"):
             answer_file(responder(), source, tmp_path / "out.jsonl")
@@ -450,7 +504,7 @@ def checkpoint(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Tokenizer,
 ) -> Path:
-    small = ("arch.H_cycles=1", "arch.L_cycles=1")
+    small = ("arch.H_cycles=1", "arch.L_cycles=1", "arch.forward_dtype=float32")
     config = tiny_config(*small, "dataset.seq_len=128", "generation.max_output_tokens=16", "generation.batch_size=2")
     model = tiny_model(*small, vocab_size=tiny_tokenizer.vocab_size)
     snapshot = Snapshot(step=1, weights=model.state_dict(), ema=None, metrics={}, trainer=TrainerState({}, {}))
@@ -459,32 +513,61 @@ def checkpoint(
     return folder
 
 
-def test_a_killed_process_neither_repeats_nor_loses_a_row(checkpoint: Path, tmp_path: Path) -> None:
-    count = 24
+# The door, whose second rank is killed in its third block, while the first one is at its third; at the first start only.
+DYING = """
+import os, runpy, signal, time
+import generation.batch
+
+write = generation.batch._write_block
+written = 0
+
+
+def dying(*block):
+    global written
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and written == 2:
+        if os.environ["RANK"] == "0":
+            time.sleep(100)
+        while not (block[0] / "000000000048.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    written += 1
+    write(*block)
+
+
+generation.batch._write_block = dying
+runpy.run_path("generate_instruct.py", run_name="__main__")
+"""
+
+
+def test_two_ranks_answer_as_one_process_though_one_is_killed(checkpoint: Path, tmp_path: Path) -> None:
+    count = 200
     # Rows that can't be answered but with the settings of forms that the command is given.
     source = write(tmp_path / "in.jsonl", [{**row, "notes": "no part of it"} for row in prompts(count)])
-    target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-
-    door = [sys.executable, str(REPOSITORY / "generate_instruct.py"), "--checkpoint", str(checkpoint)]
-    flags = ["--input", str(source), "--output", str(target), "--temperature", "0.8", "--seed", "5"]
-    flags += ["--overrides", "dataset.ignore=[notes]"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*door, *flags], env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    killed = partial.read_bytes()
-    assert 2 <= killed.count(b"\n") < count and not target.exists()
+    target = tmp_path / "out.jsonl"
+    (tmp_path / "dying.py").write_text(DYING)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(tmp_path / "dying.py"))
+    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--output", str(target), "--temperature", "0.8"]
+    flags += ["--seed", "5", "--overrides", "dataset.ignore=[notes]"]
+    with subprocess.Popen(
+        [sys.executable, *torchrun, *flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=240)
+        finally:
+            process.terminate()  # it ends its ranks
+    assert process.returncode == 0, said
+    assert "of shard 0/2: the same command goes on from there" in said and "Traceback" not in said.partition("going on after")[0]
+    block = 24  # of 2 rows at a time and 200 in all
+    assert f"stopped after {2 * block} of 104 rows" in said and f"going on after {2 * block} finished rows" in said
+    assert f"200 rows: {target}" in said and "shard 1/2 is finished" in said
 
     opened = open_checkpoint(checkpoint)
     config = override_config(opened.config, ["generation.temperature=0.8", "generation.seed=5"])
-    forms = FormOptions(ignore=("notes",))
-    for output in (target, tmp_path / "whole.jsonl"):
-        answer_file(load(opened, config), source, output, forms=forms)
-    assert target.read_bytes().startswith(killed[: killed.rindex(b"\n") + 1]), "finished rows are not answered again"
-    resumed, whole = read(target), read(tmp_path / "whole.jsonl")
-    assert [row["index"] for row in resumed] == list(range(count))
-    assert [(row["prompt"], row["answer"]) for row in resumed] == [(row["prompt"], row["answer"]) for row in whole]
+    answer_file(load(opened, config), source, tmp_path / "whole.jsonl", forms=FormOptions(ignore=("notes",)))
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))

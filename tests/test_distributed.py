@@ -22,10 +22,10 @@ from artifacts.checkpoint import checkpoints_of, step_of
 from config.compose import compose_as
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
+from models.distributed import Ranks, _unused_part, joined_ranks
 from tests.children import start_ranks
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
-from training.distributed import Ranks, _unused_part, joined_ranks
 from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
 
@@ -228,8 +228,9 @@ def test_ranks_started_again_meet_where_nothing_is_left_of_those_before() -> Non
 def test_one_process_gives_back_what_it_is_given() -> None:
     ranks, rows = Ranks(), torch.arange(6).view(3, 2)
     ranks.sum_([rows])
-    assert torch.equal(ranks.gather(rows), torch.arange(6).view(3, 2))
-    assert ranks.gather_number(7) == [7] and ranks.agree({"a": [1]}) == {"a": [1]} and ranks.sum_numbers([0.5, 2]) == [0.5, 2.0]
+    assert torch.equal(rows, torch.arange(6).view(3, 2))
+    assert ranks.gather({"a": 7}) == [{"a": 7}]
+    assert ranks.agree({"a": [1]}) == {"a": [1]} and ranks.sum_numbers([0.5, 2]) == [0.5, 2.0]
     with joined_ranks("cpu", 1.0) as alone:
         assert alone == ranks and alone.is_first
 

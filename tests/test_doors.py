@@ -570,7 +570,6 @@ def test_inference_logs_to_wandb_as_the_run_does(checkpoint: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("door", "arguments"),
     [
-        ("inference_instruct.py", ("--checkpoint", "unread")),
         ("generate_instruct.py", ("--checkpoint", "unread", "--message", "Hello")),
         ("inference.py", ("--checkpoint", "unread")),
         ("scripts/serve.py", ("--checkpoint", "unread")),
@@ -830,6 +829,14 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     again = run_door("generate_instruct.py", "--checkpoint", str(checkpoint), *files, folder=tmp_path)
     assert_told(again, "new/out.jsonl exists already and is not overwritten")
 
+    # Processes that know each other by the flag alone.
+    files = ("--input", str(folder / "in.jsonl"), "--output", "shared.jsonl", "--overrides", "generation.batch_size=1")
+    for index, end in ((1, "shard 1/2 is finished"), (0, "6 rows: shared.jsonl")):
+        door = ("generate_instruct.py", "--checkpoint", str(checkpoint), *files, "--shard", f"{index}/2")
+        assert run_well(*door, folder=tmp_path).err.splitlines()[-1].startswith(end)
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
+    assert answers == [row["answer"] for row in rows]
+
 
 def test_inference_writes_generated_answers_of_any_data(checkpoint: Path, sample_dir: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint), "--output-dir", "out", "--generate")
@@ -845,6 +852,30 @@ def test_inference_writes_generated_answers_of_any_data(checkpoint: Path, sample
     run_well("inference_instruct.py", *arguments, *slimorca, folder=tmp_path)
     metrics = metrics_of(tmp_path / "out")
     assert "answers" not in metrics and metrics["generated"]["count"] == metrics["counts"]["conversations"] > 0
+
+
+def test_two_ranks_measure_as_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    """Files of the same bytes. More batches than ranks, of sizes that differ, and blocks of answers that are shared unevenly."""
+    arguments = ["--checkpoint", str(checkpoint), "--output-dir", "out", "--batch-size", "4", "--generate"]
+    arguments += ["--save-outputs", "preds", "nll", "--overrides", "generation.batch_size=3"]
+    one = run_well("inference_instruct.py", *arguments, folder=tmp_path)
+    (tmp_path / "out").rename(tmp_path / "alone")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(REPOSITORY / "inference_instruct.py"))
+    two = subprocess.run(
+        [sys.executable, *torchrun, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert two.returncode == 0 and two.stdout == one.out, two.stderr
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {"metrics.json", "answers_test.jsonl", "outputs_test.safetensors"} <= names
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes(), path.name
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
 @pytest.mark.parametrize(
@@ -869,6 +900,8 @@ def test_inference_writes_generated_answers_of_any_data(checkpoint: Path, sample
         (("--message", "Hello", "--json", "-V"), ("--json", "not allowed")),
         (("--message", "Hello", "--chat"), ("--chat", "not allowed")),
         (("--message", "Hello", "--output", "out.jsonl"), ("--output goes with --input",)),
+        (("--message", "Hello", "--shard", "0/2"), ("--shard goes with --input",)),
+        (("--input", "in.jsonl", "--output", "out.jsonl", "--shard", "2/2"), ("--shard", "expected I/N with I from 0 to N - 1")),
         (("--chat", "--json"), ("--json goes with --message",)),
         (("--chat", "-V"), ("--verbose goes with --message",)),
         (("--chat", "--samples", "2"), ("--samples goes with --message",)),

@@ -21,8 +21,8 @@ from dataset.puzzles.loader import PuzzleData
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream, TextCorpus, TextDataset
 from models.act import RecursiveModel
+from models.distributed import Ranks
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
-from training.distributed import Ranks
 from training.estimate import count_parameters, count_steps, dry_run_instruct, dry_run_puzzles, flops_per_token
 from training.loop import Trainer
 from training.progress import StepResult

@@ -1,7 +1,7 @@
 """Generated answers are scored by family at every depth, or written down; rows that don't fit are counted."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,24 @@ from dataset.instruct import Source
 from dataset.text.conversation import Conversation, Template
 from dataset.text.tokenizer import Tokenizer
 from evaluators.generated import evaluate_generated, write_generated
-from generation.answers import Answer, Options, Responder
+from generation.answers import Options, Responder
+from generation.batch import InputRow
 
 ROWS = 30
 
 
-class _Oracle(Responder):
-    """Answers from a table of references; at depth 1 it knows only half of them."""
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> dict[Conversation, str]:
+    """Answers are taken from this table of references; at depth 1 only every other one is known."""
+    references: dict[Conversation, str] = {}
 
-    references: dict[str, str]
+    def answers(responder: Responder, inputs: Iterable[InputRow], **_: int) -> Iterator[dict[str, Any]]:
+        depth = responder.options.act_steps
+        for index, one in enumerate(inputs):
+            yield {"answer": references[one.history] if depth == 2 or index % 2 else "?", "act_steps": [depth] * 3}
 
-    def finished(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Answer]]:
-        depth = self.options.act_steps
-        for index in reversed(range(len(conversations))):
-            right = self.references[repr(conversations[index])]
-            yield index, Answer(text=right if depth == 2 or index % 2 else "?", act_steps=[depth] * 3)
+    monkeypatch.setattr("evaluators.generated.answers_in_order", answers)
+    return references
 
 
 @pytest.fixture
@@ -44,25 +47,27 @@ def _split(folder: Path, tokenizer: Tokenizer, **built: Any) -> Any:
     return Source(config).open_split("test_deeper" if built else "test", tokenizer, Template())
 
 
-def _responder(split: Any, tokenizer: Tokenizer, context: int) -> _Oracle:
+def _responder(split: Any, tokenizer: Tokenizer, context: int, oracle: dict[Conversation, str]) -> Responder:
     conversations = [split.conversation(i) for i in range(len(split))]
-    _Oracle.references = {repr(c[:-1]): c[-1].text for c in conversations}
-    return _Oracle(None, tokenizer, Template(), context, Options(8, act_steps=2), rows=4, kv_budget_gb=1.0)  # type: ignore[arg-type]
+    oracle.update({c[:-1]: c[-1].text for c in conversations})
+    return Responder(None, tokenizer, Template(), context, Options(8, act_steps=2), rows=4, kv_budget_gb=1.0)  # type: ignore[arg-type]
 
 
-def test_right_answers_score_at_their_depth(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_right_answers_score_at_their_depth(tmp_path: Path, tokenizer: Tokenizer, oracle: dict[Conversation, str]) -> None:
     split = _split(tmp_path, tokenizer)
-    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=range(ROWS))
+    result = evaluate_generated(_responder(split, tokenizer, 128, oracle), split, rows=range(ROWS))
     assert result["by_act_step"] == [0.5, 1.0] and result["overall"]["accuracy"] == 1.0
     assert result["overall"]["count"] == ROWS and len(result["families"]) == 15
     assert result["mean_act_steps"] == 2.0 and result["longer_than_context"] == 0
     assert result["by_hops"] == {}
 
 
-def test_deep_families_are_scored_by_hops_at_each_depth(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_deep_families_are_scored_by_hops_at_each_depth(
+    tmp_path: Path, tokenizer: Tokenizer, oracle: dict[Conversation, str]
+) -> None:
     split = _split(tmp_path, tokenizer, families="deep", max_hops=1)
     # The rows of a split take turns: six families with 2 hops, then six with 3; at depth 1 every other answer is right.
-    result = evaluate_generated(_responder(split, tokenizer, 128), split, rows=range(11))
+    result = evaluate_generated(_responder(split, tokenizer, 128, oracle), split, rows=range(11))
     by_hops = result["by_hops"]
     assert {number: [scores["overall"]["accuracy"] for scores in of["by_act_step"]] for number, of in by_hops.items()} == {
         "2": [3 / 6, 1.0], "3": [2 / 5, 1.0],
@@ -74,15 +79,19 @@ def test_deep_families_are_scored_by_hops_at_each_depth(tmp_path: Path, tokenize
     assert {of["mean_act_steps"] for of in by_hops.values()} == {2.0}
 
 
-def test_histories_longer_than_the_context_are_counted_not_scored(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_histories_longer_than_the_context_are_counted_not_scored(
+    tmp_path: Path, tokenizer: Tokenizer, oracle: dict[Conversation, str]
+) -> None:
     split = _split(tmp_path, tokenizer)
-    lengths = sorted(len(_responder(split, tokenizer, 10**6).prompt(split.conversation(i)[:-1]).ids) for i in range(len(split)))
+    lengths = sorted(
+        len(_responder(split, tokenizer, 10**6, oracle).prompt(split.conversation(i)[:-1]).ids) for i in range(len(split))
+    )
     context = lengths[len(lengths) // 2]
-    result = evaluate_generated(_responder(split, tokenizer, context), split, rows=range(ROWS))
+    result = evaluate_generated(_responder(split, tokenizer, context, oracle), split, rows=range(ROWS))
     assert result["longer_than_context"] == sum(length > context for length in lengths) > 0
     assert result["overall"]["count"] == ROWS - result["longer_than_context"]
     with pytest.raises(UsageError, match="at least one answer"):
-        evaluate_generated(_responder(split, tokenizer, 1), split, rows=range(ROWS))
+        evaluate_generated(_responder(split, tokenizer, 1, oracle), split, rows=range(ROWS))
 
 
 @pytest.mark.parametrize("threshold", [None, 0.4])

@@ -1,7 +1,9 @@
 """Language metrics against a hand computation, and causality with per-token halting (contracts 2 and 3)."""
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from dataset.text.loader import Example, TextCorpus, TextDataset
 from dataset.text.tokenizer import Tokenizer
 from evaluators.language import DepthOutput, LanguageResult, LanguageSums, evaluate_language, evaluate_sources
 from models.act import RecursiveModel
+from models.distributed import Ranks
 from models.losses import log_probs
 
 ModelFactory = Callable[..., RecursiveModel]
@@ -152,19 +155,27 @@ def test_limit_takes_the_first_rows_and_max_batches_the_first_batches(tiny_model
     assert few["counts"]["conversations"] == len(set(seen)) == 4
 
 
-def test_the_parts_of_a_split_add_up_to_the_whole(tiny_model: ModelFactory, examples: list[Example]) -> None:
-    def measure(index: int, parts: int) -> LanguageResult:
-        return evaluate_language(tiny_model(), examples, eos_id=EOS, batch_size=2, act_steps=3, part=(index, parts))
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_ranks_measure_the_bits_of_one_process(tiny_model: ModelFactory, examples: list[Example], size: int) -> None:
+    """Five batches of at most two: shared evenly by no number of ranks, and two ranks of seven have none."""
+    model, meeting, lists = tiny_model(), threading.Barrier(size), [[]] * size
 
-    whole = measure(0, 1)
-    assert LanguageResult.from_totals(whole.totals()).report() == whole.report()
-    # Five batches of at most two: parts of two, two and one.
-    parts = [measure(index, 3) for index in range(3)]
-    assert [part.by_depth[0].conversations for part in parts] == [4, 3, 2]
-    together = LanguageResult.from_totals([sum(values) for values in zip(*(part.totals() for part in parts), strict=True)])
-    assert together.report()["counts"] == whole.report()["counts"]
-    for found, expected in zip(together.by_depth, whole.by_depth, strict=True):
-        assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-12)
+    class Together(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            lists[self.rank] = value
+            meeting.wait()
+            return lists
+
+    def measure(rank: int, size: int) -> tuple[LanguageResult, list[int]]:
+        ranks, seen = Together(rank, size) if size > 1 else Ranks(), []
+        options = {"eos_id": EOS, "batch_size": 2, "act_steps": 3, "ranks": ranks}
+        return evaluate_language(model, examples, on_output=lambda output: seen.extend(output.rows.tolist()), **options), seen
+
+    whole, rows = measure(0, 1)
+    with ThreadPoolExecutor(size) as threads:
+        parts = list(threads.map(measure, range(size), [size] * size))
+    assert all(result == whole for result, _ in parts)
+    assert sorted(row for _, seen in parts for row in seen) == sorted(rows) == list(range(len(examples)))
 
 
 def test_outputs_name_what_was_read_where(tiny_model: ModelFactory, examples: list[Example]) -> None:

@@ -22,8 +22,8 @@ from evaluators.language import evaluate_language
 from generation.engine import Engine, Prompt, Request
 from generation.loading import make_responder
 from models.act import RecursiveModel
+from models.distributed import Ranks
 from models.losses import log_probs
-from training.distributed import Ranks
 from training.loop import Trainer
 from training.progress import StepResult
 from training.task import MicroBatch

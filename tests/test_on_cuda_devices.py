@@ -22,10 +22,10 @@ from generation.sampling import Sampling
 from models.act import RecursiveModel
 from models.cache import HeldAttention, KVCache
 from models.device import on_device
+from models.distributed import Ranks
 from models.layers import TokenRows
 from tests.fake_device import FakeDevice, fake_device
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
-from training.distributed import Ranks
 from training.loop import Trainer
 from training.progress import Window
 from training.puzzle import PuzzleTask

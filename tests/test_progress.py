@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from training.distributed import Ranks
+from models.distributed import Ranks
 from training.progress import RunProgress, StepResult, Window
 from training.stopping import EarlyStopping
 

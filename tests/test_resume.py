@@ -26,9 +26,9 @@ from artifacts.checkpoint import checkpoints_of, newest_checkpoint, step_of
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.text.tokenizer import Tokenizer
+from models.distributed import Ranks
 from tests.children import Child
 from tests.conftest import SHORT_RUN
-from training.distributed import Ranks
 from training.instruct_run import run_instruct
 from training.loop import Run
 from training.resume import find_resume_point

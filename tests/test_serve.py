@@ -380,6 +380,25 @@ def test_a_hundred_at_once_are_all_answered_or_refused_and_memory_stays_flat(
     assert memory[2] - memory[1] < 8e6, memory
 
 
+def test_a_hundred_streams_at_once_are_all_the_answer(start: Callable[..., Running]) -> None:
+    server = start(queue=100)
+    expected = server.client().chat.completions.create(**ASK)
+
+    async def read(client: openai.AsyncOpenAI) -> tuple[str, list[int]]:
+        text, act_steps = "", []
+        async for chunk in await client.chat.completions.create(**ASK, stream=True):
+            text += chunk.choices[0].delta.content or ""
+            act_steps += getattr(chunk.choices[0], "act_steps", [])
+        return text, act_steps
+
+    async def crowd() -> list[tuple[str, list[int]]]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=3 * WAIT) as client:
+            return await asyncio.gather(*(read(client) for _ in range(100)))
+
+    whole = (expected.choices[0].message.content, expected.choices[0].act_steps)
+    assert asyncio.run(crowd()) == [whole] * 100 and server.service.pending == 0
+
+
 def test_the_official_client_sees_a_full_queue(start: Callable[..., Running], slow: Callable[[float], None]) -> None:
     slow(0.05)
     server = start(queue=0)

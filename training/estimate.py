@@ -25,8 +25,8 @@ from dataset.text.loader import Example, ExampleStream
 from evaluators.language import rows_evaluated
 from models.act import RecursiveModel
 from models.device import memory_in_all, peak_memory
+from models.distributed import Ranks
 from models.layers import BlockStack
-from training.distributed import Ranks
 from training.loop import Trainer
 from training.puzzle import PuzzleTask
 from training.schedule import act_steps_at, expected_examples

@@ -23,8 +23,8 @@ from evaluators.language import evaluate_sources, rows_evaluated
 from generation.loading import make_responder
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
+from models.distributed import Ranks, joined_ranks
 from training.console import say_places, show_evaluation
-from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_instruct
 from training.loop import Run, RunResult, Trainer
 from training.resume import find_resume_point, initial_weights_path, prepare_model
@@ -148,8 +148,7 @@ def _evaluate(
         act_steps=config.depth,
         halt_threshold=config.generation.halt_threshold,
         limit=config.eval_examples,
-        part=(ranks.rank, ranks.size),
-        over_ranks=ranks.sum_numbers,
+        ranks=ranks,
         pad_multiple=config.pad_multiple,
     ).report()
     if not ranks.is_first:

@@ -27,9 +27,9 @@ from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
 from models.act import RecursiveModel
 from models.device import peak_memory
+from models.distributed import Ranks
 from models.ema import EMA
 from training.console import Console
-from training.distributed import Ranks
 from training.loggers import RunLogger
 from training.optimizer import ModelOptimizer
 from training.progress import RunProgress, StepResult, Window
@@ -130,7 +130,7 @@ class Run:
                 before = now
 
                 # End, or save. Ranks act as one: on any rank's signal, and by the clock of the first.
-                stopped_by = max(self.ranks.gather_number(stop.signal_number))
+                stopped_by = max(self.ranks.gather(stop.signal_number))
                 is_over_time, is_save_due = self.ranks.agree((self._is_over_time(self._seconds()), self._is_save_due(result.step)))
                 if not is_last:
                     self._end_reason = reason_to_end(config, result.step, is_over_time, self.trainer.progress.early_stopping)

@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, TypeAdapter
 from torch import Tensor
 
-from training.distributed import Ranks
+from models.distributed import Ranks
 from training.stopping import EarlyStopping
 
 

@@ -17,10 +17,10 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches
 from models.act import RecursiveModel
 from models.device import on_device
+from models.distributed import Ranks
 from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
-from training.distributed import Ranks
 from training.schedule import lr_factor_by_steps
 from training.task import Batch, MicroBatch, Position
 
@@ -222,7 +222,7 @@ class PuzzleTask:
 
     def state(self) -> TrainerState:
         """Carry of all ranks, and the place in the data: the same for any number of ranks."""
-        tensors = {name: self.ranks.gather(part) for name, part in self.carry.tensors().items()}
+        tensors = {name: torch.cat(self.ranks.gather(part.cpu())) for name, part in self.carry.tensors().items()}
         return TrainerState(tensors, {"steps_done": self.steps_done, "place_in_data": self._place})
 
     def load_state(self, state: TrainerState) -> None:

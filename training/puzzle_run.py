@@ -17,8 +17,8 @@ from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleMeasurement
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
+from models.distributed import Ranks, joined_ranks
 from training.console import say_places, show_evaluation
-from training.distributed import Ranks, joined_ranks
 from training.estimate import dry_run_puzzles
 from training.loop import Run, RunResult, Trainer
 from training.puzzle import PuzzleTask

@@ -27,7 +27,7 @@ from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
 from models.act import RecursiveModel
 from models.device import set_matmul_precision, should_compile
-from training.distributed import Ranks
+from models.distributed import Ranks
 
 # Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
 _OF_WEIGHTS = ("arch.", "dataset.seq_len", "dataset.default_system_prompt", "dataset.supervise")

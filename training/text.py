@@ -19,9 +19,9 @@ from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
 from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
+from models.distributed import Ranks
 from models.layers import TOKEN_MULTIPLE, Attend, TokenRows
 from models.losses import token_loss
-from training.distributed import Ranks
 from training.schedule import act_steps_at, expected_examples, lr_factor_by_examples
 from training.task import Batch, MicroBatch, Position
 

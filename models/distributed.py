@@ -1,4 +1,4 @@
-"""Processes that train together, started by torchrun: who this one is, what they sum, gather and agree on.
+"""Processes that share work, started by torchrun: who this one is, what they sum, gather and agree on.
 
 One process alone is the same code: every method then gives back what it was given. Knows no model and no rows.
 """
@@ -44,10 +44,9 @@ class Ranks:
         if self.is_first:
             print(text, flush=True)
 
-    def part(self, count: int, rank: int | None = None) -> range:
-        """The contiguous part of `count` things that belongs to this rank (or to `rank`); sizes differ by one at most."""
-        rank = self.rank if rank is None else rank
-        return range(rank * count // self.size, (rank + 1) * count // self.size)
+    def part(self, count: int) -> range:
+        """The contiguous part of `count` things that belongs to this rank; sizes differ by one at most."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype and device by their sums over all ranks, the same bits on each.
@@ -70,28 +69,35 @@ class Ranks:
         self.sum_([totals])
         return totals.tolist()
 
-    def gather(self, part: Tensor) -> Tensor:
-        """All rows of a tensor of which each rank has its `part`, on the host."""
-        parts = [part.cpu()] * self.size
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order; tensors in it are on the host."""
+        values = [value] * self.size
         if self.size > 1:
             with _lost_ranks_reported(self.rank):
-                dist.all_gather_object(parts, part.cpu())
-        return torch.cat(parts)
-
-    def gather_number(self, number: int) -> list[int]:
-        """The number of every rank, in order."""
-        numbers = torch.zeros(self.size, dtype=torch.int64)
-        numbers[self.rank] = number
-        self.sum_([numbers])
-        return numbers.tolist()
+                dist.all_gather_object(values, value)
+        return values
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's `value` on all ranks."""
+        """Rank 0's `value` on all ranks; tensors in it are on the host."""
         values = [value]
         if self.size > 1:
             with _lost_ranks_reported(self.rank):
                 dist.broadcast_object_list(values, 0)
         return values[0]
+
+
+def take_local_gpu(device: str) -> bool:
+    """Let "cuda" mean a GPU of its own for each local rank of torchrun (LOCAL_RANK); whether `device` is on CUDA.
+
+    Raises UsageError if there are too few GPUs.
+    """
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_cuda and "LOCAL_RANK" in os.environ:
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
+        torch.cuda.set_device(local_rank)
+    return on_cuda
 
 
 @contextlib.contextmanager
@@ -105,12 +111,7 @@ def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_cuda:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
-        torch.cuda.set_device(local_rank)
+    on_cuda = take_local_gpu(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
@@ -166,8 +167,8 @@ def _lost_ranks_reported(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); start all of them again with "
-            "resume=auto"
+            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); start all of them again "
+            "(training: with resume=auto)"
         ) from error
 
 
