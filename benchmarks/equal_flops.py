@@ -5,7 +5,7 @@
     python -m benchmarks.equal_flops --examples 28000 --output checkpoints/equal_examples
 
 Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are among
-them. Learning rate and depth follow the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
+them. The learning rate follows the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
 Every arm and seed leaves a JSON file in `--output` and isn't trained again; one that was interrupted starts anew. The folder then
 gets equal_flops.md (also printed), equal_flops.json (also the last line) and equal_flops.png. Code is not compiled.
 """
@@ -60,7 +60,7 @@ ARMS = Path(__file__).with_suffix(".yaml")
 PLAIN = {
     f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
         *("arch=looped", f"arch.L_layers={blocks}", "arch.H_cycles=1", "arch.L_cycles=0"),
-        *("arch.halt_max_steps=1", "arch.grad_calls=all", "act_steps=fixed", f"arch.norm={norm}"),
+        *("arch.halt_max_steps=1", "arch.grad_calls=all", f"arch.norm={norm}"),
     ]
     for norm in ("post", "pre")
     for blocks in (2, 4, 8)

@@ -29,6 +29,10 @@ REMOVED: tuple[str, ...] = (
     # Tokens drafted with few ACT steps and checked together: slower wherever code is compiled or on a GPU.
     "generation.draft_tokens",
     "generation.draft_act_steps",
+    # ACT steps that grow in a run or are drawn, and losses that weigh more the deeper they are: behind in every table.
+    "act_steps",
+    "grow_until",
+    "loss_discount",
     # How puzzles' rows come to slots, which has one answer.
     "slots",
 )

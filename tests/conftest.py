@@ -71,7 +71,6 @@ SHORT_RUN = (
     "arch.L_cycles=1",
     "arch.L_layers=1",
     "arch.halt_max_steps=3",
-    "act_steps=drawn",
     "dataset=jsonl",
     "dataset.files=[rows.jsonl]",
     "dataset.seq_len=64",

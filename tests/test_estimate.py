@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,8 @@ def test_parameters_are_the_original_layers_weights(tiny_config: ConfigFactory, 
     [
         ((), 2),
         # Each fifth of 42 rows, and the end of an epoch.
-        (("act_steps=growing", "epochs=2"), 6),
-        (("act_steps=drawn", "epochs=2"), 6),
-        (("act_steps=growing", "epochs=3", "max_steps=9"), 5),
+        (("epochs=2",), 6),
+        (("epochs=3", "max_steps=9"), 5),
     ],
 )
 def test_steps_are_those_of_the_run(
@@ -91,7 +89,7 @@ def test_steps_are_those_of_the_run(
     results = list(itertools.islice(Trainer(config, model, task).steps(), config.max_steps))
     counted = count_steps(config, passes(config, 21), evaluation_rows=1)
     assert counted.optimizer_steps == len(results)
-    assert counted.rows_by_depth == Counter(depth for result in results for depth in result.finished_depths)
+    assert counted.rows == sum(len(result.finished_depths) for result in results)
     assert counted.evaluations == evaluations
 
 
@@ -116,7 +114,7 @@ def test_a_dry_run_says_it_all(
 ) -> None:
     said = dry_run(tiny_config())
     lengths = [len(example.ids) - 1 for example in random_examples(40)]
-    assert "optimizer steps   10, 4.00 ACT steps a row" in said
+    assert "optimizer steps   10, 4 ACT steps a row" in said
     assert "evaluations       1, each of 3 held-out rows" in said
     assert f"tokens a row      {np.mean(lengths):.1f} (mean of 40 rows)" in said
     assert re.search(r"memory            peak_rss \d+\.\d\d GB, measured; there is \d+\.\d\d GB", said)
@@ -129,14 +127,14 @@ def test_flops_of_a_run_follow_its_depths(tiny_config: ConfigFactory, dry_run: C
         assert found is not None
         return float(found[1])
 
-    deep, shallow = total(), total("act_steps=growing", "max_steps=1")
+    deep, shallow = total(), total("arch.halt_max_steps=1", "max_steps=1")
     # Ten steps of four ACT steps, against one of one.
     assert deep == pytest.approx(40 * shallow, rel=0.02)
 
 
 def test_a_short_run_is_not_timed(tiny_config: ConfigFactory, dry_run: Callable[[PretrainInstructConfig], str]) -> None:
     said = dry_run(tiny_config("global_batch_size=40"))
-    assert "optimizer steps   1, 4.00 ACT steps a row" in said
+    assert "optimizer steps   1, 4 ACT steps a row" in said
     assert "expected time     not measured: the whole run has too few steps" in said
 
 

@@ -25,9 +25,9 @@ GOLDEN = Path(__file__).parent / "golden/losses.json"
 STEPS, ROWS, EPOCHS, VOCABULARY = 20, 8, 10, 13
 RUNS = {
     "stablemax, no gradient between ACT steps": ("arch.loss=stablemax", "arch.halt_max_steps=3"),
-    "softmax, gradient through ACT steps": ("act_steps=growing", "arch.grad_calls=20", "loss_discount=0.5"),
+    "softmax, gradient through ACT steps": ("arch.grad_calls=20",),
     "the default network": ("arch=looped", "arch.H_cycles=1", "arch.L_cycles=0", "arch.halt_max_steps=2"),
-    "softmax, prefix": ("act_steps=drawn", "arch.grad_calls=6", "loss_discount=0", "arch.attention=prefix"),
+    "softmax, prefix": ("arch.grad_calls=6", "arch.attention=prefix"),
 }
 
 

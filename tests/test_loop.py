@@ -67,7 +67,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 
 
 def plain_gradients(
-    model: RecursiveModel, rows: Sequence[Example], steps: int, grad_calls: int | str | None, discount: float = 1.0
+    model: RecursiveModel, rows: Sequence[Example], steps: int, grad_calls: int | str | None
 ) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]], int]:
     """Gradients of an optimizer step of `steps` ACT steps: TRM's loop written out, rows one by one and unpadded.
 
@@ -100,8 +100,7 @@ def plain_gradients(
             halting = model.halt_logits(z_H[0] if arch.halt.backprop else z_H[0].detach())[supervised, 0]
             right = (logp.argmax(-1) == labels[supervised]).double()
             bce = (torch.nn.functional.softplus(halting) - right * halting).sum()
-            weight = discount ** (steps - 1 - step) / sum(discount**later for later in range(steps))
-            total = total + weight * (ce + 0.5 * bce)
+            total = total + (ce + 0.5 * bce) / steps
             sums[step] += ce.item(), bce.item()
         count += int(supervised.sum())
     (total / count).backward()
@@ -114,15 +113,15 @@ def assert_step_is_plain(config: PretrainInstructConfig, examples: list[Example]
     (result,) = run(trainer)
     got = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trainer.model.named_parameters()}
     steps = config.arch.halt_max_steps
-    expected, sums, count = plain_gradients(trainer.model, examples, steps, config.arch.grad_calls, config.loss_discount)
+    expected, sums, count = plain_gradients(trainer.model, examples, steps, config.arch.grad_calls)
     assert_same(got, expected, 1e-9)
     assert result.weight == result.sums["supervised"] == count
     assert result.sums["tokens"] == steps * sum(len(e.ids) - 1 for e in examples)
     assert (float(result.sums["nll"]), float(result.sums["halt_bce"])) == pytest.approx(sums[-1], rel=1e-9)
     report = trainer.task.report({name: float(value) for name, value in result.sums.items()})
     assert report["loss_per_token"] == pytest.approx(sums[-1][0] / count)
-    # A loss that weighs nothing isn't computed, and a single ACT step is no first one.
-    assert report.get("loss_first_step") == (pytest.approx(sums[0][0] / count) if steps > 1 and config.loss_discount else None)
+    # A single ACT step is no first one.
+    assert report.get("loss_first_step") == (pytest.approx(sums[0][0] / count) if steps > 1 else None)
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
@@ -132,17 +131,16 @@ def test_a_step_is_a_plain_loop_over_rows_and_act_steps(
     tiny_config: ConfigFactory, random_examples: ExampleFactory, attention: str, loss: str, backprop: str
 ) -> None:
     settings = (f"arch.attention={attention}", f"arch.loss={loss}", f"arch.halt.backprop={backprop}")
-    config = tiny_config(*settings, "arch.halt_max_steps=2", "arch.grad_calls=12", "loss_discount=0.5", *FROZEN)
+    config = tiny_config(*settings, "arch.halt_max_steps=2", "arch.grad_calls=12", *FROZEN)
     assert_step_is_plain(config, random_examples(4))
 
 
 # Two ACT steps of six level calls each.
 @pytest.mark.parametrize("grad_calls", ["null", "all", 12, 11, 7, 6, 4, 1])
-@pytest.mark.parametrize("discount", [1.0, 0.3, 0.0])
 def test_gradient_runs_through_the_last_level_calls_of_all_act_steps(
-    tiny_config: ConfigFactory, random_examples: ExampleFactory, grad_calls: object, discount: float
+    tiny_config: ConfigFactory, random_examples: ExampleFactory, grad_calls: object
 ) -> None:
-    settings = (f"arch.grad_calls={grad_calls}", f"loss_discount={discount}", "arch.halt_max_steps=2", "packing=bucketed")
+    settings = (f"arch.grad_calls={grad_calls}", "arch.halt_max_steps=2", "packing=bucketed")
     assert_step_is_plain(tiny_config(*settings, *FROZEN), random_examples(4))
 
 
@@ -162,7 +160,6 @@ def test_rows_in_parts_are_the_rows_at_once(
         config = tiny_config(
             "global_batch_size=8",
             f"micro_batch_size={at_once}",
-            "act_steps=drawn",
             f"arch.grad_calls={grad_calls}",
             "arch.halt_max_steps=3",
             "arch.H_cycles=1",
@@ -434,7 +431,6 @@ def test_workers_padding_and_packing_change_no_weight(
             f"dataloader_workers={workers}",
             f"arch.attention={attention}",
             f"arch.grad_calls={grad_calls}",
-            "act_steps=growing",
             "arch.H_cycles=1",
             "arch.L_cycles=1",
             "lr=1e-3",
@@ -454,19 +450,16 @@ def test_workers_padding_and_packing_change_no_weight(
     assert not torch.allclose(reference[0]["lm_head.weight"], start["lm_head.weight"]), "the run must have learned something"
 
 
-@pytest.mark.parametrize(
-    ("act_steps", "optimizer"), [("fixed", "adam_atan2"), ("growing", "adam_atan2"), ("drawn", "adam_atan2"), ("fixed", "muon")]
-)
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "muon"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     tiny_config: ConfigFactory,
     random_examples: ExampleFactory,
     tiny_tokenizer: Tokenizer,
     tmp_path: Path,
-    act_steps: str,
     optimizer: str,
 ) -> None:
     settings = (f"optimizer={optimizer}", "global_batch_size=2", "arch.forward_dtype=float32", "ema=true", "epochs=3", "lr=1e-3")
-    config = tiny_config(f"act_steps={act_steps}", "arch.grad_calls=9", *settings)
+    config = tiny_config("arch.grad_calls=9", *settings)
     size = tiny_tokenizer.vocab_size
     examples = random_examples(11, vocab_size=size)
     undisturbed = make_trainer(config, examples, vocab_size=size)
@@ -491,7 +484,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert resumed.ema is not None
     rest = run(resumed)
     assert [r.step for r in rest] == [r.step for r in whole[7:]] and len(rest) == 10
-    assert len({depth for r in rest for depth in r.finished_depths}) == {"fixed": 1, "growing": 2, "drawn": 4}[act_steps]
     for one, other in zip(rest, whole[7:], strict=True):
         assert (one.lr, one.weight, one.sums["tokens"]) == (other.lr, other.weight, other.sums["tokens"])
         assert one.finished_depths == other.finished_depths

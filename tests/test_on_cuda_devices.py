@@ -108,8 +108,8 @@ def test_a_step_of_training_waits_once(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("loss_discount=0", "micro_batch_size=2", "grad_clip=1.0", "arch.activation_checkpointing=true"),
-        ("act_steps=drawn", "arch.grad_calls=3", "arch.halt.backprop=true", "arch.loss=softmax", "optimizer=muon"),
+        ("micro_batch_size=2", "grad_clip=1.0", "arch.activation_checkpointing=true"),
+        ("arch.grad_calls=3", "arch.halt.backprop=true", "arch.loss=softmax", "optimizer=muon"),
     ],
 )
 def test_other_ways_to_train(tiny_config: ConfigFactory, random_examples: ExampleFactory, overrides: tuple[str, ...]) -> None:

@@ -1,7 +1,6 @@
 """The learning rate rises to its peak, falls to its floor, and counts examples; the number of ACT steps grows or is drawn."""
 
 import math
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.schema import PretrainInstructConfig
-from training.schedule import act_steps_at, expected_examples, lr_factor_by_examples, lr_factor_by_steps
+from training.schedule import expected_examples, lr_factor_by_examples, lr_factor_by_steps
 
 RUNS = st.tuples(
     st.integers(1, 10**6),  # total examples
@@ -65,23 +64,6 @@ def test_the_originals_schedule_goes_by_steps() -> None:
 
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
-
-
-def test_act_steps_grow_evenly_up_to_their_share_of_the_run(tiny_config: ConfigFactory) -> None:
-    growing = tiny_config("act_steps=growing", "grow_until=0.6")
-    depths = [act_steps_at(growing, 1, share) for share in (0, 0.19, 0.21, 0.39, 0.41, 0.59, 0.6, 1)]
-    assert depths == [1, 1, 2, 2, 3, 3, 4, 4]
-    for config in (tiny_config(), tiny_config("act_steps=growing", "grow_until=0")):
-        assert {act_steps_at(config, 1, share) for share in (0, 0.5, 1)} == {4}
-
-
-def test_act_steps_are_drawn_evenly_for_each_step(tiny_config: ConfigFactory) -> None:
-    first, other = (
-        [act_steps_at(tiny_config("act_steps=drawn", f"seed={seed}"), step, 0.5) for step in range(1, 1001)] for seed in (0, 1)
-    )
-    assert first != other and set(first) == {1, 2, 3, 4} and min(Counter(first).values()) > 200
-    # By the step alone, in whatever order it is asked for.
-    assert act_steps_at(tiny_config("act_steps=drawn"), 500, 0.0) == first[499]
 
 
 def test_a_run_comes_to_its_data_or_its_last_step(tiny_config: ConfigFactory) -> None:

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from models.distributed import Ranks
 from models.layers import BlockStack
 from training.loop import Trainer
 from training.puzzle import PuzzleTask
-from training.schedule import act_steps_at, expected_examples
+from training.schedule import expected_examples
 from training.stopping import automatic_evaluations, is_evaluation_due
 from training.task import Position, Task
 from training.text import TextTask
@@ -48,8 +48,7 @@ class Steps(NamedTuple):
     """What a whole run consists of."""
 
     optimizer_steps: int
-    rows_by_depth: Mapping[int, int]
-    """How many of the rows that are trained take so many ACT steps."""
+    rows: int
     evaluations: int
 
 
@@ -62,14 +61,13 @@ def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluati
     expected = expected_examples(config, total.examples)
     steps = math.ceil(expected / config.global_batch_size)
     automatic = automatic_evaluations(config, total, evaluation_rows)
-    rows_by_depth, evaluations, before = Counter[int](), 0, Position(0, 0)
+    evaluations, before = 0, Position(0, 0)
     for step in range(1, steps + 1):
         done = min(total.examples, step * config.global_batch_size)
-        rows_by_depth[act_steps_at(config, step, before.examples / expected)] += done - before.examples
         now = Position(done, curriculum.rounds_before(done))
         evaluations += step == steps or is_evaluation_due(config, automatic, total, step, before, now)
         before = now
-    return Steps(steps, rows_by_depth, evaluations)
+    return Steps(steps, expected, evaluations)
 
 
 def flops_per_token(task: Task) -> float:
@@ -89,13 +87,11 @@ def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data
 
     Raises UsageError if a step doesn't fit into the memory of a GPU.
     """
-    say, deepest = ranks.say, config.arch.halt_max_steps
+    say, act_steps = ranks.say, config.arch.halt_max_steps
     _say_parameters(model, say)
     rows = 0 if data.test is None else rows_evaluated(data.test, config.eval_examples)
     steps = count_steps(config, data.curriculum, rows)
-    trained = sum(steps.rows_by_depth.values())
-    act_steps = sum(depth * count for depth, count in steps.rows_by_depth.items()) / trained
-    say(f"optimizer steps   {steps.optimizer_steps:,}, {act_steps:.2f} ACT steps a row")
+    say(f"optimizer steps   {steps.optimizer_steps:,}, {act_steps} ACT steps a row")
     if rows:
         say(f"evaluations       {steps.evaluations:,}, each of {rows:,} held-out rows")
     count = max(_SAMPLE_ROWS, config.global_batch_size)
@@ -103,19 +99,17 @@ def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data
     tokens = float(np.mean([len(example.ids) - 1 for example in sample]))
     say(f"tokens a row      {tokens:.1f} (mean of {len(sample):,} rows)")
 
-    def task(model: RecursiveModel, rows: Sequence[Example], depth: int = deepest) -> TextTask:
+    def task(model: RecursiveModel, rows: Sequence[Example]) -> TextTask:
         curriculum = Curriculum.of_epochs(len(rows), config.seed, 1)
-        arch = config.arch.model_copy(update={"halt_max_steps": depth})
-        at_depth = config.model_copy(update={"act_steps": "fixed", "arch": arch})
-        return TextTask(at_depth, model, ExampleStream(rows, curriculum, 0), curriculum, ranks)
+        return TextTask(config, model, ExampleStream(rows, curriculum, 0), curriculum, ranks)
 
     with torch.device("meta"):
         on_meta = RecursiveModel(model.config, model.vocab_size)
-    flops = {depth: flops_per_token(task(on_meta, sample, depth)) for depth in {*steps.rows_by_depth, deepest}}
-    total = tokens * sum(count * depth * flops[depth] for depth, count in steps.rows_by_depth.items())
-    say(f"FLOPs a token     {total / tokens / trained:.3g} in all its ACT steps; {total:.3g} in the run")
+    flops = flops_per_token(task(on_meta, sample))
+    total = tokens * steps.rows * act_steps * flops
+    say(f"FLOPs a token     {act_steps * flops:.3g} in all its ACT steps; {total:.3g} in the run")
     longest = sorted(sample, key=lambda example: len(example.ids))[-config.global_batch_size :]
-    _say_measured(config, model, [task(model, longest), task(model, sample)], flops[deepest], total, ranks)
+    _say_measured(config, model, [task(model, longest), task(model, sample)], flops, total, ranks)
 
 
 def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: PuzzleTask, data: PuzzleData, ranks: Ranks) -> None:

@@ -1,29 +1,13 @@
-"""What changes over a run: the learning rate, for text by examples and for puzzles by steps, and the number of ACT steps."""
+"""What changes over a run: the learning rate, for text by examples and for puzzles by steps."""
 
 import math
 
-import numpy as np
-
 from config.schema import PretrainInstructConfig
-
-# Separates this module's draws from others that are keyed by the same seed.
-_ACT_STEPS_DRAW = 1
 
 
 def expected_examples(config: PretrainInstructConfig, total: int) -> int:
     """How many examples a run on text comes to: the `total` of its data, or what `max_steps` leaves of it."""
     return total if config.max_steps is None else min(total, config.max_steps * config.global_batch_size)
-
-
-def act_steps_at(config: PretrainInstructConfig, step: int, share: float) -> int:
-    """How many ACT steps the rows of optimizer step `step` (from 1) take, when this share of the run was over before it."""
-    deepest = config.arch.halt_max_steps
-    if config.act_steps == "drawn":
-        generator = np.random.Generator(np.random.Philox(key=config.seed, counter=[0, _ACT_STEPS_DRAW, step, 0]))
-        return int(generator.integers(1, deepest, endpoint=True))
-    if config.act_steps == "fixed" or share >= config.grow_until:
-        return deepest
-    return 1 + int(share / config.grow_until * (deepest - 1))
 
 
 def lr_factor_by_examples(admitted: int, total: float, *, min_ratio: float, warmup_steps: int, batch_size: int) -> float:

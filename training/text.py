@@ -22,7 +22,7 @@ from models.device import on_device
 from models.distributed import Ranks
 from models.layers import TOKEN_MULTIPLE, Attend, TokenRows
 from models.losses import token_loss
-from training.schedule import act_steps_at, expected_examples, lr_factor_by_examples
+from training.schedule import expected_examples, lr_factor_by_examples
 from training.task import Batch, MicroBatch, Position
 
 
@@ -122,7 +122,6 @@ class TextTask:
 
     def next_batch(self, step: int) -> Batch:
         """The next examples of the run's order, of which this rank reads its part."""
-        act_steps = act_steps_at(self.config, step, self.admitted / self.expected)
         count = min(self.config.global_batch_size, self._curriculum.total - self.admitted)
         begin, end = min(count, self._part.start), min(count, self._part.stop)
         self._stream.skip(begin)
@@ -131,11 +130,12 @@ class TextTask:
         self.admitted += count
         at_once = self.config.micro_batch_size or max(1, len(rows))
         parts = (rows[first : first + at_once] for first in range(0, len(rows), at_once))
-        return Batch(self._lr_factor(), (self._micro_batch(part, act_steps) for part in parts))
+        return Batch(self._lr_factor(), map(self._micro_batch, parts))
 
-    def _micro_batch(self, examples: Sequence[Example], act_steps: int) -> MicroBatch:
+    def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
         """The loss of some rows, which go through all ACT steps."""
         model, config, device = self.model, self.config, self.model.device
+        act_steps = config.arch.halt_max_steps
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
         packing = config.packing
         if model.needs_no_rows or (model.is_compiled and packing == "bucketed"):
@@ -162,30 +162,24 @@ class TextTask:
             attend,
             act_steps,
         )
-        weights = config.loss_discount ** np.arange(act_steps)[::-1]
         output_SND, halt_logits_SN = list[Tensor](), list[Tensor]()
-        for output_MD, weight in zip(outputs, weights, strict=True):
-            if weight:
-                output_SND.append(output_MD[supervised_N])
-                seen_MD = output_MD if config.arch.halt.backprop else output_MD.detach()
-                halt_logits_SN.append(model.halt_logits(seen_MD)[supervised_N, 0])
-        exact = np.float64 if model.dtype == torch.float64 else np.float32
-        weights_S = (weights[weights > 0] / weights.sum()).astype(exact)
+        for output_MD in outputs:
+            output_SND.append(output_MD[supervised_N])
+            seen_MD = output_MD if config.arch.halt.backprop else output_MD.detach()
+            halt_logits_SN.append(model.halt_logits(seen_MD)[supervised_N, 0])
         # One sum over all ACT steps: the vocabulary head's gradient, of its own size, is made once.
         halt_logits = torch.cat(halt_logits_SN)
         loss = token_loss(
             torch.cat(output_SND),
             model.lm_head.weight,
             halt_logits,
-            labels_N.repeat(len(weights_S)),
-            on_device(weights_S, device).repeat_interleave(len(supervised)),
+            labels_N.repeat(act_steps),
+            torch.full_like(halt_logits, 1 / act_steps),
             config.arch.loss,
             model.is_compiled,
         )
-        nll_SN, argmax_SN, halt_bce_SN = (
-            values.view(len(weights_S), -1) for values in (loss.nll_N, loss.argmax_N, loss.halt_bce_N)
-        )
-        has_first = 1 < act_steps == len(weights_S)
+        nll_SN, argmax_SN, halt_bce_SN = (values.view(act_steps, -1) for values in (loss.nll_N, loss.argmax_N, loss.halt_bce_N))
+        has_first = act_steps > 1
         # "tokens" and "attended" over all ACT steps; what follows over supervised tokens at the deepest one, but for the last two:
         # the tokens of optimizer steps with several ACT steps, and their loss at the first.
         return MicroBatch(

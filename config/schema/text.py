@@ -179,13 +179,6 @@ class PretrainInstructConfig(TrainingConfig):
     lr_schedule: Literal["run", "stage"]
     """Warm-up and cosine once over the whole run, or once in each of its stages."""
     generation: Free[GenerationConfig]
-    act_steps: Literal["fixed", "growing", "drawn"]
-    """ACT steps of an optimizer step's rows. fixed: halt_max_steps. growing: from 1 to halt_max_steps, reached at `grow_until`.
-    drawn: uniformly from 1..halt_max_steps, for each optimizer step."""
-    grow_until: float = Field(ge=0, le=1)
-    """growing: share of the run after which rows take halt_max_steps ACT steps. The number grows evenly until then."""
-    loss_discount: float = Field(ge=0, le=1)
-    """Weight of an ACT step's loss relative to the next step's. 1: all weigh the same; 0: only the last counts."""
     eval_examples: Free[PositiveInt | None]
     """Test rows of each source used in evaluations; null: all."""
     sample_answers: Free[int] = Field(ge=0)
