@@ -4,7 +4,7 @@
 comes from the checkpoint; flags and --overrides go on top.
 """
 
-from config import environment  # noqa: F401  (before torch and tqdm)
+from config import environment  # noqa: F401  (before tqdm)
 
 # isort: split
 

@@ -4,7 +4,7 @@ With the run's data and batch size its figures are those of the evaluation in tr
 `--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
 """
 
-from config import environment  # noqa: F401  (before torch and tqdm)
+from config import environment  # noqa: F401  (before tqdm)
 
 # isort: split
 

@@ -4,7 +4,7 @@ Teacher-forced metrics always; for the bundled sample data also generated answer
 answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json. Processes share the rows (torchrun).
 """
 
-from config import environment  # noqa: F401  (before torch and tqdm)
+from config import environment  # noqa: F401  (before tqdm)
 
 # isort: split
 

@@ -4,7 +4,7 @@ Settings stand in config/ (cfg_pretrain_instruct.yaml) and are explained in conf
 `-m key=a,b` trains with each of several values.
 """
 
-from config import environment  # noqa: F401  (before torch and tqdm)
+from config import environment  # noqa: F401  (before tqdm)
 
 # isort: split
 

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import environment  # noqa: F401  (before torch and tqdm)
+from config import environment  # noqa: F401  (before tqdm)
 
 # isort: split
 
