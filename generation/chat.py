@@ -5,6 +5,7 @@ Knows the streams it is given; nothing of flags, terminals or training.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -44,7 +45,7 @@ class Chat:
         self.history: Conversation = ()
         """Turns so far that the model is told, without the system turn."""
         self._said: Conversation = ()
-        """All turns so far."""
+        """All turns so far. Those from before the last /system are context (`supervised` is False)."""
         self._tokens: list[tuple[str, int]] = []
         """Of the last answer: text and ACT steps."""
         self._transcript = transcript
@@ -71,8 +72,13 @@ class Chat:
         if line.strip() != _QUOTES:
             return line
         lines = list[str]()
-        while (line := self._read(". ")).strip() != _QUOTES:
-            lines.append(line)
+        try:
+            while (line := self._read(". ")).strip() != _QUOTES:
+                lines.append(line)
+        except (EOFError, KeyboardInterrupt):
+            self._write("\n")
+            self._say(f"the message is not sent: no line of {_QUOTES} has ended it")
+            raise
         return " " + "\n".join(lines)
 
     def _keep(self) -> None:
@@ -80,13 +86,22 @@ class Chat:
             self._save(self._transcript)
 
     def _save(self, path: Path) -> None:
-        """Add what was said, if anything was, to `path` as a row. Raises UsageError."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in self._with_system(self._said)]
+        """Add what was said, if anything was since the last /system, to `path` as a row. Raises UsageError.
+
+        An answer from before it has weight 0: another system turn was in force.
+        """
+        messages = [
+            {"role": turn.role, "content": turn.text} | ({} if turn.supervised else {"weight": 0})
+            for turn in self._with_system(self._said)
+        ]
         try:
             with path.open("a", encoding="utf-8") as rows:
-                rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" if self._said else "")
+                rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" if self._has_news() else "")
         except OSError as error:
             raise UsageError(f"{path} can't be written: {error.strerror}; name another file") from error
+
+    def _has_news(self) -> bool:
+        return any(turn.supervised for turn in self._said)
 
     def _take(self, line: str) -> bool:
         """Do what a line asks for. Returns whether the conversation goes on."""
@@ -109,11 +124,13 @@ class Chat:
             self.history = self._said = ()
             self._say("a new conversation")
         elif command == "/system":
+            self._keep()
+            self._said = tuple(replace(turn, supervised=False) for turn in self._said)
             self._system = rest
             self._say("a new system turn" if rest else "no system turn")
         elif command == "/depth":
             self._depth(rest)
-        elif command == "/save" and rest and self._said:
+        elif command == "/save" and rest and self._has_news():
             try:
                 self._save(Path(rest).expanduser())
                 self._say(f"{len(self._said)} turns are in {rest}")
