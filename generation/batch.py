@@ -4,9 +4,7 @@ Rows come and go in blocks, so memory doesn't grow with the file, and several pr
 flags or Hydra.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -27,7 +25,7 @@ from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
 from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
 from generation.answers import Responder, Speaker
-from generation.engine import cache_bytes, rows_that_fit
+from generation.engine import Prompt, cache_bytes, rows_that_fit
 
 # The keys of an answered row, which the row's own keys must not take the place of.
 _RECORD_KEYS = frozenset(
@@ -49,7 +47,7 @@ class InputRow:
     """A history to answer, and the answer it had in its row, if it had one. `sample` sets its draws apart from other rows'.
 
     extra: the other keys of the row, under names that an answer doesn't use. ignored_settings: settings of its own that the row
-    asks for. error: why it can't be answered; its history is empty then.
+    asks for. error: why it can't be answered; its history is empty then. prompt: the history encoded, where that has been done.
     """
 
     history: Conversation
@@ -58,14 +56,14 @@ class InputRow:
     extra: Mapping[str, Any] = field(default_factory=dict)
     ignored_settings: tuple[str, ...] = ()
     error: str | None = None
+    prompt: Prompt | None = None
 
 
-def positions_needed(responder: Responder, histories: Iterable[Conversation]) -> tuple[int, int]:
-    """How many histories there are, and the most positions that answering one of them takes (0: none fits the context)."""
+def positions_needed(responder: Responder, lengths: Iterable[int]) -> tuple[int, int]:
+    """How many prompts of these lengths there are, and the most positions that answering one takes (0: none fits the context)."""
     count, positions = 0, 0
-    for history in histories:
+    for length in lengths:
         count += 1
-        length = responder.prompt_length(history)
         if length <= responder.context:
             positions = max(positions, min(length + responder.options.max_output_tokens - 1, responder.context))
     return count, positions
@@ -121,7 +119,7 @@ def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[i
     if one.reference is not None:
         record["reference"] = one.reference
     try:
-        request = responder.request(one.history, responder.options, one.sample)
+        request = responder.request(one.prompt or one.history, responder.options, one.sample)
     except UsageError as error:
         length = responder.prompt_length(one.history)
         return None, {**record, "prompt_tokens": length, "error": str(error), "context": responder.context}
@@ -192,10 +190,9 @@ def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return free
 
 
-# Files that survive a kill, and may be shared.
-
-# In the folder of finished blocks: all that they depend on.
-_ABOUT = "about.json"
+# Files that survive a kill, and may be shared, without locks, which some file systems don't have. Every file appears whole, and
+# whoever writes it writes the same. The record comes before the first block, the last block before the target, and the target
+# before blocks are removed. So what happens later is looked for first: a missing block, then the target; a target, then its record.
 
 
 @dataclass(frozen=True)
@@ -224,8 +221,9 @@ def answer_file(
     """Answer each row of `source` into a row of `target`, in its order.
 
     A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`) are files in the folder
-    `target`.partial; the same call goes on with the others, and a call with another model, input or settings is refused. `target`
-    appears whole or not at all; one that is there is refused.
+    `target`.partial; the same call goes on with the others. `target` appears whole or not at all. `target`.about.json says what the
+    answers depend on, and stays: with the same model, input and settings there is nothing left to do, with others the call is
+    refused, as it is if `target` has no such record.
 
     shard: take turns at the blocks with other processes that are given the same files and settings. The one that finishes last
     makes `target`, the same bytes as a single process. What all have in common is told by the first, which shows its progress.
@@ -233,10 +231,10 @@ def answer_file(
     `tell` gets lines on size and progress, and on rows that can't be answered or not as they ask. Raises UsageError for a file of
     which no row can be answered.
     """
-    if target.exists():
-        if shard.index > 0:  # There may be fewer blocks than shards, and those who have them may be faster.
-            return
-        raise UsageError(f"{target} exists already and is not overwritten: name another output file, or delete it")
+    folder = _folder(target)
+    if (target.exists() or any(folder.glob("*.jsonl"))) and not _record(target).exists():
+        found = target if target.exists() else folder
+        raise UsageError(f"{found} exists already and is not overwritten: name another output file, or delete it")
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
@@ -257,39 +255,44 @@ def answer_file(
     model, options = responder.model, responder.options
     rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
-    folder = target.with_name(target.name + ".partial")
-    # Kept from the start of the work: rows at a time and their budget may change.
-    block = _begun_with(folder).get("block") or block_size(count, rows)
+    block = _begin(target, _identity(responder, source, forms), block_size(count, rows))
     own = range(shard.index * block, count, shard.count * block)
-    if not own:
-        return
-    with _locked(folder, shard):
-        _begin(folder, {"block": block, **_identity(responder, source, forms)})
-        missing = deque(begin for begin in own if not _block_file(folder, begin).exists())
-        total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
-        if is_first:
-            begun = f", going on after {total - left} finished rows" if left < total else ""
-            tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
-        numbered = enumerate(read_inputs(file, responder.system, forms))
-        begins = set(missing)
-        inputs = (one for number, one in numbered if number - number % block in begins)
-        records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
-        lines: list[str] = []
-        try:
-            for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
-                index = missing[0] + len(lines)
-                # A row's own values may be of any type.
-                lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
-                if len(lines) == block or index + 1 == count:
-                    _write_block(folder, missing.popleft(), lines)
-                    left -= len(lines)
-                    lines.clear()
-        except (KeyboardInterrupt, StoppedBySignal):
-            of_shard = "" if shard == WHOLE else f" of shard {shard}"
-            tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command goes on from there")
-            raise
-        is_whole = _join(folder, target, range(0, count, block))
-    tell(f"{count} rows: {target}" if is_whole else f"shard {shard} is finished; the last one to finish makes {target}")
+    missing = deque(begin for begin in own if not _block_file(target, begin).exists())
+    if target.exists():  # those that are missing have become part of it
+        missing.clear()
+    total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
+    if is_first:
+        begun = f", going on after {total - left} finished rows" if left < total else ""
+        tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
+    numbered = enumerate(read_inputs(file, responder.system, forms))
+    begins = set(missing)
+    inputs = (one for number, one in numbered if number - number % block in begins)
+    records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
+    lines: list[str] = []
+    try:
+        for answered in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
+            index = missing[0] + len(lines)
+            # A row's own values may be of any type.
+            lines.append(json.dumps({"index": index, **answered}, ensure_ascii=False, default=str) + "\n")
+            if len(lines) == block or index + 1 == count:
+                # It may hold half a surrogate pair, which is then written as JSON's escape.
+                content = "".join(lines).encode(errors="backslashreplace")
+                _write_new(_block_file(target, missing.popleft()), target, [content])
+                left -= len(lines)
+                lines.clear()
+    except (KeyboardInterrupt, StoppedBySignal):
+        of_shard = "" if shard == WHOLE else f" of shard {shard}"
+        tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command goes on from there")
+        raise
+    blocks = [_block_file(target, begin) for begin in range(0, count, block)]
+    if not target.exists() and all(path.exists() for path in blocks):
+        _write_new(target, target, (path.read_bytes() for path in blocks))
+    if target.exists():
+        # Where another process has one of them open, a network mount may keep it until that ends.
+        shutil.rmtree(folder, ignore_errors=True)
+        tell(f"{count} rows: {target}")
+    else:
+        tell(f"shard {shard} is finished; the last one to finish makes {target}")
 
 
 @dataclass(frozen=True)
@@ -308,16 +311,16 @@ def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
     bad, first_error = 0, ""
     ignored_settings: set[str] = set()
 
-    def histories() -> Iterator[Conversation]:
+    def lengths() -> Iterator[int]:
         nonlocal bad, first_error
         for asked in rows:
             ignored_settings.update(asked.ignored_settings)
             if asked.error is None:
-                yield asked.history
+                yield responder.prompt_length(asked.history)
             else:
                 bad, first_error = bad + 1, first_error or asked.error
 
-    asking, positions = positions_needed(responder, histories())
+    asking, positions = positions_needed(responder, lengths())
     return _Overview(asking, positions, bad, first_error, sorted(ignored_settings))
 
 
@@ -346,100 +349,77 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
     return plain
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that is read-only into a UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"{path} can't be written ({error.strerror}): mend that and give the same command again, which goes on after the rows "
-            f"that are finished, or name another output file"
-        ) from error
+def _folder(target: Path) -> Path:
+    """Where finished blocks are kept."""
+    return target.with_name(f"{target.name}.partial")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, shard: Shard) -> Iterator[None]:
-    """Within the block the folder is there, and no other process answers this shard."""
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / f"{shard.index}-of-{shard.count}.lock").open("a")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"{folder} is being written by another process: wait for it, or name another file") from error
-        yield
+def _record(target: Path) -> Path:
+    """The file that says what the answers depend on."""
+    return target.with_name(f"{target.name}.about.json")
 
 
-def _begun_with(folder: Path) -> dict[str, Any]:
-    """All that the answers in a folder depend on; empty if that can't be read."""
-    try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _begin(folder: Path, about: dict[str, Any]) -> None:
-    """Check that `folder` was begun with `about`, or is new."""
-    if not (folder / _ABOUT).exists() and not any(folder.glob("*.jsonl")):
-        with _writing(folder):
-            _write_whole(folder / _ABOUT, json.dumps(about, indent=2).encode())
-    begun_with = _begun_with(folder)
-    changed = sorted(key for key in about.keys() | begun_with.keys() if about.get(key) != begun_with.get(key))
-    if changed:
-        told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(about.get(key))} now" for key in changed[:3])
-        raise UsageError(
-            f"{folder} was begun with something else ({told}): go on with what it was begun with, name another output file, or "
-            f"delete it to begin anew"
-        )
-
-
-def _block_file(folder: Path, begin: int) -> Path:
+def _block_file(target: Path, begin: int) -> Path:
     # So many digits that names are in the order of the rows: `cat` joins them.
-    return folder / f"{begin:012}.jsonl"
+    return _folder(target) / f"{begin:012}.jsonl"
 
 
-def _write_block(folder: Path, begin: int, lines: Iterable[str]) -> None:
-    with _writing(folder):
-        # A row's own values may hold half a surrogate pair, which is then written as JSON's escape.
-        _write_whole(_block_file(folder, begin), "".join(lines).encode(errors="backslashreplace"))
+def _begin(target: Path, identity: dict[str, Any], block: int) -> int:
+    """Record what work depends on that begins; of work that has begun, check that it is the same. Returns the size of its blocks.
 
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole, whoever else writes the same one."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    That one is kept: rows at a time and their budget may change.
+    """
+    record = _record(target)
+    if not record.exists():
+        _write_new(record, target, [json.dumps({"block": block, **identity}, indent=2).encode()])
     try:
-        with partial.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        begun_with = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        begun_with = {}
+    block = begun_with.pop("block", block)
+    changed = sorted(key for key in identity.keys() | begun_with.keys() if identity.get(key) != begun_with.get(key))
+    if changed:
+        told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(identity.get(key))} now" for key in changed[:3])
+        raise UsageError(
+            f"{target} was begun with something else ({told}): go on with what it was begun with, name another output file, or "
+            f"delete {target.name}, {record.name} and {_folder(target).name}, as far as they are there, to begin anew"
+        )
+    return block
 
 
-def _join(folder: Path, target: Path, begins: range) -> bool:
-    """Make `target` of the blocks that begin with these rows and remove `folder`, if all are there; whether `target` is there."""
+def _write_new(path: Path, target: Path, parts: Iterable[bytes]) -> None:
+    """Write a file that appears whole at the end, unless one is there by then.
+
+    Raises UsageError for a full disk or a folder that is read-only, unless `target` is there and nothing is left to do.
+    """
+    unfinished = _folder(target) / f"{path.name}.{uuid.uuid4().hex}"
     try:
-        lock = (folder / "join.lock").open("a")
-    except FileNotFoundError:  # joined and removed by another shard
-        return target.exists()
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        blocks = [_block_file(folder, begin) for begin in begins]
-        if target.exists() or not all(block.exists() for block in blocks):
-            return target.exists()
-        with _writing(target), (folder / "whole").open("wb") as whole:
-            for block in blocks:
-                with block.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
-            whole.flush()
-            os.fsync(whole.fileno())
-            Path(whole.name).rename(target)
-        shutil.rmtree(folder)
-    return True
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        if not target.exists():
+            raise UsageError(
+                f"{target} can't be written ({error.strerror}): mend that and give the same command again, which goes on after the "
+                f"rows that are finished, or name another output file"
+            ) from error
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    """Give a file the name `path`, unless there is one of that name."""
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            unfinished.rename(path)
 
 
 def _short(value: object) -> str:
