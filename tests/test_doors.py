@@ -868,7 +868,7 @@ def test_inference_writes_generated_answers_of_any_data(checkpoint: Path, sample
         (Ranks(0, 2), "stopped by SIGTERM, which torchrun sends when a rank has died: the same command measures anew\n"),
         (Ranks(1, 2), ""),
     ],
-    ids=str,
+    ids=["alone", "first", "other"],
 )
 def test_inference_says_once_why_it_was_stopped(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: Ranks, said: str
