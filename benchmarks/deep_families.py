@@ -2,10 +2,11 @@
 
     python -m dataset.build_sample_dataset --families deep_arithmetic deep_boolean \\
         --train-size 400000 --test-per-family 3000
-    python -m benchmarks.deep_families --seconds 400 --grow deep_boolean --output checkpoints/deep
+    python -m benchmarks.deep_families --steps 10400 --grow deep_boolean --output checkpoints/deep
 
-Every network learns one family, from random weights. All take equally many optimizer steps; those
-of one seed and family see the same rows in the same order. An optimizer step is a CUDA graph, and
+Every network learns one family, from random weights, in equally many optimizer steps. Those of one
+seed and family see the same rows in the same order, unless the family grows (`--grow`): then each
+network's next number of hops joins when its own answers are right. An optimizer step is a CUDA graph, and
 the networks' graphs run side by side: at this size the launches of the real trainer
 (training/loop.py) leave a GPU idle most of the time. Network, loss and update rule are the real
 ones. On a CPU the same steps run one after the other, without graphs. Each network leaves a
@@ -51,15 +52,15 @@ COMMON = (
 ARMS = {
     "looped": (),
     "plain_2": ("arch.halt_max_steps=1",),
-    # As many operations as six ACT steps of two blocks.
-    "plain_12": ("arch.halt_max_steps=1", "arch.L_layers=12"),
-    "plain_12_pre": ("arch.halt_max_steps=1", "arch.L_layers=12", "arch.norm=pre"),
+    # As many operations as the recursive network's ACT steps: two blocks for each.
+    "plain_deep": ("arch.halt_max_steps=1", "arch.L_layers={blocks}"),
+    "plain_deep_pre": ("arch.halt_max_steps=1", "arch.L_layers={blocks}", "arch.norm=pre"),
 }
-# The learning rate stays at its peak for this share of the time, then falls by a cosine.
+# The learning rate stays at its peak for this share of the steps, then falls by a cosine.
 _CONSTANT = 0.7
 # With --grow: the next number of hops joins when this share of the questions with the present one is right.
 _GROW_AT = 0.9
-# Steps between two looks at the clock. The host waits for the device there.
+# Steps between two looks at the right answers and the schedule. The host waits for the device there.
 _STEPS_AT_ONCE = 50
 
 
@@ -111,15 +112,14 @@ def fill_bins(rows: Sequence[tuple[Sequence[int], Encoded]], width: int, device:
     questions = max(sum(len(hops) for hops, _ in rows) for rows in bins)
     shapes = dict.fromkeys(("ids", "segments", "documents", "positions"), width)
     shapes |= {"place": supervised, "labels": supervised, "question": supervised, "hops": questions}
-    arrays = {name: np.zeros((len(bins), size), np.int16) for name, size in shapes.items()}
+    arrays = {name: np.zeros((len(bins), size), np.int32) for name, size in shapes.items()}
     arrays["question"] += questions
     for r, in_bin in enumerate(bins):
         begin = tokens = asked = 0
         for number, (hops, encoded) in enumerate(in_bin, 1):
             end = begin + len(encoded.ids) - 1
             arrays["ids"][r, begin:end] = encoded.ids[:-1]
-            # Prompt segments of different rows have different numbers.
-            arrays["segments"][r, begin:end] = (encoded.segment[:-1] > 0) * (encoded.segment[:-1] + 64 * number)
+            arrays["segments"][r, begin:end] = encoded.segment[:-1]
             arrays["documents"][r, begin:end] = number
             arrays["positions"][r, begin:end] = np.arange(end - begin)
             places = np.flatnonzero(encoded.supervised[1:])
@@ -200,7 +200,7 @@ class Network:
         self.update = Update(config, self.model)
         hops = train.hops_RQ.cpu().numpy()
         self._fewest_hops_R = np.where(hops > 0, hops, MOST_HOPS + 1).min(1)
-        self._draw, self._order = np.random.default_rng(config.seed), torch.empty(0, dtype=torch.long, device=device)
+        self._pass, self._order = 0, torch.empty(0, dtype=torch.long, device=device)
         self._index_B = torch.arange(config.global_batch_size, device=device) % len(train)
         self.hops = 1 if grows else MOST_HOPS
         self._hops = torch.tensor(self.hops, device=device)
@@ -269,7 +269,9 @@ class Network:
             admitted = np.flatnonzero(self._fewest_hops_R <= self.hops)
             if self._stream is not None:
                 self._stream.synchronize()  # no step may still read the old order, whose memory is given back
-            order = np.concatenate([self._draw.permutation(admitted) for _ in range(-(-batch // len(admitted)))])
+            drawn = np.random.Generator(np.random.Philox(key=self.config.seed, counter=[0, 0, self._pass, 0]))
+            self._pass += 1
+            order = np.concatenate([drawn.permutation(admitted) for _ in range(-(-batch // len(admitted)))])
             self._order = torch.from_numpy(order).to(self._order.device)
         with torch.cuda.stream(self._stream):
             self._index_B.copy_(self._order[:batch])
@@ -281,7 +283,7 @@ class Network:
         self.steps += 1
 
     def look(self, spent: float) -> None:
-        """Between steps, with the device waited for: the learning rate at this share of the time, and whether more hops join."""
+        """Between steps, with the device waited for: the learning rate at this share of the run, and whether more hops join."""
         falling = max(0.0, spent - _CONSTANT) / (1 - _CONSTANT)
         floor = self.config.lr_min_ratio
         warm = min(1.0, (self.steps + 1) / self.config.lr_warmup_steps)
@@ -300,7 +302,8 @@ class Network:
         self._hops.fill_(MOST_HOPS)
         for begin in range(0, len(bins), batch):
             index_B = torch.arange(begin, begin + batch, device=self.model.device)
-            # A whole batch, as compiled code knows: of what is missing at the end, nothing is asked.
+            # As compiled code knows it: with gradients, though none is taken, and a whole batch. Of what is missing at the end of
+            # the last one, nothing is asked.
             chosen = bins[index_B.clamp(max=len(bins) - 1)]
             chosen.hops_RQ.masked_fill_((index_B >= len(bins)).unsqueeze(1), 0)
             self.loss(chosen, answered)
@@ -344,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--act-steps", type=int, default=6, help="of the recursive networks")
     flags.add_argument("--batch", type=int, default=64, help="bins an optimizer step")
-    flags.add_argument("--seconds", type=float, required=True, help="of training, all networks together")
+    flags.add_argument("--steps", type=int, required=True, help="optimizer steps of every network")
     flags.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="that read rows")
     flags.add_argument("--output", type=Path, required=True, help="folder of checkpoints, deep_families.json and .md")
     flags.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every network")
@@ -367,7 +370,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
             f"seed={seed}", f"arch.halt_max_steps={options.act_steps}", f"global_batch_size={options.batch}", "dataset=sample",
             f"dataset.data_dir={options.data}", f"run_name={family}_{arm}_{seed}",
         )  # fmt: skip
-        config = compose_config("cfg_pretrain_instruct", [*COMMON, *settings, *ARMS[arm], *options.overrides])
+        of_arm = [setting.format(blocks=2 * options.act_steps) for setting in ARMS[arm]]
+        config = compose_config("cfg_pretrain_instruct", [*COMMON, *settings, *of_arm, *options.overrides])
         return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
 
     config = config_of(options.arms[0], 0, "any")
@@ -397,16 +401,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
                 network.capture()
                 networks[config.run_name or ""] = network
     print(f"{len(networks)} networks ready after {time.perf_counter() - began:.0f} s", flush=True)
-    began, told = time.perf_counter(), 0.0
-    while (seconds := time.perf_counter() - began) < options.seconds:
-        if seconds - told > options.seconds / 10:
-            told = seconds
+    began = time.perf_counter()
+    for step in range(0, options.steps, _STEPS_AT_ONCE):
+        if step % max(_STEPS_AT_ONCE, options.steps // 10 // _STEPS_AT_ONCE * _STEPS_AT_ONCE) == 0:
             for name, network in networks.items():
-                right = [f"{100 * r / max(1, n):.0f}" for r, n in network.answered[1:, -1].tolist()]
-                print(f"{seconds:.0f} s, step {network.steps}, {name}: hops {network.hops}, right {' '.join(right)} %", flush=True)
+                right = " ".join(f"{100 * r / max(1, n):.0f}" for r, n in network.answered[1:, -1].tolist())
+                print(f"{time.perf_counter() - began:.0f} s, step {step}, {name}: hops {network.hops}, right {right} %", flush=True)
         for network in networks.values():
-            network.look(seconds / options.seconds)
-        for _ in range(_STEPS_AT_ONCE):
+            network.look(step / options.steps)
+        for _ in range(min(_STEPS_AT_ONCE, options.steps - step)):
             for network in networks.values():
                 network.step()
         if device.type == "cuda":

@@ -58,7 +58,7 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _lost_ranks_reported(self.rank):
+            with lost_ranks_reported(self.rank):
                 dist.all_reduce(flat)
             for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 target.copy_(summed.view_as(target))
@@ -73,7 +73,7 @@ class Ranks:
         """The value of every rank, in order; tensors in it are on the host."""
         values = [value] * self.size
         if self.size > 1:
-            with _lost_ranks_reported(self.rank):
+            with lost_ranks_reported(self.rank):
                 dist.all_gather_object(values, value)
         return values
 
@@ -81,7 +81,7 @@ class Ranks:
         """Rank 0's `value` on all ranks; tensors in it are on the host."""
         values = [value]
         if self.size > 1:
-            with _lost_ranks_reported(self.rank):
+            with lost_ranks_reported(self.rank):
                 dist.broadcast_object_list(values, 0)
         return values[0]
 
@@ -161,7 +161,8 @@ def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta
 
 
 @contextlib.contextmanager
-def _lost_ranks_reported(rank: int) -> Iterator[None]:
+def lost_ranks_reported(rank: int) -> Iterator[None]:
+    """Within the block, an exchange that fails because another rank has ended raises UsageError; `rank` is this one."""
     try:
         yield
     except RuntimeError as error:

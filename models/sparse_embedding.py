@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.distributed import lost_ranks_reported
+
 
 class SparseEmbedding(nn.Module):
     """Vectors `weights` [P, C], zero at first."""
@@ -50,7 +52,8 @@ class SparseEmbedding(nn.Module):
 def _gathered(part: Tensor) -> Tensor:
     """The parts of all ranks, one after the other."""
     whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous())
+    with lost_ranks_reported(dist.get_rank()):
+        dist.all_gather_into_tensor(whole, part.contiguous())
     return whole
 
 

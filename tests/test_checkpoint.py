@@ -281,7 +281,7 @@ def test_a_setting_that_is_gone_is_said_once(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, config = save(tmp_path / "run/step_7")
-    monkeypatch.setattr(config_upgrade, "REMOVED", ("dataset.shuffle",))
+    monkeypatch.setattr(config_upgrade, "REMOVED", {"dataset.shuffle": ...})
     path = tmp_path / "run/step_7/config.yaml"
     path.write_text(path.read_text().replace("dataset:\n", "dataset:\n  shuffle: 3\n"))
     assert open_checkpoint(tmp_path / "run").config == config

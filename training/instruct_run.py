@@ -51,7 +51,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         config = config.model_copy(update={"run_name": resume_point.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
         data = open_run_data(config, tokenizer, Template())
-        # Slots flow over the ends of short stages: the longest decides whether there is enough.
+        # Batches flow over the ends of short stages: the longest decides whether there is enough.
         longest = max(stage.per_round for stage in data.curriculum.stages)
         if config.global_batch_size > longest:
             raise UsageError(

@@ -88,7 +88,8 @@ class Run:
         is_over_time = self._is_over_time(progress.seconds)
         self._end_reason = None if is_through else reason_to_end(self.config, progress.step, is_over_time, progress.early_stopping)
         # Of a run that has come to its end already, the logs are left as they are.
-        begins = self.ranks.is_first and self._end_reason is None
+        self._has_ended = is_through or self._end_reason is not None
+        begins = self.ranks.is_first and not self._has_ended
         self._logger = RunLogger(self.config, self.folder, vars(progress)) if begins else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < progress.metrics_log_bytes:
             print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
@@ -100,8 +101,8 @@ class Run:
         """
         self._saved_at = time.perf_counter()
         self._begun_at = self._saved_at - self.trainer.progress.seconds
-        if self._end_reason is not None:
-            return self._finished(already=True)
+        if self._has_ended:
+            return self._finished()
         config, task, total = self.config, self.task, self.task.total
         automatic = automatic_evaluations(config, total, self._evaluation_rows)
         before = task.done
@@ -112,7 +113,8 @@ class Run:
             seconds=self.trainer.progress.seconds,
             shown=self.ranks.is_first,
         )
-        with first_signal() as stop, console:
+        logs = contextlib.nullcontext() if self._logger is None else contextlib.closing(self._logger)
+        with first_signal() as stop, console, logs:
             for result in self.trainer.steps():
                 now = task.done
                 is_last = now.examples == total.examples
@@ -130,11 +132,12 @@ class Run:
                 before = now
 
                 # End, or save. Ranks act as one: on any rank's signal, and by the clock of the first.
-                stopped_by = max(self.ranks.gather(stop.signal_number))
-                is_over_time, is_save_due = self.ranks.agree((self._is_over_time(self._seconds()), self._is_save_due(result.step)))
+                own = (stop.signal_number, self._is_over_time(self._seconds()), self._is_save_due(result.step))
+                signals, (is_over_time, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
+                stopped_by = max(signals)
                 if not is_last:
                     self._end_reason = reason_to_end(config, result.step, is_over_time, self.trainer.progress.early_stopping)
-                if self._end_reason is not None:
+                if self._end_reason is not None and not stopped_by:
                     self._end_early(metrics)
                     break
                 keeps_evaluation = metrics is not None and (config.saves_evaluations or is_last)
@@ -144,10 +147,7 @@ class Run:
                     if self._logger is not None:
                         name = signal.Signals(stopped_by).name
                         tqdm.write(f"{name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on")
-                        self._logger.close()
                     raise StoppedBySignal(stopped_by)
-        if self._logger is not None:
-            self._logger.close()
         return self._finished()
 
     def _log(self, console: Console | None = None) -> None:
@@ -246,19 +246,19 @@ class Run:
             self._log()
         self._save(metrics or self._evaluate(), state)
 
-    def _finished(self, already: bool = False) -> RunResult:
+    def _finished(self) -> RunResult:
         """What the run has come to, and say why it ended, if not because its data did."""
         assert self._saved is not None
         if self._end_reason is not None:
-            ended = "has ended already" if already else "ends"
+            ended = "has ended already" if self._has_ended else "ends"
             self.ranks.say(
                 f"the run {ended} at step {self.trainer.progress.step}: {self._end_reason}; to go on, raise that and give "
                 f"resume=auto run_name={self.folder.name}"
             )
-            if already and self._loss is None:
+            if self._has_ended and self._loss is None:
                 # It was saved there for another reason, before the limit was set or by the clock.
                 self._evaluate()
-        if self.ranks.is_first and self.config.report and not already:
+        if self.ranks.is_first and self.config.report and not self._has_ended:
             with _reported():
                 write_report([self.folder], self.folder / "report.html")
         if self.ranks.is_first and self.config.early_stopping.patience is not None:
