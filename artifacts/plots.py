@@ -1,7 +1,8 @@
-"""Curves of a run, or of several over each other, from metrics.jsonl and timing.jsonl: as run.png, or as SVG for a page.
+"""Curves of one or more runs, from metrics.jsonl and timing.jsonl, as run.png or as SVG for an HTML
+page.
 
-Knows files and keys, not training. matplotlib is imported where a picture is drawn: reading this module must not cost every program
-its start.
+Knows files and keys, not training. matplotlib is imported on use, so that other programs start
+fast.
 """
 
 import bisect
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 Log = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""The lines of a run by file and by step; those of metrics.jsonl also have the `minutes` of training until then, or None."""
+"""The lines of a run by file and step; those of metrics.jsonl have training `minutes`, or None."""
 
 
 class _Curve(NamedTuple):
-    """One value of a log. `key` may lead into sections and lists, `test.by_act_step.0.bits_per_byte`.
+    """One value of a log. `key` may lead into sections and lists:
+    `test.by_act_step.0.bits_per_byte`.
 
-    Of a list there is a value for each ACT step; the last one, which stands beside the list, too, is left out.
+    A list has a value for each ACT step. Its last value is left out, because it is also a key
+    beside the list.
     """
 
     file: str
@@ -39,7 +42,7 @@ class _Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Values over the optimizer steps, or over the minutes of training."""
+    """Values by optimizer step, or by minutes of training."""
 
     title: str
     curves: tuple[_Curve, ...]
@@ -49,7 +52,7 @@ class Panel(NamedTuple):
 
 
 def _by_act_step(key: str) -> tuple[_Curve, ...]:
-    """Curves of an evaluation at several depths. key: with a * for the number of the ACT step, from 0."""
+    """Curves of an evaluation at several depths. key: with * for the index of the ACT step, from 0."""
     return tuple(_Curve(METRICS, key.replace("*", str(k - 1)), f"at ACT step {k}", dots=True) for k in (1, 2, 4, 8))
 
 
@@ -59,7 +62,7 @@ _LOSS = (
     _Curve(METRICS, "test.loss_per_token", "held out", dots=True),
 )
 _ROW_LOSS = (_Curve(METRICS, "lm_loss", "training"), _Curve(METRICS, "test.lm_loss", "held out", dots=True))
-# Of each panel, the curves that a run's logs have are drawn, and a panel without any is left out.
+# Only curves in a run's logs are drawn, and a panel without any is left out.
 _PANELS = (
     Panel("loss, nats per token", _LOSS, logarithmic=True),
     Panel("loss, nats per token, by time", _LOSS, logarithmic=True, over_minutes=True),
@@ -71,14 +74,14 @@ _PANELS = (
         from_zero=False,
     ),
     Panel(
-        "share of rows wholly right, held out",
+        "rows wholly right, held out",
         (
             _Curve(METRICS, "test.exact_accuracy", "at all ACT steps", dots=True),
             *_by_act_step("test.by_act_step.*.exact_accuracy"),
             *_by_act_step("test.exact_accuracy_by_act_step.*"),
         ),
     ),
-    Panel("ACT steps of a row, mean", (_Curve(METRICS, "mean_act_steps"),)),
+    Panel("mean ACT steps of a row", (_Curve(METRICS, "mean_act_steps"),)),
     Panel(
         "loss of the halting head, nats",
         (_Curve(METRICS, "halt_loss_per_token", "training"), _Curve(METRICS, "q_halt_loss", "training")),
@@ -95,7 +98,8 @@ _COLUMNS = 2
 
 
 def read_log(folder: Path) -> Log:
-    """The logs of the run in `folder`; an evaluation's line joins that of its step, and of a step trained again the last counts.
+    """The logs of the run in `folder`. An evaluation's line joins that of its step; if a step has
+    several lines, the last counts.
 
     Raises UsageError if it has no metrics.jsonl.
     """
@@ -104,7 +108,7 @@ def read_log(folder: Path) -> Log:
     metrics, timing = _read(folder / METRICS), _read(folder / TIMING)
     steps = sorted(timing)
     for step, line in metrics.items():
-        # Not every evaluation is at a step that has a line of its own: the first line from there on.
+        # Not every evaluation is at a step with a timing line: use the next one.
         place = bisect.bisect_left(steps, step)
         seconds = timing[steps[place]].get("seconds") if place < len(steps) else None
         line["minutes"] = None if seconds is None else seconds / 60
@@ -112,12 +116,12 @@ def read_log(folder: Path) -> Log:
 
 
 def panels_of(logs: Sequence[Log]) -> list[Panel]:
-    """The panels that there is something to draw in."""
+    """The panels with something to draw."""
     return [panel for panel in _PANELS if any(_points(log, curve, panel) for log in logs for curve in panel.curves)]
 
 
 def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> None:
-    """Draw a panel of the runs, given with their names. The first one is thick and pale, so that one that lies on it is seen."""
+    """Draw a panel of the named runs. The first is thick and pale, to stay visible under others."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     several = len(runs) > 1
@@ -155,9 +159,10 @@ def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> N
 
 
 def draw_runs(folders: Sequence[Path], path: Path) -> None:
-    """Write the PNG `path` of the runs in `folders`.
+    """Draw the runs in `folders` to the PNG file `path`.
 
-    Raises UsageError if a folder has no metrics.jsonl, matplotlib is missing, or the file can't be written.
+    Raises UsageError if a folder has no metrics.jsonl, matplotlib is missing, or the file can't be
+    written.
     """
     figure_of = _figure_class()
     runs = [(folder.name, read_log(folder)) for folder in folders]
@@ -178,7 +183,7 @@ def draw_runs(folders: Sequence[Path], path: Path) -> None:
         raise UsageError(f"the picture {path} can't be written: {error}; free space, or name another file") from error
 
 
-# Stands for the text's colour of the page that an SVG is put in: no other grey here is this one.
+# Placeholder for the text colour of the page around an SVG. No other grey here has this value.
 _INK = "#010203"
 _SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -191,7 +196,8 @@ _SVG_STYLE: dict[Any, Any] = {
 
 
 def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
-    """What `draw` draws, as an <svg> element whose text has the colours and the font of the page around it. height: inches.
+    """The drawing of `draw` as an <svg> element; its text has the colours and the font of the page
+    around it. height: inches.
 
     Raises UsageError if matplotlib is missing.
     """
@@ -204,7 +210,7 @@ def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
         page = io.StringIO()
         figure.savefig(page, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     element = page.getvalue()[page.getvalue().index("<svg") :]
-    # Ids of groups, which nothing refers to, would be the same in every picture of the page.
+    # Remove the ids of groups: they are unused, and would repeat in every SVG of the page.
     element = re.sub(r' id="[a-z]+\w*_\d+"', "", element)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element)).replace(
         _INK, "currentColor"
@@ -215,7 +221,7 @@ def _figure_class() -> type["Figure"]:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as missing:
-        raise UsageError(f"a picture needs matplotlib ({missing}): run `pip install -r requirements.txt`") from None
+        raise UsageError(f"plotting needs matplotlib ({missing}): run `pip install -r requirements.txt`") from None
     return Figure
 
 
@@ -244,6 +250,6 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True):
-        # What a run is writing just now, or was when it was killed, isn't a line yet.
+        # A run may be writing the last line, or was killed while writing it.
         if line.endswith(b"\n"):
             yield json.loads(line)

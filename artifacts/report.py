@@ -1,7 +1,8 @@
-"""A report of a run, or of several side by side: one HTML page that needs no network, or Markdown for a model card.
+"""A report of one run, or of several side by side: an HTML page that needs no network, or Markdown
+for a model card.
 
-Every figure in it stands in the files of the runs. What a run hasn't measured is left out, with the command that measures it. Knows
-files and keys; nothing of training, models or command lines.
+All its figures come from the runs' files. For a missing figure it names the command that measures
+it. Knows files and keys, nothing of training, models or command lines.
 """
 
 import json
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ANSWERS_SHOWN = 10
-# Where a run is kept and how it is watched: no difference from the defaults that is worth a line.
+# Settings of folders and logging: their differences from the defaults are left out.
 _NOT_COMPARED = ("project_name", "run_name", "checkpoint_dir", "resume", "dataset.data_dir", "dataset.cache_dir")
 _MEASURES = (
     ("loss per token, nats", "loss_per_token"),
@@ -41,7 +42,7 @@ _SHARES = {"token_accuracy", "exact_accuracy", "accuracy", "q_halt_accuracy", "p
 
 
 class Cell(NamedTuple):
-    """A number as it is read, and as it stands in its file."""
+    """A number as shown, and as in its file."""
 
     text: str
     exact: float | None = None
@@ -51,14 +52,14 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells under their heads; the first column says what a row is about."""
+    """Rows of cells under column heads. The first column names the row."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
 
 class Answers(NamedTuple):
-    """Sample answers of a run: the records of answers_<split>.jsonl, and the most ACT steps that a token can take."""
+    """Sample answers of a run (from answers_<split>.jsonl), and the most ACT steps per token."""
 
     run: str
     records: Sequence[Mapping[str, Any]]
@@ -66,19 +67,21 @@ class Answers(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the report; without charts, tables and answers it says by `missing` how to get them."""
+    """A section of the report. Without any content it shows `missing`: how to get it."""
 
     title: str
     missing: str
     charts: Sequence[Callable[[], str]] = ()
-    """Each draws itself, as an <svg> element."""
+    """Each returns an <svg> element."""
     tables: Sequence[Table] = ()
     answers: Sequence[Answers] = ()
     note: str = ""
 
 
 class _Run:
-    """What a run and its newest checkpoint, or the one that `path` is, have left. Raises UsageError if `path` is neither."""
+    """The files of a run and its newest checkpoint, or of the checkpoint `path`. Raises UsageError
+    if `path` is neither.
+    """
 
     def __init__(self, path: Path) -> None:
         is_checkpoint = (path / "checkpoint.json").is_file()
@@ -107,7 +110,7 @@ class _Run:
         return dict(found)
 
     def samples(self) -> list[dict[str, Any]]:
-        """The first answers to the test split that have been generated."""
+        """The first generated answers to the test split."""
         path = None if self.checkpoint is None else self.checkpoint / "answers_test.jsonl"
         if path is None or not path.is_file():
             return []
@@ -119,11 +122,11 @@ class _Run:
         return dict(_flat(self.settings)).get(key)
 
     def last(self, file: str, key: str) -> Any:
-        """The last value of a log's key, None if there is none."""
+        """The last value of a key in a log, None if there is none."""
         return next((line[key] for line in reversed(list(self.log[file].values())) if line.get(key) is not None), None)
 
     def by_act_step(self) -> list[Mapping[str, Any]]:
-        """The last measures at 1, 2, ... ACT steps; with a halting threshold there are none."""
+        """The last metrics at 1, 2, ... ACT steps; empty with a halting threshold."""
         for found in self._measurements:
             if found.get("by_act_step"):
                 return list(found["by_act_step"])
@@ -131,9 +134,11 @@ class _Run:
 
 
 def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -> None:
-    """Write the report of the runs (or of single checkpoints) `paths`, as HTML or as Markdown, in place of a file that is there.
+    """Write the report of the runs or checkpoints `paths`, as HTML or Markdown, replacing an
+    existing file.
 
-    Raises UsageError if a path is neither a run nor a checkpoint, something in it is damaged, or the file can't be written.
+    Raises UsageError if a path is neither a run nor a checkpoint, a file in it is damaged, or the
+    report can't be written.
     """
     runs = [_Run(folder) for folder in paths]
     title = ", ".join(run.name for run in runs)
@@ -152,7 +157,7 @@ def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -
 
 
 def card_tables(checkpoint: Path) -> tuple[str, str]:
-    """Tables of a checkpoint's data and of its results, as they stand in its model card. Raises UsageError if it is damaged."""
+    """Tables of a checkpoint's data and results for its model card. Raises UsageError."""
     runs = [_Run(checkpoint)]
     results = (_overview(runs), _depth(runs), _calibration(runs), _families(runs))
     return _tables_as_markdown(_data(runs)), "\n".join(map(_tables_as_markdown, results))
@@ -300,7 +305,7 @@ def _families(runs: Sequence[_Run]) -> Section:
             values = [score["accuracy"] for _, score in scores]
             below = [max(0.0, score["accuracy"] - score["lower_95"]) for _, score in scores]
             above = [max(0.0, score.get("upper_95", score["accuracy"]) - score["accuracy"]) for _, score in scores]
-            # Runs stand side by side.
+            # Bars of the runs side by side.
             places = [place + 0.2 * (number - (len(found) - 1) / 2) for place, _ in scores]
             axes.errorbar(values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name)
         axes.set_yticks(range(len(families)), families)
@@ -345,7 +350,7 @@ def _samples(runs: Sequence[_Run]) -> Section:
 def _settings(runs: Sequence[_Run]) -> Section:
     found = [dict(_flat(run.settings)) for run in runs]
     shipped = [dict(_flat(shipped_settings(run.settings))) for run in runs]
-    # What another setting decides (${...}) is no difference: only Hydra knows what it stands for.
+    # Skip references to other settings (${...}): only Hydra can resolve them.
     differing = [
         key
         for own, default in zip(found, shipped, strict=True)

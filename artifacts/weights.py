@@ -1,4 +1,6 @@
-"""Weights in files: a checkpoint's safetensors, and foreign state dicts. Of a pickle, nothing is read but tensors."""
+"""Files of weights: a checkpoint's safetensors, and state dicts of other programs. From a pickle,
+only tensors are read.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +20,11 @@ _PUZZLE_VECTORS = "puzzle_emb.weights"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights by the names of `RecursiveModel`, whatever prefix they have in the file.
+    """Weights by the names of `RecursiveModel`, without the file's prefix.
 
-    path: a checkpoint folder, of which the moving average is read if there is one; a .safetensors file; or a state dict written by
-    torch.save, as the original does. Raises UsageError if it is none of these, or a pickle that could run code.
+    path: a checkpoint folder (its moving average if there is one), a .safetensors file, or a state
+    dict written by torch.save, as by the original. Raises UsageError for anything else, and for a
+    pickle that could run code.
     """
     if path.is_dir():
         path = weights_file(path, ema=True)
@@ -30,9 +33,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path, reset_puzzle_embedding: bool = False) -> None:
-    """Fill `model`. Raises UsageError with the names that are missing, unknown or of another shape.
+    """Load `weights` into `model`. Raises UsageError with the names that are missing, unknown or of
+    another shape.
 
-    reset_puzzle_embedding: if the number of puzzles differs, each puzzle gets the mean of the vectors in `weights`.
+    reset_puzzle_embedding: if the number of puzzles differs, set each puzzle's vector to the mean
+    of those in `weights`.
     """
     expected = model.state_dict()
     found = dict(weights)
@@ -56,14 +61,14 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, tied: bool) -> None:
-    """Write weights under the original's names. tied: leave out the vocabulary head, which is the embedding matrix."""
-    # safetensors refuses two names for one tensor.
+    """Write weights by the original's names. tied: leave out the head, which is the embedding."""
+    # safetensors allows no two names for one tensor.
     named = {name: tensor for name, tensor in weights.items() if not (tied and name == TIED_HEAD)}
     save_file({_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
 
 
 def weights_file(folder: Path, *, ema: bool) -> Path:
-    """The file of a checkpoint's weights: of their moving average if `ema` is wanted and there is one."""
+    """The file of a checkpoint's weights. ema: of their moving average, if there is one."""
     path = folder / "ema.safetensors"
     return path if ema and path.exists() else folder / "model.safetensors"
 
@@ -73,14 +78,14 @@ def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"the weights {path} can't be read: {error}") from error
-    # The errors of torch's reader for damaged files have no common class.
+    # torch's errors for damaged files have no common class.
     except Exception as error:
         raise UsageError(
             f"the weights {path} are refused: not a state dict saved by torch, damaged, or a pickle that holds more than tensors "
-            "and could run code; if you trust it, have its owner save the tensors as .safetensors"
+            "and could run code; ask its owner for the tensors as .safetensors"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise UsageError(f"the weights {path} are no state dict: expected names with tensors, and nothing else")
+        raise UsageError(f"the weights {path} are no state dict: expected only names and tensors")
     return content
 
 

@@ -1,7 +1,8 @@
-"""Many prompts, answered in their order: a file of rows becomes a file of answers, and a kill in the middle costs neither.
+"""Batch inference: answers a file of rows, in order. A run that was killed resumes after its
+finished rows.
 
-Rows come and go in blocks, so memory doesn't grow with the file, and several processes can share it. Knows nothing of training,
-flags or Hydra.
+Rows are processed in blocks, so memory doesn't grow with the file, and several processes can share
+it. Knows nothing of training, flags or Hydra.
 """
 
 import contextlib
@@ -29,27 +30,30 @@ from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, pa
 from generation.answers import Responder, Speaker
 from generation.engine import cache_bytes, rows_that_fit
 
-# The keys of an answered row, which the row's own keys must not take the place of.
+# The keys of an answered row; the row's own keys must not replace them.
 _RECORD_KEYS = frozenset(
     {
         "index", "prompt", "reference", "prompt_tokens", "answer", "finish", "log_probability", "mean_act_steps", "act_steps",
         "tokens", "answer_tokens", "error", "context",
     }
 )  # fmt: skip
-# What a request of a batch file holds besides the conversation: text that is no part of it.
+# Keys of a request in an OpenAI batch file that aren't part of the conversation.
 _REQUEST_SETTINGS = (
     "stop", "user", "metadata", "response_format", "tool_choice", "service_tier", "reasoning_effort", "verbosity", "modalities",
 )  # fmt: skip
-# What a block has of the rows that form at the same time, and how many blocks a file of middling length has.
+# A block has at most this many times the rows that run at the same time; a file of medium length
+# has this many blocks.
 _FEWEST_ROUNDS, _MOST_ROUNDS, _BLOCKS = 2, 16, 8
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """A history to answer, and the answer it had in its row, if it had one. `sample` sets its draws apart from other rows'.
+    """A history to answer, and its row's reference answer, if any. `sample` separates its draws
+    from those of other rows.
 
-    extra: the other keys of the row, under names that an answer doesn't use. ignored_settings: settings of its own that the row
-    asks for. error: why it can't be answered; its history is empty then.
+    extra: the row's other keys, renamed if an answer has the same key. ignored_settings: generation
+    settings in the row, which aren't used. error: why the row can't be answered; its history is
+    then empty.
     """
 
     history: Conversation
@@ -61,7 +65,9 @@ class InputRow:
 
 
 def positions_needed(responder: Responder, histories: Iterable[Conversation]) -> tuple[int, int]:
-    """How many histories there are, and the most positions that answering one of them takes (0: none fits the context)."""
+    """The number of histories, and the most positions that answering one of them takes (0: none
+    fits the context).
+    """
     count, positions = 0, 0
     for history in histories:
         count += 1
@@ -72,10 +78,10 @@ def positions_needed(responder: Responder, histories: Iterable[Conversation]) ->
 
 
 def block_size(count: int, rows: int) -> int:
-    """How many of `count` rows a block has, if `rows` are answered at a time.
+    """Rows per block, for `count` rows of which `rows` run at a time.
 
-    Longer blocks waste less at their ends, where the last answers form alone; shorter ones are shared more evenly, and a kill
-    costs less.
+    At the end of a block its last answers run alone, so longer blocks waste less. Shorter ones are
+    shared more evenly, and a kill loses less.
     """
     return rows * min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, count // (_BLOCKS * rows)))
 
@@ -83,15 +89,18 @@ def block_size(count: int, rows: int) -> int:
 def answers_in_order(
     responder: Responder, inputs: Iterable[InputRow], *, rows: int, positions: int, block: int
 ) -> Iterator[dict[str, Any]]:
-    """The answer to each, in the given order, as plain values for JSON. At most `rows` form at the same time.
+    """The answer to each, in the given order, as values for JSON. At most `rows` run at the same
+    time.
 
-    Every `block` of them begins when the one before has ended, so that its answers are the same bits whatever else is answered
-    before or elsewhere: sums round differently beside other rows. `positions` as from `positions_needed`.
+    A `block` begins only after the one before has ended. So its answers are the same bits whatever
+    other blocks a process answers: rounding depends on the other rows of a batch. `positions` as
+    from `positions_needed`.
 
-    Keys: those of `InputRow.extra`; prompt (messages), reference (if there is one), prompt_tokens; answer, finish, log_probability
-    (nats), mean_act_steps, and with the EOS where there is one act_steps (of each token), tokens (the text that each made certain)
-    and answer_tokens. For a history longer than the context: error and context instead of an answer; for what can't be answered:
-    error alone. Raises UsageError if the keys and values of one row are over the budget.
+    Keys: those of `InputRow.extra`; prompt (messages), reference (if any), prompt_tokens; answer,
+    finish, log_probability (nats), mean_act_steps; and, including EOS, act_steps (of each token),
+    tokens (the text that each made final) and answer_tokens. A history longer than the context has
+    error and context in place of an answer; a row that can't be answered has only error. Raises
+    UsageError if the KV cache of one row exceeds the budget.
     """
     speaker = Speaker(responder, rows=rows, positions=max(1, positions))
     coming = iter(inputs)
@@ -114,7 +123,9 @@ def answers_in_order(
 
 
 def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[int | None, dict[str, Any]]:
-    """The number of a request, and the record that its answer completes; None: the record is complete, with an error."""
+    """A request's number, and the record to complete with its answer. None: the record is complete,
+    with an error.
+    """
     if one.error is not None:
         return None, {**one.extra, "error": one.error}
     record = {**one.extra, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
@@ -133,12 +144,14 @@ def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[i
 
 
 def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[InputRow]:
-    """What each row of a file asks, blank lines left out; `system` opens those that have no system turn.
+    """The prompts of a file's rows, without blank lines. system: text of the system turn for rows
+    without one.
 
-    A row has one of the forms of training data, with or without its last answer, or is a request of an OpenAI batch file
-    (`custom_id`, `body`). One that can't be read, or asks nothing, has an error with its place.
+    A row has one of the forms of training data, with or without the last answer, or is a request of
+    an OpenAI batch file (`custom_id`, `body`). A row that can't be read, or has no question, has an
+    error with its place.
     """
-    # What isn't trained on is asked all the same.
+    # Rows that training leaves out are answered too.
     forms = dataclasses.replace(forms, ignore=(*forms.ignore, *FLAGS))
     count = 0
     for number, data in file.rows():
@@ -158,9 +171,10 @@ def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -
 
 
 def _input_row(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | None, forms: FormOptions) -> InputRow:
-    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow if nothing is asked.
+    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow
+    if it has no question.
 
-    plain: the row as JSON has it.
+    plain: the row as JSON values.
     """
     body = plain.get("body")
     if isinstance(body, Mapping):
@@ -182,7 +196,7 @@ def _input_row(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | N
 
 
 def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's own keys under names that an answer doesn't use: `answer` becomes `row.answer`."""
+    """Rename a row's keys that an answer uses: `answer` becomes `row.answer`."""
     free = {}
     for key, value in keys.items():
         name = key
@@ -192,15 +206,15 @@ def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return free
 
 
-# Files that survive a kill, and may be shared.
+# Resumable files of answers, written by one process or several.
 
-# In the folder of finished blocks: all that they depend on.
+# The file, in the folder of finished blocks, with everything that they depend on.
 _ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of `count` processes that share a file: number `index`, from 0."""
+    """Process number `index`, from 0, of `count` processes that share a file."""
 
     index: int = 0
     count: int = 1
@@ -221,20 +235,22 @@ def answer_file(
     shard: Shard = WHOLE,
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Answer each row of `source` into a row of `target`, in its order.
+    """Answer each row of `source` in a row of `target`, in the same order.
 
-    A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`) are files in the folder
-    `target`.partial; the same call goes on with the others, and a call with another model, input or settings is refused. `target`
-    appears whole or not at all; one that is there is refused.
+    A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`)
+    are files in the folder `target`.partial. The same call resumes with the other blocks; a call
+    with another model, input or settings is refused. `target` is written atomically; an existing
+    one is refused.
 
-    shard: take turns at the blocks with other processes that are given the same files and settings. The one that finishes last
-    makes `target`, the same bytes as a single process. What all have in common is told by the first, which shows its progress.
+    shard: take turns at the blocks with other processes that have the same files and settings. The
+    last to finish writes `target`, the same bytes as a single process would. The first reports what
+    all share, and its progress.
 
-    `tell` gets lines on size and progress, and on rows that can't be answered or not as they ask. Raises UsageError for a file of
-    which no row can be answered.
+    `tell` gets lines on size and progress, on rows that can't be answered, and on settings in rows
+    that are ignored. Raises UsageError if no row of the file can be answered.
     """
     if target.exists():
-        if shard.index > 0:  # There may be fewer blocks than shards, and those who have them may be faster.
+        if shard.index > 0:  # Other shards may have finished all blocks already.
             return
         raise UsageError(f"{target} exists already and is not overwritten: name another output file, or delete it")
     if not source.is_file():
@@ -253,12 +269,12 @@ def answer_file(
         )
     if overview.ignored_settings and is_first:
         names = ", ".join(overview.ignored_settings)
-        tell(f"rows ask for settings of their own ({names}): this command's settings are used instead")
+        tell(f"rows have settings of their own ({names}): ignored, this command's settings are used")
     model, options = responder.model, responder.options
     rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
     folder = target.with_name(target.name + ".partial")
-    # Kept from the start of the work: rows at a time and their budget may change.
+    # A resumed call keeps the block size, though rows at a time and the budget may change.
     block = _begun_with(folder).get("block") or block_size(count, rows)
     own = range(shard.index * block, count, shard.count * block)
     if not own:
@@ -268,8 +284,8 @@ def answer_file(
         missing = deque(begin for begin in own if not _block_file(folder, begin).exists())
         total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
         if is_first:
-            begun = f", going on after {total - left} finished rows" if left < total else ""
-            tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
+            begun = f", resuming after {total - left} finished rows" if left < total else ""
+            tell(f"{rows} answers at a time, {positions} positions each: a KV cache of {size:.3f} GB{begun}")
         numbered = enumerate(read_inputs(file, responder.system, forms))
         begins = set(missing)
         inputs = (one for number, one in numbered if number - number % block in begins)
@@ -278,7 +294,7 @@ def answer_file(
         try:
             for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
                 index = missing[0] + len(lines)
-                # A row's own values may be of any type.
+                # The row's own values may have any type.
                 lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
                 if len(lines) == block or index + 1 == count:
                     _write_block(folder, missing.popleft(), lines)
@@ -286,7 +302,7 @@ def answer_file(
                     lines.clear()
         except (KeyboardInterrupt, StoppedBySignal):
             of_shard = "" if shard == WHOLE else f" of shard {shard}"
-            tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command goes on from there")
+            tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command resumes from there")
             raise
         is_whole = _join(folder, target, range(0, count, block))
     tell(f"{count} rows: {target}" if is_whole else f"shard {shard} is finished; the last one to finish makes {target}")
@@ -294,8 +310,9 @@ def answer_file(
 
 @dataclass(frozen=True)
 class _Overview:
-    """What a file asks: rows that can be answered, and the most positions that one of them takes; rows that can't, and why the
-    first one can't; settings that rows ask for and that aren't followed."""
+    """Counts of a file: rows that can be answered, and the most positions that one takes; rows that
+    can't, and the first error; settings in rows that are ignored.
+    """
 
     asking: int
     positions: int
@@ -322,7 +339,7 @@ def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
 
 
 def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[str, Any]:
-    """All that answers depend on, as plain values: input, weights, tokenizer and settings."""
+    """Everything that answers depend on, as JSON: input, weights, tokenizer and settings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(responder.model.state_dict().items()):
         weights.update(name.encode())
@@ -337,7 +354,7 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
         "system": responder.system,
         "forms": forms.to_dict(),
         "context": responder.context,
-        # It matters to a threshold alone.
+        # It matters only with a threshold.
         "halt_calibration": None if responder.options.halt_threshold is None else responder.model.halt_calibration.tolist(),
         **dataclasses.asdict(responder.options),
         **{f"arch.{key}": value for key, value in responder.model.config.model_dump().items()},
@@ -348,19 +365,19 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that is read-only into a UsageError."""
+    """Turn a full disk or a read-only folder into a UsageError."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"{path} can't be written ({error.strerror}): mend that and give the same command again, which goes on after the rows "
-            f"that are finished, or name another output file"
+            f"{path} can't be written ({error.strerror}): fix that and run the same command again, which resumes after the "
+            f"finished rows, or name another output file"
         ) from error
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, shard: Shard) -> Iterator[None]:
-    """Within the block the folder is there, and no other process answers this shard."""
+    """Within the block, the folder exists and no other process answers this shard."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / f"{shard.index}-of-{shard.count}.lock").open("a")
@@ -373,7 +390,7 @@ def _locked(folder: Path, shard: Shard) -> Iterator[None]:
 
 
 def _begun_with(folder: Path) -> dict[str, Any]:
-    """All that the answers in a folder depend on; empty if that can't be read."""
+    """Everything that the answers in a folder depend on; empty if it can't be read."""
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -382,7 +399,7 @@ def _begun_with(folder: Path) -> dict[str, Any]:
 
 
 def _begin(folder: Path, about: dict[str, Any]) -> None:
-    """Check that `folder` was begun with `about`, or is new."""
+    """Begin `folder` with `about`. Raises UsageError if it was begun with something else."""
     if not (folder / _ABOUT).exists() and not any(folder.glob("*.jsonl")):
         with _writing(folder):
             _write_whole(folder / _ABOUT, json.dumps(about, indent=2).encode())
@@ -391,24 +408,24 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
     if changed:
         told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(about.get(key))} now" for key in changed[:3])
         raise UsageError(
-            f"{folder} was begun with something else ({told}): go on with what it was begun with, name another output file, or "
-            f"delete it to begin anew"
+            f"{folder} was begun with other settings or files ({told}): use the old ones, name another output file, or delete it "
+            f"to start over"
         )
 
 
 def _block_file(folder: Path, begin: int) -> Path:
-    # So many digits that names are in the order of the rows: `cat` joins them.
+    # Enough digits for names to sort in the order of the rows: `cat` joins them.
     return folder / f"{begin:012}.jsonl"
 
 
 def _write_block(folder: Path, begin: int, lines: Iterable[str]) -> None:
     with _writing(folder):
-        # A row's own values may hold half a surrogate pair, which is then written as JSON's escape.
+        # A lone surrogate in the row's own values is written as a JSON escape.
         _write_whole(_block_file(folder, begin), "".join(lines).encode(errors="backslashreplace"))
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole, whoever else writes the same one."""
+    """Write a file atomically, even if other processes write the same one."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         with partial.open("wb") as handle:
@@ -421,7 +438,9 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _join(folder: Path, target: Path, begins: range) -> bool:
-    """Make `target` of the blocks that begin with these rows and remove `folder`, if all are there; whether `target` is there."""
+    """Join the blocks that begin at these rows to `target` and remove `folder`, if all exist.
+    Returns whether `target` exists.
+    """
     try:
         lock = (folder / "join.lock").open("a")
     except FileNotFoundError:  # joined and removed by another shard

@@ -90,7 +90,7 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
         assert "".join(row["tokens"]) == row["answer"] and len(row["tokens"]) == len(row["act_steps"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
     size, end = told
-    assert "3 answers at a time" in size and "GB of keys and values" in size and end == f"11 rows: {tmp_path / 'new/out.jsonl'}"
+    assert "3 answers at a time" in size and "a KV cache of " in size and end == f"11 rows: {tmp_path / 'new/out.jsonl'}"
 
 
 def test_a_stop_string_and_the_number_of_tokens_are_counted(responder: Callable[..., Responder], tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_batch_file_of_requests_is_answered(responder: Callable[..., Responder
     assert line["body"] == {key: value for key, value in settings.items() if value is not None}
     assert line["prompt"] == plain["prompt"] == [{"role": "system", "content": "Be blue."}, {"role": "user", "content": "blue 1"}]
     assert line["answer"] == plain["answer"]
-    assert told[0] == "rows ask for settings of their own (max_tokens, stop, temperature): this command's settings are used instead"
+    assert told[0] == "rows have settings of their own (max_tokens, stop, temperature): ignored, this command's settings are used"
 
 
 def test_values_that_json_lacks_are_written(responder: Callable[..., Responder], tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     told: list[str] = []
     # Rows at a time and the budget may change; blocks stay what they were.
     answer_file(dataclasses.replace(one, rows=2), source, tmp_path / "out.jsonl", tell=told.append)
-    assert f"going on after {6 * len(done)} finished rows" in told[-2]
+    assert f"resuming after {6 * len(done)} finished rows" in told[-2]
     assert taken == [number for number in range(6 * len(done), 20) if number != 18], "no finished row is answered again"
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert whole.startswith(b"".join(done.values()))
@@ -438,9 +438,9 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
         (responder(), "Be blue.", 'system null then, "Be blue." now'),
         (dataclasses.replace(responder(), model=other_weights), None, "weights"),
     ):
-        with pytest.raises(UsageError, match=r"out\.jsonl\.partial was begun with something else") as told:
+        with pytest.raises(UsageError, match=r"out\.jsonl\.partial was begun with other settings or files") as told:
             answer_file(dataclasses.replace(changed, system=system), source, target)
-        assert fragment in str(told.value) and "delete it to begin anew" in str(told.value)
+        assert fragment in str(told.value) and "delete it to start over" in str(told.value)
     with pytest.raises(UsageError, match="forms"):
         answer_file(responder(), source, target, forms=FormOptions(ignore=("notes",)))
     assert finished(partial) == before
@@ -450,7 +450,7 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
     assert finished(partial) == before and not target.exists()
     write(source, prompts(20))
     (partial / "about.json").unlink()
-    with pytest.raises(UsageError, match="begun with something else"):
+    with pytest.raises(UsageError, match="begun with other settings or files"):
         answer_file(responder(), source, target)
 
 
@@ -561,9 +561,9 @@ def test_two_ranks_answer_as_one_process_though_one_is_killed(checkpoint: Path, 
         finally:
             process.terminate()  # it ends its ranks
     assert process.returncode == 0, said
-    assert "of shard 0/2: the same command goes on from there" in said and "Traceback" not in said.partition("going on after")[0]
+    assert "of shard 0/2: the same command resumes from there" in said and "Traceback" not in said.partition("resuming after")[0]
     block = 24  # of 2 rows at a time and 200 in all
-    assert f"stopped after {2 * block} of 104 rows" in said and f"going on after {2 * block} finished rows" in said
+    assert f"stopped after {2 * block} of 104 rows" in said and f"resuming after {2 * block} finished rows" in said
     assert f"200 rows: {target}" in said and "shard 1/2 is finished" in said
 
     opened = open_checkpoint(checkpoint)

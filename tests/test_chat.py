@@ -79,7 +79,7 @@ def test_answers_appear_and_the_history_grows(responder: Callable[..., Responder
     assert said1.text == one.answers([first])[0].text and f"> {said1.text}\n" in shown
     assert said2.text == one.answers([(*first, said1, user2)])[0].text
     assert ids_of(prompts[1]) == expected(one, (*first, said1, user2))
-    assert "MB of keys and values" in shown.splitlines()[0]
+    assert "KV cache of up to " in shown.splitlines()[0]
 
 
 def test_every_piece_is_shown_at_once(responder: Callable[..., Responder], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +111,9 @@ def test_reset_forgets_and_system_speaks_from_then_on(responder: Callable[..., R
 @pytest.mark.parametrize(
     ("given", "act_steps", "threshold", "said"),
     [
-        ("1", 1, None, "1 ACT steps a token"),
-        ("4", 4, None, "4 ACT steps a token"),
-        ("0.25", 4, 0.25, "passes 0.25, after 4 ACT steps at most"),
+        ("1", 1, None, "1 ACT steps per token"),
+        ("4", 4, None, "4 ACT steps per token"),
+        ("0.25", 4, 0.25, "exceeds 0.25, after at most 4 ACT steps"),
         ("5", 4, None, "takes 1 to 4 ACT steps"),
         ("0", 4, None, "takes 1 to 4 ACT steps"),
         ("1.5", 4, None, "takes 1 to 4 ACT steps"),
@@ -140,7 +140,7 @@ def test_quit_and_ctrl_c_leave_and_help_helps(responder: Callable[..., Responder
     shown, chat = talk(responder(), "blue", KeyboardInterrupt, "Red")
     assert len(chat.history) == 2 and shown.endswith("> \n")
     shown, chat = talk(responder(), "/nothing", " /nothing")
-    assert "(/nothing is no command; /help tells them)" in shown and chat.history[0].text == "/nothing"
+    assert "(/nothing is no command; /help lists them)" in shown and chat.history[0].text == "/nothing"
 
 
 @pytest.mark.parametrize("pieces", [0, 3])
@@ -161,9 +161,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     shown, chat = talk(one, "blue 1")
     if pieces:
         said = chat.history[1].text
-        assert said and whole.startswith(said) and said != whole and "(stopped; what was said stays" in shown
+        assert said and whole.startswith(said) and said != whole and "(stopped; the text so far stays" in shown
     else:
-        assert chat.history == () and "the message is withdrawn" in shown
+        assert chat.history == () and "the message is removed" in shown
     monkeypatch.undo()
     chat._answer("Red")  # it goes on
     assert chat.history[-2].text == "Red"
@@ -233,7 +233,7 @@ def test_depth_shows_what_the_tokens_of_the_last_answer_took(responder: Callable
     answer = one.answers([(Turn("user", "blue 1"),)])[0]
     [line] = [line for line in shown.splitlines() if "the last answer took" in line]
     mean = sum(answer.act_steps) / len(answer.act_steps)
-    assert f"took {mean:.2f} ACT steps a token" in line and len(set(answer.act_steps)) > 1
+    assert f"took {mean:.2f} ACT steps per token" in line and len(set(answer.act_steps)) > 1
     assert [int(steps) for steps in re.findall(r'" (\d)', line)] == answer.act_steps
 
 
@@ -245,7 +245,7 @@ def test_conversations_are_saved_as_rows(responder: Callable[..., Responder], tm
     coming = iter([f"/save {path}", messages[0], f"/save {path}", "/save", "/reset", *messages, "/quit"])
     chat = Chat(dataclasses.replace(one, system="Be blue."), lambda _: next(coming), output, tmp_path / "kept.jsonl")
     chat.run()
-    assert "2 turns are in" in output.getvalue() and output.getvalue().count("/save FILE adds") == 2
+    assert "saved 2 turns to" in output.getvalue() and output.getvalue().count("/save FILE appends") == 2
     [saved] = read_rows(path)
     first, second = read_rows(tmp_path / "kept.jsonl")
     assert saved == first and first["messages"][0] == {"role": "system", "content": "Be blue."}

@@ -179,7 +179,7 @@ def test_of_a_run_the_newest_whole_checkpoint_is_opened_and_said(
     (run / "step_x").mkdir()
     assert open_checkpoint(run).folder == run / "step_200"
     shown = capsys.readouterr()
-    assert shown.err == f"{run}: taking its newest checkpoint, step_200\n" and not shown.out
+    assert shown.err == f"{run}: using its newest checkpoint, step_200\n" and not shown.out
     assert open_checkpoint(run / "step_9").folder == run / "step_9" and not capsys.readouterr().err
 
 
@@ -285,7 +285,7 @@ def test_a_setting_that_is_gone_is_said_once(
     path = tmp_path / "run/step_7/config.yaml"
     path.write_text(path.read_text().replace("dataset:\n", "dataset:\n  shuffle: 3\n"))
     assert open_checkpoint(tmp_path / "run").config == config
-    assert capsys.readouterr().err.count("step_7: dropped, as this version has no such settings: dataset.shuffle=3\n") == 1
+    assert capsys.readouterr().err.count("step_7: ignoring settings that this version doesn't have: dataset.shuffle=3\n") == 1
 
 
 def test_a_foreign_tokenizer_is_refused_and_an_equal_copy_is_not(tmp_path: Path, save: Save, tiny_tokenizer: Tokenizer) -> None:

@@ -529,7 +529,7 @@ def test_deeper_questions_are_a_split_of_their_own(checkpoint: Path, tmp_path: P
 def test_of_a_runs_folder_the_newest_checkpoint_is_used(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint.parent), "--output-dir", "here", "--subset-size", "2")
     outcome = run_well("inference_instruct.py", *arguments, folder=tmp_path)
-    assert f"taking its newest checkpoint, {checkpoint.name}" in outcome.err
+    assert f"using its newest checkpoint, {checkpoint.name}" in outcome.err
     assert metrics_of(tmp_path / "here")["checkpoint"] == str(checkpoint)
     answered = run_well("generate_instruct.py", "--checkpoint", str(checkpoint.parent), "--message", "Hello", folder=tmp_path)
     assert checkpoint.name in answered.err and checkpoint.name not in answered.out
@@ -788,7 +788,7 @@ def test_a_chat_goes_on_until_its_input_ends(checkpoint: Path, tmp_path: Path) -
     lines = "What is 2 + 2?\n/depth 1\nAnd 3 + 3?\n"
     outcome = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--chat", folder=tmp_path, lines=lines)
     once = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--message", "What is 2 + 2?", folder=tmp_path)
-    assert f"> {once.out}" in outcome.out and "(1 ACT steps a token)" in outcome.out
+    assert f"> {once.out}" in outcome.out and "(1 ACT steps per token)" in outcome.out
     assert outcome.out.count("> ") == 4 and outcome.err == ""
 
 
@@ -821,7 +821,7 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     folder = jsonl(tmp_path / "in.jsonl", [*pairs(5), {"messages": [{"role": "user", "content": "Hi"}]}])
     files = ("--input", str(folder / "in.jsonl"), "--output", "new/out.jsonl")
     outcome = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), *files, folder=tmp_path)
-    assert outcome.out == "" and "GB of keys and values" in outcome.err and "6 rows: new/out.jsonl" in outcome.err
+    assert outcome.out == "" and "a KV cache of " in outcome.err and "6 rows: new/out.jsonl" in outcome.err
     rows = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(6)) and rows[0]["reference"] == "0."
     once = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--message", "What is 4?", folder=tmp_path)

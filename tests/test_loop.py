@@ -345,7 +345,7 @@ def test_a_state_with_rows_halfway_is_refused(tiny_config: ConfigFactory, random
     trainer = make_trainer(tiny_config(), random_examples(8))
     state = trainer.state()
     old = TrainerState({**state.tensors, "slots.active": torch.ones(4, dtype=torch.bool)}, state.values)
-    with pytest.raises(UsageError, match=r"of an earlier version, .* begin another run with its weights"):
+    with pytest.raises(UsageError, match=r"of an earlier version, .* start another run with its weights"):
         trainer.load_state(old)
 
 

@@ -64,7 +64,7 @@ def test_a_file_that_is_no_state_dict_is_told(tmp_path: Path, content: bytes) ->
 )
 def test_tensors_in_another_order_than_a_state_dict_are_told(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "step_100")
-    with pytest.raises(UsageError, match="step_100 are no state dict: expected names with tensors"):
+    with pytest.raises(UsageError, match="step_100 are no state dict: expected only names and tensors"):
         read_weights(tmp_path / "step_100")
 
 
