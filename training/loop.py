@@ -131,7 +131,7 @@ class Run:
                     metrics = self._evaluate()
                 before = now
 
-                # End, or save. All ranks act on a signal to any of them, by the first one's clock.
+                # End, or save. Ranks act alike, on a signal to any of them and by rank 0's clock.
                 stopped_by = max(self.ranks.gather(stop.signal_number))
                 is_over_time, is_save_due = self.ranks.agree((self._is_over_time(self._seconds()), self._is_save_due(result.step)))
                 if not is_last:
