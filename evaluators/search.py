@@ -52,8 +52,7 @@ class Search:
     samples: int = 1
     """K. The first sample is the unchanged puzzle, from the model's initial states."""
     noise: float = 0.0
-    """Standard deviation of the noise on the other samples' initial states; their own is about 1.
-    """
+    """Standard deviation of noise on the other samples' initial states; their own is about 1."""
     symmetries: bool = False
     """The other samples are symmetric forms of the puzzle; their answers are mapped back."""
     choose: Choice = "halting"

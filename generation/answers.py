@@ -43,8 +43,7 @@ class Options:
     act_steps: int
     """Maximum number of ACT steps per token."""
     halt_threshold: float | None = None
-    """A token halts once its halting probability exceeds this; None: every token takes all steps.
-    """
+    """A token halts once its halting probability exceeds this; None: no early halting."""
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""

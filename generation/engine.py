@@ -53,8 +53,7 @@ class Request:
     act_steps: int | None = None
     """Maximum number of ACT steps per token; None: the engine's."""
     halt_threshold: float | None = None
-    """A token halts once its halting probability exceeds this; None: every token takes all steps.
-    """
+    """A token halts once its halting probability exceeds this; None: no early halting."""
     top: int = 0
     """How many of the most probable ids to report with each token."""
 

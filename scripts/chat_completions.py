@@ -187,8 +187,7 @@ class ChatRequest(SampledRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
-    """auto: drop the oldest exchanges of a conversation that leaves too little room for an answer.
-    """
+    """auto: drop the oldest exchanges of a conversation without room for an answer."""
 
     @property
     def continues(self) -> bool:

@@ -184,7 +184,7 @@ def test_a_full_context_forgets_the_oldest_exchanges_and_says_so(
     for request in prompts:
         assert len(request.prompt.ids) <= 100 - 10 + 1 and request.max_new_tokens == 10
         assert ids_of(request)[: len(ids_of(prompts[0])) // 2] == ids_of(prompts[0])[: len(ids_of(prompts[0])) // 2], "system stays"
-    assert "has outgrown the context of 100 tokens: the oldest 1 of its " in shown and "exchanges are forgotten" in shown
+    assert "has outgrown the context of 100 tokens: the oldest 1 of its " in shown and "exchanges are dropped" in shown
     assert chat.history[0].role == "user" and len(chat.history) % 2 == 0
     assert [turn.text for turn in chat.history[::2]] == messages[-len(chat.history) // 2 :]
 

@@ -210,7 +210,7 @@ def test_of_a_run_damaged_checkpoints_are_passed_over(
     said = capsys.readouterr().err
     assert "step_2" in said and "looking for an older checkpoint" in said
     (run / "step_1/checkpoint.json").unlink()
-    with pytest.raises(UsageError, match=r"no checkpoint in .* is whole \(step_1, step_2\)"):
+    with pytest.raises(UsageError, match=r"no checkpoint in .* is intact \(step_1, step_2\)"):
         newest_checkpoint(run)
 
 

@@ -201,7 +201,7 @@ def test_a_dry_run_of_puzzles_says_it_all(
     assert f"parameters        {count_parameters(model):,}: " in said
     assert ("puzzle vectors    208: 13 of 16 channels" in said) == (model.puzzle_emb is not None)
     assert f"optimizer steps   {steps} at most, each an ACT step of 4 rows" in said
-    assert f"tokens a row      16, behind {model.prefix_len} positions of its puzzle's vector" in said
+    assert f"tokens a row      16, after {model.prefix_len} positions of its puzzle's vector" in said
     assert f"FLOPs a token     {flops:.3g} an ACT step; {steps * 4 * TOKENS * flops:.3g} in the run" in said
     assert "measured on 3 steps" in said
 

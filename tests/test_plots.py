@@ -69,7 +69,7 @@ def test_every_value_stands_at_its_step_and_minute(run: Path, drawn: dict[str, A
     assert drawn["learning rate"] == [([10, 20, 30], [1e-3] * 3)]
     assert drawn["tokens per second, one ACT step each"] == [([10, 20, 30], [70.0, 1.0, 210.0])]
     assert drawn["peak memory, GB"] == [([10, 20, 30], [2.0] * 3)]
-    assert "ACT steps of a row, mean" not in drawn, "there is nothing to draw"
+    assert "mean ACT steps of a row" not in drawn, "there is nothing to draw"
 
 
 def test_a_line_that_is_being_written_is_no_line_yet(run: Path, drawn: dict[str, Any]) -> None:

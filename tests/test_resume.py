@@ -154,7 +154,7 @@ def test_a_run_that_the_clock_has_ended_goes_on_as_if_it_had_not(
     assert run_instruct(run_config(tmp_path, "resume=auto", "max_minutes=20")) == result, "and ends at once where time is over"
     run_instruct(run_config(tmp_path, "resume=auto"))
     said = capsys.readouterr().out
-    assert "under other settings" not in said
+    assert "with other settings" not in said
     assert_the_same_run(tmp_path / "SlimOrca-ACT/run", undisturbed)
 
 
@@ -287,7 +287,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(killed: Path, run_c
     before = sorted(killed.rglob("*"))
     with pytest.raises(UsageError, match=r"no checkpoint in .* is intact .*the run doesn't start over"):
         run_instruct(run_config(killed.parents[1], "resume=auto"))
-    with pytest.raises(UsageError, match="is whole"):
+    with pytest.raises(UsageError, match="is intact"):
         run_instruct(run_config(killed.parents[1], f"resume={checkpoints_of(killed)[-1]}"))
     assert [path for path in sorted(killed.rglob("*")) if ".partial" not in str(path)] == [
         path for path in before if ".partial" not in str(path)

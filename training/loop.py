@@ -133,7 +133,7 @@ class Run:
                     metrics = self._evaluate()
                 before = now
 
-                # End, or save. All ranks act on a signal to any of them, by the first one's clock.
+                # End, or save. Ranks act alike, on a signal to any of them and by rank 0's clock.
                 own = (stop.signal_number, self._is_over_time(self._seconds()), self._is_save_due(result.step))
                 signals, (is_over_time, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
                 stopped_by = max(signals)
