@@ -1,7 +1,8 @@
 """Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>`.
 
 Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family; with --generate all generated
-answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json. Processes share the rows (torchrun).
+answers as JSON lines. Writes metrics_<split>.json, and of the whole test split, measured as the run's settings say, metrics.json.
+Processes share the rows (torchrun).
 """
 
 from config import environment  # noqa: F401  (before tqdm)
@@ -92,6 +93,11 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, 
         logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
 
 
+def _how_it_is_measured(config: PretrainInstructConfig) -> tuple[int, float | None, int]:
+    """Depth, halting threshold and length of a row: figures that differ in these don't compare."""
+    return config.depth, config.generation.halt_threshold, config.dataset.seq_len
+
+
 def measure(
     checkpoint: Checkpoint, config: PretrainInstructConfig, arguments: argparse.Namespace, logs_to: str, ranks: Ranks
 ) -> None:
@@ -125,6 +131,12 @@ def measure(
         "rows": len(rows),
         "rows_of_split": len(split),
         "max_batches": arguments.max_batches,
+        "act_steps": config.depth,
+        "halt_threshold": config.generation.halt_threshold,
+        "seq_len": config.dataset.seq_len,
+        "sources": {
+            name: {"data_dir": source.data_dir, "subset_size": source.subset_size} for name, source in config.all_sources.items()
+        },
         **result.report(),
     }
     if all(source.source == "sample" for source in config.all_sources.values()):
@@ -138,7 +150,8 @@ def measure(
         if saved.has_rows:
             saved.write(folder / f"outputs_{arguments.split}.safetensors")
         write_json(folder / f"metrics_{arguments.split}.json", metrics)
-        if arguments.split == "test" and arguments.max_batches is None:
+        is_whole = arguments.split == "test" and arguments.max_batches is None
+        if is_whole and _how_it_is_measured(config) == _how_it_is_measured(checkpoint.config):
             write_json(folder / "metrics.json", metrics)
         if arguments.project_name is not None:
             log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder, logs_to)
