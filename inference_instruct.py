@@ -3,7 +3,7 @@ checkpoints/<project>/<run>`.
 
 Computes teacher-forced metrics; for the bundled data also scores generated answers by family; with
 --generate writes all generated answers as JSON lines. Writes metrics_<split>.json, and for the
-whole test split metrics.json. torchrun's processes share the rows.
+whole test split at the run's settings metrics.json. torchrun's processes share the rows.
 """
 
 from config import environment  # noqa: F401  (before tqdm)
@@ -94,6 +94,11 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, 
         logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
 
 
+def _how_it_is_measured(config: PretrainInstructConfig) -> tuple[int, float | None, int]:
+    """Depth, halting threshold and length of a row: figures that differ in these don't compare."""
+    return config.depth, config.generation.halt_threshold, config.dataset.seq_len
+
+
 def measure(
     checkpoint: Checkpoint, config: PretrainInstructConfig, arguments: argparse.Namespace, logs_to: str, ranks: Ranks
 ) -> None:
@@ -127,6 +132,12 @@ def measure(
         "rows": len(rows),
         "rows_of_split": len(split),
         "max_batches": arguments.max_batches,
+        "act_steps": config.depth,
+        "halt_threshold": config.generation.halt_threshold,
+        "seq_len": config.dataset.seq_len,
+        "sources": {
+            name: {"data_dir": source.data_dir, "subset_size": source.subset_size} for name, source in config.all_sources.items()
+        },
         **result.report(),
     }
     if all(source.source == "sample" for source in config.all_sources.values()):
@@ -140,7 +151,8 @@ def measure(
         if saved.has_rows:
             saved.write(folder / f"outputs_{arguments.split}.safetensors")
         write_json(folder / f"metrics_{arguments.split}.json", metrics)
-        if arguments.split == "test" and arguments.max_batches is None:
+        is_whole = arguments.split == "test" and arguments.max_batches is None
+        if is_whole and _how_it_is_measured(config) == _how_it_is_measured(checkpoint.config):
             write_json(folder / "metrics.json", metrics)
         if arguments.project_name is not None:
             log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder, logs_to)

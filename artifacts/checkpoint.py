@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.weights import TIED_HEAD, load_tensors, read_weights, save_weights, weights_file
+from artifacts.weights import load_tensors, read_weights, save_weights, weights_file
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from config.upgrade import upgraded
@@ -110,9 +110,7 @@ def write_checkpoint(
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        parameters = sum(tensor.numel() for name, tensor in snapshot.weights.items() if not (tied and name == TIED_HEAD))
-        sizes = {"step": snapshot.step, "parameters": parameters}
-        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, **sizes, **about})
+        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
         _write_json(partial / "train_metrics.json", snapshot.metrics)
         save_file(
             {name: t.detach().contiguous() for name, t in snapshot.trainer.tensors.items()},

@@ -6,14 +6,13 @@ It belongs to one set of weights and names it by hash. evaluators/calibration.py
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from artifacts.checkpoint import Checkpoint
+from artifacts.files import write_whole
 from config.errors import UsageError
 
 FILE_NAME = "halting.json"
@@ -65,17 +64,7 @@ def write_halting_calibration(
         "shift": calibration.shift,
         "measured": measured or {},
     }
-    text = json.dumps(values, indent=2) + "\n"
-    try:
-        with tempfile.TemporaryDirectory(dir=checkpoint.folder, prefix=f".{FILE_NAME}-") as folder:
-            partial = Path(folder) / FILE_NAME
-            with partial.open("w", encoding="utf-8") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}; make the checkpoint's folder writable") from error
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), "free space, or make the checkpoint's folder writable")
     return path
 
 

@@ -1,22 +1,22 @@
 """The files of an evaluation: metrics as JSON, and tensors of all batches as one safetensors file."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from artifacts.files import whole_file, write_whole
 from config.errors import UsageError
 from models.distributed import Ranks
 
 # The tensors of text that can be saved, with the fill value beyond a row's end. Rows of puzzles
 # have equal lengths.
 OUTPUT_FILL = {"inputs": 0, "labels": -100, "preds": -100, "nll": 0, "halt_logits": 0, "act_steps": 0}
+_REMEDY = "free space, or name another --output-dir"
 
 
 class SavedOutputs:
@@ -48,7 +48,10 @@ class SavedOutputs:
             self._batches += batches
 
     def write(self, path: Path) -> None:
-        """Write all batches, padded to the longest row, and the tensor `rows`."""
+        """Write all batches atomically, padded to the longest row, and the tensor `rows`.
+
+        Raises UsageError if that fails.
+        """
         rows = torch.cat(self._rows)
         order = torch.argsort(rows)
         saved = {"rows": rows[order].contiguous()}
@@ -58,22 +61,13 @@ class SavedOutputs:
                 width = max(part.shape[1] for part in parts)
                 parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=OUTPUT_FILL[key]) for part in parts]
             saved[key] = torch.cat(parts)[order].contiguous()
-        try:
-            save_file(saved, path)
-        except SafetensorError as error:
-            raise UsageError(f"{path} can't be written: {error}; free some space, or choose another folder") from None
+        with whole_file(path, _REMEDY) as partial:
+            save_file(saved, partial)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` atomically, over any existing file. Raises UsageError if that fails."""
-    # A unique temporary name: two evaluations may write at the same time.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written: {error}; free space or name another --output-dir") from error
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), _REMEDY)
 
 
 def output_folder(folder: Path) -> Path:

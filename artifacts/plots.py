@@ -7,13 +7,12 @@ fast.
 
 import bisect
 import io
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from artifacts.files import json_lines, whole_file
 from config.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def read_log(folder: Path) -> Log:
     """The logs of the run in `folder`. An evaluation's line joins that of its step; if a step has
     several lines, the last counts.
 
-    Raises UsageError if it has no metrics.jsonl.
+    Raises UsageError if it has no metrics.jsonl, or a line is damaged.
     """
     if not (folder / METRICS).is_file():
         raise UsageError(f"{folder} is not the folder of a run: it has no {METRICS}")
@@ -122,8 +121,6 @@ def panels_of(logs: Sequence[Log]) -> list[Panel]:
 
 def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> None:
     """Draw a panel of the named runs. The first is thick and pale, to stay visible under others."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     several = len(runs) > 1
     for number, (name, log) in enumerate(runs):
         for place, curve in enumerate(panel.curves):
@@ -148,44 +145,64 @@ def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> N
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     if panel.logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_logarithmic(axes)
     elif panel.from_zero:
         axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, 1e-9))
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend(fontsize="small")
 
 
+def set_logarithmic(axes: "Axes") -> None:
+    """Make the vertical axis logarithmic, with plain numbers: `_TEXT` shows matplotlib's own powers of ten as they are spelled."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def distinct_names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """`names` if each is another; else as much of the end of each path as tells them apart."""
+    parts = [path.absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(of[-length:]) for of in parts]
+    return list(names)
+
+
+# A run may have a $ in its name, which isn't mathematics.
+_TEXT: dict[Any, Any] = {"text.parse_math": False}
+
+
 def draw_runs(folders: Sequence[Path], path: Path) -> None:
     """Draw the runs in `folders` to the PNG file `path`.
 
-    Raises UsageError if a folder has no metrics.jsonl, matplotlib is missing, or the file can't be
-    written.
+    Raises UsageError if `read_log` does, matplotlib is missing, or the file can't be written.
     """
     figure_of = _figure_class()
-    runs = [(folder.name, read_log(folder)) for folder in folders]
+    from matplotlib import rc_context
+
+    names = distinct_names([folder.absolute().name for folder in folders], folders)
+    runs = [(name, read_log(folder)) for name, folder in zip(names, folders, strict=True)]
     drawn = panels_of([log for _, log in runs])
     rows = max(1, -(-len(drawn) // _COLUMNS))
-    figure = figure_of(figsize=(5.5 * _COLUMNS, 2.8 * rows), layout="constrained")
-    for axes, panel in zip(figure.subplots(rows, _COLUMNS, squeeze=False).flat, drawn, strict=False):
-        draw_panel(axes, panel, runs)
-    for axes in figure.axes[len(drawn) :]:
-        axes.set_axis_off()
-    figure.suptitle(", ".join(name for name, _ in runs), fontsize="medium")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, dpi=110, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"the picture {path} can't be written: {error}; free space, or name another file") from error
+    with rc_context(_TEXT):
+        figure = figure_of(figsize=(5.5 * _COLUMNS, 2.8 * rows), layout="constrained")
+        for axes, panel in zip(figure.subplots(rows, _COLUMNS, squeeze=False).flat, drawn, strict=False):
+            draw_panel(axes, panel, runs)
+        for axes in figure.axes[len(drawn) :]:
+            axes.set_axis_off()
+        figure.suptitle(", ".join(names), fontsize="medium")
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
 
 
 # Placeholder for the text colour of the page around an SVG. No other grey here has this value.
 _INK = "#010203"
 _SVG_STYLE: dict[Any, Any] = {
+    **_TEXT,
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.family": "sans-serif",
@@ -243,13 +260,6 @@ def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(path) if path.is_file() else ():
+    for line in json_lines(path, "step") if path.is_file() else ():
         lines.setdefault(line["step"], {}).update(line)
     return lines
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().splitlines(keepends=True):
-        # A run may be writing the last line, or was killed while writing it.
-        if line.endswith(b"\n"):
-            yield json.loads(line)

@@ -2,11 +2,12 @@
 only tensors are read.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from models.act import RecursiveModel
 
 _PREFIX = "model.inner."
 _COMPILED_PREFIX = "_orig_mod."
-TIED_HEAD = "lm_head.weight"
+_TIED_HEAD = "lm_head.weight"
 _PUZZLE_VECTORS = "puzzle_emb.weights"
 
 
@@ -47,7 +48,7 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
         if len(vectors) != count:
             found[_PUZZLE_VECTORS] = vectors.mean(dim=0, keepdim=True).expand(count, -1)
     if model.config.tie_embeddings:
-        found.setdefault(TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[TIED_HEAD]))
+        found.setdefault(_TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[_TIED_HEAD]))
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
     problems += [
@@ -63,7 +64,7 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, tied: bool) -> None:
     """Write weights by the original's names. tied: leave out the head, which is the embedding."""
     # safetensors allows no two names for one tensor.
-    named = {name: tensor for name, tensor in weights.items() if not (tied and name == TIED_HEAD)}
+    named = {name: tensor for name, tensor in weights.items() if not (tied and name == _TIED_HEAD)}
     save_file({_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
 
 
@@ -71,6 +72,20 @@ def weights_file(folder: Path, *, ema: bool) -> Path:
     """The file of a checkpoint's weights. ema: of their moving average, if there is one."""
     path = folder / "ema.safetensors"
     return path if ema and path.exists() else folder / "model.safetensors"
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers of a checkpoint's model that an optimizer may change, by the header of its weights; a tied head counts once.
+
+    Initial states and puzzles' vectors are buffers and don't count. Raises UsageError if the weights can't be read.
+    """
+    path = weights_file(folder, ema=False)
+    try:
+        with safe_open(path, framework="pt") as weights:
+            names = [name for name in weights.keys() if not name.endswith(("_init", _PUZZLE_VECTORS))]  # noqa: SIM118  (no mapping)
+            return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
 
 
 def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:

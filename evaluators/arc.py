@@ -6,7 +6,6 @@ in.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from artifacts.files import write_whole
 from config.errors import UsageError
 from dataset.puzzles.arc_grids import SEQ_LEN, Augmentation, Grid, crop, grid_hash, parse_grid, parse_name
 from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_json
@@ -179,8 +179,5 @@ class ARC:
                 grids += [grids[0]] * (self._attempts - len(grids))
                 submission[name].append({f"attempt_{number}": grid for number, grid in enumerate(grids, 1)})
         if output_dir is not None:
-            path = Path(output_dir) / SUBMISSION_FILE
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text(json.dumps(submission), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(Path(output_dir) / SUBMISSION_FILE, json.dumps(submission).encode())
         return {f"ARC/pass@{k}": float(share) / len(self._puzzles) for k, share in zip(self._pass_ks, solved, strict=True)}

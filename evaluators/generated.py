@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from artifacts.files import whole_file
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
@@ -91,9 +92,10 @@ def write_generated(
 
     longer = count = exact = tokens = steps = 0
     log_probability = 0.0
-    partial = path.with_name(path.name + ".partial")
-    is_first = ranks is None or ranks.is_first
-    with partial.open("w", encoding="utf-8") if is_first else contextlib.nullcontext() as lines:
+    with contextlib.ExitStack() as files:
+        lines = None
+        if ranks is None or ranks.is_first:
+            lines = files.enter_context(files.enter_context(whole_file(path)).open("w", encoding="utf-8"))
         for record in _answered(responder, inputs, "generated", ranks):
             if lines is not None:
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -105,8 +107,6 @@ def write_generated(
             tokens += record["answer_tokens"]
             steps += sum(record["act_steps"])
             log_probability += record["log_probability"]
-    if is_first:
-        partial.replace(path)
     return {
         "count": count,
         "exact_accuracy": exact / count if count else None,

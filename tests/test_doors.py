@@ -508,8 +508,13 @@ def test_only_the_whole_test_split_is_the_checkpoints_metrics(checkpoint: Path, 
     arguments = ("--checkpoint", str(checkpoint), "--output-dir", str(tmp_path), "--subset-size", "8")
     whole = json.loads(run_well("inference_instruct.py", *arguments, folder=tmp_path).out)
     run_well("inference_instruct.py", *arguments, "--split", "train", folder=tmp_path)
+    for other in (("--act-steps", "1"), ("--halt-threshold", "0.5"), ("--seq-len", "128")):
+        run_well("inference_instruct.py", *arguments, *other, folder=tmp_path)
+        measured = metrics_of(tmp_path, "metrics_test")
+        changed = {key for key in ("act_steps", "halt_threshold", "seq_len", "sources") if measured[key] != whole[key]}
+        assert changed == {other[0].removeprefix("--").replace("-", "_")}
     run_well("inference_instruct.py", *arguments, "--max-batches", "1", "--batch-size", "2", folder=tmp_path)
-    assert metrics_of(tmp_path) == whole
+    assert metrics_of(tmp_path) == whole and whole["sources"]["sample"]["subset_size"] == 8
     assert metrics_of(tmp_path, "metrics_train")["split"] == "train"
     part = metrics_of(tmp_path, "metrics_test")
     assert (part["rows"], part["rows_of_split"], part["max_batches"]) == (2, 8, 1)

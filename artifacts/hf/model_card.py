@@ -5,6 +5,7 @@ from huggingface_hub import ModelCardData
 
 from artifacts.checkpoint import Checkpoint
 from artifacts.report import card_tables
+from artifacts.weights import count_parameters
 
 _CARD = """\
 ---
@@ -78,7 +79,7 @@ def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
         config=config,
         arch=config.arch,
         calls=config.arch.H_cycles * (config.arch.L_cycles + 1),
-        parameters=sum(tensor.numel() for tensor in checkpoint.weights(ema=True).values()),
+        parameters=count_parameters(checkpoint.folder),
         sources=", ".join(dict.fromkeys([*links, *kinds])),
         data_hash=checkpoint.data_hash[:16],
         data=data,
