@@ -1,7 +1,8 @@
-"""Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run> --message "..."`.
+"""Answer one message: `python generate_instruct.py --checkpoint checkpoints/<project>/<run>
+--message "..."`.
 
-`--chat` talks on and on instead, `--input FILE --output FILE` answers a file, which several processes can share. Everything else
-comes from the checkpoint; flags and --overrides go on top.
+`--chat` starts a chat. `--input FILE --output FILE` answers a file, which several processes can
+share. All settings come from the checkpoint; flags and --overrides override them.
 """
 
 from config import environment  # noqa: F401  (before tqdm)
@@ -41,12 +42,12 @@ def shard(text: str) -> Shard:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line of this door. Raises UsageError for flags that don't go together."""
+    """The command line. Raises UsageError for flags that don't go together."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--message", help="what the user says; the answer is printed as it forms")
-    what.add_argument("--chat", action="store_true", help="talk, with a history; /help tells the commands")
+    what.add_argument("--message", help="the user's message; the answer is streamed")
+    what.add_argument("--chat", action="store_true", help="chat, with a history; /help lists the commands")
     what.add_argument(
         "--input", type=user_path, metavar="FILE", help="answer each row of a .jsonl, .json, .jsonl.zst or .parquet file"
     )
@@ -57,10 +58,10 @@ def parse_arguments() -> argparse.Namespace:
         "--shard",
         type=shard,
         metavar="I/N",
-        help="with --input: answer the share of process I (from 0) of N; torchrun says it by itself",
+        help="with --input: answer the part of process I (from 0) of N; torchrun sets it itself",
     )
     parser.add_argument(
-        "--transcript", type=user_path, metavar="FILE", help="with --chat: add each conversation to FILE, as a row of JSON lines"
+        "--transcript", type=user_path, metavar="FILE", help="with --chat: append each conversation to FILE, as a row of JSON lines"
     )
     parser.add_argument("--samples", type=int, metavar="N", help="with --message: answer it N times")
     shown = parser.add_mutually_exclusive_group()
@@ -82,21 +83,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def show(responder: Responder, step: int, piece: Piece) -> None:
-    """One decoding step: the token taken, its ACT steps, and what else was probable."""
+    """Print one decoding step: the token, its ACT steps, and the most probable tokens."""
     name, token = responder.tokenizer.piece, piece.token
     candidates = "  ".join(f"{name(rival)!r} {math.exp(logp):.3f}" for rival, logp in token.candidates)
     print(f"{step:4d}  {name(token.id)!r}  ({token.act_steps} ACT steps)  {candidates}", flush=True)
 
 
 def answer_message(responder: Responder, conversation: Conversation, arguments: argparse.Namespace) -> None:
-    """Print the answer, or the answers, in the form that was asked for."""
+    """Print the answer or answers, in the requested form."""
     samples = arguments.samples or 1
     if samples > 1 and responder.options.sampling.temperature == 0:
         raise UsageError(f"--samples {samples} at temperature 0 would be the same answer {samples} times: set --temperature")
     if samples > 1 and arguments.verbose:
         raise UsageError(f"-V shows the steps of one answer: leave it or --samples {samples} out")
     if arguments.json or samples > 1:
-        prompt = responder.prompt(conversation)
+        prompt = responder.prompt(conversation)  # raises for a message that is too long
         _, positions = positions_needed(responder, [len(prompt.ids)])
         inputs = (InputRow(conversation, sample=sample, prompt=prompt) for sample in range(samples))
         records = answers_in_order(responder, inputs, rows=min(responder.rows, samples), positions=positions, block=samples)
@@ -127,7 +128,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and a history)
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are told, not a traceback
+            sys.stdin.reconfigure(errors="surrogateescape")  # report bytes that aren't UTF-8 without a traceback
         Chat(responder, input, sys.stdout, arguments.transcript).run()
     elif arguments.input is not None:
         tell = functools.partial(print, file=sys.stderr)

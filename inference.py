@@ -1,7 +1,8 @@
-"""Measure a puzzle checkpoint on a split: `python inference.py --checkpoint checkpoints/<project>/<run>`.
+"""Measure a puzzle checkpoint on a split: `python inference.py --checkpoint
+checkpoints/<project>/<run>`.
 
-With the run's data and batch size its figures are those of the evaluation in training. Writes metrics_<split>.json. With
-`--puzzle FILE` it solves puzzles of your own instead, and writes nothing.
+With the run's data and batch size, the metrics equal those of the evaluation in training. Writes
+metrics_<split>.json. With `--puzzle FILE` it solves your own puzzles instead, and writes nothing.
 """
 
 from config import environment  # noqa: F401  (before tqdm)
@@ -30,7 +31,7 @@ from models.device import keep_freed_memory
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line of this door."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
@@ -40,9 +41,9 @@ def parse_arguments() -> argparse.Namespace:
         type=os.path.expanduser,
         nargs="+",
         metavar="DIR",
-        help="folders of puzzle data; default: those the run was measured on",
+        help="folders of puzzle data; default: those of the run's evaluation",
     )
-    add("--split", choices=("train", "test"), default="test", help="which split to run over")
+    add("--split", choices=("train", "test"), default="test", help="split to measure")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches")
     add(
@@ -52,18 +53,18 @@ def parse_arguments() -> argparse.Namespace:
         help="solve this Sudoku or maze (text, or CSV with a column question) or ARC task (JSON)",
     )
     add("--show", action="store_true", help="with --puzzle: show every ACT step")
-    add("--samples", type=int, default=1, metavar="K", help="start each puzzle K times; default: 1")
-    add("--noise", type=float, default=0.0, metavar="S", help="standard deviation of what is added to the states of further starts")
-    add("--symmetries", action="store_true", help="further starts take symmetric forms of the puzzle")
-    add("--choose", choices=get_args(Choice), default="halting", help="whose answer is taken; default: halting")
-    add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
+    add("--samples", type=int, default=1, metavar="K", help="solve each puzzle K times; default: 1")
+    add("--noise", type=float, default=0.0, metavar="S", help="standard deviation of the noise on the states of further samples")
+    add("--symmetries", action="store_true", help="use symmetric forms of the puzzle for further samples")
+    add("--choose", choices=get_args(Choice), default="halting", help="which answer to choose; default: halting")
+    add("--output-dir", type=user_path, help="folder for metrics and saved tensors; default: the checkpoint's")
     names = get_args(PuzzleOutputName)
-    add("--save-outputs", nargs="+", default=[], choices=names, metavar="KEY", help=f"tensors to keep, of {', '.join(names)}")
+    add("--save-outputs", nargs="+", default=[], choices=names, metavar="KEY", help=f"tensors to save, of {', '.join(names)}")
     return parser.parse_args()
 
 
 def settings(trained: PretrainPuzzleConfig, arguments: argparse.Namespace) -> PretrainPuzzleConfig:
-    """The checkpoint's settings with this door's flags on top."""
+    """The checkpoint's settings, overridden by the flags."""
     config = settings_of_checkpoint(trained, arguments)
     if arguments.batch_size is not None:
         config = override_config(config, [f"global_batch_size={arguments.batch_size}"])

@@ -1,7 +1,9 @@
-"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint checkpoints/<project>/<run>`.
+"""Measure a checkpoint on a split: `python inference_instruct.py --checkpoint
+checkpoints/<project>/<run>`.
 
-Teacher-forced metrics always; for the bundled sample data also generated answers, scored by family; with --generate all generated
-answers as JSON lines. Writes metrics_<split>.json, and of the whole test split metrics.json. Processes share the rows (torchrun).
+Computes teacher-forced metrics; for the bundled data also scores generated answers by family; with
+--generate writes all generated answers as JSON lines. Writes metrics_<split>.json, and for the
+whole test split at the run's settings metrics.json. torchrun's processes share the rows.
 """
 
 from config import environment  # noqa: F401  (before tqdm)
@@ -34,21 +36,21 @@ from training.loggers import wandb_mode
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line of this door."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--split", choices=get_args(MeasuredSplit), default="test", help="which split to run over")
+    add("--split", choices=get_args(MeasuredSplit), default="test", help="split to measure")
     add("--batch-size", type=int, help="rows at a time; default: global_batch_size of the run")
     add("--max-batches", type=int, help="stop after this many batches of each source")
-    add("--output-dir", type=user_path, help="where metrics and saved tensors go; default: the checkpoint's folder")
+    add("--output-dir", type=user_path, help="folder for metrics and saved tensors; default: the checkpoint's")
     add(
         "--save-outputs",
         nargs="+",
         default=[],
         choices=OUTPUT_FILL,
         metavar="KEY",
-        help=f"tensors to keep, of {', '.join(OUTPUT_FILL)}",
+        help=f"tensors to save, of {', '.join(OUTPUT_FILL)}",
     )
     add("--generate", action="store_true", help="also generate an answer to each row, into answers_<split>.jsonl")
     add("--max-generated", type=int, metavar="N", help="with --generate: only the first N rows of each source")
@@ -61,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> PretrainInstructConfig:
-    """The checkpoint's settings with this door's flags on top."""
+    """The checkpoint's settings, overridden by the flags."""
     used = settings_for_use(trained, arguments)
     if used.sources and arguments.data_dir is not None:
         raise UsageError(
@@ -82,7 +84,7 @@ def settings(trained: PretrainInstructConfig, arguments: argparse.Namespace) -> 
 
 
 def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, mode: str) -> None:
-    """Log the plain numbers among `metrics`; mode: that of `wandb_mode`."""
+    """Log the numbers among `metrics`. mode: from `wandb_mode`."""
     if mode == "disabled":
         return
     import wandb
@@ -92,10 +94,15 @@ def log_to_wandb(metrics: dict[str, Any], project: str, run: str, folder: Path, 
         logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
 
 
+def _how_it_is_measured(config: PretrainInstructConfig) -> tuple[int, float | None, int]:
+    """Depth, halting threshold and length of a row: figures that differ in these don't compare."""
+    return config.depth, config.generation.halt_threshold, config.dataset.seq_len
+
+
 def measure(
     checkpoint: Checkpoint, config: PretrainInstructConfig, arguments: argparse.Namespace, logs_to: str, ranks: Ranks
 ) -> None:
-    """Run over the split, which `ranks` share; the first writes and prints. logs_to: see `log_to_wandb`."""
+    """Measure the split, shared by `ranks`; the first writes. logs_to: for `log_to_wandb`."""
     split = open_run_split(config, checkpoint.tokenizer, checkpoint.template, arguments.split)
     responder = load(checkpoint, config)
     folder = output_folder(arguments.output_dir or checkpoint.folder)
@@ -125,6 +132,12 @@ def measure(
         "rows": len(rows),
         "rows_of_split": len(split),
         "max_batches": arguments.max_batches,
+        "act_steps": config.depth,
+        "halt_threshold": config.generation.halt_threshold,
+        "seq_len": config.dataset.seq_len,
+        "sources": {
+            name: {"data_dir": source.data_dir, "subset_size": source.subset_size} for name, source in config.all_sources.items()
+        },
         **result.report(),
     }
     if all(source.source == "sample" for source in config.all_sources.values()):
@@ -138,7 +151,8 @@ def measure(
         if saved.has_rows:
             saved.write(folder / f"outputs_{arguments.split}.safetensors")
         write_json(folder / f"metrics_{arguments.split}.json", metrics)
-        if arguments.split == "test" and arguments.max_batches is None:
+        is_whole = arguments.split == "test" and arguments.max_batches is None
+        if is_whole and _how_it_is_measured(config) == _how_it_is_measured(checkpoint.config):
             write_json(folder / "metrics.json", metrics)
         if arguments.project_name is not None:
             log_to_wandb(metrics, arguments.project_name, arguments.run_name or config.run_name or "inference", folder, logs_to)
@@ -162,7 +176,7 @@ def main() -> None:
         except StoppedBySignal as stop:
             if ranks.is_first:
                 reason = ", which torchrun sends when a rank has died" if ranks.size > 1 else ""
-                print(f"stopped by {stop}{reason}: the same command measures anew", file=sys.stderr)
+                print(f"stopped by {stop}{reason}: run the same command again", file=sys.stderr)
             raise
 
 

@@ -1,7 +1,8 @@
-"""Train a recursive model on puzzles: `python pretrain.py [key=value ...]`, with the original's keys.
+"""Train a recursive model on puzzles: `python pretrain.py [key=value ...]`, with the original's
+keys.
 
-Settings stand in config/ (cfg_pretrain.yaml) and are explained in config/schema/; `--help` and `--cfg job` show them.
-`-m key=a,b` trains with each of several values.
+Settings are in config/ (cfg_pretrain.yaml), their documentation in config/schema/; `--help` and
+`--cfg job` show them. `-m key=a,b` trains with each of several values.
 """
 
 from config import environment  # noqa: F401  (before tqdm)

@@ -1,7 +1,7 @@
 """Train a recursive model to follow instructions: `python pretrain_instruct.py [key=value ...]`.
 
-Settings stand in config/ (cfg_pretrain_instruct.yaml) and are explained in config/schema/; `--help` and `--cfg job` show them.
-`-m key=a,b` trains with each of several values.
+Settings are in config/ (cfg_pretrain_instruct.yaml), their documentation in config/schema/;
+`--help` and `--cfg job` show them. `-m key=a,b` trains with each of several values.
 """
 
 from config import environment  # noqa: F401  (before tqdm)
@@ -18,7 +18,7 @@ from training.instruct_run import run_instruct
 
 
 def train(config: PretrainInstructConfig) -> float | None:
-    """Train; returns the held-out loss at the end, nats a token, if there is one."""
+    """Train; returns the held-out loss at the end, in nats per token, if there is one."""
     result = run_instruct(config)
     return None if result is None else result.loss
 

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: the checkpoint folder (write and read) and the metrics log. Knows no training and no generation."""
+"""A run's files: checkpoints, metrics logs, plots and reports. Knows no training and no generation."""

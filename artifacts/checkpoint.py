@@ -1,16 +1,17 @@
-"""The checkpoint folder `step_<N>`: all that is needed to use a model and to resume its training, written whole or not at all.
+"""The checkpoint folder `step_<N>`: everything to use a model and to resume its training, written
+atomically.
 
     model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
     ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use
     config.yaml              the resolved configuration
-    tokenizer.model          or tokenizer.json: the tokenizer; of puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
+    tokenizer.model          or tokenizer.json: the tokenizer; for puzzles dataset.json instead (artifacts/puzzle_checkpoint.py)
     checkpoint.json          format, step, vocabulary, tokenizer hash, template, data hash
     train_metrics.json       metrics at this step
     trainer/                 state.json and tensors.safetensors: optimizer, cursor, a puzzle run's carry, length of the metrics log
 
-and, once the checkpoint has been calibrated, halting.json (artifacts/halting.py).
+and, in a calibrated checkpoint, halting.json (artifacts/halting.py).
 
-Nothing of it is ever unpickled. This file doesn't know what the trainer's state means.
+Nothing in it is unpickled. This file doesn't know what the trainer's state means.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.weights import TIED_HEAD, load_tensors, read_weights, save_weights, weights_file
+from artifacts.weights import load_tensors, read_weights, save_weights, weights_file
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from config.upgrade import upgraded
@@ -36,13 +37,13 @@ from dataset.text.conversation import Template
 from dataset.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
 FORMAT_VERSION = 1
-# A key of checkpoint.json that only one kind of model has, and the program that uses that kind.
+# Keys of checkpoint.json that only one kind of model has, and the programs for that kind.
 _DOOR_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a trainer resumes from: tensors and JSON values, by names of its own."""
+    """The state that a trainer resumes from: tensors and JSON values, by the trainer's names."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
@@ -50,7 +51,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run between two optimizer steps: what its checkpoint holds."""
+    """The content of a checkpoint: a run between two optimizer steps."""
 
     step: int
     weights: Mapping[str, Tensor]
@@ -69,7 +70,9 @@ def save_checkpoint(
     data_hash: str,
     data_report: Mapping[str, Any] | None = None,
 ) -> None:
-    """`write_checkpoint` of a language model, with its tokenizer and template. data_report: files and counts of its data."""
+    """`write_checkpoint` for a language model, with tokenizer and template. data_report: files and
+    counts of its data.
+    """
     write_checkpoint(
         folder,
         snapshot,
@@ -88,9 +91,10 @@ def save_checkpoint(
 def write_checkpoint(
     folder: Path, snapshot: Snapshot, *, config: TrainingConfig, files: Mapping[str, bytes], about: Mapping[str, Any]
 ) -> None:
-    """Write `folder` atomically: it appears complete, or not at all. Raises UsageError if it exists or can't be written.
+    """Write `folder` atomically. Raises UsageError if it exists or can't be written.
 
-    files: further files of this kind of model, by name. about: keys of checkpoint.json besides format and step.
+    files: other files for this kind of model, by name. about: keys of checkpoint.json besides
+    format and step.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists already and is not overwritten; choose another run_name, or delete it")
@@ -101,14 +105,12 @@ def write_checkpoint(
         tied = config.arch.tie_embeddings
         save_weights(partial / "model.safetensors", snapshot.weights, tied=tied)
         if snapshot.ema is not None:
-            # Buffers have no average.
+            # There is no average of buffers.
             save_weights(partial / "ema.safetensors", {**snapshot.weights, **snapshot.ema}, tied=tied)
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        parameters = sum(tensor.numel() for name, tensor in snapshot.weights.items() if not (tied and name == TIED_HEAD))
-        sizes = {"step": snapshot.step, "parameters": parameters}
-        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, **sizes, **about})
+        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
         _write_json(partial / "train_metrics.json", snapshot.metrics)
         save_file(
             {name: t.detach().contiguous() for name, t in snapshot.trainer.tensors.items()},
@@ -128,7 +130,7 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, opened: its config, tokenizer and template; weights are read on demand."""
+    """An open checkpoint folder: its config, tokenizer and template. Weights are read on demand."""
 
     folder: Path
     config: PretrainInstructConfig
@@ -138,7 +140,7 @@ class Checkpoint:
     data_hash: str
 
     def weights(self, *, ema: bool) -> dict[str, Tensor]:
-        """Weights by the names of `RecursiveModel`, the moving average if `ema` is wanted and there is one."""
+        """Weights by the names of `RecursiveModel`. ema: the moving average, if there is one."""
         return read_weights(weights_file(self.folder, ema=ema))
 
     def weights_sha256(self, *, ema: bool) -> str:
@@ -152,10 +154,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
-    """Open a folder written by `save_checkpoint`, or the newest in a run's folder, see `newest_checkpoint`.
+    """Open a folder written by `save_checkpoint`, or the newest one in a run's folder
+    (`newest_checkpoint`).
 
-    The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same content. Raises UsageError if
-    the folder is missing, foreign or damaged.
+    The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same
+    content. Raises UsageError if the folder is missing, damaged or of another kind.
     """
     folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "tokenizer_sha256", "template", "data_hash"})
@@ -181,9 +184,10 @@ def _to_stderr(text: str) -> None:
 
 
 def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Path:
-    """The newest whole checkpoint of a run's folder; any other `path` as it is.
+    """The newest intact checkpoint of a run's folder; any other `path` is returned unchanged.
 
-    `say` reports which it takes, and the damaged ones that it skips. Raises UsageError if a run has none that is whole.
+    `say` reports the choice and the damaged checkpoints that are skipped. Raises UsageError if none
+    of a run's checkpoints is intact.
     """
     if (path / "checkpoint.json").is_file():
         return path
@@ -194,15 +198,15 @@ def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Pa
         except UsageError as error:
             say(f"{error}; looking for an older checkpoint")
             continue
-        say(f"{path}: taking its newest checkpoint, {folder.name}")
+        say(f"{path}: using its newest checkpoint, {folder.name}")
         return folder
     if folders:
-        raise UsageError(f"no checkpoint in {path} is whole ({', '.join(folder.name for folder in folders)}): use another run's")
+        raise UsageError(f"no checkpoint in {path} is intact ({', '.join(folder.name for folder in folders)}): use another run's")
     return path
 
 
 def _check_whole(folder: Path) -> None:
-    """Raise UsageError if a file that using a checkpoint needs is damaged. Of weights only the header is read."""
+    """Raise UsageError if a needed file is damaged. Of weights, only the header is read."""
     about = read_about(folder, {"step"})
     settings = read_settings(folder, say=lambda _: None)
     if "tokenizer_sha256" in about:
@@ -227,10 +231,12 @@ def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
 
 
 def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
-    """checkpoint.json of a folder. Raises UsageError if it is missing, lacks one of `keys`, or is of another kind of model."""
+    """Read checkpoint.json of a folder. Raises UsageError if it is missing, lacks one of `keys`, or
+    is of another kind of model.
+    """
     if not (folder / "checkpoint.json").is_file():
         place = folder if folder.is_dir() else folder.parent
-        # The runs of a project, or of all projects. No deeper: `place` may be any folder, of any size.
+        # The runs of a project, or of all projects. No deeper: `place` may be any folder.
         runs = sorted({p.parents[1] for above in ("*/", "*/*/") for p in place.glob(f"{above}step_*/checkpoint.json")})
         near = checkpoints_of(place) or runs
         found = f"; found nearby: {', '.join(map(str, near[:5]))}{', ...' if len(near) > 5 else ''}" if near else ""
@@ -246,7 +252,8 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
 
 
 def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict[str, Any]:
-    """config.yaml of a checkpoint folder, upgraded to this version (config/upgrade.py). `say` reports keys that are dropped.
+    """Read config.yaml of a checkpoint folder, upgraded to this version (config/upgrade.py). `say`
+    reports dropped keys.
 
     Raises UsageError if it is missing or damaged.
     """
@@ -258,7 +265,7 @@ def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict
         raise UsageError(f"the checkpoint {folder} is damaged: its config.yaml holds no settings")
     settings, dropped = upgraded(settings)
     if dropped:
-        say(f"{folder}: dropped, as this version has no such settings: {', '.join(dropped)}")
+        say(f"{folder}: ignoring settings that this version doesn't have: {', '.join(dropped)}")
     return settings
 
 
@@ -269,7 +276,7 @@ def _check_format(folder: Path, about: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """All that training resumes from, read from a checkpoint folder."""
+    """The saved state of a run, read from a checkpoint folder."""
 
     folder: Path
     about: dict[str, Any]
@@ -282,7 +289,7 @@ class SavedRun:
 
 
 def read_saved_run(folder: Path) -> SavedRun:
-    """Read all of a checkpoint folder before anything is built on it. Raises UsageError if any of it is damaged."""
+    """Read a whole checkpoint folder before using any of it. Raises UsageError if it is damaged."""
     about = _read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     settings = read_settings(folder)
@@ -311,7 +318,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_train_metrics(checkpoint: Path) -> dict[str, Any]:
-    """The run's metrics when it saved this checkpoint. Raises UsageError if they can't be read."""
+    """The run's metrics at this checkpoint. Raises UsageError if they can't be read."""
     return _read_json(checkpoint / "train_metrics.json")
 
 

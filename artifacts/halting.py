@@ -1,23 +1,23 @@
-"""halting.json in a checkpoint folder: scale and shift that make the halting logit at each depth a probability to rely on.
+"""halting.json in a checkpoint folder: scale and shift that calibrate the halting logit at each
+depth.
 
-It belongs to one set of weights and says which. How it is fitted (evaluators/calibration.py) is not known here.
+It belongs to one set of weights and names it by hash. evaluators/calibration.py fits it.
 """
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from artifacts.checkpoint import Checkpoint
+from artifacts.files import write_whole
 from config.errors import UsageError
 
 FILE_NAME = "halting.json"
 FORMAT_VERSION = 1
-_MAKE_IT_AGAIN = "delete the file, and run scripts/calibrate_halting.py if you want it anew"
+_MAKE_IT_AGAIN = "delete the file, and run scripts/calibrate_halting.py to make a new one"
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ def read_halting_calibration(checkpoint: Checkpoint) -> HaltingCalibration | Non
 def write_halting_calibration(
     checkpoint: Checkpoint, calibration: HaltingCalibration, measured: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the calibration of the weights that are used (the average if there is one), whole or not at all; returns its path.
+    """Write the calibration of the checkpoint's weights (the moving average if there is one)
+    atomically; returns its path.
 
-    One that was made for the same weights is replaced. `measured` goes into the file for its readers; the program doesn't read it.
-    Raises UsageError if the file there is damaged or belongs to other weights, or if it can't be written.
+    It replaces a calibration of the same weights. `measured` is written for people; the program
+    doesn't read it. Raises UsageError if an existing file is damaged or belongs to other weights,
+    or if the file can't be written.
     """
     read_halting_calibration(checkpoint)
     path = checkpoint.folder / FILE_NAME
@@ -62,17 +64,7 @@ def write_halting_calibration(
         "shift": calibration.shift,
         "measured": measured or {},
     }
-    text = json.dumps(values, indent=2) + "\n"
-    try:
-        with tempfile.TemporaryDirectory(dir=checkpoint.folder, prefix=f".{FILE_NAME}-") as folder:
-            partial = Path(folder) / FILE_NAME
-            with partial.open("w", encoding="utf-8") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}; make the checkpoint's folder writable") from error
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), "free space, or make the checkpoint's folder writable")
     return path
 
 

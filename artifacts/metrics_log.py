@@ -1,6 +1,7 @@
-"""`metrics.jsonl` and `timing.jsonl` of a run: one JSON object a line, readable while the run goes on.
+"""`metrics.jsonl` and `timing.jsonl` of a run: one JSON object per line, readable while the run
+continues.
 
-What depends on the clock goes to timing.jsonl, so metrics.jsonl is the same for the same run.
+Values that depend on the clock are in timing.jsonl, so metrics.jsonl is reproducible.
 """
 
 import contextlib
@@ -13,18 +14,19 @@ from config.errors import UsageError
 
 
 class MetricsLog:
-    """Appends lines to both files of `folder`; `length` and `timing_length` are what a checkpoint must remember of them, in bytes.
+    """Appends lines to both files of `folder`. A checkpoint saves `length` and `timing_length`, in
+    bytes.
 
-    Raises UsageError where they can't be written.
+    Raises UsageError if the files can't be written.
     """
 
     def __init__(self, folder: Path, keep: int = 0, keep_timing: int = 0) -> None:
-        """Open for appending, both files cut back to their first bytes: what a resumed run knows to be its own.
+        """Open both files to append, truncated to the lengths that a resumed run saved.
 
-        Where a file is shorter than that, its length says so.
+        The length of a shorter file is its own.
         """
         self._folder = folder
-        with self._told():
+        with self._os_errors_reported():
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = (folder / "metrics.jsonl").open("ab")
             self._timing = (folder / "timing.jsonl").open("ab")
@@ -33,14 +35,14 @@ class MetricsLog:
             self._timing.truncate(self.timing_length)
 
     def write(self, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """One line of metrics, and one of timing if given."""
+        """Write a line of metrics, and one of timing if given."""
         self.length += self._append(self._metrics, metrics)
         if timing is not None:
             self.timing_length += self._append(self._timing, timing)
 
     def _append(self, file: BinaryIO, values: Mapping[str, Any]) -> int:
         line = (json.dumps(values) + "\n").encode()
-        with self._told():
+        with self._os_errors_reported():
             file.write(line)
             file.flush()
         return len(line)
@@ -51,7 +53,7 @@ class MetricsLog:
         self._timing.close()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _os_errors_reported(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

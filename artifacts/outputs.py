@@ -1,25 +1,28 @@
-"""What a measurement leaves: its metrics as JSON, and tensors, gathered batch by batch, as one safetensors file."""
+"""The files of an evaluation: metrics as JSON, and tensors of all batches as one safetensors file."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from artifacts.files import whole_file, write_whole
 from config.errors import UsageError
 from models.distributed import Ranks
 
-# What may be kept of text, and what fills positions beyond a row's end. Rows of puzzles are all of one length.
+# The tensors of text that can be saved, with the fill value beyond a row's end. Rows of puzzles
+# have equal lengths.
 OUTPUT_FILL = {"inputs": 0, "labels": -100, "preds": -100, "nll": 0, "halt_logits": 0, "act_steps": 0}
+_REMEDY = "free space, or name another --output-dir"
 
 
 class SavedOutputs:
-    """Keeps the tensors named by `keys`, each [rows, ...], in the order of the split; of OUTPUT_FILL, rows may end anywhere."""
+    """Collects the tensors named `keys`, each [rows, ...], in the order of the split. Rows of those
+    in OUTPUT_FILL may differ in length.
+    """
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = tuple(keys)
@@ -27,17 +30,17 @@ class SavedOutputs:
         self._batches: list[dict[str, Tensor]] = []
 
     def add(self, rows: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """One batch: `rows` int64[B], where its rows stand in the split, and the tensors [B, ...]."""
+        """Add a batch: its rows' indices in the split (int64[B]), and its tensors [B, ...]."""
         self._rows.append(rows.cpu())
         self._batches.append({key: tensors[key].cpu() for key in self.keys})
 
     @property
     def has_rows(self) -> bool:
-        """Whether there is anything to write."""
+        """Whether there are rows to write."""
         return bool(self.keys and self._rows)
 
     def gather(self, ranks: Ranks) -> None:
-        """Keep the batches of all ranks at the first one, and none elsewhere."""
+        """Move the batches of all ranks to the first one."""
         of_ranks = ranks.gather_at_first((self._rows, self._batches))
         self._rows, self._batches = [], []
         for rows, batches in of_ranks:
@@ -45,7 +48,10 @@ class SavedOutputs:
             self._batches += batches
 
     def write(self, path: Path) -> None:
-        """Write all batches, padded to the longest, with a tensor `rows` beside them."""
+        """Write all batches atomically, padded to the longest row, and the tensor `rows`.
+
+        Raises UsageError if that fails.
+        """
         rows = torch.cat(self._rows)
         order = torch.argsort(rows)
         saved = {"rows": rows[order].contiguous()}
@@ -55,26 +61,17 @@ class SavedOutputs:
                 width = max(part.shape[1] for part in parts)
                 parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=OUTPUT_FILL[key]) for part in parts]
             saved[key] = torch.cat(parts)[order].contiguous()
-        try:
-            save_file(saved, path)
-        except SafetensorError as error:
-            raise UsageError(f"{path} can't be written: {error}; free some space, or choose another folder") from None
+        with whole_file(path, _REMEDY) as partial:
+            save_file(saved, partial)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` in place of what is there: whole, or not at all. Raises UsageError where that can't be."""
-    # A name of its own: two measurements may write at the same time.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written: {error}; free space or name another --output-dir") from error
+    """Write `values` atomically, over any existing file. Raises UsageError if that fails."""
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), _REMEDY)
 
 
 def output_folder(folder: Path) -> Path:
-    """`folder`, made if it is missing. Raises UsageError where that can't be, before hours of measuring."""
+    """Create `folder` if missing. Raises UsageError if it can't be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,18 +1,18 @@
-"""Curves of a run, or of several over each other, from metrics.jsonl and timing.jsonl: as run.png, or as SVG for a page.
+"""Curves of one or more runs, from metrics.jsonl and timing.jsonl, as run.png or as SVG for an HTML
+page.
 
-Knows files and keys, not training. matplotlib is imported where a picture is drawn: reading this module must not cost every program
-its start.
+Knows files and keys, not training. matplotlib is imported on use, so that other programs start
+fast.
 """
 
 import bisect
 import io
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from artifacts.files import json_lines, whole_file
 from config.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 Log = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""The lines of a run by file and by step; those of metrics.jsonl also have the `minutes` of training until then, or None."""
+"""The lines of a run by file and step; those of metrics.jsonl have training `minutes`, or None."""
 
 
 class _Curve(NamedTuple):
-    """One value of a log. `key` may lead into sections and lists, `test.by_act_step.0.bits_per_byte`.
+    """One value of a log. `key` may lead into sections and lists:
+    `test.by_act_step.0.bits_per_byte`.
 
-    Of a list there is a value for each ACT step; the last one, which stands beside the list, too, is left out.
+    A list has a value for each ACT step. Its last value is left out, because it is also a key
+    beside the list.
     """
 
     file: str
@@ -39,7 +41,7 @@ class _Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Values over the optimizer steps, or over the minutes of training."""
+    """Values by optimizer step, or by minutes of training."""
 
     title: str
     curves: tuple[_Curve, ...]
@@ -49,7 +51,7 @@ class Panel(NamedTuple):
 
 
 def _by_act_step(key: str) -> tuple[_Curve, ...]:
-    """Curves of an evaluation at several depths. key: with a * for the number of the ACT step, from 0."""
+    """Curves of an evaluation at several depths. key: with * for the index of the ACT step, from 0."""
     return tuple(_Curve(METRICS, key.replace("*", str(k - 1)), f"at ACT step {k}", dots=True) for k in (1, 2, 4, 8))
 
 
@@ -59,7 +61,7 @@ _LOSS = (
     _Curve(METRICS, "test.loss_per_token", "held out", dots=True),
 )
 _ROW_LOSS = (_Curve(METRICS, "lm_loss", "training"), _Curve(METRICS, "test.lm_loss", "held out", dots=True))
-# Of each panel, the curves that a run's logs have are drawn, and a panel without any is left out.
+# Only curves in a run's logs are drawn, and a panel without any is left out.
 _PANELS = (
     Panel("loss, nats per token", _LOSS, logarithmic=True),
     Panel("loss, nats per token, by time", _LOSS, logarithmic=True, over_minutes=True),
@@ -71,14 +73,14 @@ _PANELS = (
         from_zero=False,
     ),
     Panel(
-        "share of rows wholly right, held out",
+        "rows wholly right, held out",
         (
             _Curve(METRICS, "test.exact_accuracy", "at all ACT steps", dots=True),
             *_by_act_step("test.by_act_step.*.exact_accuracy"),
             *_by_act_step("test.exact_accuracy_by_act_step.*"),
         ),
     ),
-    Panel("ACT steps of a row, mean", (_Curve(METRICS, "mean_act_steps"),)),
+    Panel("mean ACT steps of a row", (_Curve(METRICS, "mean_act_steps"),)),
     Panel(
         "loss of the halting head, nats",
         (_Curve(METRICS, "halt_loss_per_token", "training"), _Curve(METRICS, "q_halt_loss", "training")),
@@ -95,16 +97,17 @@ _COLUMNS = 2
 
 
 def read_log(folder: Path) -> Log:
-    """The logs of the run in `folder`; an evaluation's line joins that of its step, and of a step trained again the last counts.
+    """The logs of the run in `folder`. An evaluation's line joins that of its step; if a step has
+    several lines, the last counts.
 
-    Raises UsageError if it has no metrics.jsonl.
+    Raises UsageError if it has no metrics.jsonl, or a line is damaged.
     """
     if not (folder / METRICS).is_file():
         raise UsageError(f"{folder} is not the folder of a run: it has no {METRICS}")
     metrics, timing = _read(folder / METRICS), _read(folder / TIMING)
     steps = sorted(timing)
     for step, line in metrics.items():
-        # Not every evaluation is at a step that has a line of its own: the first line from there on.
+        # Not every evaluation is at a step with a timing line: use the next one.
         place = bisect.bisect_left(steps, step)
         seconds = timing[steps[place]].get("seconds") if place < len(steps) else None
         line["minutes"] = None if seconds is None else seconds / 60
@@ -112,14 +115,12 @@ def read_log(folder: Path) -> Log:
 
 
 def panels_of(logs: Sequence[Log]) -> list[Panel]:
-    """The panels that there is something to draw in."""
+    """The panels with something to draw."""
     return [panel for panel in _PANELS if any(_points(log, curve, panel) for log in logs for curve in panel.curves)]
 
 
 def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> None:
-    """Draw a panel of the runs, given with their names. The first one is thick and pale, so that one that lies on it is seen."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
+    """Draw a panel of the named runs. The first is thick and pale, to stay visible under others."""
     several = len(runs) > 1
     for number, (name, log) in enumerate(runs):
         for place, curve in enumerate(panel.curves):
@@ -144,43 +145,64 @@ def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> N
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     if panel.logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_logarithmic(axes)
     elif panel.from_zero:
         axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, 1e-9))
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend(fontsize="small")
 
 
-def draw_runs(folders: Sequence[Path], path: Path) -> None:
-    """Write the PNG `path` of the runs in `folders`.
+def set_logarithmic(axes: "Axes") -> None:
+    """Make the vertical axis logarithmic, with plain numbers: `_TEXT` shows matplotlib's own powers of ten as they are spelled."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    Raises UsageError if a folder has no metrics.jsonl, matplotlib is missing, or the file can't be written.
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def distinct_names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """`names` if each is another; else as much of the end of each path as tells them apart."""
+    parts = [path.absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(of[-length:]) for of in parts]
+    return list(names)
+
+
+# A run may have a $ in its name, which isn't mathematics.
+_TEXT: dict[Any, Any] = {"text.parse_math": False}
+
+
+def draw_runs(folders: Sequence[Path], path: Path) -> None:
+    """Draw the runs in `folders` to the PNG file `path`.
+
+    Raises UsageError if `read_log` does, matplotlib is missing, or the file can't be written.
     """
     figure_of = _figure_class()
-    runs = [(folder.name, read_log(folder)) for folder in folders]
+    from matplotlib import rc_context
+
+    names = distinct_names([folder.absolute().name for folder in folders], folders)
+    runs = [(name, read_log(folder)) for name, folder in zip(names, folders, strict=True)]
     drawn = panels_of([log for _, log in runs])
     rows = max(1, -(-len(drawn) // _COLUMNS))
-    figure = figure_of(figsize=(5.5 * _COLUMNS, 2.8 * rows), layout="constrained")
-    for axes, panel in zip(figure.subplots(rows, _COLUMNS, squeeze=False).flat, drawn, strict=False):
-        draw_panel(axes, panel, runs)
-    for axes in figure.axes[len(drawn) :]:
-        axes.set_axis_off()
-    figure.suptitle(", ".join(name for name, _ in runs), fontsize="medium")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, dpi=110, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"the picture {path} can't be written: {error}; free space, or name another file") from error
+    with rc_context(_TEXT):
+        figure = figure_of(figsize=(5.5 * _COLUMNS, 2.8 * rows), layout="constrained")
+        for axes, panel in zip(figure.subplots(rows, _COLUMNS, squeeze=False).flat, drawn, strict=False):
+            draw_panel(axes, panel, runs)
+        for axes in figure.axes[len(drawn) :]:
+            axes.set_axis_off()
+        figure.suptitle(", ".join(names), fontsize="medium")
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
 
 
-# Stands for the text's colour of the page that an SVG is put in: no other grey here is this one.
+# Placeholder for the text colour of the page around an SVG. No other grey here has this value.
 _INK = "#010203"
 _SVG_STYLE: dict[Any, Any] = {
+    **_TEXT,
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.family": "sans-serif",
@@ -191,7 +213,8 @@ _SVG_STYLE: dict[Any, Any] = {
 
 
 def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
-    """What `draw` draws, as an <svg> element whose text has the colours and the font of the page around it. height: inches.
+    """The drawing of `draw` as an <svg> element; its text has the colours and the font of the page
+    around it. height: inches.
 
     Raises UsageError if matplotlib is missing.
     """
@@ -204,7 +227,7 @@ def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
         page = io.StringIO()
         figure.savefig(page, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     element = page.getvalue()[page.getvalue().index("<svg") :]
-    # Ids of groups, which nothing refers to, would be the same in every picture of the page.
+    # Remove the ids of groups: they are unused, and would repeat in every SVG of the page.
     element = re.sub(r' id="[a-z]+\w*_\d+"', "", element)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element)).replace(
         _INK, "currentColor"
@@ -215,7 +238,7 @@ def _figure_class() -> type["Figure"]:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as missing:
-        raise UsageError(f"a picture needs matplotlib ({missing}): run `pip install -r requirements.txt`") from None
+        raise UsageError(f"plotting needs matplotlib ({missing}): run `pip install -r requirements.txt`") from None
     return Figure
 
 
@@ -237,13 +260,6 @@ def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(path) if path.is_file() else ():
+    for line in json_lines(path, "step") if path.is_file() else ():
         lines.setdefault(line["step"], {}).update(line)
     return lines
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().splitlines(keepends=True):
-        # What a run is writing just now, or was when it was killed, isn't a line yet.
-        if line.endswith(b"\n"):
-            yield json.loads(line)

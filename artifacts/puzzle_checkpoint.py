@@ -1,9 +1,9 @@
-"""What a checkpoint of a puzzle model has of its own: the description of its data in place of a tokenizer.
+"""The checkpoint of a puzzle model: it has the description of its data in place of a tokenizer.
 
     dataset.json             PuzzleMetadata of the training data: vocabulary, length of a row, number of puzzle identifiers
     checkpoint.json          format, step, hash of the data, hash of the puzzle identifiers' names
 
-The rest of the folder is as artifacts/checkpoint.py says.
+Other files are as in artifacts/checkpoint.py.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _METADATA_FILE = "dataset.json"
 
 
 def identifiers_sha256(data_paths: Sequence[str]) -> str:
-    """Hex SHA-256 of the names of all puzzle identifiers: two data sets with the same hash number their puzzles alike."""
+    """Hex SHA-256 of the names of all puzzle identifiers, equal if puzzles are numbered alike."""
     digest = hashlib.sha256()
     for path in data_paths:
         digest.update("\n".join([*read_identifiers(path), ""]).encode())
@@ -36,7 +36,7 @@ def identifiers_sha256(data_paths: Sequence[str]) -> str:
 def save_puzzle_checkpoint(
     folder: Path, snapshot: Snapshot, *, config: PretrainPuzzleConfig, data: PuzzleData, identifiers: str
 ) -> None:
-    """`write_checkpoint` of a puzzle model. identifiers: `identifiers_sha256` of its data."""
+    """`write_checkpoint` for a puzzle model. identifiers: `identifiers_sha256` of its data."""
     write_checkpoint(
         folder,
         snapshot,
@@ -48,7 +48,9 @@ def save_puzzle_checkpoint(
 
 @dataclass(frozen=True)
 class PuzzleCheckpoint:
-    """A checkpoint folder, opened: its config and what its data was; `read_weights(folder)` gives the weights."""
+    """An open checkpoint folder: its config and the description of its data. `read_weights(folder)`
+    reads the weights.
+    """
 
     folder: Path
     config: PretrainPuzzleConfig
@@ -57,7 +59,7 @@ class PuzzleCheckpoint:
     identifiers_sha256: str
 
     def model(self, config: PretrainPuzzleConfig) -> RecursiveModel:
-        """The model, to be evaluated as `config` asks for: device, number formats, compiled code."""
+        """The model for evaluation, with the device, number formats and compilation of `config`."""
         device = pick_device(config.device)
         known = self.metadata
         arch = resolve_arch(config.arch, device)
@@ -70,7 +72,7 @@ class PuzzleCheckpoint:
         return model
 
     def check_data(self, data: PuzzleData, data_paths: Sequence[str]) -> None:
-        """Raises UsageError if the model isn't for this data: other tokens or length, or puzzles that have other numbers."""
+        """Raise UsageError if the data has other tokens, another length or other puzzle numbers."""
         fields = ["vocab_size", "seq_len"]
         if self.config.arch.puzzle_emb_ndim:
             fields.append("num_puzzle_identifiers")
@@ -84,18 +86,19 @@ class PuzzleCheckpoint:
         self.check_identifiers(data_paths)
 
     def check_identifiers(self, data_paths: Sequence[str]) -> None:
-        """Raises UsageError if puzzles have vectors and those of this data other numbers than the model knows."""
+        """Raise UsageError if puzzles have vectors and this data numbers its puzzles otherwise."""
         if self.config.arch.puzzle_emb_ndim and identifiers_sha256(data_paths) != self.identifiers_sha256:
             raise UsageError(
-                f"{self.folder} knows puzzles under other numbers than identifiers.json of {', '.join(data_paths)}: use the data "
+                f"{self.folder} numbers puzzles otherwise than identifiers.json of {', '.join(data_paths)}: use the data "
                 "set the model was trained on"
             )
 
 
 def open_puzzle_checkpoint(folder: Path) -> PuzzleCheckpoint:
-    """Open a folder written by `save_puzzle_checkpoint`, or the newest in a run's folder, see `newest_checkpoint`.
+    """Open a folder written by `save_puzzle_checkpoint`, or the newest one in a run's folder
+    (`newest_checkpoint`).
 
-    Raises UsageError if it is missing, foreign or damaged.
+    Raises UsageError if it is missing, damaged or of another kind.
     """
     folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "data_hash", "identifiers_sha256"})

@@ -1,11 +1,13 @@
-"""A report of a run, or of several side by side: one HTML page that needs no network, or Markdown for a model card.
+"""A report of one run, or of several side by side: an HTML page that needs no network, or Markdown
+for a model card.
 
-Every figure in it stands in the files of the runs. What a run hasn't measured is left out, with the command that measures it. Knows
-files and keys; nothing of training, models or command lines.
+All its figures come from the runs' files. For a missing figure it names the command that measures
+it. Knows files and keys, nothing of training, models or command lines.
 """
 
 import json
-import os
+import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from artifacts.checkpoint import checkpoints_of, read_settings
-from artifacts.plots import METRICS, TIMING, Log, draw_panel, panels_of, read_log, svg
+from artifacts.checkpoint import checkpoints_of, read_about, read_settings
+from artifacts.files import json_lines, write_whole
+from artifacts.plots import METRICS, TIMING, Log, distinct_names, draw_panel, panels_of, read_log, set_logarithmic, svg
+from artifacts.weights import count_parameters, weights_file
 from config.errors import UsageError
 from config.upgrade import shipped_settings
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ANSWERS_SHOWN = 10
-# Where a run is kept and how it is watched: no difference from the defaults that is worth a line.
+# Settings of folders and logging: their differences from the defaults are left out.
 _NOT_COMPARED = ("project_name", "run_name", "checkpoint_dir", "resume", "dataset.data_dir", "dataset.cache_dir")
 _MEASURES = (
     ("loss per token, nats", "loss_per_token"),
@@ -41,7 +45,7 @@ _SHARES = {"token_accuracy", "exact_accuracy", "accuracy", "q_halt_accuracy", "p
 
 
 class Cell(NamedTuple):
-    """A number as it is read, and as it stands in its file."""
+    """A number as shown, and as in its file."""
 
     text: str
     exact: float | None = None
@@ -51,14 +55,14 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells under their heads; the first column says what a row is about."""
+    """Rows of cells under column heads. The first column names the row."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
 
 class Answers(NamedTuple):
-    """Sample answers of a run: the records of answers_<split>.jsonl, and the most ACT steps that a token can take."""
+    """Sample answers of a run (from answers_<split>.jsonl), and the most ACT steps per token."""
 
     run: str
     records: Sequence[Mapping[str, Any]]
@@ -66,35 +70,45 @@ class Answers(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the report; without charts, tables and answers it says by `missing` how to get them."""
+    """A section of the report. Without any content it shows `missing`: how to get it."""
 
     title: str
     missing: str
     charts: Sequence[Callable[[], str]] = ()
-    """Each draws itself, as an <svg> element."""
+    """Each returns an <svg> element."""
     tables: Sequence[Table] = ()
     answers: Sequence[Answers] = ()
     note: str = ""
 
 
 class _Run:
-    """What a run and its newest checkpoint, or the one that `path` is, have left. Raises UsageError if `path` is neither."""
+    """The files of a run and its newest checkpoint, or of the run up to the checkpoint `path`.
+
+    Raises UsageError if `path` is neither.
+    """
 
     def __init__(self, path: Path) -> None:
         is_checkpoint = (path / "checkpoint.json").is_file()
-        self.folder = path.parent if is_checkpoint else path
-        self.name = path.absolute().parent.name if is_checkpoint else path.absolute().name
-        is_run = not is_checkpoint or (self.folder / METRICS).is_file()
-        self.log: Log = read_log(self.folder) if is_run else {METRICS: {}, TIMING: {}}
+        folder = path.absolute().parent if is_checkpoint else path
+        self.name = folder.absolute().name
+        is_run = not is_checkpoint or (folder / METRICS).is_file()
+        last = read_about(path, {"step"})["step"] if is_checkpoint else math.inf
+        whole = read_log(folder) if is_run else {METRICS: {}, TIMING: {}}
+        self.log: Log = {file: {step: line for step, line in lines.items() if step <= last} for file, lines in whole.items()}
         self.checkpoint = path if is_checkpoint else next(reversed(checkpoints_of(path)), None)
         self.settings = {} if self.checkpoint is None else read_settings(self.checkpoint, say=lambda _: None)
         self.about, self.puzzles, self.halting, self.depths = (
             self._json(name) for name in ("checkpoint.json", "dataset.json", "halting.json", "depth.json")
         )
-        of_training = [line["test"] for line in self.log[METRICS].values() if "test" in line]
-        of_split = [self._json("metrics.json"), self._json("metrics_test.json")]
-        self._measurements = [*of_split, *reversed(of_training), self._json("train_metrics.json").get("test", {})]
-        self.measured: Mapping[str, Any] = next(filter(None, self._measurements), {})
+        measured = {name: self._json(name) for name in ("metrics.json", "metrics_test.json")}
+        # A measurement of the first batches only is a trial.
+        found = [(name, of) for name, of in measured.items() if of and of.get("max_batches") is None]
+        # A checkpoint is described by the evaluation of its own step only.
+        lines = {step: line for step, line in self.log[METRICS].items() if step == last or not is_checkpoint}
+        found += [(f"training, step {step}", lines[step]["test"]) for step in sorted(lines, reverse=True) if "test" in lines[step]]
+        found += [("train_metrics.json", line["test"]) for line in [self._json("train_metrics.json")] if "test" in line]
+        nothing: tuple[str | None, Mapping[str, Any]] = (None, {})
+        self.measured_by, self.measured = next(iter(found), nothing)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = None if self.checkpoint is None else self.checkpoint / name
@@ -104,72 +118,80 @@ class _Run:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} is damaged: {error}; write it again, or delete it") from error
-        return dict(found)
+        if not isinstance(found, dict):
+            raise UsageError(f"{path} is damaged: expected a JSON object; write it again, or delete it")
+        return found
 
     def samples(self) -> list[dict[str, Any]]:
-        """The first answers to the test split that have been generated."""
+        """The first generated answers to the test split."""
         path = None if self.checkpoint is None else self.checkpoint / "answers_test.jsonl"
         if path is None or not path.is_file():
             return []
-        with path.open(encoding="utf-8") as lines:
-            return [record for line in islice(lines, _ANSWERS_SHOWN) if "answer" in (record := json.loads(line))]
+        return [record for record in islice(json_lines(path, "prompt"), _ANSWERS_SHOWN) if "answer" in record]
 
     def setting(self, key: str) -> Any:
         """A setting by its dotted key, None if there is none."""
         return dict(_flat(self.settings)).get(key)
 
     def last(self, file: str, key: str) -> Any:
-        """The last value of a log's key, None if there is none."""
+        """The last value of a key in a log, None if there is none."""
         return next((line[key] for line in reversed(list(self.log[file].values())) if line.get(key) is not None), None)
 
     def by_act_step(self) -> list[Mapping[str, Any]]:
-        """The last measures at 1, 2, ... ACT steps; with a halting threshold there are none."""
-        for found in self._measurements:
-            if found.get("by_act_step"):
-                return list(found["by_act_step"])
-        return [{"exact_accuracy": share} for share in self.measured.get("exact_accuracy_by_act_step", [])]
+        """The metrics at 1, 2, ... ACT steps; empty with a halting threshold."""
+        of_puzzles = [{"exact_accuracy": share} for share in self.measured.get("exact_accuracy_by_act_step", [])]
+        return list(self.measured.get("by_act_step") or of_puzzles)
+
+    def parameters(self) -> int | None:
+        """Of the model; None without its weights."""
+        if self.checkpoint is None or not weights_file(self.checkpoint, ema=False).is_file():
+            return None
+        return count_parameters(self.checkpoint)
 
 
 def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -> None:
-    """Write the report of the runs (or of single checkpoints) `paths`, as HTML or as Markdown, in place of a file that is there.
+    """Write the report of the runs or checkpoints `paths`, as HTML or Markdown, replacing an
+    existing file.
 
-    Raises UsageError if a path is neither a run nor a checkpoint, something in it is damaged, or the file can't be written.
+    Raises UsageError if a path is neither a run nor a checkpoint, a file in it is damaged, or the
+    report can't be written.
     """
     runs = [_Run(folder) for folder in paths]
+    for run, name in zip(runs, distinct_names([run.name for run in runs], paths), strict=True):
+        run.name = name
     title = ", ".join(run.name for run in runs)
     if markdown:
         text = f"# {title}\n\n" + "\n".join(map(_as_markdown, _sections(runs)))
     else:
         pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
         text = pages.get_template("report.html.jinja").render(title=title, sections=list(_sections(runs)))
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UsageError(f"the report {path} can't be written: {error}; free space, or name another file") from error
+    write_whole(path, text.encode())
 
 
 def card_tables(checkpoint: Path) -> tuple[str, str]:
-    """Tables of a checkpoint's data and of its results, as they stand in its model card. Raises UsageError if it is damaged."""
+    """Tables of a checkpoint's data and results for its model card. Raises UsageError."""
     runs = [_Run(checkpoint)]
     results = (_overview(runs), _depth(runs), _calibration(runs), _families(runs))
     return _tables_as_markdown(_data(runs)), "\n".join(map(_tables_as_markdown, results))
 
 
 def _sections(runs: Sequence[_Run]) -> Iterator[Section]:
-    of_text = (_calibration, _samples)
-    for section in (_overview, _data, _curves, _depth, _calibration, _families, _samples, _settings):
-        if section not in of_text or not all(run.puzzles for run in runs):
-            yield section(runs)
+    texts, puzzles = [run for run in runs if not run.puzzles], [run for run in runs if run.puzzles]
+    yield from (section(runs) for section in (_overview, _data, _curves, _depth))
+    if texts:
+        yield from (_calibration(texts), _families(texts))
+    if puzzles:
+        yield _sets(puzzles)
+    if texts:
+        yield _samples(texts)
+    yield _settings(runs)
 
 
 def _overview(runs: Sequence[_Run]) -> Section:
     facts: list[tuple[str, Callable[[_Run], Cell]]] = [
         ("checkpoint", lambda run: _cell(run.checkpoint and run.checkpoint.name)),
         ("recursion", lambda run: _cell(run.setting("arch.name"))),
-        ("parameters and buffers", lambda run: _cell(run.about.get("parameters"))),
+        ("parameters", lambda run: _cell(run.parameters())),
         ("width", lambda run: _cell(run.setting("arch.hidden_size"))),
         ("ACT steps, at most", lambda run: _cell(run.setting("arch.halt_max_steps"))),
         ("optimizer", lambda run: _cell(run.setting("optimizer"))),
@@ -179,6 +201,11 @@ def _overview(runs: Sequence[_Run]) -> Section:
         ("training time", lambda run: _duration(run.last(TIMING, "seconds"))),
         ("peak memory of the process", lambda run: _gigabytes(run.last(TIMING, "peak_rss_bytes"))),
         ("peak memory of the GPU", lambda run: _gigabytes(run.last(TIMING, "cuda_peak_bytes"))),
+        ("held out: measured by", lambda run: _cell(run.measured_by)),
+        ("held out: rows", lambda run: _cell(run.measured.get("rows", run.measured.get("counts", {}).get("conversations")))),
+        ("held out: ACT steps, at most", lambda run: _cell(run.measured.get("act_steps", len(run.by_act_step()) or None))),
+        ("held out: halting threshold", lambda run: _cell(run.measured.get("halt_threshold"))),
+        ("held out: samples of a puzzle", lambda run: _cell(run.measured.get("search", {}).get("samples"))),
         *((f"held out: {name}", lambda run, key=key: _measure(run.measured, key)) for name, key in _MEASURES),
     ]
     rows = [(Cell(name), *(fact(run) for run in runs)) for name, fact in facts]
@@ -234,9 +261,7 @@ def _depth(runs: Sequence[_Run]) -> Section:
             head.append("answers exact")
             cells = [(*row, _share(share)) for row, share in zip(cells, answers, strict=True)]
         tables += [Table(head, cells)] if cells else []
-        settings = [
-            (of, sorted(of["tokens_per_second"])[len(of["tokens_per_second"]) // 2]) for of in run.depths.get("settings", [])
-        ]
+        settings = [(of, statistics.median(of["tokens_per_second"])) for of in run.depths.get("settings", [])]
         for is_fixed, label in ((True, "fixed depths"), (False, "halting thresholds")):
             points = [(speed, of["overall"]["accuracy"]) for of, speed in settings if (of["threshold"] is None) == is_fixed]
             timed += [(f"{run.name}, {label}", *_columns(points))] if points else []
@@ -276,13 +301,16 @@ def _calibration(runs: Sequence[_Run]) -> Section:
     return Section("Calibration of the halting probability", "python scripts/calibrate_halting.py --checkpoint RUN", charts, tables)
 
 
+def _sets(runs: Sequence[_Run]) -> Section:
+    keys = ("rows", "exact_accuracy", "accuracy")
+    sets = [(f"{run.name}: {name}", values) for run in runs for name, values in run.measured.get("sets", {}).items()]
+    rows = [(Cell(name), *(_measure(values, key) for key in keys)) for name, values in sets]
+    tables = [Table(("set", "rows", "rows wholly right", "tokens right"), rows)] if rows else []
+    return Section("Answers by set", "python inference.py --checkpoint RUN", tables=tables)
+
+
 def _families(runs: Sequence[_Run]) -> Section:
     missing = "python inference_instruct.py --checkpoint RUN (scores the bundled data's answers)"
-    sets = [(f"{run.name}: {name}", values) for run in runs for name, values in run.measured.get("sets", {}).items()]
-    if sets:
-        keys = ("rows", "exact_accuracy", "accuracy")
-        rows = [(Cell(name), *(_measure(values, key) for key in keys)) for name, values in sets]
-        return Section("Answers by set", missing, tables=[Table(("set", "rows", "rows wholly right", "tokens right"), rows)])
     found = [(run.name, run.measured["answers"]) for run in runs if "answers" in run.measured]
     if not found:
         return Section("Answers by family", missing)
@@ -300,7 +328,7 @@ def _families(runs: Sequence[_Run]) -> Section:
             values = [score["accuracy"] for _, score in scores]
             below = [max(0.0, score["accuracy"] - score["lower_95"]) for _, score in scores]
             above = [max(0.0, score.get("upper_95", score["accuracy"]) - score["accuracy"]) for _, score in scores]
-            # Runs stand side by side.
+            # Bars of the runs side by side.
             places = [place + 0.2 * (number - (len(found) - 1) / 2) for place, _ in scores]
             axes.errorbar(values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name)
         axes.set_yticks(range(len(families)), families)
@@ -316,7 +344,7 @@ def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: b
         for label, positions, values in curves:
             axes.plot(positions, values, label=label, markersize=4, linewidth=1.2, **style)
         if logarithmic:
-            axes.set_yscale("log")
+            set_logarithmic(axes)
         axes.locator_params(axis="x", integer=xlabel == "ACT steps")
         _label(axes, title, xlabel)
 
@@ -345,18 +373,27 @@ def _samples(runs: Sequence[_Run]) -> Section:
 def _settings(runs: Sequence[_Run]) -> Section:
     found = [dict(_flat(run.settings)) for run in runs]
     shipped = [dict(_flat(shipped_settings(run.settings))) for run in runs]
-    # What another setting decides (${...}) is no difference: only Hydra knows what it stands for.
-    differing = [
-        key
-        for own, default in zip(found, shipped, strict=True)
-        for key, value in own.items()
-        if key in default and "${" not in str(default[key]) and value != default[key] and key not in _NOT_COMPARED
-    ]
-    keys = dict.fromkeys(differing)
-    texts = [[value if isinstance(value := of.get(key), str) else json.dumps(value) for of in (shipped[0], *found)] for key in keys]
-    rows = [(Cell(key), *map(Cell, values)) for key, values in zip(keys, texts, strict=True)]
-    tables = [Table(("setting", "default", *(run.name for run in runs)), rows)] if any(found) else []
-    return Section("Settings that differ from the defaults", "They come with the run's first checkpoint.", tables=tables)
+
+    def differs(key: str) -> bool:
+        # Skip references to other settings (${...}): only Hydra can resolve them.
+        pairs = [
+            (own[key], default.get(key, own[key]))
+            for own, default in zip(found, shipped, strict=True)
+            if key in own and "${" not in str(default.get(key))
+        ]
+        return any(value != default or value != pairs[0][0] for value, default in pairs)
+
+    keys = [key for key in dict.fromkeys(key for own in found for key in own) if key not in _NOT_COMPARED and differs(key)]
+    names = [run.name for run in runs]
+    # Runs of several kinds have several defaults.
+    is_one_default = all(default.get(key) == shipped[0].get(key) for default in shipped for key in keys)
+    defaults = (
+        {"default": shipped[0]} if is_one_default else dict(zip((f"{name}: default" for name in names), shipped, strict=True))
+    )
+    rows = [(Cell(key), *(_setting(of, key) for of in (*defaults.values(), *found))) for key in keys]
+    title = f"Settings that differ from the defaults{' or between the runs' if len(runs) > 1 else ''}"
+    tables = [Table(("setting", *defaults, *names), rows)] if any(found) else []
+    return Section(title, "They come with the run's first checkpoint.", tables=tables)
 
 
 # Cells.
@@ -368,6 +405,11 @@ def _cell(value: Any) -> Cell:
     if isinstance(value, float):
         return Cell(f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}", value)
     return Cell(f"{value:,}", value) if isinstance(value, int) else Cell(str(value))
+
+
+def _setting(settings: Mapping[str, Any], key: str) -> Cell:
+    value = settings.get(key, "-")
+    return Cell(value if isinstance(value, str) else json.dumps(value))
 
 
 def _share(value: float | None) -> Cell:
@@ -412,7 +454,7 @@ def _as_markdown(section: Section) -> str:
             told = [f"- {name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in texts.items() if text is not None]
             text += "".join([*told, "\n"])
     if not section.tables and not section.answers:
-        text += "Shown in report.html.\n" if section.charts else f"Not there. To get it: {section.missing}\n"
+        text += "Charts, which the HTML report shows.\n" if section.charts else f"Not there. To get it: {section.missing}\n"
     return text
 
 

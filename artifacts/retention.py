@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest and the best. The others are removed."""
+"""Checkpoint retention: keeps a run's newest and best checkpoints, and removes the others."""
 
 import contextlib
 import math
@@ -10,21 +10,22 @@ from config.errors import UsageError
 
 
 def held_out_loss(checkpoint: Path, loss_name: str) -> float | None:
-    """`loss_name` on held-out data when the checkpoint was saved; None if it wasn't measured."""
+    """`loss_name` on held-out data at this checkpoint; None if it wasn't measured."""
     with contextlib.suppress(UsageError, KeyError, TypeError):
         return float(read_train_metrics(checkpoint)["test"][loss_name])
     return None
 
 
 def best_checkpoints(run: Path, loss_name: str) -> list[Path]:
-    """A run's checkpoints that were measured, by ascending `loss_name`; of equal ones the older first."""
+    """A run's evaluated checkpoints, by ascending `loss_name`; ties: the older first."""
     losses = {folder: held_out_loss(folder, loss_name) for folder in checkpoints_of(run)}
     measured = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return sorted(measured, key=lambda folder: measured[folder])
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
-    """Remove all of a run's checkpoints but the newest and those with the lowest `loss_name` on held-out data.
+    """Remove all of a run's checkpoints except the newest and those with the lowest `loss_name` on
+    held-out data.
 
     Raises UsageError if one can't be removed.
     """
@@ -35,7 +36,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str)
             continue
         removed = folder.parent / f".{folder.name}.removed"
         try:
-            # First renamed, so that a kill in the middle leaves no folder that looks whole.
+            # Rename first, so that a kill in the middle leaves no folder that looks intact.
             folder.rename(removed)
             shutil.rmtree(removed)
         except OSError as error:
@@ -43,7 +44,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str)
 
 
 def remove_partial_checkpoints(run: Path) -> None:
-    """Remove what a kill has left of checkpoints that were being written or removed."""
+    """Remove checkpoints that a kill left half written or half removed."""
     for kind in ("partial", "removed"):
         for folder in run.glob(f".step_*.{kind}"):
             shutil.rmtree(folder, ignore_errors=True)

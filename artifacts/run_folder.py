@@ -1,6 +1,6 @@
-"""The folder of a run: what it may be called, and that it belongs to one process at a time.
+"""The folder of a run: its name, and the lock that makes it belong to one process at a time.
 
-Knows no checkpoints. Who only reads a run takes no lock.
+Knows no checkpoints. Reading a run takes no lock.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 
 from config.errors import UsageError
 
-# The kernel's lock on this file goes with the process that holds it, however that ends; the file itself means nothing.
+# The kernel releases the lock on this file when its process ends. The file itself means nothing.
 _LOCK_FILE = ".lock"
-# Who holds it. A file of its own: before version 4, filelock empties the locked one.
+# The lock's owner, in its own file: filelock before version 4 empties the locked file.
 _OWNER_FILE = ".lock.json"
-# torchrun and Slurm start a run again while its predecessor may still be dying.
+# torchrun and Slurm may restart a run while the old process is still ending.
 WAIT_SECONDS = 10.0
-# What flock says where a file system has no locks: some network mounts.
+# flock's errors on file systems without locks, such as some network mounts.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _LONGEST_NAME_BYTES = 255
 
@@ -43,13 +43,14 @@ def check_folder_name(key: str, name: str) -> None:
 
 @contextlib.contextmanager
 def owned_folder(folder: Path, say: Callable[[str], None], *, is_new: bool = False) -> Iterator[Path]:
-    """Within the block the run's folder, made if it is missing, belongs to this process; yields it.
+    """Within the block the run's folder, created if missing, belongs to this process; yields it.
 
-    is_new: make a folder that wasn't there: `folder`, or if another process was faster its name with -2, -3, ...
+    is_new: create a new folder: `folder`, or if another process was faster, its name with -2, -3,
+    ...
 
-    A process that has the folder is waited for, `WAIT_SECONDS` at most. Where the file system has no locks this is said, and
-    nothing keeps a second process out. What was made and is still empty at the end is removed. Raises UsageError if another
-    process keeps the folder, or it can't be made.
+    Waits up to `WAIT_SECONDS` for another process that holds the folder. If the file system has no
+    locks, reports that and goes on without one. Removes a created folder that is still empty at the
+    end. Raises UsageError if another process keeps the folder, or it can't be created.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -63,7 +64,7 @@ def owned_folder(folder: Path, say: Callable[[str], None], *, is_new: bool = Fal
         raise UsageError(f"the run's folder {folder} can't be written: {error}; choose another checkpoint_dir") from error
     try:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"}
-        # For the message of the process that is refused, and nothing else.
+        # Only for the message of a process that is refused.
         with contextlib.suppress(OSError):
             (folder / _OWNER_FILE).write_text(json.dumps(owner))
         yield folder
@@ -71,7 +72,8 @@ def owned_folder(folder: Path, say: Callable[[str], None], *, is_new: bool = Fal
         with contextlib.suppress(OSError):
             (folder / _OWNER_FILE).unlink(missing_ok=True)
             if folder in made and {path.name for path in folder.iterdir()} == {_LOCK_FILE}:
-                # While it is held: whoever has opened this file sees that it is gone, and opens the next.
+                # Remove the lock file while it is locked: another process that has it open then
+                # opens a new one.
                 (folder / _LOCK_FILE).unlink()
         lock.release()
         with contextlib.suppress(OSError):
@@ -92,7 +94,7 @@ def _make_new(folder: Path) -> Path:
 
 
 def _acquire(folder: Path, say: Callable[[str], None]) -> FileLock:
-    """The lock of `folder`, held. Raises UsageError if another process keeps it."""
+    """Acquire the lock of `folder`. Raises UsageError if another process keeps it."""
     lock = FileLock(folder / _LOCK_FILE)
     try:
         try:
@@ -108,7 +110,7 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> FileLock:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        say(f"{folder} can't be locked ({error.strerror}): take care that no second run uses it")
+        say(f"{folder} can't be locked ({error.strerror}): make sure that no other run uses it")
     return lock
 
 
@@ -116,6 +118,6 @@ def _owner(folder: Path) -> str:
     try:
         owner = json.loads((folder / _OWNER_FILE).read_text())
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    # Not written yet, or on a full disk.
+    # Not written yet, or the disk is full.
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

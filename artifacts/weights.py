@@ -1,10 +1,13 @@
-"""Weights in files: a checkpoint's safetensors, and foreign state dicts. Of a pickle, nothing is read but tensors."""
+"""Files of weights: a checkpoint's safetensors, and state dicts of other programs. From a pickle,
+only tensors are read.
+"""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,15 +16,16 @@ from models.act import RecursiveModel
 
 _PREFIX = "model.inner."
 _COMPILED_PREFIX = "_orig_mod."
-TIED_HEAD = "lm_head.weight"
+_TIED_HEAD = "lm_head.weight"
 _PUZZLE_VECTORS = "puzzle_emb.weights"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights by the names of `RecursiveModel`, whatever prefix they have in the file.
+    """Weights by the names of `RecursiveModel`, without the file's prefix.
 
-    path: a checkpoint folder, of which the moving average is read if there is one; a .safetensors file; or a state dict written by
-    torch.save, as the original does. Raises UsageError if it is none of these, or a pickle that could run code.
+    path: a checkpoint folder (its moving average if there is one), a .safetensors file, or a state
+    dict written by torch.save, as by the original. Raises UsageError for anything else, and for a
+    pickle that could run code.
     """
     if path.is_dir():
         path = weights_file(path, ema=True)
@@ -30,9 +34,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path, reset_puzzle_embedding: bool = False) -> None:
-    """Fill `model`. Raises UsageError with the names that are missing, unknown or of another shape.
+    """Load `weights` into `model`. Raises UsageError with the names that are missing, unknown or of
+    another shape.
 
-    reset_puzzle_embedding: if the number of puzzles differs, each puzzle gets the mean of the vectors in `weights`.
+    reset_puzzle_embedding: if the number of puzzles differs, set each puzzle's vector to the mean
+    of those in `weights`.
     """
     expected = model.state_dict()
     found = dict(weights)
@@ -42,7 +48,7 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
         if len(vectors) != count:
             found[_PUZZLE_VECTORS] = vectors.mean(dim=0, keepdim=True).expand(count, -1)
     if model.config.tie_embeddings:
-        found.setdefault(TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[TIED_HEAD]))
+        found.setdefault(_TIED_HEAD, found.get("embed_tokens.embedding_weight", expected[_TIED_HEAD]))
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
     problems += [
@@ -56,16 +62,30 @@ def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: P
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, tied: bool) -> None:
-    """Write weights under the original's names. tied: leave out the vocabulary head, which is the embedding matrix."""
-    # safetensors refuses two names for one tensor.
-    named = {name: tensor for name, tensor in weights.items() if not (tied and name == TIED_HEAD)}
+    """Write weights by the original's names. tied: leave out the head, which is the embedding."""
+    # safetensors allows no two names for one tensor.
+    named = {name: tensor for name, tensor in weights.items() if not (tied and name == _TIED_HEAD)}
     save_file({_PREFIX + name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
 
 
 def weights_file(folder: Path, *, ema: bool) -> Path:
-    """The file of a checkpoint's weights: of their moving average if `ema` is wanted and there is one."""
+    """The file of a checkpoint's weights. ema: of their moving average, if there is one."""
     path = folder / "ema.safetensors"
     return path if ema and path.exists() else folder / "model.safetensors"
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers of a checkpoint's model that an optimizer may change, by the header of its weights; a tied head counts once.
+
+    Initial states and puzzles' vectors are buffers and don't count. Raises UsageError if the weights can't be read.
+    """
+    path = weights_file(folder, ema=False)
+    try:
+        with safe_open(path, framework="pt") as weights:
+            names = [name for name in weights.keys() if not name.endswith(("_init", _PUZZLE_VECTORS))]  # noqa: SIM118  (no mapping)
+            return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
 
 
 def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -73,14 +93,14 @@ def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"the weights {path} can't be read: {error}") from error
-    # The errors of torch's reader for damaged files have no common class.
+    # torch's errors for damaged files have no common class.
     except Exception as error:
         raise UsageError(
             f"the weights {path} are refused: not a state dict saved by torch, damaged, or a pickle that holds more than tensors "
-            "and could run code; if you trust it, have its owner save the tensors as .safetensors"
+            "and could run code; ask its owner for the tensors as .safetensors"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise UsageError(f"the weights {path} are no state dict: expected names with tensors, and nothing else")
+        raise UsageError(f"the weights {path} are no state dict: expected only names and tensors")
     return content
 
 

@@ -1,1 +1,3 @@
-"""This program against the naive way, side by side in one run, JSON on the last line. No other room imports this one."""
+"""Benchmarks of this program against the naive way in the same run, with JSON on the last line.
+Nothing imports this package.
+"""

@@ -1,6 +1,6 @@
-"""What benchmarks share: flags, config, synthetic conversations, a trainer, counted FLOPs.
+"""Shared parts of the benchmarks: flags, config, synthetic conversations, a trainer, FLOP counting.
 
-Knows no side of a comparison.
+Knows neither side of a comparison.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from training.loop import Trainer
 from training.text import ExampleIterator, TextTask
 
 VOCABULARY = 32_000
-# What is measured unless an option says otherwise: the network of the original, which the naive way computes.
+# Measured by default: the network of the original, which the naive way computes.
 ORIGINAL = "experiment=original_depth"
-# So many synthetic rows that the schedule never gets near its end.
+# Enough synthetic rows that the schedule stays far from its end.
 ENDLESS_ROWS = 1_000_000
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that several benchmarks have."""
+    """The flags that several benchmarks share."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--dtype", choices=["auto", "bfloat16", "float32", "float64"])
-    flags.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
+    flags.add_argument("--threads", type=int, help="threads per computation; default: torch's choice")
     flags.add_argument("--repeats", type=int, default=5, help="timings of each side; medians are reported")
     flags.add_argument("--seed", type=int, default=0, help="seed of weights and ids")
     flags.add_argument("--vocabulary", type=int, default=VOCABULARY)
@@ -42,9 +42,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def benchmark_config(
     overrides: Sequence[str], device: str = "cpu", original: Sequence[str] = (ORIGINAL, "arch.loss=stablemax")
 ) -> PretrainInstructConfig:
-    """cfg_pretrain_instruct with `original`, the original's network and loss unless told otherwise, and then with `overrides`.
+    """cfg_pretrain_instruct with `original` (by default the original's network and loss), then
+    `overrides`.
 
-    Its number format is decided.
+    forward_dtype is resolved.
     """
     config = compose_config("cfg_pretrain_instruct", [f"device={device}", *original, *overrides])
     return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
@@ -58,7 +59,7 @@ def synthetic_example(seed: int, index: int, positions: int, vocabulary: int) ->
 
 
 class SyntheticRows:
-    """An endless stream of synthetic rows, as the trainer takes examples; `length` gives row i's positions."""
+    """An endless stream of synthetic rows for the trainer. `length` gives the positions of row i."""
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int, length: Callable[[int], int] | None = None) -> None:
         """Without `length`, every row has `dataset.seq_len` positions."""
@@ -72,12 +73,12 @@ class SyntheticRows:
         return Draw(0, 0, index), synthetic_example(self._seed, index, self.length(index), self._vocabulary)
 
     def skip(self, count: int) -> None:
-        """Leave the next `count` rows out."""
+        """Skip the next `count` rows."""
         self._next += count
 
 
 def trainer_on(config: PretrainInstructConfig, rows: ExampleIterator, vocabulary: int, *, compiled: bool = False) -> Trainer:
-    """The real training loop on `rows`, more than it takes, on the device of `config`."""
+    """The real training loop on `rows`, of which there must be enough, on the device of `config`."""
     device = pick_device(config.device)
     model = RecursiveModel(config.arch, vocabulary, seed=config.seed).to(device)
     set_matmul_precision(config.tf32, device)
@@ -87,19 +88,21 @@ def trainer_on(config: PretrainInstructConfig, rows: ExampleIterator, vocabulary
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process ever held, torch's libraries included."""
+    """Peak memory of this process, including torch's libraries."""
     return peak_memory(torch.device("cpu"))["peak_rss_bytes"]
 
 
 def use_threads(threads: int | None) -> int:
-    """Set torch's threads (None leaves them) and say how many there are."""
+    """Set the number of torch's threads (None: unchanged) and return it."""
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of matrix products and attention within its block, with torch's attention on CPUs, which it lacks."""
+    """Counts the FLOPs of matrix products and attention in a block. Adds attention on CPUs, which
+    torch's counter lacks.
+    """
 
     def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
         return int(sdpa_flop_count(q, k, v))

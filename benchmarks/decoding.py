@@ -1,16 +1,19 @@
-"""Decoding with cached keys and values against recomputing every position for every token: same weights, one run.
+"""Decoding with a KV cache against recomputing every position for every token: same weights, one
+run.
 
     python benchmarks/decoding.py [--only alone batch flat --repeats 3]
 
-Ours: generation/engine.py, compiled (`--no-compile`: not). Naive (benchmarks/naive.py): a forward over all positions so far and all
-ACT steps for each token, then logits at the last position. The sides take turns in one process. Three comparisons:
+Ours: generation/engine.py, compiled (`--no-compile`: not). Naive (benchmarks/naive.py): a forward
+over all positions so far and all ACT steps for each token, then logits at the last position. The
+sides take turns in one process. Three comparisons:
 
-alone: one row, `--positions` so far, `--act-steps`: `ratio` in float32 on both sides, `ratio_best` ours in its best number format.
-batch: `--batch` rows, `--positions` so far, `--batch-act-steps`, bfloat16 on both sides: `ratio_batch16`, tokens a second.
-flat: time of a token at `--flat-positions` so far with room for `--far` positions, over the time with room for `--near`.
+alone: one row, `--positions` so far, `--act-steps`: `ratio` in float32 on both sides, `ratio_best`
+ours in its best number format. batch: `--batch` rows, `--positions` so far, `--batch-act-steps`,
+bfloat16 on both sides: `ratio_batch16`, tokens a second. flat: time of a token at
+`--flat-positions` so far with room for `--far` positions, relative to room for `--near`.
 
-Log-probabilities of both sides are compared at full depth and at one ACT step, where rounding isn't yet amplified by an untrained
-recursion. Last line: JSON.
+Log-probabilities of both sides are compared at full depth and at one ACT step, where an untrained
+recursion doesn't amplify rounding yet. Last line: JSON.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from models.device import has_compiler, keep_freed_memory, pick_device, should_c
 from models.layers import Linear
 from models.losses import log_probs
 
-# Random weights must not end an answer, so no id ends one.
+# No id ends an answer: random weights must not.
 _NO_EOS = -1
 _COMPARED_IDS = 50
 # fp32 is the decoding contract's bound at one ACT step; deeper, an untrained recursion amplifies rounding.
@@ -45,14 +48,14 @@ _TOLERANCE_AT_ONE_STEP = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.2}
 
 
 class Setting:
-    """One model in one number format, its naive double with the same weights, and one prompt of random ids a row."""
+    """A model in one number format, its naive counterpart, and a random prompt for each row."""
 
     def __init__(
         self, arguments: argparse.Namespace, *, dtype: str, batch: int, positions: int, act_steps: int, device: str = "cpu"
     ) -> None:
         config = benchmark_config([f"arch.forward_dtype={dtype}", f"arch.halt_max_steps={act_steps}", *arguments.overrides], device)
         self.model = RecursiveModel(config.arch, arguments.vocabulary, seed=arguments.seed).to(pick_device(device))
-        # Both sides then read weights of the same dtype, and neither casts.
+        # Both sides read weights of the same dtype, without casts.
         self.model.cast_for_inference()
         self.naive = NaiveTRM(self.model)
         self.dtype = self.model.config.forward_dtype
@@ -60,7 +63,7 @@ class Setting:
         self.engine_options: dict[str, Any] = {"compiled": arguments.compile}
         self.compared_ids = _COMPARED_IDS
         rows = [synthetic_example(arguments.seed, row, positions, arguments.vocabulary) for row in range(batch)]
-        # The first token completes `positions` positions, and the second is what the sides are compared on.
+        # The first token completes `positions` positions; the sides are compared on the second.
         length = positions - 1
         self.prompts = [Prompt(row.ids[:length].astype(np.int64), np.zeros(length, np.int64)) for row in rows]
 
@@ -81,7 +84,7 @@ class Setting:
         return max(abs(logp - float(logp_BV[t.request, token])) for t in tokens for token, logp in t.candidates)
 
     def weight_bytes_per_token(self, act_steps: int | None = None) -> int:
-        """Bytes of matrices that a token of one row reads: those of every level call of every ACT step, and the head once."""
+        """Bytes of matrices that a token reads: in every level call, and the head once."""
 
         def of(module: torch.nn.Module) -> int:
             return sum(m.weight.nbytes for m in module.modules() if isinstance(m, Linear))
@@ -91,7 +94,7 @@ class Setting:
 
 
 class Decoding:
-    """Ours under way: every row is given one token at a time."""
+    """Our engine, one token of every row at a time."""
 
     def __init__(self, setting: Setting, act_steps: int, tokens: int, room: int) -> None:
         self._engine = Engine(
@@ -105,7 +108,7 @@ class Decoding:
         self.ids_BT = torch.cat((prompts_BT, torch.tensor([[token.id] for token in first])), dim=1)
 
     def next(self) -> list[Token]:
-        """A token of every row, in the order of rows."""
+        """One token of every row, in the order of rows."""
         while not all(self._ready):
             for token in self._engine.tick():
                 self._ready[token.request].append(token)
@@ -120,14 +123,14 @@ class Decoding:
 
 
 def turns(arguments: argparse.Namespace, ours: list[Setting], naive: Setting) -> tuple[list[float], float, dict[str, Any]]:
-    """Median seconds of a token of every row, for each of `ours` and for `naive`, which take turns; and what they agree on."""
+    """Median seconds per token of all rows for `ours` and `naive`, in turns; their agreement."""
     at_one_step = [setting.difference(act_steps=1) for setting in ours]
     checks: dict[str, Any] = {"difference_one_step": max(at_one_step)}
     for setting, difference in zip(ours, at_one_step, strict=True):
         if not difference <= (tolerance := _TOLERANCE_AT_ONE_STEP[setting.dtype]):
             raise RuntimeError(f"{setting.dtype}: the sides differ by {difference:.1e} nats at one ACT step, over {tolerance:.1e}")
     decodings = [setting.decoding(3 + arguments.repeats * arguments.tokens) for setting in ours]
-    # Not timed: they are compared, and they warm up.
+    # The first tokens are compared and warm up; they aren't timed.
     tokens = [decoding.next() for decoding in decodings]
     seconds: list[list[float]] = [[] for _ in ours]
     seconds_naive = []
@@ -186,14 +189,14 @@ def batch(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def flat(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whether room that isn't used costs time."""
+    """Whether unused room costs time."""
     setting = Setting(arguments, dtype="auto", batch=1, positions=arguments.flat_positions, act_steps=arguments.act_steps)
     tokens = 2 + arguments.tokens * arguments.flat_repeats
     near, far = (setting.decoding(tokens, room=room + tokens) for room in (arguments.near, arguments.far))
     near.next(), far.next()
     seconds: list[tuple[float, float]] = []
     for repeat in range(arguments.flat_repeats):
-        # In turns, and each first as often as second.
+        # In turns, each first as often as second.
         pair = (near, far) if repeat % 2 else (far, near)
         times = [decoding.seconds(arguments.tokens) for decoding in pair]
         seconds.append((times[0], times[1]) if repeat % 2 else (times[1], times[0]))
@@ -219,7 +222,7 @@ def main() -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=has_compiler(),
-        help="ours with generation.compile; default: if a C++ compiler is there",
+        help="ours with generation.compile; default: if there is a C++ compiler",
     )
     flags.add_argument("--positions", "--seq-len", type=int, default=512, help="positions so far")
     flags.add_argument("--act-steps", type=int, default=16, help="alone and flat: ACT steps a token")
@@ -243,7 +246,7 @@ def main() -> None:
     for name in arguments.only:
         found = COMPARISONS[name](arguments)
         print(f"{name}: {json.dumps(found)}", flush=True)
-        # What a reader compares stands at the top, the rest under the comparison's name.
+        # The main figures are top-level keys, the others are under the comparison's name.
         headline = {key: value for key, value in found.items() if key.startswith("ratio") or key == "flatness"}
         report |= headline | {name: {key: value for key, value in found.items() if key not in headline}}
     report["peak_memory_bytes"] = peak_memory_bytes()

@@ -2,15 +2,16 @@
 
     python -m dataset.build_sample_dataset --families deep_arithmetic deep_boolean \\
         --train-size 400000 --test-per-family 3000
-    python -m benchmarks.deep_families --seconds 400 --grow deep_boolean --output checkpoints/deep
+    python -m benchmarks.deep_families --steps 10400 --grow deep_boolean --output checkpoints/deep
 
-Every network learns one family, from random weights. All take equally many optimizer steps; those
-of one seed and family see the same rows in the same order. An optimizer step is a CUDA graph, and
-the networks' graphs run side by side: at this size the launches of the real trainer
-(training/loop.py) leave a GPU idle most of the time. Network, loss and update rule are the real
-ones. On a CPU the same steps run one after the other, without graphs. Each network leaves a
-checkpoint for inference_instruct.py, scripts/calibrate_halting.py and benchmarks/depth.py. A table
-says how many answers are exactly right, by hops.
+Every network learns one family, from random weights, in the same number of optimizer steps. Those
+of one seed and family see the same rows in the same order, unless the family grows (`--grow`): then
+a network's next number of hops joins when its own answers are right. An optimizer step is a CUDA
+graph, and the networks' graphs run concurrently: at this size, kernel launches of the real trainer
+(training/loop.py) leave a GPU idle most of the time. Network, loss and update rule are the same. On
+a CPU the steps run in turn, without graphs. Each network writes a checkpoint for
+inference_instruct.py, scripts/calibrate_halting.py and benchmarks/depth.py. A table shows the exact
+answers by hops.
 """
 
 import argparse
@@ -51,15 +52,15 @@ COMMON = (
 ARMS = {
     "looped": (),
     "plain_2": ("arch.halt_max_steps=1",),
-    # As many operations as six ACT steps of two blocks.
-    "plain_12": ("arch.halt_max_steps=1", "arch.L_layers=12"),
-    "plain_12_pre": ("arch.halt_max_steps=1", "arch.L_layers=12", "arch.norm=pre"),
+    # The same FLOPs as the ACT steps of the recursive network: two blocks for each.
+    "plain_deep": ("arch.halt_max_steps=1", "arch.L_layers={blocks}"),
+    "plain_deep_pre": ("arch.halt_max_steps=1", "arch.L_layers={blocks}", "arch.norm=pre"),
 }
-# The learning rate stays at its peak for this share of the time, then falls by a cosine.
+# The learning rate stays at its peak for this fraction of the steps, then decays by a cosine.
 _CONSTANT = 0.7
-# With --grow: the next number of hops joins when this share of the questions with the present one is right.
+# With --grow: add the next number of hops once this fraction with the current one is right.
 _GROW_AT = 0.9
-# Steps between two looks at the clock. The host waits for the device there.
+# Steps between updates of the schedule, which wait for the device.
 _STEPS_AT_ONCE = 50
 
 
@@ -74,9 +75,11 @@ def _encode(lines: Sequence[str], tokenizer: Path) -> list[tuple[list[int], Enco
 
 @dataclass(frozen=True)
 class Bins:
-    """Rows of one family, side by side in bins of T tokens; R bins, of at most S supervised tokens and Q questions each.
+    """Rows of one family, packed in R bins of T tokens, with at most S supervised tokens and Q
+    questions each.
 
-    hops_RQ is 0 where there is no question. question_RS: which question of the bin a supervised token answers, Q: none.
+    hops_RQ is 0 where there is no question. question_RS: the question of the bin that a supervised
+    token answers; Q: none.
     """
 
     ids_RT: Tensor
@@ -96,7 +99,8 @@ class Bins:
 
 
 def fill_bins(rows: Sequence[tuple[Sequence[int], Encoded]], width: int, device: torch.device) -> Bins:
-    """`rows` as (hops of each question, ids), in bins. Rows of one question share bins with others of as many hops.
+    """Pack `rows` (hops of each question, ids) into bins. Rows of one question share bins with
+    others of the same hops.
 
     width: the most tokens of a row, T.
     """
@@ -111,21 +115,20 @@ def fill_bins(rows: Sequence[tuple[Sequence[int], Encoded]], width: int, device:
     questions = max(sum(len(hops) for hops, _ in rows) for rows in bins)
     shapes = dict.fromkeys(("ids", "segments", "documents", "positions"), width)
     shapes |= {"place": supervised, "labels": supervised, "question": supervised, "hops": questions}
-    arrays = {name: np.zeros((len(bins), size), np.int16) for name, size in shapes.items()}
+    arrays = {name: np.zeros((len(bins), size), np.int32) for name, size in shapes.items()}
     arrays["question"] += questions
     for r, in_bin in enumerate(bins):
         begin = tokens = asked = 0
         for number, (hops, encoded) in enumerate(in_bin, 1):
             end = begin + len(encoded.ids) - 1
             arrays["ids"][r, begin:end] = encoded.ids[:-1]
-            # Prompt segments of different rows have different numbers.
-            arrays["segments"][r, begin:end] = (encoded.segment[:-1] > 0) * (encoded.segment[:-1] + 64 * number)
+            arrays["segments"][r, begin:end] = encoded.segment[:-1]
             arrays["documents"][r, begin:end] = number
             arrays["positions"][r, begin:end] = np.arange(end - begin)
             places = np.flatnonzero(encoded.supervised[1:])
             chosen = slice(tokens, tokens + len(places))
             arrays["place"][r, chosen], arrays["labels"][r, chosen] = begin + places, encoded.ids[places + 1]
-            # Answers stand apart, so a gap between supervised places begins the next one.
+            # A gap between supervised positions begins the next answer.
             arrays["question"][r, chosen] = asked + np.cumsum(np.diff(places, prepend=places[0]) > 1)
             arrays["hops"][r, asked : asked + len(hops)] = hops
             begin, tokens, asked = end, chosen.stop, asked + len(hops)
@@ -133,7 +136,7 @@ def fill_bins(rows: Sequence[tuple[Sequence[int], Encoded]], width: int, device:
 
 
 class Update:
-    """training.optimizer.ModelOptimizer's rule, with all that changes from step to step on the device, as a CUDA graph needs it."""
+    """training.optimizer.ModelOptimizer's update with state on the device, for a CUDA graph."""
 
     def __init__(self, config: PretrainInstructConfig, model: RecursiveModel) -> None:
         self._config = config
@@ -149,13 +152,13 @@ class Update:
         self.lr_factor = torch.zeros((), device=model.device)
 
     def forget(self) -> None:
-        """Begin anew, whatever gradients have been met."""
+        """Reset the state."""
         for tensor in (self._steps, *self._momentum, *self._m, *self._v):
             tensor.zero_()
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Move every parameter by its gradient, at `lr_factor` of the peak learning rates."""
+        """Update every parameter, at `lr_factor` of the peak learning rates."""
         config = self._config
         self._steps += 1
         lr, beta1, beta2 = config.lr * self.lr_factor, config.beta1, config.beta2
@@ -178,7 +181,9 @@ class Update:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices of `matrices` [M, A, B], about: five Newton-Schulz steps in bfloat16, as torch.optim.Muon."""
+    """Approximately the nearest orthogonal matrices of `matrices` [M, A, B]: five Newton-Schulz
+    steps in bfloat16, as in Muon.
+    """
     x = matrices.bfloat16()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
@@ -190,7 +195,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Network:
-    """One arm and seed in training on one family."""
+    """One arm and seed, trained on one family."""
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int, family: str, train: Bins, grows: bool) -> None:
         self.config, self.family, self._train = config, family, train
@@ -200,7 +205,7 @@ class Network:
         self.update = Update(config, self.model)
         hops = train.hops_RQ.cpu().numpy()
         self._fewest_hops_R = np.where(hops > 0, hops, MOST_HOPS + 1).min(1)
-        self._draw, self._order = np.random.default_rng(config.seed), torch.empty(0, dtype=torch.long, device=device)
+        self._pass, self._order = 0, torch.empty(0, dtype=torch.long, device=device)
         self._index_B = torch.arange(config.global_batch_size, device=device) % len(train)
         self.hops = 1 if grows else MOST_HOPS
         self._hops = torch.tensor(self.hops, device=device)
@@ -212,7 +217,7 @@ class Network:
             self._stream = torch.cuda.Stream()
             for module in self.model.modules():
                 if isinstance(module, Block):
-                    # One code for all blocks of all networks: weights are its inputs.
+                    # All blocks of all networks share compiled code: weights are its inputs.
                     module.compile(dynamic=False)
 
     def _no_answers(self) -> Tensor:
@@ -220,7 +225,9 @@ class Network:
         return torch.zeros(MOST_HOPS + 1, self.config.arch.halt_max_steps, 2, device=self.model.device)
 
     def capture(self) -> None:
-        """Record an optimizer step, on CUDA. The three before it that torch asks for move nothing, as `lr_factor` is 0."""
+        """Record an optimizer step, on CUDA. torch needs three steps before it, which change
+        nothing with `lr_factor` 0.
+        """
         if self._stream is None:
             return
         with torch.cuda.stream(self._stream):
@@ -234,7 +241,7 @@ class Network:
         self.answered.zero_()
 
     def loss(self, bins: Bins, answered: Tensor) -> Tensor:
-        """The mean of the ACT steps' losses over the supervised tokens of questions with admitted hops; counts right answers."""
+        """The mean loss over ACT steps and supervised tokens of admitted hops; counts answers."""
         model, steps = self.model, self.config.arch.halt_max_steps
         attend = row_attention("prefix", bins.segments_RT, bins.ids_RT.shape[1], bins.documents_RT)
         rotary = None if self._rotary is None else self._rotary.at(bins.positions_RT)
@@ -263,13 +270,15 @@ class Network:
         self.update()
 
     def step(self) -> None:
-        """An optimizer step on the next bins. On CUDA the host doesn't wait for it."""
+        """Run an optimizer step on the next bins. On CUDA the host doesn't wait for it."""
         batch = len(self._index_B)
         if len(self._order) < batch:
             admitted = np.flatnonzero(self._fewest_hops_R <= self.hops)
             if self._stream is not None:
-                self._stream.synchronize()  # no step may still read the old order, whose memory is given back
-            order = np.concatenate([self._draw.permutation(admitted) for _ in range(-(-batch // len(admitted)))])
+                self._stream.synchronize()  # wait for steps that read the old order, whose memory is freed
+            drawn = np.random.Generator(np.random.Philox(key=self.config.seed, counter=[0, 0, self._pass, 0]))
+            self._pass += 1
+            order = np.concatenate([drawn.permutation(admitted) for _ in range(-(-batch // len(admitted)))])
             self._order = torch.from_numpy(order).to(self._order.device)
         with torch.cuda.stream(self._stream):
             self._index_B.copy_(self._order[:batch])
@@ -281,7 +290,9 @@ class Network:
         self.steps += 1
 
     def look(self, spent: float) -> None:
-        """Between steps, with the device waited for: the learning rate at this share of the time, and whether more hops join."""
+        """Between steps, after waiting for the device: set the learning rate at this fraction of
+        the run, and maybe add hops.
+        """
         falling = max(0.0, spent - _CONSTANT) / (1 - _CONSTANT)
         floor = self.config.lr_min_ratio
         warm = min(1.0, (self.steps + 1) / self.config.lr_warmup_steps)
@@ -294,13 +305,13 @@ class Network:
         self.answered.zero_()
 
     def measure(self, bins: Bins) -> list[list[float | None]]:
-        """Share of exact answers, teacher-forced, by hops (from 1) and ACT step; None where there is no question."""
+        """Fraction of exact answers, teacher-forced, by hops (from 1) and ACT step; or None."""
         answered = self._no_answers()
         batch = len(self._index_B)
         self._hops.fill_(MOST_HOPS)
         for begin in range(0, len(bins), batch):
             index_B = torch.arange(begin, begin + batch, device=self.model.device)
-            # A whole batch, as compiled code knows: of what is missing at the end, nothing is asked.
+            # As it was compiled: with gradients, and a full batch. Padding at the end has no questions.
             chosen = bins[index_B.clamp(max=len(bins) - 1)]
             chosen.hops_RQ.masked_fill_((index_B >= len(bins)).unsqueeze(1), 0)
             self.loss(chosen, answered)
@@ -308,7 +319,7 @@ class Network:
 
 
 def read_family(data: Path, family: str, split: str) -> list[str]:
-    """The lines of a split that are of this family."""
+    """The lines of this family in a split."""
     path = data / f"{split}.jsonl"
     if not path.is_file():
         raise UsageError(f"expected {path}, found none: build it by python -m dataset.build_sample_dataset --families {family} ...")
@@ -319,7 +330,7 @@ def read_family(data: Path, family: str, split: str) -> list[str]:
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table a family: the exact answers of each network at its first and its deepest ACT step, in %, by hops."""
+    """A table per family: exact answers at the first and last ACT step, in %, by hops."""
     lines = []
     for family in dict.fromkeys(result["family"] for result in results.values()):
         lines += [f"\n{family}\n", "| network | ACT step | " + " | ".join(f"k = {hops}" for hops in range(1, MOST_HOPS + 1)) + " |"]
@@ -344,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--act-steps", type=int, default=6, help="of the recursive networks")
     flags.add_argument("--batch", type=int, default=64, help="bins an optimizer step")
-    flags.add_argument("--seconds", type=float, required=True, help="of training, all networks together")
+    flags.add_argument("--steps", type=int, required=True, help="optimizer steps of every network")
     flags.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="that read rows")
     flags.add_argument("--output", type=Path, required=True, help="folder of checkpoints, deep_families.json and .md")
     flags.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every network")
@@ -360,14 +371,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """Train every network and leave its checkpoint; its measures by its name."""
+    """Train every network and write its checkpoint; returns metrics by name."""
 
     def config_of(arm: str, seed: int, family: str) -> PretrainInstructConfig:
         settings = (
             f"seed={seed}", f"arch.halt_max_steps={options.act_steps}", f"global_batch_size={options.batch}", "dataset=sample",
             f"dataset.data_dir={options.data}", f"run_name={family}_{arm}_{seed}",
         )  # fmt: skip
-        config = compose_config("cfg_pretrain_instruct", [*COMMON, *settings, *ARMS[arm], *options.overrides])
+        of_arm = [setting.format(blocks=2 * options.act_steps) for setting in ARMS[arm]]
+        config = compose_config("cfg_pretrain_instruct", [*COMMON, *settings, *of_arm, *options.overrides])
         return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
 
     config = config_of(options.arms[0], 0, "any")
@@ -383,7 +395,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
                 lines = read_family(options.data, family, split)
                 parts = [lines[begin : begin + 2000] for begin in range(0, len(lines), 2000)]
                 rows[family, split] = [row for part in pool.map(partial(_encode, tokenizer=path), parts) for row in part]
-    # One width for all, so that blocks are compiled once. Where rows are short, two fit in.
+    # One width for all, so that blocks are compiled once. Two short rows fit in it.
     longest = max(len(encoded.ids) - 1 for of_split in rows.values() for _, encoded in of_split)
     width = -(-longest * (1 if longest > 96 else 2) // 8) * 8
     bins = {key: fill_bins(of_split, width, device) for key, of_split in rows.items()}
@@ -397,16 +409,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
                 network.capture()
                 networks[config.run_name or ""] = network
     print(f"{len(networks)} networks ready after {time.perf_counter() - began:.0f} s", flush=True)
-    began, told = time.perf_counter(), 0.0
-    while (seconds := time.perf_counter() - began) < options.seconds:
-        if seconds - told > options.seconds / 10:
-            told = seconds
+    began = time.perf_counter()
+    for step in range(0, options.steps, _STEPS_AT_ONCE):
+        if step % max(_STEPS_AT_ONCE, options.steps // 10 // _STEPS_AT_ONCE * _STEPS_AT_ONCE) == 0:
             for name, network in networks.items():
-                right = [f"{100 * r / max(1, n):.0f}" for r, n in network.answered[1:, -1].tolist()]
-                print(f"{seconds:.0f} s, step {network.steps}, {name}: hops {network.hops}, right {' '.join(right)} %", flush=True)
+                right = " ".join(f"{100 * r / max(1, n):.0f}" for r, n in network.answered[1:, -1].tolist())
+                print(f"{time.perf_counter() - began:.0f} s, step {step}, {name}: hops {network.hops}, right {right} %", flush=True)
         for network in networks.values():
-            network.look(seconds / options.seconds)
-        for _ in range(_STEPS_AT_ONCE):
+            network.look(step / options.steps)
+        for _ in range(min(_STEPS_AT_ONCE, options.steps - step)):
             for network in networks.values():
                 network.step()
         if device.type == "cuda":

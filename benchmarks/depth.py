@@ -1,12 +1,14 @@
-"""What depth costs and gives at use: answers of a trained model at fixed numbers of ACT steps and with halting thresholds.
+"""Cost and accuracy of depth at inference: a trained model's answers at fixed numbers of ACT steps
+and with halting thresholds.
 
     python benchmarks/depth.py --checkpoint checkpoints/<project>/<run> [--thresholds 0.8 0.9 --rows 300]
 
-All settings answer the same questions of the bundled data's test split, in turns, each round all of them, with the checkpoint's
-other generation settings (greedy unless they say otherwise). Shown are exact answers with 95 % intervals, over all and by family;
-tokens per second of wall time, prompts included; ACT steps a generated token (an answer's first one comes out of the prompt, which
-takes all steps); and how far the halting probability is off at each depth. The setting to use is chosen on these same answers.
-Markdown on stdout, the last line is JSON. Knows no training.
+All settings answer the same questions of the bundled data's test split, in turns, with the
+checkpoint's other generation settings (by default greedy). Reports exact answers with 95 %
+intervals, overall and by family; tokens per second of wall time, including prompts; ACT steps per
+generated token (an answer's first one comes from the prompt, which takes all steps); and the
+calibration error of the halting probability at each depth. The best setting is chosen on these same
+answers. Markdown on stdout, the last line is JSON. Knows no training.
 """
 
 import argparse
@@ -40,52 +42,52 @@ from generation.answers import Answer, Responder
 from models.device import keep_freed_memory
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-# An adaptive setting may lose so much of the best fixed depth's accuracy.
+# The accuracy that an adaptive setting may lose against the best fixed depth.
 MARGIN = 0.005
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked, and what is right; parallel lists."""
+    """Questions and reference answers, as parallel lists."""
 
     histories: list[Conversation]
     references: list[str]
     families: list[str]
     hops: list[int | None]
-    """How many dependent steps each takes, where the row says so."""
+    """The number of dependent steps of each, if the row has it."""
 
 
 @dataclass
 class Setting:
-    """One depth at use, and what came of it."""
+    """One depth setting, and its results."""
 
     act_steps: int
     threshold: float | None
     seconds: list[float] = field(default_factory=list)
-    """Of each round."""
+    """Per round."""
     answers: list[Answer] = field(default_factory=list)
     """Of the last round."""
 
     @property
     def name(self) -> str:
-        """As it stands in the tables."""
+        """Its name in the tables."""
         if self.threshold is not None:
             return f"threshold {self.threshold:g}"
         return f"{self.act_steps} ACT step{'s' if self.act_steps > 1 else ''}"
 
     @property
     def tokens(self) -> int:
-        """Generated tokens of a round, EOS included."""
+        """Generated tokens per round, including EOS."""
         return sum(len(answer.act_steps) for answer in self.answers)
 
     @property
     def mean_act_steps(self) -> float:
-        """ACT steps of a generated token."""
+        """Mean ACT steps per generated token."""
         return sum(sum(answer.act_steps) for answer in self.answers) / self.tokens
 
     @property
     def tokens_per_second(self) -> list[float]:
-        """Of each round."""
+        """Per round."""
         return [self.tokens / seconds for seconds in self.seconds]
 
     def right(self, questions: Questions) -> list[bool]:
@@ -95,15 +97,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """The adaptive setting to use, against the best fixed depth."""
+    """The best adaptive setting, and the best fixed depth."""
 
     adaptive: Setting | None
-    """The fastest within `MARGIN`; None: none is."""
+    """The fastest within `MARGIN`; None if there is none."""
     best_fixed: Setting
 
 
 def choose(settings: Sequence[Setting], questions: Questions) -> Choice:
-    """The fixed depth with the most exact answers (of equals the shallowest), and the fastest threshold that is within `MARGIN`."""
+    """The most exact fixed depth (ties: the shallowest), and fastest threshold within `MARGIN`."""
     right = {id(setting): sum(setting.right(questions)) for setting in settings}
     fixed = [setting for setting in settings if setting.threshold is None]
     best = max(fixed, key=lambda setting: (right[id(setting)], -setting.act_steps))
@@ -113,7 +115,9 @@ def choose(settings: Sequence[Setting], questions: Questions) -> Choice:
 
 
 def ask(split: TextDataset, responder: Responder, rows: int) -> Questions:
-    """The last questions of the first `rows` rows that leave room for an answer. Raises UsageError if there is none."""
+    """The last questions of the first `rows` rows, if they leave room for an answer. Raises
+    UsageError if there are none.
+    """
     questions = Questions([], [], [], [])
     for index in range(rows):
         exchange = last_exchange(split.conversation(index))
@@ -130,7 +134,7 @@ def ask(split: TextDataset, responder: Responder, rows: int) -> Questions:
 
 
 def measure(responder: Responder, questions: Questions, settings: Sequence[Setting], rounds: int) -> None:
-    """Let every setting answer every question, in turns, `rounds` times. Fills the settings."""
+    """Answer all questions with all settings, in turns, `rounds` times; stores the results."""
     warm_up = questions.histories[: responder.rows]
     for setting in settings:
         responder.at_depth(setting.act_steps, setting.threshold).answers(warm_up)
@@ -142,7 +146,9 @@ def measure(responder: Responder, questions: Questions, settings: Sequence[Setti
 
 
 def calibration(responder: Responder, split: TextDataset, config: PretrainInstructConfig, rows: int) -> list[dict[str, Any]]:
-    """How far the halting probability is off at each depth, on the rows that scripts/calibrate_halting.py doesn't fit on."""
+    """Calibration of the halting probability at each depth, on rows that
+    scripts/calibrate_halting.py doesn't fit on.
+    """
     records = record_halting(
         responder.model,
         split,
@@ -165,13 +171,13 @@ def with_interval(score: Score) -> str:
 
 
 def speed_ratio(setting: Setting, to: Setting) -> list[float]:
-    """Tokens per second over those of `to`, of each round: median, least, most."""
+    """Tokens per second relative to `to`, over the rounds: median, least, most."""
     ratios = [ours / theirs for ours, theirs in zip(setting.tokens_per_second, to.tokens_per_second, strict=True)]
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def report(settings: Sequence[Setting], questions: Questions, choice: Choice, by_depth: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that the tables show, for a machine."""
+    """The content of the tables, as JSON values."""
     rows = []
     for setting in settings:
         scores = score_answers(questions.families, questions.references, [answer.text for answer in setting.answers])
@@ -191,7 +197,7 @@ def report(settings: Sequence[Setting], questions: Questions, choice: Choice, by
 
 
 def chosen(choice: Choice, questions: Questions) -> dict[str, Any]:
-    """The chosen setting beside the best fixed depth, question by question."""
+    """The chosen setting against the best fixed depth, by question."""
     found: dict[str, Any] = {"best_fixed": choice.best_fixed.name, "margin": MARGIN, "setting": None}
     if choice.adaptive is not None:
         pairs = list(zip(choice.adaptive.right(questions), choice.best_fixed.right(questions), strict=True))
@@ -205,7 +211,7 @@ def chosen(choice: Choice, questions: Questions) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tables, and the choice in a sentence or two."""
+    """The tables, and the choice."""
     settings, picked = found["settings"], found["chosen"]
     lines = [
         "| setting | % exact [95 % interval] | ACT steps a token | tokens/s (least to most) | speed to the best fixed depth |",
@@ -258,8 +264,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="halting thresholds, beside the fixed depths")
-    add("--rows", type=int, help="only the first rows of the test split, so many of them")
-    add("--rounds", type=int, default=3, help="times that every setting answers every question")
+    add("--rows", type=int, help="use only this many rows, the first of the test split")
+    add("--rounds", type=int, default=3, help="how often every setting answers every question")
     add("--threads", type=int, help="threads of a computation; default: torch's own choice")
     add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
     add("--output", type=user_path, help="also write the JSON to this file")

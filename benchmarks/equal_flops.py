@@ -1,13 +1,15 @@
-"""Networks and recipes against each other, each trained for the same FLOPs, seconds or examples, over several seeds.
+"""Compares networks and recipes trained for the same FLOPs, seconds or examples, over several
+seeds.
 
     python -m benchmarks.equal_flops --tera-flops 60 --parallel 2 --output checkpoints/equal_flops
     python -m benchmarks.equal_flops --seconds 150 --seeds 0 1 2 --data FOLDER --rows 2000 --output checkpoints/conversations
     python -m benchmarks.equal_flops --examples 28000 --output checkpoints/equal_examples
 
-Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml). Plain Transformers of 2, 4 and 8 blocks are among
-them. The learning rate follows the share of the budget that is spent, so the schedule ends with it, whatever a step costs.
-Every arm and seed leaves a JSON file in `--output` and isn't trained again; one that was interrupted starts anew. The folder then
-gets equal_flops.md (also printed), equal_flops.json (also the last line) and equal_flops.png. Code is not compiled.
+Arms are Hydra overrides in a YAML file (benchmarks/equal_flops.yaml); plain Transformers of 2, 4
+and 8 blocks are always included. The learning rate follows the spent fraction of the budget, so
+that the schedule ends with it. Every arm and seed writes a JSON file to `--output` and isn't
+trained again; an interrupted one starts over. The folder also gets equal_flops.md (printed too),
+equal_flops.json (also the last line) and equal_flops.png. Code is not compiled.
 """
 
 import argparse
@@ -56,7 +58,7 @@ from training.progress import StepResult
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
-# Among the arms, whatever the file says.
+# Arms that are always included.
 PLAIN = {
     f"plain_{blocks}{'' if norm == 'post' else '_pre'}": [
         *("arch=looped", f"arch.L_layers={blocks}", "arch.H_cycles=1", "arch.L_cycles=0"),
@@ -65,18 +67,18 @@ PLAIN = {
     for norm in ("post", "pre")
     for blocks in (2, 4, 8)
 }
-# A prime, so that steps of every kind are counted where kinds take turns.
+# A prime, so that steps of every kind are counted if kinds alternate.
 _COUNT_EVERY = 11
-# The curve of held-out loss has so many points, evenly spaced over the budget, each of the first so many rows.
+# Points of the held-out loss curve, evenly spaced over the budget, and rows measured for each.
 _POINTS, _POINT_ROWS = 8, 300
-# Passes over the data that no budget pays for.
+# More passes over the data than any budget allows.
 _ENDLESS = 10**6
 _TIMED_TOKENS, _TIMINGS = 32, 3
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm may spend on training."""
+    """The training budget of every arm."""
 
     unit: Literal["FLOPs", "seconds", "examples"]
     amount: float
@@ -84,15 +86,17 @@ class Budget:
 
 @dataclass
 class Meter:
-    """What training has cost so far: some steps are measured, the others estimated from their numbers of tokens.
+    """The cost of training so far: some steps are measured, the others estimated from their numbers
+    of tokens.
 
-    FLOPs are counted in every `_COUNT_EVERY`-th step; the steps up to the next are given as many a token. Counting slows a step, so
-    only the others are timed; a counted one is given as many seconds a token as they take.
+    FLOPs are counted in every `_COUNT_EVERY`-th step; steps up to the next are assumed to have the
+    same FLOPs per token. Counting slows a step, so only the others are timed; a counted one is
+    assumed to take the same time per token.
     """
 
     budget: Budget
     batch: int
-    """Examples of an optimizer step."""
+    """Examples per optimizer step."""
     steps: int = 0
     flops: float = 0.0
     _flops_per_token: float = 0.0
@@ -102,7 +106,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Of training, without evaluations."""
+        """Training time, without evaluations."""
         return self._timed_seconds * self._tokens / self._timed_tokens if self._timed_tokens else 0.0
 
     @property
@@ -112,7 +116,7 @@ class Meter:
         return spent[self.budget.unit] / self.budget.amount
 
     def measured(self, steps: Iterator[StepResult]) -> Iterator[StepResult]:
-        """The `steps` that the budget pays for."""
+        """The `steps` within the budget."""
         while self.share < 1:
             is_counted = self.steps % _COUNT_EVERY == 0
             started = time.perf_counter()
@@ -131,7 +135,7 @@ class Meter:
 
 
 class _BudgetTask(TextTask):
-    """Conversations in a run that ends with its budget."""
+    """Conversations of a run that ends with its budget."""
 
     meter: Meter
 
@@ -144,7 +148,7 @@ class _BudgetTask(TextTask):
 
 
 def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:
-    """An arm's settings, its data without an end. Raises UsageError for a setting that would end it before its budget does."""
+    """An arm's settings, with endless data. Raises UsageError if it would end before its budget."""
     config = compose_config("cfg_pretrain_instruct", [*overrides, f"seed={seed}"])
     ends = {
         "max_steps": config.max_steps,
@@ -160,7 +164,7 @@ def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:
 
 
 def open_data(config: PretrainInstructConfig) -> tuple[Tokenizer, RunData, TextDataset]:
-    """Tokenizer, data, and its held-out rows. Raises UsageError if there are none."""
+    """Tokenizer, data and held-out rows. Raises UsageError if there are none."""
     tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
     data = open_run_data(config, tokenizer, Template())
     if data.test is None:
@@ -170,7 +174,7 @@ def open_data(config: PretrainInstructConfig) -> tuple[Tokenizer, RunData, TextD
 
 
 def texts_hash(data: RunData) -> str:
-    """SHA-256 of all conversations to train and to measure on, whatever their tokens are."""
+    """SHA-256 of all training and held-out conversations, independent of the tokenizer."""
     splits = [split for corpus in (data.train, data.test) if corpus is not None for split in corpus.parts.values()]
     return hashlib.sha256(b"".join(split.column("conversation_hash").astype("<u8").tobytes() for split in splits)).hexdigest()
 
@@ -181,7 +185,9 @@ def is_plain(config: PretrainInstructConfig) -> bool:
 
 
 def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:
-    """Train one arm with one seed, and measure it on the first `rows` held-out rows: what is kept of it, as plain values."""
+    """Train one arm with one seed, and measure it on the first `rows` held-out rows. Returns the
+    result as JSON values.
+    """
     tokenizer, data, test = open_data(config)
     model = RecursiveModel(config.arch, tokenizer.vocab_size, seed=config.seed)
     model.to(pick_device(config.device))
@@ -196,7 +202,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
             if due > len(curve):
                 with trainer.averaged_weights():
                     loss = held_out(model, config, test, tokenizer.eos_id, min(rows, _POINT_ROWS))["by_act_step"][-1]["nats"]
-                # A step may pass several points.
+                # One step may pass several points.
                 curve += [(meter.flops, meter.seconds, loss)] * (due - len(curve))
                 print(f"{name} seed {config.seed}: {due}/{_POINTS}, step {result.step}, {loss:.4f} nats", flush=True)
     if trainer.ema is not None:
@@ -227,7 +233,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
 
 
 def held_out(model: RecursiveModel, config: PretrainInstructConfig, test: TextDataset, eos_id: int, rows: int) -> dict[str, Any]:
-    """Teacher-forced: losses at each ACT step, and at the deepest the bits of each row's text, which has so many bytes."""
+    """Teacher-forced losses at each ACT step, and bits and bytes of each row at the last one."""
     row_bits = np.zeros(min(rows, len(test)))
 
     def keep(output: DepthOutput) -> None:
@@ -255,7 +261,7 @@ def held_out(model: RecursiveModel, config: PretrainInstructConfig, test: TextDa
 def generated(
     model: RecursiveModel, config: PretrainInstructConfig, tokenizer: Tokenizer, test: TextDataset, rows: int
 ) -> dict[str, Any]:
-    """The share of exact answers at each ACT step; at the deepest, which answers are exact, and the share of each family."""
+    """The fraction of exact answers at each ACT step; at the last one also by answer and by family."""
     responder = make_responder(model, tokenizer, Template(), config)
     questions = ask(test, responder, min(rows, len(test)))
     depths, has_hops = range(1, config.depth + 1), any(questions.hops)
@@ -279,12 +285,12 @@ def generated(
 
 
 def token_cost(model: RecursiveModel, example: Example, act_steps: int) -> dict[str, float]:
-    """FLOPs and ms of a generated token after the prompt of `example`, one row alone, whatever tokens they are."""
+    """FLOPs and ms per generated token after the prompt of `example`, for a single row."""
     length = int(np.argmax(example.supervised))
     prompt = Prompt(example.ids[:length], example.segment[:length])
 
     def seconds(tokens: int) -> float:
-        """Of the prompt and so many tokens that are fed back."""
+        """FLOPs of the prompt and this many generated tokens."""
         engine = Engine(model, eos_id=-1, act_steps=act_steps, rows=1, positions=length + tokens)
         engine.submit(Request(prompt, tokens + 1))
         started = time.perf_counter()
@@ -302,7 +308,7 @@ def token_cost(model: RecursiveModel, example: Example, act_steps: int) -> dict[
 
 
 class _Arms(BaseModel):
-    """The file of arms."""
+    """The file with the arms."""
 
     model_config = ConfigDict(extra="forbid")
     all: list[str]
@@ -310,7 +316,9 @@ class _Arms(BaseModel):
 
 
 def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
-    """Overrides of the plain Transformers and of the arms in the file, those named in `only` if given. Raises UsageError."""
+    """Overrides of the plain Transformers and of the arms in the file, limited to `only` if given.
+    Raises UsageError.
+    """
     try:
         found = _Arms.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
     except (OSError, OmegaConfBaseException, YAMLError, ValidationError) as error:
@@ -323,7 +331,9 @@ def read_arms(path: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
 
 
 def one(path: Path, name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:
-    """The result in `path`, measured unless it is there. Raises UsageError if it is another measurement's, or if training fails."""
+    """The result in `path`, measured if missing. Raises UsageError if it is of another measurement,
+    or if training fails.
+    """
     asked = {"settings": config.model_dump(mode="json"), "budget": [budget.amount, budget.unit], "rows": rows}
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -339,7 +349,7 @@ def one(path: Path, name: str, config: PretrainInstructConfig, budget: Budget, r
 
 
 def _begin_process() -> None:
-    """One thread for each process, which ends with the one that started it."""
+    """Set one thread for this process, and end it with its parent."""
     keep_freed_memory()
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -356,9 +366,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--tera-flops", type=float, help="training of each arm and seed, in 10^12 counted operations")
-    budget.add_argument("--seconds", type=float, help="or so many seconds of training steps")
-    budget.add_argument("--examples", type=int, help="or so many examples, in whole batches")
+    budget.add_argument("--tera-flops", type=float, help="training of each arm and seed, in 10^12 counted FLOPs")
+    budget.add_argument("--seconds", type=float, help="or seconds of training steps")
+    budget.add_argument("--examples", type=int, help="or examples, in whole batches")
     add = parser.add_argument
     add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
     add("--only", nargs="+", metavar="NAME", help="only these arms, of the file and of the plain Transformers")
@@ -377,7 +387,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_budget(arguments: argparse.Namespace) -> Budget:
-    """The one that the command line names."""
+    """The budget of the command line."""
     if arguments.tera_flops is not None:
         return Budget("FLOPs", 1e12 * arguments.tera_flops)
     if arguments.seconds is not None:
@@ -386,7 +396,7 @@ def chosen_budget(arguments: argparse.Namespace) -> Budget:
 
 
 def main() -> None:
-    """Compose all arms, measure what isn't there yet, report."""
+    """Compose all arms, measure missing results, report."""
     arguments = parse_arguments()
     own = [] if arguments.data is None else ["dataset=jsonl", f"dataset.data_dir={arguments.data.resolve()}"]
     budget = chosen_budget(arguments)
@@ -395,14 +405,14 @@ def main() -> None:
         for name, overrides in read_arms(arguments.arms, arguments.only).items()
         for seed in dict.fromkeys(arguments.seeds)
     }
-    # What is wrong with data is told here, and what is tokenized now isn't by several processes at a time.
+    # Report errors in the data here, and tokenize it before several processes would.
     for config in {config.dataset.model_dump_json(): config for config in arms.values()}.values():
         folder = Path(config.dataset.data_dir)
         if config.dataset.source == "sample" and not any(folder.glob("train.jsonl*")):
             build_sample_dataset.main(["--output-dir", str(folder)])
         open_data(config)
     output = output_folder(arguments.output)
-    # Seeds one after the other: an interrupted comparison has whole ones.
+    # Seed by seed, so that an interrupted comparison has complete ones.
     jobs = sorted(((seed, name) for name, seed in arms), key=lambda job: job[0])
     calls = [(output / f"{name}-seed{seed}.json", name, arms[name, seed], budget, arguments.rows) for seed, name in jobs]
     results, failures = list[dict[str, Any]](), list[str]()

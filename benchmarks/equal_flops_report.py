@@ -1,7 +1,7 @@
-"""What benchmarks/equal_flops.py has measured as a table, and what may be concluded from it. Knows results, not models or training.
+"""The table of benchmarks/equal_flops.py, with conclusions. Knows results, not models or training.
 
-Every arm is held against the best plain Transformer. Where seeds overlap or the interval over rows holds zero, there is no
-difference.
+Every arm is compared with the best plain Transformer. If seeds overlap or the interval over rows
+contains zero, there is no difference.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from config.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
 
-# Fewer seeds than this say nothing.
+# Fewer seeds than this allow no conclusion.
 CLAIM_SEEDS = 3
 _DRAWS = 2000
 
@@ -31,13 +31,14 @@ class Interval(NamedTuple):
 
 
 def paired_bootstrap(ours: Floats, theirs: Floats, *, is_relative: bool, seed: int = 0) -> Interval:
-    """The difference of two arms' means over rows, and its 95 % interval over draws of rows, the same for both.
+    """The difference of two arms' means over rows, and its 95 % interval over draws of rows, the
+    same for both.
 
-    ours, theirs: [seeds, rows], of which the mean over seeds is taken. is_relative: in shares of theirs.
+    ours, theirs: [seeds, rows], averaged over seeds. is_relative: as a fraction of theirs.
     """
     means = np.stack([ours.mean(0), theirs.mean(0)])
     rows = means.shape[1]
-    # How often each draw has each row, in shares: [draws, rows].
+    # The fraction of each draw that is each row: [draws, rows].
     shares = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=_DRAWS) / rows
 
     def difference(mean: Floats) -> Floats:
@@ -49,7 +50,7 @@ def paired_bootstrap(ours: Floats, theirs: Floats, *, is_relative: bool, seed: i
 
 
 def verdict(ours: Sequence[float], theirs: Sequence[float], interval: Interval) -> str:
-    """What a difference may be called; of the values for each seed, and of rows: open, none, lower or higher."""
+    """The verdict from each seed's values and the interval: open, none, lower or higher."""
     if min(len(ours), len(theirs)) < CLAIM_SEEDS:
         return "open"
     if min(ours) <= max(theirs) and min(theirs) <= max(ours):
@@ -60,7 +61,9 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], interval: Interval) 
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every arm over its seeds, and against the best plain Transformer. Raises UsageError if arms had different rows."""
+    """Every arm over its seeds, compared with the best plain Transformer. Raises UsageError if arms
+    had different rows.
+    """
     if len({(result["texts"], *result["row_bytes"], len(result.get("row_exact", ()))) for result in results}) > 1:
         raise UsageError(
             "the results are of different rows, or of rows that are cut at different places (dataset.seq_len): they can't be "
@@ -79,7 +82,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _final(seeds: Sequence[Mapping[str, Any]], measure: str) -> list[float]:
-    """A measure at the deepest ACT step, for each seed."""
+    """A metric at the last ACT step, for each seed."""
     return [float(result["by_act_step"][-1][measure]) for result in seeds]
 
 
@@ -120,7 +123,7 @@ def _against(
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The table and how to read it."""
+    """The table, and how to read it."""
     amount, unit = found["budget"]
     spent = f"{amount / 1e12:g} x 10^12 FLOPs" if unit == "FLOPs" else f"{amount:,.9g} {unit}"
     best = found["best_plain"]
@@ -173,7 +176,7 @@ def _difference(against: Mapping[str, Any] | None) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the PNG `path`: held-out loss against FLOPs, a line for each arm: the mean of its seeds, between the extremes."""
+    """Plot held-out loss against FLOPs to `path`: each arm's mean and range over seeds."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(dict.fromkeys(result["arm"] for result in results)):

@@ -1,11 +1,13 @@
-"""The most memory that the loss takes: this program's, measured at full size, and the naive way's, extended from few rows.
+"""Peak memory of the loss: of this program, measured at full size, and of the naive way,
+extrapolated from few rows.
 
     python -m benchmarks.loss_memory [--batch 48 --seq-len 512]
 
-Half of the positions are supervised. Each measurement has a process of its own, which makes outputs and head, notes its peak, does
-the loss forward and backward, and reports by how much the peak has grown: gradients and workspace are in it. Naive
-(benchmarks/naive.py): logits of all positions, dense float64 stablemax. That is linear in the rows, so two sizes give it for the
-batch. Last line: JSON.
+Half of the positions are supervised. Each measurement has its own process, which creates outputs
+and head, records its peak memory, computes the loss forward and backward, and reports the growth of
+the peak, including gradients and workspace. Naive (benchmarks/naive.py): logits of all positions,
+dense float64 stablemax. Its memory is linear in the rows, so two sizes determine it. Last line:
+JSON.
 """
 
 import argparse
@@ -26,12 +28,12 @@ from models.device import keep_freed_memory, resolve_dtype
 from models.losses import linear_cross_entropy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# The naive way is measured on so many rows and on twice as many.
+# The naive way is measured on this many rows and on twice as many.
 _NAIVE_ROWS = 1
 
 
 def grown_by_loss(side: str, rows: int, seq_len: int, vocabulary: int, hidden_size: int, dtype: str) -> int:
-    """Bytes by which this process's peak grows when it does the loss of `rows` rows forward and backward."""
+    """Growth of this process's peak memory, in bytes, from the loss and backward of `rows` rows."""
     generator = torch.Generator().manual_seed(0)
     exact = DTYPES[dtype]
     head_VD = (torch.randn(vocabulary, hidden_size, generator=generator) * hidden_size**-0.5).requires_grad_()
@@ -50,7 +52,7 @@ def grown_by_loss(side: str, rows: int, seq_len: int, vocabulary: int, hidden_si
 
 
 def measure(batch: int, seq_len: int, vocabulary: int, hidden_size: int, dtype: str) -> dict[str, Any]:
-    """Peak bytes of both sides at `batch` rows: ours measured, the naive way's extended from two measurements."""
+    """Peak bytes at `batch` rows: ours measured, the naive way's extrapolated from two sizes."""
 
     def measured(side: str, rows: int) -> int:
         sizes = ["--batch", rows, "--seq-len", seq_len, "--vocabulary", vocabulary, "--hidden-size", hidden_size, "--dtype", dtype]
@@ -72,7 +74,7 @@ def measure(batch: int, seq_len: int, vocabulary: int, hidden_size: int, dtype: 
 
 
 def main() -> None:
-    """Measure both sides, or be one of them."""
+    """Measure both sides, or run as one of them."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--batch", type=int, default=48, help="rows")
     flags.add_argument("--seq-len", type=int, default=512, help="positions of a row")

@@ -1,7 +1,9 @@
-"""The naive way to train and to decode, written from the published formulas: what the benchmarks measure this program against.
+"""The naive way to train and to decode, written from the published formulas: the baseline of the
+benchmarks.
 
-It takes the weights of a `RecursiveModel` and none of its code: every position computed in every pass, the loss in float64 over
-all positions and the whole vocabulary, no cache. Shape suffixes as in models/layers.py.
+It uses the weights of a `RecursiveModel` but none of its code: every position computed in every
+pass, the loss in float64 over all positions and the whole vocabulary, no cache. Shape suffixes as
+in models/layers.py.
 """
 
 import math
@@ -17,7 +19,7 @@ from models.act import RecursiveModel
 
 _RMS_EPS = 1e-5
 _IGNORE = -100
-# What is written here is that and nothing else; sizes, depth and number format are free.
+# The only supported architecture; sizes, depth and number format are free.
 _WRITTEN_FOR = {
     "name": "trm",
     "attention": "causal",
@@ -29,7 +31,7 @@ _WRITTEN_FOR = {
 
 
 def check_arch(arch: ArchConfig) -> None:
-    """Raises UsageError for an architecture that the naive way doesn't compute: another model would be compared with it."""
+    """Raise UsageError for an architecture that the naive way doesn't compute."""
     for key, value in _WRITTEN_FOR.items():
         if (found := getattr(arch, key)) != value:
             name = "arch" if key == "name" else f"arch.{key}"
@@ -56,7 +58,7 @@ class NaiveTRM:
         return self.weights["H_init"].expand(shape), self.weights["L_init"].expand(shape)
 
     def act_step(self, states: tuple[Tensor, Tensor], ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """One ACT step over all positions, gradient through the last H cycle only. The output for the heads is the new z_H."""
+        """One ACT step over all positions, gradient through the last H cycle. Heads read z_H."""
         arch = self.arch
         z_H, z_L = states
         x_BTD = math.sqrt(arch.hidden_size) * F.embedding(ids_BT, self.weights["embed_tokens.embedding_weight"].to(self.dtype))
@@ -77,7 +79,7 @@ class NaiveTRM:
         return F.linear(output_BTD, self._cast("q_head.weight"), self._cast("q_head.bias"))[..., 0]
 
     def next_token_logits(self, ids_BT: Tensor, act_steps: int) -> Tensor:
-        """Logits [B, V] after the last position, everything computed anew."""
+        """Logits [B, V] after the last position, without a cache."""
         states = self.initial_states(*ids_BT.shape)
         for _ in range(act_steps):
             states = self.act_step(states, ids_BT)
@@ -133,9 +135,11 @@ def stablemax_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def train_step(naive: NaiveTRM, optimizer: Optimizer, inputs_BT: Tensor, labels_BT: Tensor, act_steps: int) -> float:
-    """Forward, dense float64 loss over all positions, backward, optimizer: the loss at the deepest ACT step, in nats per token.
+    """Forward, dense float64 loss over all positions, backward, optimizer. Returns the loss at the
+    last ACT step, nats per token.
 
-    The objective is that of training: mean over ACT steps and supervised tokens of CE + 0.5 BCE, the halting head learning alone.
+    The objective is that of training: mean over ACT steps and supervised tokens of CE + 0.5 BCE,
+    with BCE's gradient only in the halting head.
     """
     states = naive.initial_states(*inputs_BT.shape)
     valid_BT = labels_BT != _IGNORE

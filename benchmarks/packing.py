@@ -1,12 +1,14 @@
-"""Training with each layout of attention's rows (`packing`): padding in attention, and supervised tokens per second.
+"""Training with each layout of rows for attention (`packing`): padding in attention, and supervised
+tokens per second.
 
     python benchmarks/packing.py [--rows 4000 --repeats 20] [--overrides experiment=cpu_small global_batch_size=48]
     python benchmarks/packing.py --from-data --overrides dataset=jsonl dataset.data_dir=FOLDER 'dataset.files=["*.jsonl.zst"]'
 
-The layouts train in turns, an optimizer step each, from the same initial weights on the same rows in the same order, so that they
-meet the same machine and, up to rounding, learn the same. Without --from-data, rows have random ids, and lengths spread as real
-ones. "padding" is the share of positions that attention computes for nothing; all other layers work on tokens alone in each layout.
-The allocator is set as in training. Last line: JSON.
+The layouts train in turns, one optimizer step each, from the same weights on the same rows in the
+same order. So machine noise affects all alike and, up to rounding, all learn the same. Without
+--from-data, rows have random ids and realistic lengths. "padding" is the fraction of attention's
+positions that are padding; all other layers compute only tokens. The allocator is set as in
+training. Last line: JSON.
 """
 
 import argparse
@@ -38,12 +40,13 @@ from training.loop import Trainer
 from training.progress import StepResult
 from training.text import TextTask
 
-# SlimOrca's rows have about 420 ids in the mean, spread widely; benchmarks/tokenization.py generates texts so.
+# SlimOrca's rows have about 420 ids on average, with a wide spread, as in
+# benchmarks/tokenization.py.
 _MEAN_IDS = 420
 
 
 class Layout:
-    """One layout's training, a step at a time."""
+    """The training of one layout, step by step."""
 
     def __init__(self, config: PretrainInstructConfig, packing: Packing, examples: Examples, vocabulary: int) -> None:
         self.config = config.model_copy(update={"packing": packing})
@@ -58,18 +61,18 @@ class Layout:
         self._steps = Trainer(self.config, model, task).steps()
 
     def step(self) -> bool:
-        """Train and time a step; False when all rows are trained."""
+        """Train and time a step; False once all rows are trained."""
         started = time.perf_counter()
         result = next(self._steps, None)
         if result is None:
             return False
-        float(result.sums["nll"])  # a GPU's work is done when its result is there
+        float(result.sums["nll"])  # wait for the GPU
         self.seconds.append(time.perf_counter() - started)
         self.results.append(result)
         return True
 
     def figures(self, warmup: int) -> dict[str, float]:
-        """Over the steps after the first `warmup`."""
+        """Figures of the steps after the first `warmup`."""
         results, seconds = self.results[warmup:], self.seconds[warmup:]
 
         def total(name: str) -> float:
@@ -85,14 +88,14 @@ class Layout:
 
 
 def synthetic_rows(rows: int, config: PretrainInstructConfig, vocabulary: int) -> list[Example]:
-    """Rows of random ids with lengths spread as in real text, cut at `seq_len`."""
+    """Rows of random ids with realistic lengths, cut at `seq_len`."""
     lengths = np.random.default_rng(config.seed).gamma(2.0, _MEAN_IDS / 2, rows).astype(int)
     lengths = np.clip(lengths, 8, config.dataset.seq_len)
     return [synthetic_example(config.seed, index, int(length), vocabulary) for index, length in enumerate(lengths)]
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Let the layouts take turns."""
+    """Train the layouts in turns."""
     overrides = [*arguments.overrides, f"seed={arguments.seed}"]
     overrides += [f"arch.forward_dtype={arguments.dtype}"] if arguments.dtype else []
     config = compose_config("cfg_pretrain_instruct", overrides)

@@ -1,9 +1,10 @@
-"""How much a puzzle checkpoint gains from several answers to choose from: K = 1, 2, 4 ... samples under every choice.
+"""How much a puzzle checkpoint gains from several samples: K = 1, 2, 4 ... with every choice.
 
     python -m benchmarks.puzzle_search --checkpoint checkpoints/TRM-puzzles/sudoku --samples 16 --symmetries
 
-All samples take all of their ACT steps once; what fewer of them, and choices that let samples stop, would have come to is read off
-from what each answered and how it wished to halt at each step. Shares have Wilson's 95 % interval. Last line: JSON.
+All samples run all ACT steps once. Results for fewer samples, and for choices that stop samples
+early, are computed from each sample's answers and halting logits at each step. Fractions have
+Wilson's 95 % interval. Last line: JSON.
 """
 
 import argparse
@@ -37,9 +38,10 @@ def is_right(output: PuzzleOutput) -> Tensor:
 
 
 def outcomes(output: PuzzleOutput, search: Search) -> tuple[Tensor, Tensor]:
-    """What `search`, of no more samples than `output` has, comes to: is the answer right, bool [B], and all samples' ACT steps [B].
+    """The result of `search`, with at most `output`'s samples: whether the answer is right, bool
+    [B], and total ACT steps [B].
 
-    Samples halt by their halting logit alone, as those of the trm family do.
+    Samples halt by their halting logit alone, as in the trm family.
     """
     samples, act_steps = search.samples, output.preds_BKST.shape[2]
     preds_BKST, halt_logits_BKS = output.preds_BKST[:, :samples], output.halt_logits_BKS[:, :samples]
@@ -56,7 +58,7 @@ def outcomes(output: PuzzleOutput, search: Search) -> tuple[Tensor, Tensor]:
 
 
 def share(right_B: Tensor) -> dict[str, float]:
-    """The share of true values, and the ends of its interval."""
+    """The fraction of true values, and its interval."""
     right, count = int(right_B.sum()), len(right_B)
     return {
         "share": right / count,
@@ -66,7 +68,7 @@ def share(right_B: Tensor) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each number of samples and choice, and the oracle, which takes an answer that is right where there is one."""
+    """A row for each number of samples and choice, and for the oracle choice."""
     checkpoint = open_puzzle_checkpoint(options.checkpoint)
     config, kind = checkpoint.config, kind_of(checkpoint.metadata)
     paths = options.data_paths or config.data_paths_test or config.data_paths
@@ -111,10 +113,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     parser.add_argument("--data-paths", type=os.path.expanduser, nargs="+", metavar="DIR", help="default: the run's")
-    parser.add_argument("--samples", type=int, default=16, metavar="K", help="the most samples")
+    parser.add_argument("--samples", type=int, default=16, metavar="K", help="maximum number of samples")
     parser.add_argument("--noise", type=float, default=0.0, metavar="S", help="as of inference.py")
     parser.add_argument("--symmetries", action="store_true", help="as of inference.py")
-    parser.add_argument("--max-puzzles", type=int, help="measure on about so many of the first test puzzles")
+    parser.add_argument("--max-puzzles", type=int, help="measure about this many of the first test puzzles")
     parser.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
     options = parser.parse_args()
     threads = use_threads(options.threads)

@@ -1,11 +1,12 @@
-"""The five recursions against each other on small Sudoku, each trained for an equal number of floating-point operations.
+"""Compares the five recursions on small Sudoku, each trained for the same FLOPs.
 
     python -m dataset.build_small_puzzles sudoku --output-dir data/sudoku6
     python -m benchmarks.recursions --data-path data/sudoku6 --tera-flops 30
 
-Every recursion is the preset sudoku_small with another `arch`, and as many blocks in an ACT step as TRM has. The operations of one
-optimizer step are counted as it runs, forward and backward; the recursion then gets as many steps as the budget pays for, its
-schedule ending there, and is measured on the held-out puzzles at every ACT step. Last line: JSON.
+Every recursion is the preset sudoku_small with another `arch`, and as many blocks in an ACT step as
+TRM. The FLOPs of one optimizer step are counted, forward and backward. The recursion then trains
+for the number of steps in the budget, where its schedule ends, and is measured on the held-out
+puzzles at every ACT step. Last line: JSON.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from models.device import keep_freed_memory, pick_device, resolve_arch
 from training.loop import Trainer
 from training.puzzle import PuzzleTask
 
-# Name: what its settings are beside the preset's, in which TRM passes two blocks three times an ACT step.
+# Settings besides the preset's, in which TRM applies two blocks three times per ACT step.
 RECURSIONS = {
     "trm": [],
     "trm_singlez": [],
@@ -37,7 +38,7 @@ RECURSIONS = {
 
 
 def configured(name: str, data_path: str, overrides: list[str], steps: int) -> PretrainPuzzleConfig:
-    """The preset with recursion `name`, on so many passes over the data as give `steps` batches at least."""
+    """The preset with recursion `name`, with enough passes over the data for `steps` batches."""
     settings = [f"arch={name}", "experiment=sudoku_small", f"data_paths=[{data_path}]", *RECURSIONS[name], *overrides]
     config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
     data = PuzzleData([data_path], "train")
@@ -47,7 +48,7 @@ def configured(name: str, data_path: str, overrides: list[str], steps: int) -> P
 
 
 def trainer_of(config: PretrainPuzzleConfig, steps: int) -> Trainer:
-    """A trainer whose schedule ends after `steps` steps, and its data with it."""
+    """A trainer whose schedule and data end after `steps` steps."""
     data = PuzzleData(config.data_paths, "train")
     meta = data.metadata
     model = RecursiveModel(

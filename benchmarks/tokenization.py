@@ -1,13 +1,15 @@
-"""Tokenizing with one and two processes against the naive way: encode row by row into tensors, keep them all.
+"""Tokenization with one and two processes against the naive way, which encodes row by row and keeps
+all tensors.
 
     python benchmarks/tokenization.py [--rows 100000 --naive-rows 20000]
     python benchmarks/tokenization.py --source data/slimorca/SlimOrca.jsonl
     python benchmarks/tokenization.py --before ../earlier-checkout
 
-Each side runs in a process of its own, on the same file, which is generated unless one is named: words that the tokenizer
-knows, as often as in real text, in rows as long as SlimOrca's. Peak memory is that of a side's process and its workers together,
-without what it maps from files. The naive side may read fewer rows (its memory grows with them); rates compare. "second_start_s"
-is opening what is kept already. --before adds the same of an earlier version of the program. Last line: JSON.
+Each side runs in its own process, on the same file, which is generated unless one is named: words
+that the tokenizer knows, with realistic frequencies, in rows as long as SlimOrca's. Peak memory is
+that of a side's process and its workers, without mapped files. The naive side may read fewer rows,
+because its memory grows with them; rates are comparable. "second_start_s" is the time to open an
+existing cache. --before also measures an earlier version of the program. Last line: JSON.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SYSTEM = "You are a helpful assistant."
-# About 1.9 kB a row, as SlimOrca has in the mean.
+# About 1.9 kB per row, SlimOrca's average.
 _PROMPT_WORDS, _ANSWER_WORDS = 190, 140
 _GENERATED_AT_ONCE = 1000
 
@@ -45,7 +47,7 @@ def generate(path: Path, rows: int, tokenizer: Tokenizer, seed: int) -> None:
     rng = np.random.default_rng(seed)
     pieces = (tokenizer.piece(token) for token in range(tokenizer.vocab_size))
     words = np.array([piece[1:] for piece in pieces if piece.startswith("\u2581") and piece[1:].isalpha() and piece.isprintable()])
-    # Zipf's law, as in real text: a few words make up most of it.
+    # Zipf's law, as in real text: a few words are most of it.
     frequency = np.cumsum(1 / np.arange(1, len(words) + 1))
 
     def texts(mean: int, count: int) -> list[str]:
@@ -64,7 +66,7 @@ def generate(path: Path, rows: int, tokenizer: Tokenizer, seed: int) -> None:
 
 
 def naive(path: Path, tokenizer: Tokenizer, seq_len: int, rows: int) -> dict[str, Any]:
-    """Encode row by row into torch tensors that are all kept in memory."""
+    """Encode row by row into torch tensors, and keep them all in memory."""
     import torch
 
     template, tensors, tokens = Template(), [], 0
@@ -89,11 +91,11 @@ def naive(path: Path, tokenizer: Tokenizer, seq_len: int, rows: int) -> dict[str
 
 
 def cached(path: Path, tokenizer: Tokenizer, seq_len: int, processes: int, cache_dir: Path) -> dict[str, Any]:
-    """Build the cache, or open it if it is there."""
+    """Build the cache, or open an existing one."""
     changes = {"data_dir": str(path.parent), "files": (path.name,), "seq_len": seq_len, "processes": processes}
     changes |= {"cache_dir": str(cache_dir)}
     config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", "dataset.test_ratio=0", "dataset.on_bad_row=skip"]).dataset
-    config = config.model_copy(update=changes)  # not as overrides, in which a path may have to be quoted
+    config = config.model_copy(update=changes)  # not as overrides, which may need quotes around a path
     started = time.perf_counter()
     data = Source(config).open_split("train", tokenizer, Template())
     seconds = time.perf_counter() - started
@@ -106,7 +108,7 @@ def cached(path: Path, tokenizer: Tokenizer, seq_len: int, processes: int, cache
 
 
 def _side(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What one process measures: started by `_run`."""
+    """The measurement in one process, started by `_run`."""
     tokenizer = Tokenizer(resolve_tokenizer_path(arguments.tokenizer_path))
     if arguments.side == "naive":
         return naive(arguments.source, tokenizer, arguments.seq_len, arguments.naive_rows)
@@ -116,7 +118,7 @@ def _side(arguments: argparse.Namespace) -> dict[str, Any]:
 def _run(arguments: argparse.Namespace, *more: str, repository: Path = REPOSITORY) -> dict[str, Any]:
     """One side in a new process, of this version of the program or another.
 
-    Adds the most memory that it and its workers held together, and the time of the whole process.
+    Adds the peak memory of the process and its workers together, and the time of the whole process.
     """
     shared = ["--source", arguments.source, "--seq-len", arguments.seq_len, "--naive-rows", arguments.naive_rows]
     shared += ["--tokenizer-path", arguments.tokenizer_path] if arguments.tokenizer_path else []
@@ -144,7 +146,7 @@ def _run(arguments: argparse.Namespace, *more: str, repository: Path = REPOSITOR
 
 
 def _memory_of_tree(root: int) -> int:
-    """Memory of a process and its descendants that no file stands behind, bytes; 0 where the system doesn't list it (/proc)."""
+    """Anonymous memory of a process and its descendants, in bytes; 0 without /proc."""
     parents, memory = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -154,7 +156,7 @@ def _memory_of_tree(root: int) -> int:
             pid = int(folder.name)
             parents[pid], memory[pid] = int(status["PPid"]), int(status["RssAnon"].split()[0]) * 1024
         except (OSError, KeyError, ValueError):
-            continue  # it ended meanwhile, or is the kernel's own
+            continue  # it has ended, or is a kernel thread
     tree = {root}
     while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
         tree |= more
@@ -209,9 +211,7 @@ def main() -> None:
     flags.add_argument("--source", type=user_path, help="a file to read instead")
     flags.add_argument("--seq-len", type=int, default=512)
     flags.add_argument("--compared", type=int, nargs="+", default=[1, 2], help="numbers of processes")
-    flags.add_argument(
-        "--folder", type=user_path, help="where the rows and caches go for the time of the run; default: the system's"
-    )
+    flags.add_argument("--folder", type=user_path, help="temporary folder for rows and caches; default: the system's")
     flags.add_argument("--tokenizer-path", type=os.path.expanduser, help="default: as a training run's")
     flags.add_argument(
         "--before", type=Path, metavar="FOLDER", help="an earlier version of the program, measured in turns with this one"

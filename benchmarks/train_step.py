@@ -1,11 +1,14 @@
-"""One training step of this program, as a user starts it, against the naive way: same weights, same rows, one run.
+"""A training step of this program, with its default settings, against the naive way: same weights,
+same rows, one run.
 
     python benchmarks/train_step.py [--batch 2 --seq-len 512 --repeats 5 --same-allocator --without all --loss-memory]
 
-Ours: the Trainer's step in its default dtype, with the allocator setting of pretrain_instruct.py. Naive (benchmarks/naive.py):
-fp32, dense float64 loss over all positions, the allocator as it comes. Each side has a process of its own, and they take turns, so
-that both meet the same machine. `--same-allocator` adds the naive way under our allocator setting, `--without` ours with one change
-taken away, and `--loss-memory` the peak memory of both losses at batch 48 (benchmarks/loss_memory.py). Last line: JSON.
+Ours: the Trainer's step in its default dtype, with the allocator setting of pretrain_instruct.py.
+Naive (benchmarks/naive.py): fp32, dense float64 loss over all positions, the default allocator
+setting. Each side has its own process, and they take turns, so that machine noise affects both
+alike. `--same-allocator` adds the naive way with our allocator setting, `--without` ours without
+one change, and `--loss-memory` the peak memory of both losses at batch 48
+(benchmarks/loss_memory.py). Last line: JSON.
 """
 
 import argparse
@@ -51,27 +54,27 @@ from training.optimizer import AdamATan2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _LABELS = {"ours": "ours", "naive": "naive", "naive_kept": "naive, our allocator"}
-# What can be taken away from ours, one at a time, and what is there instead.
+# The changes that can be removed from ours, one at a time, and their replacements.
 CHANGES = {
     "bfloat16": "activations in float32",
     "attention_products": "torch's attention, in float32 where it is differentiated",
     "supervised_only": "every position meets the vocabulary head",
     "chunked_loss": "dense float64 loss of the supervised positions",
     "held_casts": "weights cast at every call",
-    "kept_memory": "the allocator as it comes",
+    "kept_memory": "the default allocator setting",
 }
 _OVERRIDES = {"bfloat16": "arch.forward_dtype=float32", "supervised_only": "dataset.supervise=all"}
 
 
 class Side(Protocol):
-    """One way to train: a step at a time."""
+    """One way to train, step by step."""
 
     def step(self) -> dict[str, float]:
-        """Train one step; `loss_per_token` of it (nats), and seconds of its parts where they are known."""
+        """Train one step; returns its `loss_per_token` (nats), and seconds of its parts if known."""
 
 
 def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig:
-    """The config of a side. All ACT steps are taken and the learning rate is flat, so that both sides do the same work."""
+    """The config of a side: all ACT steps, a constant learning rate, for the same work on both."""
     dtype = arguments.naive_dtype if side.startswith("naive") else arguments.dtype
     return benchmark_config(
         [
@@ -90,7 +93,7 @@ def settings(arguments: argparse.Namespace, side: str) -> PretrainInstructConfig
 
 @contextlib.contextmanager
 def taken_away(change: str) -> Iterator[None]:
-    """Within the block ours works without this change, if it is one that code makes, not settings or the allocator."""
+    """Within the block, ours runs without this change, if it is a change in code."""
     owner, name, instead = {
         "held_casts": (Linear, "cast_weight", lambda linear, dtype: None),
         "attention_products": (models.layers, "product_attention", torch_attention),
@@ -108,7 +111,7 @@ def taken_away(change: str) -> Iterator[None]:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
-    """models.product_attention by torch's own kernels, backwards by the faster of them."""
+    """models.product_attention by torch's kernels, with the faster backward pass."""
     dtype = q.dtype
     if q.requires_grad:
         q, k, v = q.float(), k.float(), v.float()
@@ -118,7 +121,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_
 def dense_loss(
     output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str, compiled: bool
 ) -> TokenLoss:
-    """models.losses.token_loss the naive way: all logits at once, stablemax in float64, never compiled."""
+    """A naive models.losses.token_loss: all logits at once, stablemax in float64, never compiled."""
     logits_NV = output_ND @ head_VD.to(output_ND.dtype).T
     nll_N = stablemax_cross_entropy(logits_NV, labels_N)
     argmax_N = logits_NV.argmax(-1)
@@ -137,7 +140,7 @@ class Ours:
         self._seconds: dict[str, float] = {}
 
     def step(self) -> dict[str, float]:
-        """The vocabulary's gradients are made in the loss, so its matrix products count there and not under backward."""
+        """Matrix products for the vocabulary head's gradients count as loss, not as backward."""
         self._seconds = {}
         with contextlib.ExitStack() as patches:
             patches.enter_context(self._timed("forward", self.model, "act_step"))
@@ -169,7 +172,7 @@ class Ours:
 
 
 class Naive:
-    """The same rows, weights and schedule, the naive way."""
+    """The naive way, with the same rows, weights and schedule."""
 
     def __init__(self, config: PretrainInstructConfig, vocabulary: int) -> None:
         self.config = config
@@ -214,12 +217,12 @@ class Worker:
     """A side in its own process."""
 
     def __init__(self, name: str) -> None:
-        # -m, and the run's own flags: the process composes the same settings.
+        # With the same flags, so that the process composes the same settings.
         command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--worker", name]
         self._process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> dict[str, float]:
-        """Have it train a step. Raises RuntimeError if the process has died (its own message stands on stderr)."""
+        """Train a step. Raises RuntimeError if the process has died (its message is on stderr)."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -230,14 +233,14 @@ class Worker:
         return figures
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 def take_turns(arguments: argparse.Namespace, ours: Worker, name: str) -> dict[str, list[dict[str, float]]]:
-    """The figures of "ours" and of the side `name`, which a process of its own works on for as long, after the warm-up."""
+    """The figures of "ours" and of side `name`, in two processes that take turns."""
     other = Worker(name)
     figures: dict[str, list[dict[str, float]]] = {"ours": [], name: []}
     for turn in range(arguments.warmup + arguments.repeats):
@@ -253,8 +256,8 @@ def take_turns(arguments: argparse.Namespace, ours: Worker, name: str) -> dict[s
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Let ours take turns with each other side, two processes at a time for memory's sake, and put the medians together."""
-    # Before any process starts, in which it would be told less clearly.
+    """Time ours in turns with each other side, in two processes, and collect the medians."""
+    # Check before any process starts, for a clear message.
     config = settings(arguments, "ours")
     check_arch(config.arch)
     changes = list(CHANGES) if "all" in arguments.without else arguments.without
@@ -320,7 +323,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run both sides, or be one of them."""
+    """Run both sides, or run as one of them."""
     flags = parser(__doc__)
     flags.set_defaults(dtype="auto")
     flags.add_argument("--naive-dtype", choices=["float32", "float64"], default="float32")

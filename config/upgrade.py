@@ -21,21 +21,23 @@ RENAMED: dict[str, str] = {
     "dataset.hub_revision": "dataset.revision",
     "dataset.hub_sha256": "dataset.sha256",
 }
-# Keys that mean nothing any more. Their values are reported.
-REMOVED: tuple[str, ...] = (
+# Keys that mean nothing any more, with the value that did what is done now (...: there is none). Other values are reported.
+REMOVED: dict[str, Any] = {
     # When a row left its slot, in which it stayed for several optimizer steps. Puzzles never read them.
-    "act_steps_per_update",
-    *(f"arch.halt.{key}" for key in ("mode", "depth_floor", "deepen_at", "settled_share", "settled_probability")),
+    "act_steps_per_update": ...,
+    **dict.fromkeys(
+        (f"arch.halt.{key}" for key in ("mode", "depth_floor", "deepen_at", "settled_share", "settled_probability")), ...
+    ),
     # Tokens drafted with few ACT steps and checked together: slower wherever code is compiled or on a GPU.
-    "generation.draft_tokens",
-    "generation.draft_act_steps",
+    "generation.draft_tokens": ...,
+    "generation.draft_act_steps": ...,
     # ACT steps that grow in a run or are drawn, and losses that weigh more the deeper they are: behind in every table.
-    "act_steps",
-    "grow_until",
-    "loss_discount",
+    "act_steps": "fixed",
+    "grow_until": 0.6,
+    "loss_discount": 1.0,
     # How puzzles' rows come to slots, which has one answer.
-    "slots",
-)
+    "slots": ...,
+}
 # What the program did before it had a key, where the default is something else.
 BEFORE: dict[str, Any] = {"eval_every_steps": None}
 
@@ -64,7 +66,9 @@ def _upgrade(
         if name in section.model_fields and name not in values:
             values[name] = values.pop(key)
         elif f"{known_as}{key}" in REMOVED:
-            dropped.append(f"{where}{key}={values.pop(key)}")
+            value = values.pop(key)
+            if value != REMOVED[f"{known_as}{key}"]:
+                dropped.append(f"{where}{key}={value}")
     for key, field in section.model_fields.items():
         if key not in values:
             default = BEFORE.get(known_as + key, shipped.get(key, ...))

@@ -1,11 +1,12 @@
-"""Command: builds an ARC data set from Kaggle-form JSON, with the arguments and the output of the original's builder.
+"""Command: builds an ARC data set from Kaggle-form JSON, with the arguments and the output of the
+original's builder.
 
     python -m dataset.build_arc_dataset --input-file-prefix kaggle/combined/arc-agi --output-dir data/arc1concept-aug-1000 \\
         --subsets training evaluation concept --test-set-name evaluation
 
-Reads <prefix>_<subset>_challenges.json and <prefix>_<subset>_solutions.json. A test subset's demonstration pairs are for training,
-its test pairs for testing; all pairs of other subsets are for training. It knows the files, `dataset/puzzles/arc_grids.py` the
-grids.
+Reads <prefix>_<subset>_challenges.json and <prefix>_<subset>_solutions.json. A test subset's
+demonstration pairs are for training, its test pairs for testing; all pairs of other subsets are for
+training. This file knows the files; `dataset/puzzles/arc_grids.py` knows the grids.
 """
 
 import argparse
@@ -62,7 +63,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class Puzzle:
-    """A task: its pairs by the split they are for, and what to keep of its JSON if it is a test puzzle."""
+    """A task: its pairs by split, and its JSON if it is a test puzzle."""
 
     name: str
     train: tuple[Pair, ...]
@@ -70,12 +71,14 @@ class Puzzle:
     source: dict[str, Any] | None
 
     def pairs(self, split: Split) -> tuple[Pair, ...]:
-        """Those for one split."""
+        """The pairs of one split."""
         return self.train if split == "train" else self.test
 
 
 def read_puzzles(prefix: str, subsets: Sequence[str], test_sets: Sequence[str]) -> list[Puzzle]:
-    """The puzzles of all subsets, in the order of the files. Raises `UsageError` that says which puzzle of which file is wrong."""
+    """The puzzles of all subsets, in the order of the files. Raises `UsageError` that names a wrong
+    puzzle and its file.
+    """
     puzzles: dict[str, Puzzle] = {}
     for subset in subsets:
         path = Path(f"{prefix}_{subset}_challenges.json")
@@ -86,7 +89,7 @@ def read_puzzles(prefix: str, subsets: Sequence[str], test_sets: Sequence[str]) 
         if not isinstance(tasks, dict) or not isinstance(solutions, dict | None):
             raise UsageError(f"{path} and its solutions: expected JSON objects with a puzzle for each key")
         if solutions is None:
-            print(f"{subset}: no {solutions_path}; test pairs without an output get a single black cell for one")
+            print(f"{subset}: no {solutions_path}; test pairs without an output get a single black cell as output")
         for name, task in tasks.items():
             try:
                 if name in puzzles:
@@ -123,9 +126,11 @@ def _read_puzzle(name: str, task: Any, outputs: Any, is_test_set: bool) -> Puzzl
 
 
 def without_test_pairs(puzzles: Sequence[Puzzle]) -> tuple[list[Puzzle], int]:
-    """The puzzles without those training pairs that an augmentation turns into a test pair of another puzzle, and their number.
+    """Leave out training pairs that equal a test pair of another puzzle up to augmentation; also
+    returns their number.
 
-    Public subsets do share pairs. A puzzle's own demonstrations stay: whoever asks it, shows them.
+    Public subsets share pairs. A puzzle's own demonstrations stay, since they are given with the
+    question.
     """
     asked: dict[bytes, set[str]] = {}
     for puzzle in puzzles:
@@ -146,7 +151,7 @@ def _forms_of(puzzle: Puzzle, count: int, seed: int) -> Codes:
 
 @dataclass(frozen=True, eq=False)
 class _Slab:
-    """A puzzle's rows of one split: what to lay out, and where."""
+    """A puzzle's rows of one split, and their place in the files."""
 
     puzzle: Puzzle
     split: Split
@@ -171,9 +176,11 @@ def build(
     identifiers_start: int = 1,
     processes: int | None = None,
 ) -> dict[str, int]:
-    """Write the data set; returns counts. The result is the same for any number of processes. Raises `UsageError`.
+    """Write the data set; returns counts. The result is the same for any number of processes.
+    Raises `UsageError`.
 
-    A process holds one puzzle with its augmentations at a time, at most some 20 MB for 1000 of them and each array.
+    A process holds one puzzle with its augmentations at a time: at most about 20 MB per array for
+    1000 augmentations.
     """
     if num_aug < 0 or identifiers_start < 1 or (processes is not None and processes < 1):
         raise UsageError(
@@ -222,17 +229,17 @@ def build(
 
 @contextlib.contextmanager
 def _mapping(processes: int | None) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map`, over so many processes; in this one for 1."""
+    """`map` over `processes`; with 1, in this process."""
     if processes == 1:
         yield map
         return
-    # Fresh interpreters: they import this file, and no torch. Ctrl-C is for the caller alone.
+    # spawn: the new interpreters import this file, without torch. Only the caller handles Ctrl-C.
     ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=ignore_interrupt)
     try:
         yield pool.map
     except BrokenProcessPool as error:
-        raise UsageError("a process ended early, most likely for want of memory: use fewer of them (--processes 1)") from error
+        raise UsageError("a process ended early, probably out of memory: use fewer processes (--processes 1)") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -243,21 +250,17 @@ def _bar(results: Iterable[Result], tasks: Sequence[object], what: str) -> Itera
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 2 and one message when the input can't be used."""
+    """The command; exit status 2 and one message if the input can't be used."""
     parser = argparse.ArgumentParser(description="Build an ARC data set.")
-    parser.add_argument(
-        "--input-file-prefix", type=os.path.expanduser, required=True, help="what stands before _<subset>_challenges.json"
-    )
-    parser.add_argument(
-        "--output-dir", type=os.path.expanduser, required=True, help="folder of the data set; must not be there yet"
-    )
+    parser.add_argument("--input-file-prefix", type=os.path.expanduser, required=True, help="path before _<subset>_challenges.json")
+    parser.add_argument("--output-dir", type=os.path.expanduser, required=True, help="folder of the data set; must not exist")
     parser.add_argument("--subsets", required=True, nargs="+", help="subsets to read")
     parser.add_argument("--test-set-name", required=True, help="subset whose test pairs are the test split")
     parser.add_argument("--test-set-name2", default="evaluation2", help="a second one, if it is among the subsets")
-    parser.add_argument("--seed", type=int, default=42, help="seed of augmentations and places")
+    parser.add_argument("--seed", type=int, default=42, help="seed of augmentations and translations")
     parser.add_argument("--num-aug", type=int, default=1000, help="augmented forms of each puzzle")
     parser.add_argument("--puzzle-identifiers-start", type=int, default=1, help="first identifier, to keep two data sets apart")
-    parser.add_argument("--processes", type=int, help="processes that work; default: one for each CPU")
+    parser.add_argument("--processes", type=int, help="number of processes; default: one for each CPU")
     options = parser.parse_args(arguments)
     with one_clear_message():
         counts = build(

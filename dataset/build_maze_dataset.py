@@ -1,9 +1,10 @@
-"""Command: builds a maze data set from CSV files, with the arguments and the output of the original's builder.
+"""Command: builds a maze data set from CSV files, with the arguments and the output of the
+original's builder.
 
     python dataset/build_maze_dataset.py --output-dir data/maze-30x30-hard-1k
 
-train.csv and test.csv are taken from --source-dir, and fetched there from the hub if they are missing. It knows the files,
-`dataset/puzzles/maze.py` the puzzle.
+Reads train.csv and test.csv from --source-dir, and downloads them from the hub if they are missing.
+This file knows the files; `dataset/puzzles/maze.py` knows the puzzle.
 """
 
 import argparse
@@ -31,7 +32,7 @@ _SPLITS = ("train", "test")
 
 
 def read_puzzles(path: Path) -> CsvPuzzles:
-    """The rows of a file as tokens [N, L]. Raises `UsageError` for one that isn't a square maze with a way marked in it."""
+    """The rows of a file as tokens [N, L]. Raises `UsageError` unless all are solved mazes."""
     rows = read_csv(path)
     questions, answers = to_tokens(rows.questions), to_tokens(rows.answers)
     length = rows.questions.shape[1]
@@ -53,17 +54,17 @@ def build(
     source_repo: str = SOURCE_REPO,
     seed: int = 0,
 ) -> dict[str, dict[str, int]]:
-    """Write the data set. Returns for each split its mazes, how many answers are a shortest path, and of how many it is the only
-    one.
+    """Write the data set. Returns for each split the number of mazes, of answers that are a
+    shortest path, and of unique ones.
 
-    subsample_size: so many training mazes, drawn by seed; None: all. aug: training mazes in all eight dihedral forms.
-    Raises `UsageError`.
+    subsample_size: number of training mazes, drawn by seed; None: all. aug: include all eight
+    dihedral forms of training mazes. Raises `UsageError`.
     """
     if subsample_size is not None and subsample_size < 1:
         raise UsageError(f"expected --subsample-size of at least 1, found {subsample_size}")
     puzzles = {split: read_puzzles(locate(source_dir, split, source_repo)) for split in _SPLITS}
     if puzzles["train"].questions.shape[1] != puzzles["test"].questions.shape[1]:
-        raise UsageError(f"{puzzles['train'].path} and {puzzles['test'].path} have mazes of different sizes: build them apart")
+        raise UsageError(f"{puzzles['train'].path} and {puzzles['test'].path} have mazes of different sizes: build them separately")
     drawn = subsample(raw_bits(seed, "subsample"), len(puzzles["train"].lines), subsample_size)
     puzzles["train"] = puzzles["train"].take(drawn)
     counts = {}
@@ -90,23 +91,23 @@ def _squares(tokens: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _in_forms(mazes: npt.NDArray[np.uint8], forms: int) -> npt.NDArray[np.uint8]:
-    """Each maze in its first dihedral forms, one after the other: [N * forms, cells]."""
+    """Each maze in its first `forms` dihedral forms, consecutively: [N * forms, cells]."""
     return np.stack([dihedral(mazes, form) for form in range(forms)], axis=1).reshape(len(mazes) * forms, -1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 2 and one message when the input can't be used."""
+    """The command; exit status 2 and one message if the input can't be used."""
     parser = argparse.ArgumentParser(description="Build a maze data set.")
     parser.add_argument(
         "--output-dir",
         type=os.path.expanduser,
         default="data/maze-30x30-hard-1k",
-        help="folder of the data set; must not be there yet",
+        help="folder of the data set; must not exist",
     )
     parser.add_argument(
         "--source-dir", type=os.path.expanduser, default="data/maze-30x30-hard", help="folder of train.csv and test.csv"
     )
-    parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set they are fetched from if they aren't there")
+    parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set to download them from if they are missing")
     parser.add_argument("--subsample-size", type=int, help="training mazes, drawn by seed; default: all")
     parser.add_argument("--aug", action=argparse.BooleanOptionalAction, default=False, help="add the eight dihedral forms")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsample")

@@ -1,10 +1,12 @@
-"""Command: makes puzzles that two CPU cores can learn, without any download, in the form of the other builders.
+"""Command: generates puzzles that two CPU cores can learn, without a download, in the format of the
+other builders.
 
     python -m dataset.build_small_puzzles sudoku --output-dir data/sudoku6
     python -m dataset.build_small_puzzles maze --output-dir data/maze9
 
-Sudoku is 6x6 with a single solution each; solution grids of the test split are no symmetric form of one in training. Mazes have a
-single shortest path each. It knows the files, `dataset/puzzles/small_*.py` the puzzles.
+Sudoku is 6x6 with a unique solution; solution grids of the test split aren't symmetric to any in
+training. Mazes have a unique shortest path. This file knows the files; `dataset/puzzles/small_*.py`
+know the puzzles.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from dataset.puzzles import maze, small_maze, small_sudoku
 from dataset.puzzles.storage import BLANK_IDENTIFIER, create_plain_split, new_dataset, write_identifiers
 from dataset.puzzles.sudoku import SIX, to_tokens
 
-# Smaller ones have no room for a path; larger ones are Maze-Hard's.
+# Smaller mazes have no room for a path; Maze-Hard has larger ones.
 _SIDES = (3, 30)
 
 
@@ -71,21 +73,21 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 2 and one message when it can't be done."""
+    """The command; exit status 2 and one message if it fails."""
     parser = argparse.ArgumentParser(description="Make small puzzles.")
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     sudoku_options = kinds.add_parser("sudoku", help="6x6 Sudoku")
     maze_options = kinds.add_parser("maze", help="mazes with a single shortest path")
     for options_of_kind in (sudoku_options, maze_options):
         options_of_kind.add_argument(
-            "--output-dir", type=os.path.expanduser, required=True, help="folder of the data set; must not be there yet"
+            "--output-dir", type=os.path.expanduser, required=True, help="folder of the data set; must not exist"
         )
         options_of_kind.add_argument("--train-size", type=int, default=20_000, help="training puzzles")
         options_of_kind.add_argument("--test-size", type=int, default=1_000, help="test puzzles")
         options_of_kind.add_argument("--seed", type=int, default=0, help="decides the split and every puzzle")
     sudoku_options.set_defaults(build=build_sudoku)
     maze_options.set_defaults(build=build_mazes)
-    sudoku_options.add_argument("--clues", type=int, default=12, help="digits that a question keeps at least")
+    sudoku_options.add_argument("--clues", type=int, default=12, help="least number of digits in a question")
     maze_options.add_argument("--side", type=int, default=9, help="cells of a side")
     maze_options.add_argument("--min-steps", type=int, default=9, help="least steps from start to goal")
     options = vars(parser.parse_args(arguments))

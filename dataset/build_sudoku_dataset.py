@@ -1,9 +1,10 @@
-"""Command: builds a Sudoku data set from CSV files, with the arguments and the output of the original's builder.
+"""Command: builds a Sudoku data set from CSV files, with the arguments and the output of the
+original's builder.
 
     python dataset/build_sudoku_dataset.py --output-dir data/sudoku-extreme-1k-aug-1000 --subsample-size 1000 --num-aug 1000
 
-train.csv and test.csv are taken from --source-dir, and fetched there from the hub if they are missing. It knows the files,
-`dataset/puzzles/sudoku.py` the puzzle.
+Reads train.csv and test.csv from --source-dir, and downloads them from the hub if they are missing.
+This file knows the files; `dataset/puzzles/sudoku.py` knows the puzzle.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _PUZZLES_AT_ONCE = 4096
 
 
 def read_puzzles(path: Path, min_difficulty: int | None) -> CsvPuzzles:
-    """The rows of a file as digits 0..9 [N, 81]. Raises `UsageError` for one that isn't a Sudoku with its solution."""
+    """The rows of a file as digits 0..9 [N, 81]. Raises `UsageError` unless all are solved."""
     rows = read_csv(path, min_difficulty)
     questions = np.where(rows.questions == ord("."), ord("0"), rows.questions) - ord("0")
     digits = CsvPuzzles(path, questions.astype(np.uint8), rows.answers - np.uint8(ord("0")), rows.lines)
@@ -41,7 +42,7 @@ def read_puzzles(path: Path, min_difficulty: int | None) -> CsvPuzzles:
 
 
 def _write(files: SplitFiles, puzzles: CsvPuzzles, num_aug: int, seed: int) -> None:
-    """Each puzzle and, after it, its augmented forms; these depend on the seed and the puzzle's line in the file alone."""
+    """Write each puzzle and its augmented forms, by the seed and the puzzle's line only."""
     at_once = max(1, _PUZZLES_AT_ONCE // (1 + num_aug))
     for first in tqdm(range(0, len(puzzles.lines), at_once), desc=files.folder.name, disable=None):
         end = min(first + at_once, len(puzzles.lines))
@@ -67,10 +68,11 @@ def build(
     source_repo: str = SOURCE_REPO,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write the data set; returns the puzzles of each split. Raises `UsageError`.
+    """Write the data set; returns the number of puzzles of each split. Raises `UsageError`.
 
-    subsample_size: so many training puzzles, drawn by seed; None: all. num_aug: augmented forms of each training puzzle; test
-    puzzles have none. min_difficulty: least rating, of both splits as in the original.
+    subsample_size: number of training puzzles, drawn by seed; None: all. num_aug: augmented forms
+    of each training puzzle; test puzzles have none. min_difficulty: least rating, for both splits
+    as in the original.
     """
     if num_aug < 0 or (subsample_size is not None and subsample_size < 1):
         raise UsageError(f"expected --num-aug of at least 0, --subsample-size of at least 1, found {num_aug} and {subsample_size}")
@@ -89,18 +91,18 @@ def build(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 2 and one message when the input can't be used."""
+    """The command; exit status 2 and one message if the input can't be used."""
     parser = argparse.ArgumentParser(description="Build a Sudoku data set.")
     parser.add_argument(
         "--output-dir",
         type=os.path.expanduser,
         default="data/sudoku-extreme-full",
-        help="folder of the data set; must not be there yet",
+        help="folder of the data set; must not exist",
     )
     parser.add_argument(
         "--source-dir", type=os.path.expanduser, default="data/sudoku-extreme", help="folder of train.csv and test.csv"
     )
-    parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set they are fetched from if they aren't there")
+    parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set to download them from if they are missing")
     parser.add_argument("--subsample-size", type=int, help="training puzzles, drawn by seed; default: all")
     parser.add_argument("--num-aug", type=int, default=0, help="augmented forms of each training puzzle")
     parser.add_argument("--min-difficulty", type=int, help="least rating of a puzzle")

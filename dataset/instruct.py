@@ -1,4 +1,4 @@
-"""The conversations a config asks for, as data sets. Knows no command line and no model."""
+"""The conversations of a config, as data sets. Knows no command line and no model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
 
-# What a trained model can be measured on: test_deeper has questions of the bundled deep families with more hops than training.
+# Splits to measure: test_deeper has questions of the deep families with more hops.
 MeasuredSplit = Literal[Split, "test_deeper"]
 SAMPLE_BUILDER = "python -m dataset.build_sample_dataset"
 _ROWS_TRIED = 1000
@@ -33,12 +33,13 @@ _ROWS_TRIED = 1000
 class Source:
     """A source of conversations: its settings, its files and their splits.
 
-    Held-out rows are those of `validation_files` or `validation_split`, or of files whose names say so; the bundled data has those
-    of its builder. All other rows are split by a hash with one seed for all sources, so that what one source holds out is held out
-    of each. `is_alone`: the run has no other source. Otherwise files that are held out by their names alone are left out, because
-    another source could train on their rows.
+    Held-out rows are those of `validation_files` or `validation_split`, or of files with names such
+    as test.jsonl; the bundled data has its builder's. All other rows are split by a hash with one
+    seed for all sources, so that a row held out of one source is held out of all. `is_alone`: the
+    run has no other source. Otherwise files held out by their names are left out, because another
+    source could train on their rows.
 
-    Methods raise `UsageError` for missing files, malformed rows and a split without a usable row.
+    Methods raise `UsageError` for missing files, malformed rows and a split without usable rows.
     """
 
     def __init__(self, config: DatasetConfig, *, is_alone: bool = True) -> None:
@@ -47,7 +48,7 @@ class Source:
 
     @cached_property
     def files(self) -> SourceFiles:
-        """The files of both splits; those that are missing are downloaded first."""
+        """The files of both splits. Downloads missing ones."""
         config, folder = self.config, Path(self.config.data_dir)
         hub = Hub(config.repo, config.revision, config.sha256) if config.repo is not None else None
         if config.source == "sample":
@@ -58,15 +59,15 @@ class Source:
         if config.source == "hub" or (not config.files and is_saved(folder)):
             if config.shards or config.validation_files:
                 raise UsageError(
-                    f"{folder} is a folder of save_to_disk, whose files have no names of their own: choose of its splits with "
-                    "dataset.split and dataset.validation_split, and leave shards and validation_files out"
+                    f"{folder} is a folder of save_to_disk, whose files have no names of their own: choose its splits with "
+                    "dataset.split and dataset.validation_split, and leave out shards and validation_files"
                 )
             return SourceFiles(
                 *([] if split is None else self._split_files(split) for split in (config.split, config.validation_split))
             )
         if config.split != "train" or config.validation_split:
             raise UsageError(
-                f"dataset.split and dataset.validation_split choose of a hub data set or a folder of save_to_disk, and "
+                f"dataset.split and dataset.validation_split are for a hub data set or a folder of save_to_disk, and "
                 f"{str(folder)!r} is neither: name files with dataset.files and dataset.validation_files"
             )
         found = find_files(folder, config.files, hub, config.shards, config.seed, config.validation_files)
@@ -77,9 +78,10 @@ class Source:
     def open_splits(self, tokenizer: Tokenizer, template: Template) -> tuple[TextDataset, TextDataset | None]:
         """Train and test split for a training run; test is None with `test_ratio=0`.
 
-        `subset_size` takes the first rows of each split that has files of its own. Of a split by hash it counts training rows, and
-        test has its proportional share: see `token_cache.load_split`. Raises `UsageError`, too, for a tokenizer that loses text of
-        the first 1,000 training rows.
+        `subset_size` limits each split that has its own files to its first rows. With a split by
+        hash it counts training rows, and the test split is proportional: see
+        `token_cache.load_split`. Also raises `UsageError` for a tokenizer that loses text of the
+        first 1,000 training rows.
         """
         first_rows = islice(self.conversations("train"), _ROWS_TRIED)
         inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
@@ -89,7 +91,7 @@ class Source:
         return train, self._load("test", self.files, tokenizer, template) if self.config.test_ratio > 0 else None
 
     def open_split(self, split: MeasuredSplit, tokenizer: Tokenizer, template: Template) -> TextDataset:
-        """One split by itself, with `subset_size` rows of its own."""
+        """A single split, with `subset_size` rows."""
         if split == "test_deeper":
             if self.config.source != "sample":
                 raise UsageError(
@@ -102,9 +104,10 @@ class Source:
         return self._load(split, self.files, tokenizer, template, alone=True)
 
     def conversations(self, split: Split) -> Iterator[Conversation]:
-        """The conversations of a split in the order of the files, without any tokens; rows that can't be used are skipped.
+        """The conversations of a split in the order of the files, not tokenized. Skips unusable
+        rows.
 
-        `subset_size` ends the train split.
+        `subset_size` limits the train split.
         """
         config, found = self.config, 0
         for path in self.files.of(split):
@@ -173,14 +176,16 @@ def sources_of(config: PretrainInstructConfig) -> dict[str, Source]:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a training run reads: every source's training rows, its test rows if any are held out, and the order."""
+    """The data of a training run: training rows, any held-out test rows, and the order."""
 
     train: TextCorpus
     test: TextCorpus | None
     curriculum: Curriculum
 
     def report(self) -> dict[str, Any]:
-        """What a run keeps of its data, as plain values: files and counts of each source's splits, and the splits' overlap."""
+        """The record of a run's data, as JSON values: files and counts of each source's splits, and
+        the splits' overlap.
+        """
         splits = {"train": self.train, "test": self.test}
         sources = {
             name: {split: corpus.parts[name].report() for split, corpus in splits.items() if corpus is not None}
@@ -190,7 +195,9 @@ class RunData:
 
 
 def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template) -> RunData:
-    """The data of a training run. Raises `UsageError` as `Source.open_splits` does, and for a stage without examples."""
+    """The data of a training run. Raises `UsageError` like `Source.open_splits`, and for a stage
+    without examples.
+    """
     opened = {name: source.open_splits(tokenizer, template) for name, source in sources_of(config).items()}
     held_out = {name: test for name, (_, test) in opened.items() if test is not None}
     return RunData(
@@ -201,7 +208,7 @@ def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template
 
 
 def open_run_split(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template, split: MeasuredSplit) -> TextCorpus:
-    """One split of every source of a run, for measuring; see `Source.open_split`."""
+    """One split of every source of a run, for evaluation; see `Source.open_split`."""
     return TextCorpus({name: source.open_split(split, tokenizer, template) for name, source in sources_of(config).items()})
 
 
@@ -216,6 +223,6 @@ def _sample_file(folder: Path, split: MeasuredSplit) -> Path:
 
 
 def last_exchange(conversation: Conversation) -> tuple[Conversation, str] | None:
-    """The history before the last assistant turn, and that turn's text; None for raw text, in which nobody is asked."""
+    """The history before the last assistant turn, and that turn's text; None for raw text."""
     last = max((i for i, turn in enumerate(conversation) if turn.role == "assistant"), default=None)
     return None if last is None else (conversation[:last], conversation[last].text)

@@ -1,6 +1,7 @@
-"""SlimOrca's one file: found in a folder under any of its names, else downloaded.
+"""SlimOrca's single file: found in a folder under any of its names, else downloaded.
 
-`python -m dataset.slimorca --data-dir data/slimorca` fetches it ahead of a run. This file must not know what is done with it.
+`python -m dataset.slimorca --data-dir data/slimorca` downloads it ahead of a run. This file doesn't
+know how it is used.
 """
 
 import argparse
@@ -12,16 +13,16 @@ import yaml
 from config.errors import UsageError, one_clear_message
 from dataset.source_files import Hub
 
-# A run reads repository and revision from this file, too.
+# A run reads repository and revision from the same file.
 _CONFIG = Path(__file__).resolve().parents[1] / "config/dataset/slimorca.yaml"
 HUB_FILE = "oo-labeled_correct.gpt4.sharegpt.jsonl"
 LOCAL_FILES = ("SlimOrca.jsonl", "SlimOrca.jsonl.zst", "SlimOrca.jsonl.gz", HUB_FILE)
 
 
 def locate(data_dir: str | Path, hub: Hub | None, filename: str = HUB_FILE) -> Path:
-    """The SlimOrca file in `data_dir`, downloaded (about 1 GB) from `hub` if it isn't there.
+    """The SlimOrca file in `data_dir`, downloaded (about 1 GB) from `hub` if it is missing.
 
-    Raises `UsageError` when there is none and it can't be, or (without `hub`) may not be, downloaded.
+    Raises `UsageError` if it is missing and the download fails, or there is no `hub`.
     """
     folder = Path(data_dir).expanduser()
     for name in LOCAL_FILES:
@@ -42,7 +43,7 @@ def _default_hub() -> Hub:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: make sure that the SlimOrca file is in a folder, and say where."""
+    """The command: make sure that the SlimOrca file is in a folder, and print its path."""
     default = _default_hub()
     parser = argparse.ArgumentParser(description="Download SlimOrca unless the folder already has it.")
     parser.add_argument(

@@ -1,6 +1,7 @@
-"""Which files a source of conversations has: those in its folder, else fetched from the Hugging Face hub.
+"""The files of a source of conversations: those in its folder, else downloaded from the Hugging
+Face hub.
 
-This file must not know what is in them.
+This file doesn't know their content.
 """
 
 import glob
@@ -17,7 +18,7 @@ from config.errors import UsageError
 from dataset.text.hub import download
 from dataset.text.rows import FORMATS, format_of
 
-# What `datasets` and the builders here write beside the rows.
+# Files that `datasets` and the builders here write beside the rows.
 _NOT_ROWS = ("dataset.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _NAMES_OF_VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")
 _NAMES_OF_TEST = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|held-?_?out)(?![a-z])")
@@ -26,7 +27,7 @@ _NAMES_OF_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 
 @dataclass(frozen=True)
 class Hub:
-    """Where missing files are fetched from. sha256: of files whose content is known ahead, by name."""
+    """The repository to download missing files from. sha256: expected hashes, by file name."""
 
     repo: str
     revision: str = "main"
@@ -41,9 +42,9 @@ class Hub:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files to train on, files to measure on, and files that their names hold out of both.
+    """Files for training, files for testing, and files left out because of their names.
 
-    Without files to measure on, `train` has the rows of both splits.
+    Without test files, `train` has the rows of both splits.
     """
 
     train: list[Path]
@@ -51,7 +52,7 @@ class SourceFiles:
     left_out: list[Path] = field(default_factory=list)
 
     def of(self, split: Literal["train", "test"]) -> list[Path]:
-        """The files that have the rows of a split."""
+        """The files with the rows of a split."""
         return self.validation if split == "test" and self.validation else self.train
 
 
@@ -63,14 +64,17 @@ def find_files(
     seed: int = 0,
     validation_names: Sequence[str] = (),
 ) -> SourceFiles:
-    """The files that `names` name: paths or globs, relative to `data_dir` or absolute; none twice, a glob's in order of name.
+    """The files of `names`: paths or globs, relative to `data_dir` or absolute; each once, those of
+    a glob sorted by name.
 
-    A folder that `datasets` has saved to stands for its files. Without names: the files in `data_dir` of a format that can be
-    read. What a glob finds, or the folder has, isn't trained on if its name says test, eval, validation, valid, val or dev; those
-    named for validation, else those for a test, can be measured on. Where `validation_names` say what to measure on, instead of
-    those, nothing of it is trained on that `names` don't name exactly.
-    shards: so many of the training files, drawn by `seed`; drawn before anything is fetched. A name without a file is fetched from
-    `hub`, to the same name in `data_dir`. Raises `UsageError` for a name without a file, and too few of them.
+    A folder written by `datasets` stands for its files. Without names: the files in `data_dir` with
+    a readable format. A file that a glob or the folder gives isn't used for training if its name
+    says test, eval, validation, valid, val or dev; those named for validation, or else those for
+    test, are the test files. `validation_names` name the test files instead, which are used for
+    training only if `names` names them exactly.
+    shards: number of training files, drawn by `seed` before any download. A missing file is
+    downloaded from `hub`, to the same name in `data_dir`. Raises `UsageError` for a missing file,
+    and for too few files.
     """
     folder = Path(data_dir).expanduser()
     named = _named(folder, validation_names, "dataset.validation_files")
@@ -95,7 +99,7 @@ def find_files(
             raise UsageError(
                 f"dataset.shards is {shards}, and dataset.files names {len(train)} file(s): lower the one or add to the other"
             )
-        # Raw bits, as for the order of examples: NumPy keeps their stream over versions.
+        # Raw bits, as for the order of examples: NumPy keeps their stream across versions.
         bits = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64)).random_raw(len(train))
         train = [train[index] for index in sorted(np.argsort(bits, kind="stable")[:shards])]
     validation = list(named) or of_validation or of_test
@@ -112,7 +116,7 @@ def find_files(
 
 
 def _named(folder: Path, names: Sequence[str], setting: str) -> dict[Path, tuple[str, bool]]:
-    """The files that `names` name, each with the first name that does and whether globs alone do."""
+    """The files of `names`, each with the first name that matches, and whether only globs do."""
     found: dict[Path, tuple[str, bool]] = {}
     for name in names:
         is_glob = glob.has_magic(name) and not (folder / name).exists()
@@ -128,7 +132,7 @@ def _named(folder: Path, names: Sequence[str], setting: str) -> dict[Path, tuple
 
 
 def saved_split(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that `datasets` has saved to, of one split if it has several. Raises `UsageError`."""
+    """The files of a folder written by `datasets`, of one split if several. Raises `UsageError`."""
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         if split not in splits:

@@ -1,1 +1,1 @@
-"""Measuring: what a run's outputs are worth. Knows nothing of training, of generation or of Hydra."""
+"""Evaluation of a run's outputs. Knows nothing of training or of Hydra."""

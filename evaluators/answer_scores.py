@@ -1,6 +1,7 @@
-"""Scores generated answers family by family against the references, beside a baseline that looks at no question.
+"""Scores generated answers against their references, by family, next to a baseline that ignores the
+questions.
 
-It knows strings and counts only: nothing of models, generation, training or how the answers came about.
+Knows strings and counts only.
 """
 
 import math
@@ -15,7 +16,7 @@ Z_95 = 1.959963984540054
 
 
 class Score(TypedDict):
-    """One family, or all: shares in 0..1 and the number of answers scored."""
+    """One family, or all: fractions in 0..1 and the number of answers scored."""
 
     accuracy: float
     baseline: float
@@ -25,14 +26,14 @@ class Score(TypedDict):
 
 
 class AnswerScores(TypedDict):
-    """`score_answers`' result; `families` in alphabetical order."""
+    """The result of `score_answers`; `families` in alphabetical order."""
 
     overall: Score
     families: dict[str, Score]
 
 
 def is_exact(reference: str, answer: str) -> bool:
-    """Exact match, case included, after stripping white space around both; nothing else is forgiven."""
+    """Exact, case-sensitive match, after stripping white space around both."""
     return answer.strip() == reference.strip()
 
 
@@ -41,7 +42,7 @@ def wilson_lower_bound(correct: int, count: int, z: float = Z_95) -> float:
     if not 0 <= correct <= count:
         raise UsageError(f"expected 0 <= correct <= count, found correct={correct}, count={count}")
     if correct == 0:
-        return 0.0  # also what the formula gives, up to rounding below zero
+        return 0.0  # the formula's value too, which rounding may put below zero
     share = correct / count
     centre = share + z * z / (2 * count)
     margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -51,12 +52,12 @@ def wilson_lower_bound(correct: int, count: int, z: float = Z_95) -> float:
 def score_answers(families: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> AnswerScores:
     """Accuracy by `is_exact`, baseline and Wilson's 95 % interval, for each family and over all.
 
-    A family's baseline is the accuracy of always giving its most frequent answer, the most frequent of the scored references
-    themselves: no constant answer can beat it. The overall baseline gives each family its own constant: the families' baselines
-    weighted by their counts.
+    A family's baseline is the accuracy of always giving its most frequent reference among those
+    scored: no constant answer can beat it. The overall baseline uses each family's own constant:
+    the mean of the families' baselines, weighted by their counts.
 
-    The three sequences are parallel, one entry a question. Raises UsageError if their lengths differ or if there is nothing to
-    score.
+    The three sequences are parallel, one entry per question. Raises UsageError if their lengths
+    differ or they are empty.
     """
     if not len(families) == len(references) == len(answers):
         raise UsageError(
@@ -83,7 +84,7 @@ def score_answers(families: Sequence[str], references: Sequence[str], answers: S
 def score_by_hops(
     hops: Sequence[int | None], families: Sequence[str], references: Sequence[str], answers: Sequence[str]
 ) -> dict[int, AnswerScores]:
-    """`score_answers` of the questions with each number of hops by themselves, in ascending order; those without are left out."""
+    """`score_answers` for each number of hops, ascending; leaves out questions without one."""
     rows_of = {
         number: [i for i, found in enumerate(hops) if found == number]
         for number in sorted({found for found in hops if found is not None})
@@ -100,6 +101,6 @@ def _score(correct: int, baseline_correct: int, count: int) -> Score:
         "baseline": baseline_correct / count,
         "count": count,
         "lower_95": wilson_lower_bound(correct, count),
-        # That of the wrong answers, seen from 1.
+        # One minus the lower bound of wrong answers.
         "upper_95": 1 - wilson_lower_bound(count - correct, count),
     }

@@ -1,10 +1,11 @@
-"""ARC by voting: predictions of all augmented forms of a puzzle, undone and counted. Knows no model, no training.
+"""ARC by voting: inverts the augmentations of a puzzle's predictions and counts equal grids. Knows
+no model and no training.
 
-One process or several: votes are gathered where `torch.distributed` runs, or by a function that is passed in.
+One process or several: votes are gathered by `torch.distributed`, or by a function that is passed
+in.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from artifacts.files import write_whole
 from config.errors import UsageError
 from dataset.puzzles.arc_grids import SEQ_LEN, Augmentation, Grid, crop, grid_hash, parse_grid, parse_name
 from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_json
@@ -21,19 +23,21 @@ from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_js
 PASS_KS = (1, 2, 5, 10, 100, 1000)
 ATTEMPTS = 2
 SUBMISSION_FILE = "submission.json"
-# What a submission says where no grid was predicted.
+# The submission for a test input without a prediction.
 _NO_PREDICTION = [[0]]
 
 
 @dataclass
 class Votes:
-    """What was predicted: (puzzle, hash of the input) to hash of the predicted grid to votes and sum of halting probabilities."""
+    """Votes by (puzzle, hash of the input) and hash of the predicted grid: number of votes and sum
+    of halting probabilities.
+    """
 
     counts: dict[tuple[str, bytes], dict[bytes, tuple[int, float]]] = field(default_factory=dict)
     grids: dict[bytes, Grid] = field(default_factory=dict)
 
     def add(self, question: tuple[str, bytes], grid: Grid, probability: float) -> None:
-        """One vote for a grid."""
+        """Add one vote for a grid."""
         key = grid_hash(grid)
         self.grids.setdefault(key, grid)
         candidates = self.counts.setdefault(question, {})
@@ -48,9 +52,9 @@ class Votes:
         preds: Tensor,
         q_halt_logits: Tensor,
     ) -> None:
-        """The votes of B rows: inputs and preds [B, 900] tokens, q_halt_logits [B].
+        """Add the votes of B rows: inputs and preds [B, 900] tokens, q_halt_logits [B].
 
-        forms: of each row its puzzle and what was done to it, which is undone; None passes the row over.
+        forms: each row's puzzle and augmentation, which is inverted; None skips the row.
         """
         probabilities = torch.sigmoid(q_halt_logits.cpu().double()).tolist()
         canvases = (tokens.cpu().numpy().reshape(-1, SEQ_LEN) for tokens in (inputs, preds))
@@ -71,10 +75,10 @@ class Votes:
                 candidates[key] = count + votes, total + probability
 
     def ranked(self, question: tuple[str, bytes]) -> list[bytes]:
-        """Hashes of the predicted grids, most votes first, among equals the higher mean halting probability."""
+        """Hashes of the predicted grids: most votes first, then highest mean halting probability."""
         candidates = self.counts.get(question, {})
 
-        # The hash last, so that the order doesn't depend on who predicted first.
+        # The hash breaks ties, so that the order doesn't depend on which prediction came first.
         def weight(key: bytes) -> tuple[int, float, bytes]:
             count, total = candidates[key]
             return count, total / count, key
@@ -86,9 +90,10 @@ Gather: TypeAlias = Callable[[Votes], list[Votes] | None]
 
 
 def gather_to_first(votes: Votes, group: Any = None) -> list[Votes] | None:
-    """All ranks' votes on rank 0, None on the others; this process's alone where `torch.distributed` doesn't run.
+    """All ranks' votes on rank 0, None on other ranks; only this process's votes without
+    `torch.distributed`.
 
-    group: process group that can carry Python objects; of the backends, gloo does it without a GPU.
+    group: process group for Python objects; the gloo backend needs no GPU for them.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -100,18 +105,22 @@ def gather_to_first(votes: Votes, group: Any = None) -> list[Votes] | None:
 
 
 class ARC:
-    """pass@K of the test puzzles of one data set. `begin` an evaluation, `add` its batches, ask for the `result`.
+    """pass@K of the test puzzles of one data set: `begin` an evaluation, `add` its batches, read
+    the `result`.
 
-    accumulate: votes of earlier evaluations count on, as in the original; otherwise `begin` forgets them.
+    accumulate: keep votes of earlier evaluations, as in the original; otherwise `begin` clears
+    them.
     """
 
-    # What a batch and its predictions must have.
+    # Keys that a batch and its predictions must have.
     required_outputs = ("inputs", "puzzle_identifiers", "q_halt_logits", "preds")
 
     def __init__(
         self, data_path: str | Path, *, pass_ks: Sequence[int] = PASS_KS, attempts: int = ATTEMPTS, accumulate: bool = True
     ) -> None:
-        """data_path: folder of dataset/build_arc_dataset.py. attempts: of a submission. Raises `UsageError`."""
+        """data_path: folder of dataset/build_arc_dataset.py. attempts: per test input of a
+        submission. Raises `UsageError`.
+        """
         self._pass_ks = tuple(pass_ks)
         self._attempts = attempts
         self._accumulate = accumulate
@@ -122,15 +131,16 @@ class ARC:
         self._votes = Votes()
 
     def begin(self) -> None:
-        """An evaluation begins."""
+        """Begin an evaluation."""
         if not self._accumulate:
             self._votes = Votes()
 
     def add(self, inputs: Tensor, puzzle_identifiers: Tensor, preds: Tensor, q_halt_logits: Tensor) -> None:
-        """Predictions of B rows: inputs and preds [B, 900] tokens, puzzle_identifiers [B], q_halt_logits [B].
+        """Add predictions of B rows: inputs and preds [B, 900] tokens, puzzle_identifiers [B],
+        q_halt_logits [B].
 
-        Rows of padding, and of puzzles that aren't test puzzles, are passed over. Raises `UsageError` for an identifier without a
-        name.
+        Skips padding and puzzles that aren't test puzzles. Raises `UsageError` for an identifier
+        without a name.
         """
         forms: list[tuple[str, Augmentation] | None] = []
         for identifier in puzzle_identifiers.tolist():
@@ -144,10 +154,12 @@ class ARC:
         self._votes.add_rows(forms, inputs=inputs, preds=preds, q_halt_logits=q_halt_logits)
 
     def result(self, output_dir: str | Path | None = None, gather: Gather = gather_to_first) -> dict[str, float] | None:
-        """Metrics `ARC/pass@K`, and submission.json in `output_dir` if there is one; None on all ranks but the first.
+        """Metrics `ARC/pass@K`; None on ranks other than the first. Writes submission.json if
+        `output_dir` is given.
 
-        pass@K: the mean over puzzles of the share of their test pairs whose output is among the K grids with most votes. A
-        submission's second attempt repeats the first where only one grid was predicted. gather: every rank's votes on the first.
+        pass@K: the mean over puzzles of the fraction of their test pairs whose output is among the
+        K grids with most votes. A submission's second attempt repeats the first if only one grid
+        was predicted. gather: returns all ranks' votes on the first.
         """
         gathered = gather(self._votes)
         if gathered is None:
@@ -167,8 +179,5 @@ class ARC:
                 grids += [grids[0]] * (self._attempts - len(grids))
                 submission[name].append({f"attempt_{number}": grid for number, grid in enumerate(grids, 1)})
         if output_dir is not None:
-            path = Path(output_dir) / SUBMISSION_FILE
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text(json.dumps(submission), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(Path(output_dir) / SUBMISSION_FILE, json.dumps(submission).encode())
         return {f"ARC/pass@{k}": float(share) / len(self._puzzles) for k, share in zip(self._pass_ks, solved, strict=True)}

@@ -1,7 +1,8 @@
-"""Is a halting probability of 0.8 right eight times in ten? Measures that at every depth on held-out text, and fits what mends it.
+"""Calibration of halting probabilities: measures it at every depth on held-out text, and fits Platt
+scaling.
 
-Platt scaling, one scale and one shift for each depth. Knows no training, no files and no command line. Shape suffixes as in
-models/layers.py; N counts supervised tokens.
+There is one scale and one shift for each depth. Knows no training, no files and no command line.
+Shape suffixes as in models/layers.py; N supervised tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,10 +21,11 @@ from models.losses import linear_cross_entropy
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-# As in the paper on calibration (Guo et al. 2017).
+# As in Guo et al. 2017.
 ECE_BINS = 15
-# Weight of the pull towards the identity, against one for each token's cross-entropy: nothing beside thousands of tokens, and what
-# decides where tokens are few, all right, all wrong, or all have the same logit.
+# Weight of the regularization towards the identity; a token's cross-entropy has weight 1. It
+# doesn't matter with thousands of tokens. It decides if there are few tokens, or all are right, all
+# wrong, or all have the same logit.
 _PULL = 1.0
 _IDENTITY = np.array([1.0, 0.0])
 _NEWTON_STEPS = 100
@@ -32,12 +34,12 @@ _CONVERGED = 1e-10
 
 @dataclass(frozen=True)
 class HaltingRecord:
-    """Supervised tokens after one ACT step, in the order of their rows' batches."""
+    """Supervised tokens after one ACT step, in the order of the batches."""
 
     rows_N: npt.NDArray[np.int64]
-    """Row of the split that each token is of."""
+    """Each token's row in the split."""
     logits_N: Floats
-    """Halting logits, not calibrated."""
+    """Uncalibrated halting logits."""
     right_N: Bools
     """Whether the argmax is the label."""
 
@@ -52,29 +54,29 @@ class HaltingRecord:
     def _of(self, chosen_N: Bools, kind: str) -> "HaltingRecord":
         if not chosen_N.any():
             raise UsageError(
-                f"calibration fits on even rows and measures on odd ones, but no {kind} row has an answer: take more rows"
+                f"calibration fits on even rows and measures on odd ones, but no {kind} row has an answer: use more rows"
             )
         return HaltingRecord(self.rows_N[chosen_N], self.logits_N[chosen_N], self.right_N[chosen_N])
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Halting probabilities against what came true."""
+    """Halting probabilities compared with accuracy."""
 
     tokens: int
     accuracy: float
-    """Share of tokens whose argmax is right."""
+    """Fraction of tokens whose argmax is right."""
     predicted: float
-    """Mean halting probability: equal to the accuracy where calibration is perfect, but not only there."""
+    """Mean halting probability. Equals the accuracy if calibration is perfect, and maybe if not."""
     ece: float
     """Expected calibration error."""
     bins: list[tuple[float, float, int]]
-    """Of the bins of `expected_calibration_error` that have tokens: mean halting probability, share right, tokens."""
+    """For each non-empty bin: mean halting probability, fraction right, number of tokens."""
 
 
 @dataclass(frozen=True)
 class DepthCalibration:
-    """What was fitted at one depth, and how far the probabilities are off on other tokens, without it and with it."""
+    """The fit at one depth, and the reliability on other tokens before and after it."""
 
     scale: float
     shift: float
@@ -93,7 +95,8 @@ def record_halting(
     pad_multiple: int = 8,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
 ) -> list[HaltingRecord]:
-    """Halting logits of the first `limit` rows, teacher-forced, after each of 1..act_steps ACT steps that all tokens take.
+    """Teacher-forced halting logits of the first `limit` rows, after each of 1..act_steps ACT
+    steps, without early halting.
 
     Raises UsageError if a halting logit is not finite.
     """
@@ -119,7 +122,7 @@ def record_halting(
     records = [_joined(part) for part in parts]
     if not all(np.isfinite(record.logits_N).all() for record in records):
         raise UsageError(
-            "the model's halting logits are not finite, so nothing can be fitted; is the checkpoint of a run that broke?"
+            "the model's halting logits are not finite, so nothing can be fitted; did the run of this checkpoint diverge?"
         )
     return records
 
@@ -135,7 +138,7 @@ def calibrate_halting(records: Sequence[HaltingRecord]) -> list[DepthCalibration
 
 
 def reliability(record: HaltingRecord, scale: float = 1.0, shift: float = 0.0) -> Reliability:
-    """What the halting probabilities sigmoid(scale * logit + shift) of these tokens are worth."""
+    """The reliability of the halting probabilities sigmoid(scale * logit + shift) of these tokens."""
     probability_N = sigmoid(scale * record.logits_N + shift)
     return Reliability(
         tokens=len(record.right_N),
@@ -147,10 +150,12 @@ def reliability(record: HaltingRecord, scale: float = 1.0, shift: float = 0.0) -
 
 
 def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
-    """Scale a and shift b such that sigmoid(a * logit + b) fits `right_N` best: Platt scaling (Platt 1999).
+    """Scale a and shift b such that sigmoid(a * logit + b) fits `right_N` best: Platt scaling
+    (Platt 1999).
 
-    Minimizes the sum of the tokens' cross-entropies plus `_PULL`/2 * ((a - 1)^2 + b^2), by Newton's method with halved steps. The
-    pull makes the minimum exist and be one, whatever the tokens are; without tokens it is the identity, (1, 0).
+    Minimizes the sum of the tokens' cross-entropies plus `_PULL`/2 * ((a - 1)^2 + b^2), by Newton's
+    method with step halving. The second term makes the minimum exist and be unique; without tokens
+    it is the identity, (1, 0).
     """
     design_N2 = np.stack((logits_N, np.ones_like(logits_N)), axis=1).astype(np.float64)
 
@@ -164,7 +169,7 @@ def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
         gradient = design_N2.T @ (probability_N - right_N) + _PULL * (fitted - _IDENTITY)
         hessian = (design_N2.T * (probability_N * (1 - probability_N))) @ design_N2 + _PULL * np.eye(2)
         step = np.linalg.solve(hessian, gradient)
-        # Where the objective is flat, rounding hides what is left to gain.
+        # Near the minimum, rounding hides any further decrease.
         while objective(fitted - step) > value and np.abs(step).max() > _CONVERGED:
             step = step / 2
         if np.abs(step).max() <= _CONVERGED:
@@ -175,7 +180,8 @@ def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
 
 
 def expected_calibration_error(probability_N: Floats, right_N: Bools, bins: int = ECE_BINS) -> float:
-    """Mean over tokens of |mean probability - share right| of their bin, bins of equal width (Guo et al. 2017, eq. 3).
+    """Mean over tokens of |mean probability - fraction right| of their bin, bins of equal width
+    (Guo et al. 2017, eq. 3).
 
     arXiv 1706.04599. The halting probability is the confidence that the argmax is right.
     """
@@ -184,8 +190,8 @@ def expected_calibration_error(probability_N: Floats, right_N: Bools, bins: int 
 
 
 def reliability_bins(probability_N: Floats, right_N: Bools, bins: int = ECE_BINS) -> list[tuple[float, float, int]]:
-    """Mean probability, share right and number of tokens of each bin of equal width that has any, in ascending order."""
-    # A bin reaches from above its lower end to its upper end, the first one from 0.
+    """Mean probability, fraction right and number of tokens of each non-empty bin, ascending."""
+    # A bin contains its upper end but not its lower end, except 0.
     bin_N = np.clip(np.ceil(probability_N * bins).astype(np.int64) - 1, 0, bins - 1)
     return [
         (float(probability_N[chosen].mean()), float(right_N[chosen].mean()), int(chosen.sum()))

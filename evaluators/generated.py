@@ -1,4 +1,6 @@
-"""Answers a model generates for a split: scored by family at every depth, or written down. Knows no training, no flags."""
+"""Generates answers for a split, to score them by family at every depth or to write them to a file.
+Knows no training or flags.
+"""
 
 import contextlib
 import itertools
@@ -9,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from artifacts.files import whole_file
 from config.errors import UsageError
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
@@ -22,13 +25,16 @@ from models.distributed import Ranks
 def evaluate_generated(
     responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks | None = None
 ) -> dict[str, Any]:
-    """Answer the last turn of the split's `rows` and score the answers against the references, by the rows' `task`.
+    """Answer the last turn of the split's `rows` and score the answers against the references, by
+    the rows' `task`.
 
-    `ranks` share the rows, and each gets the result of all. Raw text asks nothing and is left out. Returns `score_answers`' result
-    at the responder's depth, and beside it `by_act_step` (accuracy of all at 1, 2, ... ACT steps; with a halting threshold one
-    entry), `mean_act_steps` of a generated token, and `longer_than_context`: rows whose history leaves no room for an answer and
-    that are not scored. Of the bundled deep families also `by_hops`: for each number of dependent steps, `score_answers`' result at
-    each of these depths (`by_act_step`) and `mean_act_steps`. Raises UsageError if no row is left.
+    `ranks` share the rows, and each gets the whole result. Raw text has no question and is left
+    out. Returns the result of `score_answers` at the responder's depth, with `by_act_step` (overall
+    accuracy at 1, 2, ... ACT steps; one entry with a halting threshold), `mean_act_steps` per
+    generated token, and `longer_than_context` (rows whose history leaves no room for an answer;
+    they aren't scored). For the bundled deep families it has `by_hops`: for each number of
+    dependent steps, the result of `score_answers` at each of these depths (`by_act_step`) and
+    `mean_act_steps`. Raises UsageError if no row is left.
     """
     inputs, lengths, references, rows_asked = list[InputRow](), list[int](), list[str](), list[Mapping[str, Any]]()
     longer = 0
@@ -70,20 +76,22 @@ def evaluate_generated(
 
 
 def _mean_act_steps(act_steps: Sequence[Sequence[int]]) -> float:
-    """Of a generated token; act_steps: of each answer's tokens."""
+    """Mean per generated token. act_steps: of each answer's tokens."""
     return sum(map(sum, act_steps)) / sum(map(len, act_steps))
 
 
 def write_generated(
     responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks | None = None
 ) -> dict[str, Any]:
-    """Answer the last turn of the split's `rows` into `path`, one JSON object a line, in their order.
+    """Answer the last turn of the split's `rows`, in order, and write the answers to `path` as JSON
+    lines.
 
-    `ranks` share the rows; the first writes, and each gets the result of all. Raw text is left out. Lines have the keys of
-    `generation.batch.answers_in_order` and the row's `index` in the split; an `error` stands where the history leaves no room for
-    an answer. The file appears whole, in place of one that was there. Returns sums over the answers, divided once: `count`,
-    `exact_accuracy`, `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS included (None without an
-    answer), and `longer_than_context`.
+    `ranks` share the rows; the first writes, and each gets the whole result. Raw text is left out.
+    Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split;
+    `error` if the history leaves no room for an answer. The file is written atomically and replaces
+    an older one. Returns ratios of sums over the answers: `count`, `exact_accuracy`,
+    `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS included (None
+    without an answer), and `longer_than_context`.
     """
 
     def inputs() -> Iterator[InputRow]:
@@ -93,9 +101,10 @@ def write_generated(
     lengths = (responder.prompt_length(one.history) for one in inputs())
     longer = count = exact = tokens = steps = 0
     log_probability = 0.0
-    partial = path.with_name(path.name + ".partial")
-    is_first = ranks is None or ranks.is_first
-    with partial.open("w", encoding="utf-8") if is_first else contextlib.nullcontext() as lines:
+    with contextlib.ExitStack() as files:
+        lines = None
+        if ranks is None or ranks.is_first:
+            lines = files.enter_context(files.enter_context(whole_file(path)).open("w", encoding="utf-8"))
         for record in _answered(responder, inputs(), lengths, "generated", ranks):
             if lines is not None:
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -107,8 +116,6 @@ def write_generated(
             tokens += record["answer_tokens"]
             steps += sum(record["act_steps"])
             log_probability += record["log_probability"]
-    if is_first:
-        partial.replace(path)
     return {
         "count": count,
         "exact_accuracy": exact / count if count else None,
@@ -121,7 +128,8 @@ def write_generated(
 def _answered(
     responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks | None
 ) -> Iterator[dict[str, Any]]:
-    """The records of `answers_in_order`; of several ranks, which take turns at the blocks, each gets all. `name` is shown.
+    """The records of `answers_in_order`. Ranks take turns at the blocks, and each gets all records.
+    `name` is shown.
 
     lengths: tokens of each input's prompt.
     """
@@ -139,7 +147,7 @@ def _answered(
 
 
 def _exchanges(split: TextCorpus | TextDataset, rows: Sequence[int]) -> Iterator[tuple[int, Conversation, str]]:
-    """Number, history and last answer of each of `rows` that has an answer."""
+    """Index, history and last answer of each of `rows` that has an answer."""
     for index in rows:
         exchange = last_exchange(split.conversation(index))
         if exchange is not None:

@@ -1,8 +1,9 @@
-"""Teacher-forced measures of a language model over a split: sums over the corpus, never means of ratios.
+"""Teacher-forced metrics of a language model over a split: ratios of sums over the corpus, never
+means of ratios.
 
-`loss_per_token` is in nats over supervised tokens, EOS included. `bits_per_byte` divides the -log2 p of supervised text tokens
-(EOS left out) by the UTF-8 bytes of the decoded supervised ids. Knows no training. Shape suffixes as in models/layers.py; N counts
-supervised tokens.
+`loss_per_token` is in nats per supervised token, EOS included. `bits_per_byte` divides the -log2 p
+of supervised text tokens (without EOS) by the UTF-8 bytes of the decoded supervised ids. Knows no
+training. Shape suffixes as in models/layers.py; N supervised tokens.
 """
 
 import math
@@ -21,7 +22,7 @@ from models.device import on_device
 from models.distributed import Ranks
 from models.losses import linear_cross_entropy
 
-# A deeper ACT step may cost this much more than the one before, in nats per token, before it counts as worse.
+# An ACT step is worse if its loss is more than this above the step before, in nats per token.
 DEPTH_GATE_NATS = 0.01
 
 
@@ -38,12 +39,12 @@ class LanguageSums:
     exact: int = 0
 
     def add(self, other: "LanguageSums") -> None:
-        """Count `other`'s tokens and conversations here too."""
+        """Add the totals of `other`."""
         for name in vars(self):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
-        """The ratios under their fixed names; NaN where nothing was counted."""
+        """The ratios by name; NaN where nothing was counted."""
 
         def ratio(part: float, whole: float) -> float:
             return part / whole if whole else math.nan
@@ -58,7 +59,7 @@ class LanguageSums:
 
 @dataclass(frozen=True)
 class DepthOutput:
-    """One batch at one depth, positions as fed to the model (label t is the id after input t; -100 is not supervised)."""
+    """One batch at one depth, by input position (label t is the id after input t; -100 is none)."""
 
     rows: np.ndarray
     """Index of each row in the split, int64[B]."""
@@ -70,10 +71,10 @@ class DepthOutput:
     """Nats at supervised positions, 0 elsewhere."""
     halt_logits_BT: Tensor
     act_steps_BT: Tensor
-    """ACT steps whose output was read at each position."""
+    """ACT steps that each position took."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All [B, T], by the names under which they can be saved."""
+        """All tensors [B, T], by the names to save them under."""
         return {
             "inputs": torch.from_numpy(self.inputs_BT),
             "labels": torch.from_numpy(self.labels_BT),
@@ -86,32 +87,32 @@ class DepthOutput:
 
 @dataclass
 class LanguageResult:
-    """The last entry of `by_depth` is the depth asked for; with a halting threshold there is one entry only."""
+    """`by_depth` ends with the requested depth; with a halting threshold it has only that one."""
 
     by_depth: list[LanguageSums] = field(default_factory=list)
     step_sum: int = 0
     by_source: dict[str, "LanguageResult"] = field(default_factory=dict)
-    """Where several sources were measured: each by itself."""
+    """The result of each source, if there are several."""
 
     def totals(self) -> list[float]:
-        """Every sum in it, in a fixed order: those of all batches, added up, are the sums of the whole."""
+        """All its sums, in a fixed order, to add up over batches."""
         return [float(value) for sums in self.by_depth for value in astuple(sums)] + [float(self.step_sum)]
 
     @classmethod
     def from_totals(cls, totals: Sequence[float]) -> "LanguageResult":
-        """The result whose `totals` these are."""
+        """The result with these `totals`."""
         width = len(fields(LanguageSums))
         rows = [totals[start : start + width] for start in range(0, len(totals) - 1, width)]
         by_depth = [LanguageSums(row[0], row[1], *map(int, row[2:])) for row in rows]
         return cls(by_depth, int(totals[-1]))
 
     def worse_steps(self) -> list[int]:
-        """ACT steps (from 2) whose loss per token is more than `DEPTH_GATE_NATS` above the step before: depth that doesn't pay."""
+        """ACT steps (from 2) with a loss of over `DEPTH_GATE_NATS` above the step before."""
         losses = [sums.metrics()["loss_per_token"] for sums in self.by_depth]
         return [step for step in range(2, len(losses) + 1) if losses[step - 1] > losses[step - 2] + DEPTH_GATE_NATS]
 
     def report(self) -> dict[str, object]:
-        """Metrics as they are written to metrics.json."""
+        """The metrics for metrics.json."""
         final = self.by_depth[-1]
         return {
             **final.metrics(),
@@ -134,7 +135,9 @@ def evaluate_sources(
     on_output: Callable[[DepthOutput], None] | None = None,
     **options: Any,
 ) -> LanguageResult:
-    """`evaluate_language` on each source of `corpus`, with its limits, and the sums over all. Rows have the corpus's numbers."""
+    """`evaluate_language` on each source of `corpus`, with the same limits, and sums over all. Rows
+    are numbered in the corpus.
+    """
     by_source: dict[str, LanguageResult] = {}
     begin = 0
     for name, part in corpus.parts.items():
@@ -152,7 +155,7 @@ def evaluate_sources(
 
 
 def rows_evaluated(corpus: TextCorpus, limit: int | None) -> int:
-    """How many rows `evaluate_sources` measures with this limit."""
+    """Rows that `evaluate_sources` measures with this limit."""
     return sum(len(part) if limit is None else min(limit, len(part)) for part in corpus.parts.values())
 
 
@@ -176,17 +179,19 @@ def evaluate_language(
     on_output: Callable[[DepthOutput], None] | None = None,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
 ) -> LanguageResult:
-    """Measure `model` on the first `limit` rows of `dataset`, at most `max_batches` batches of them, teacher-forced.
+    """Measure `model`, teacher-forced, on the first `limit` rows of `dataset`, in at most
+    `max_batches` batches.
 
-    Without `halt_threshold` every depth 1..act_steps is measured; with it, an assistant's token stops for good when its halting
-    probability passes the threshold, and prompts take all steps. `on_output` gets each batch at the final depth. `ranks` take
-    turns at the batches; each gets the result of all, the same bits as one process.
+    Without `halt_threshold` every depth 1..act_steps is measured. With it, an assistant's token
+    halts once its halting probability exceeds the threshold, and prompts take all steps.
+    `on_output` gets each batch at the final depth. `ranks` take turns at the batches; each gets the
+    whole result, the same bits as from one process.
     """
     ranks = ranks or Ranks()
     most = len(dataset) if max_batches is None else max_batches * batch_size
     count = min(len(dataset), most, len(dataset) if limit is None else limit)
     depths = 1 if halt_threshold is not None else act_steps
-    # Rows of like length share a batch, so little is padding.
+    # Sort rows by length, so that batches have little padding.
     order = np.argsort([len(dataset[i].ids) for i in range(count)], kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     own_totals: list[list[float]] = []
@@ -198,7 +203,7 @@ def evaluate_language(
         inputs_BT, labels_BT, segments_BT = (
             on_device(batch[name].astype(np.int64), model.device) for name in ("inputs", "labels", "segment")
         )
-        # What the host knows is not asked of the device.
+        # Count on the host, to avoid waiting for the device.
         place_N = np.flatnonzero(batch["labels"] != IGNORE_LABEL_ID)
         is_text_N = torch.from_numpy(batch["labels"].ravel()[place_N] != eos_id)
         supervised_N = on_device(place_N, model.device)
@@ -210,7 +215,7 @@ def evaluate_language(
                 output_ND = refined.output_BTD.flatten(0, 1)[supervised_N]
                 _, nll_N, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)
                 sums = result.by_depth[0 if halt_threshold is not None else step]
-                # Together, because each waits for the device.
+                # In one transfer, because each waits for the device.
                 read_nll_N, right_N = torch.stack((nll_N, (argmax_N == labels_N).to(nll_N.dtype))).cpu().double()
                 sums.nll += float(read_nll_N.sum())
                 sums.text_nll += float(read_nll_N[is_text_N].sum())
@@ -232,7 +237,7 @@ def evaluate_language(
             if refined.is_last:
                 result.step_sum += int(refined.steps_BT.flatten()[supervised_N].sum())
         own_totals.append(result.totals())
-    # Added in the order of the batches, whichever rank measured them.
+    # Add in the order of the batches: the same bits for any number of ranks.
     totals = np.zeros((len(batches), depths * len(fields(LanguageSums)) + 1))
     for rank, part in enumerate(ranks.gather(own_totals)):
         totals[rank :: ranks.size] = np.reshape(part, (-1, totals.shape[1]))

@@ -1,6 +1,7 @@
-"""A person's own puzzles: read from a file, solved, judged by rule, put into words.
+"""Solves a user's own puzzles: reads them from a file, checks answers by the rules, and prints
+them.
 
-Knows no labels, and of data sets only the names that ARC's puzzles have in them.
+Knows no labels. Of data sets it knows only the names of ARC's puzzles.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,11 @@ def answer_file(
     max_batches: int | None,
     show: bool,
 ) -> Iterator[str]:
-    """What to tell about each puzzle of a file. What puzzles the model is for, its checkpoint says.
+    """The text to print for each puzzle of a file. The checkpoint says which kind of puzzle the
+    model solves.
 
-    data_paths: of the data it was trained on, for the names of ARC's puzzles. max_batches: after so many batches the rest is left
-    out. show: each ACT step, too. Raises UsageError.
+    data_paths: the model's training data, for the names of ARC's puzzles. max_batches: limit of
+    batches; the rest is left out. show: include each ACT step. Raises UsageError.
     """
     kind = kind_of(checkpoint.metadata)
     solver = Solver(checkpoint.model(config), kind, search, rows_at_once=config.global_batch_size, max_batches=max_batches)
@@ -45,16 +47,16 @@ def answer_file(
 
 
 class Solver:
-    """A model that is asked puzzles without labels."""
+    """A model that solves puzzles without labels."""
 
     def __init__(self, model: RecursiveModel, kind: Kind, search: Search, *, rows_at_once: int, max_batches: int | None) -> None:
-        """rows_at_once: samples that are computed together; max_batches: so many times at most."""
+        """rows_at_once: samples per batch. max_batches: limit of batches."""
         self._model, self._kind, self._search = model, kind, search
         self._at_once = search.puzzles_at_once(rows_at_once)
         self._max_batches = max_batches
 
     def solve_file(self, path: Path, show: bool) -> Iterator[str]:
-        """What to tell about each puzzle of a file, Sudoku or mazes; show: each ACT step, too. Raises UsageError."""
+        """The text for each puzzle of a file. show: include each ACT step. Raises UsageError."""
         questions = read_questions(path, self._kind)
         number = 0
         for output in self._outputs(questions, np.full(len(questions), BLANK_IDENTIFIER_ID)):
@@ -68,24 +70,25 @@ class Solver:
                 yield "\n".join(told)
 
     def solve_task(self, path: Path, names: Sequence[Sequence[str]], show: bool) -> Iterator[str]:
-        """What to tell about each test input of an ARC task, a file of JSON, by votes over the forms the model knows of it.
+        """The text for each test input of an ARC task (JSON), by votes over the augmented forms
+        that the model knows.
 
-        names: those of all puzzle identifiers, of each data set. Raises UsageError.
+        names: names of the puzzle identifiers, for each data set. Raises UsageError.
         """
         tests = _read_tests(path)
         named = [(number, parse_name(name)) for of_path in names for number, name in enumerate(of_path)]
         forms = {number: form for number, form in named if form[0] == path.stem}
         if not forms:
             raise UsageError(
-                f"{path}: the model knows no puzzle {path.stem!r}. It learns a task's demonstrations in training, as a vector of "
-                "the task's own: build a data set that has it, and learn its vector with load_checkpoint and freeze_weights=true"
+                f"{path}: the model knows no puzzle {path.stem!r}. It learns a task's demonstrations in training, as the task's "
+                "own vector: build a data set that has it, and train its vector with load_checkpoint and freeze_weights=true"
             )
         codes = np.array([[form.form, *form.colours] for _, form in forms.values()], np.uint8)
         inputs, _ = lay_out([Pair(grid, grid) for grid in tests], codes, None)
         votes = Votes()
         for output in self._outputs(inputs.reshape(-1, inputs.shape[-1]), np.repeat(list(forms), len(tests))):
             if show and not votes.counts:
-                # Of the first form alone, which is the plain one.
+                # Of the first form only, which isn't augmented.
                 for index in range(min(len(tests), len(output.row))):
                     yield "\n".join([f"test {index + 1} of {len(tests)}", *_steps(self._kind, output, index)])
             ballots = output.ballots() if self._search.choose == "votes" else output.tensors()
@@ -95,7 +98,7 @@ class Solver:
             question = path.stem, grid_hash(test)
             candidates = votes.counts.get(question, {})
             total = sum(count for count, _ in candidates.values())
-            told = [f"test {number} of {len(tests)}; ARC has no rules that tell a right answer"]
+            told = [f"test {number} of {len(tests)}; ARC has no rules to check an answer"]
             for attempt, key in enumerate(votes.ranked(question)[:ATTEMPTS], 1):
                 count, probability = candidates[key]
                 told.append(
@@ -105,7 +108,7 @@ class Solver:
             yield "\n".join(told)
 
     def _outputs(self, inputs: Tokens, identifiers: Tokens) -> Iterator[PuzzleOutput]:
-        """The model's answers to rows of tokens [N, T] of puzzles with these identifiers [N]."""
+        """The model's outputs for rows of tokens [N, T] of puzzles with these identifiers [N]."""
         for start in range(0, len(inputs), self._at_once):
             if start // self._at_once == self._max_batches:
                 return
@@ -133,7 +136,7 @@ def _read_tests(path: Path) -> list[Grid]:
 
 
 def _steps(kind: Kind, output: PuzzleOutput, index: int) -> Iterator[str]:
-    """The question and the answer after each ACT step, as far as the row took them; grids that stay the same are left out."""
+    """The question, and the answer after each ACT step of the row; skips unchanged grids."""
     sample = index, output.chosen_B[index]
     before = output.inputs_BT[index]
     yield kind.text(before.cpu().numpy())
@@ -148,7 +151,7 @@ def _steps(kind: Kind, output: PuzzleOutput, index: int) -> Iterator[str]:
 
 
 def _how_sure(output: PuzzleOutput, index: int) -> str:
-    """The chosen answer's halting probability, its depth, and how many samples agree."""
+    """The chosen answer's halting probability and depth, and how many samples agree."""
     sample = index, output.chosen_B[index]
     answers_KT = output.preds_BKST[index, :, -1]
     probability = output.halt_logits_BKS[sample][-1].sigmoid().item()

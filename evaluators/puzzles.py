@@ -1,7 +1,8 @@
-"""Puzzles measured: metrics of rows by set and by ACT step, what there is to save, and evaluators that vote.
+"""Evaluation of puzzles: metrics by set and by ACT step, tensors to save, and evaluators that vote.
 
-Rows take all ACT steps, or with `arch.act_inference` leave when their halting logit says so. Shape suffixes as in models/layers.py;
-P counts a puzzle vector's positions, S ACT steps, K the samples of a puzzle, R the rows that they make, or those still at work.
+Rows take all ACT steps, or with `arch.act_inference` halt by their halting logit. Shape suffixes as
+in models/layers.py; P positions of a puzzle's vector, S ACT steps, K samples of a puzzle, R rows of
+all samples, or those still active.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -24,7 +25,7 @@ from models.device import on_device
 from models.losses import row_loss
 from models.row_halting import halted
 
-# What is summed over rows, under the original's names. Rows without a label count in nothing.
+# Sums over rows, by the original's names. Rows without a label don't count.
 _MEASURES = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss")
 _ORACLE = "oracle_accuracy"
 _SUMS = ("rows", *_MEASURES, _ORACLE)
@@ -32,7 +33,9 @@ _SUMS = ("rows", *_MEASURES, _ORACLE)
 
 @dataclass(frozen=True)
 class PuzzleOutput:
-    """A batch's rows, without padding, as they left: `row` (int64 [B]) is where each stands in the set `set_name`."""
+    """A batch's rows, without padding, after their last step. `row` (int64 [B]) is each one's index
+    in the set `set_name`.
+    """
 
     set_name: str
     row: Tensor
@@ -40,16 +43,18 @@ class PuzzleOutput:
     labels_BT: Tensor
     puzzle_ids_B: Tensor
     preds_BKST: Tensor
-    """The most probable tokens of each sample after each ACT step; after it has left, those it left with."""
+    """The argmax tokens of each sample after each ACT step, of its last step once it has halted."""
     halt_logits_BKS: Tensor
-    """Its halting logits likewise."""
+    """The halting logits, likewise."""
     steps_BK: Tensor
-    """ACT steps that it took."""
+    """ACT steps that each sample took."""
     chosen_B: Tensor
-    """The sample whose answer counts."""
+    """The chosen sample of each puzzle."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the chosen samples, by the names under which it can be saved (config.schema.PuzzleOutputName)."""
+        """The tensors of the chosen samples, by the names to save them under
+        (config.schema.PuzzleOutputName).
+        """
         place = torch.arange(len(self.chosen_B), device=self.chosen_B.device), self.chosen_B
         return {
             "inputs": self.inputs_BT,
@@ -62,7 +67,7 @@ class PuzzleOutput:
         }
 
     def ballots(self) -> dict[str, Tensor]:
-        """Every sample's answer as a row of its own, [B * K, ...], by the names that evaluators ask for."""
+        """Every sample's answer as its own row, [B * K, ...], by the names that evaluators use."""
         samples = self.preds_BKST.shape[1]
         return {
             "inputs": self.inputs_BT.repeat_interleave(samples, dim=0),
@@ -74,23 +79,23 @@ class PuzzleOutput:
 
 @dataclass(frozen=True)
 class PuzzleResult:
-    """Sums over rows by set, float64 [ACT steps, sums]: after each step, rows that have left counted as they left."""
+    """Sums over rows by set, float64 [ACT steps, sums]. A halted row counts with its last step."""
 
     by_set: dict[str, npt.NDArray[np.float64]]
     samples: int = 1
 
     def totals(self) -> list[float]:
-        """Every sum in it, in a fixed order: those of several ranks, added up, are the sums of the whole."""
+        """All its sums, in a fixed order, to add up over ranks."""
         return [float(value) for sums in self.by_set.values() for value in sums.ravel()]
 
     def with_totals(self, totals: Sequence[float]) -> "PuzzleResult":
-        """The result of the same sets and depth whose `totals` these are."""
+        """A result with these `totals`, of the same sets and depth."""
         parts = np.split(np.array(totals), len(self.by_set))
         by_set = {name: part.reshape(-1, len(_SUMS)) for name, part in zip(self.by_set, parts, strict=True)}
         return PuzzleResult(by_set, self.samples)
 
     def report(self) -> dict[str, Any]:
-        """Metrics as they are written to metrics.json: of all rows, and under "sets" of each set by name."""
+        """The metrics for metrics.json: over all rows, and under "sets" for each set by name."""
         whole = np.sum(list(self.by_set.values()), axis=0)
         return {**self._metrics(whole), "sets": {name: self._metrics(sums) for name, sums in self.by_set.items()}}
 
@@ -114,9 +119,11 @@ def evaluate_puzzles(
     on_output: Callable[[PuzzleOutput], None] | None = None,
     progress: Callable[[Iterable[PuzzleBatch]], Iterable[PuzzleBatch]] = lambda batches: batches,
 ) -> PuzzleResult:
-    """Measure `model` on a rank's part of every row of `data`, or of its first `max_batches` batches of `batch_size` rows.
+    """Measure `model` on this rank's part of `data`, or of its first `max_batches` batches of
+    `batch_size` rows.
 
-    `on_output` gets the rows of each batch. Raises UsageError if the ranks can't share a batch evenly.
+    `on_output` gets the rows of each batch. Raises UsageError if the ranks can't share a batch
+    evenly.
     """
     result = {name: np.zeros((model.config.halt_max_steps, len(_SUMS))) for name in data.sets}
     batches = evaluation_batches(data, global_batch_size=batch_size, rank=rank, ranks=ranks)
@@ -134,7 +141,11 @@ def evaluate_puzzles(
 
 @torch.no_grad()
 def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[PuzzleOutput, Tensor]:
-    """All ACT steps of a batch's rows, and their sums after each, float64 [S, sums] on the host. Rows need no labels."""
+    """Run all ACT steps of a batch's rows. Also returns their sums after each step, float64 [S,
+    sums] on the host.
+
+    Rows need no labels.
+    """
     config = model.config
     if search.choose == "first":
         config = config.model_copy(update={"act_inference": True})
@@ -155,7 +166,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
         inputs_RT, labels_RT = forms.of(inputs_RT), forms.of(labels_RT)
     x_RTD = model.embed(inputs_RT, puzzle_ids_B.repeat_interleave(samples))
     states = search.starts(model.initial_states(rows, positions), places)
-    # Of every row as it stands after its last step: one column for each of _MEASURES.
+    # The metrics of each row after its last step so far: one column for each of _MEASURES.
     exact = torch.promote_types(model.dtype, torch.float32)
     measured_RM = torch.zeros(rows * samples, len(_MEASURES), dtype=exact, device=model.device)
     argmax_RT, halt_logits_R = torch.zeros_like(labels_RT), torch.zeros(rows * samples, device=model.device)
@@ -183,7 +194,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
             )
             leaves = (has_halted_R | is_settled_B.repeat_interleave(samples))[at_work]
             if config.act_inference or search.choose == "rules":
-                # Rows that have left cost nothing more.
+                # Drop rows that have halted from the computation.
                 at_work, states = at_work[~leaves], tuple(state[~leaves] for state in states)
         measured.append(_of_chosen(measured_RM.unflatten(0, (rows, samples)), chosen_B))
         preds.append(preds_RT)
@@ -199,7 +210,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
         steps_BK=steps_R.unflatten(0, (rows, samples)),
         chosen_B=chosen_B,
     )
-    # Summed on the host, where there is float64 whatever the device.
+    # Sum on the host: not every device has float64.
     counted_B1 = torch.from_numpy((batch.labels[real] != IGNORE_LABEL_ID).any(axis=1, keepdims=True))
     measured_SBM = torch.stack(measured).cpu().double()
     counted_SB1 = counted_B1.double().expand(len(measured), -1, -1)
@@ -207,7 +218,9 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
 
 
 def _of_chosen(measured_BKM: Tensor, chosen_B: Tensor) -> Tensor:
-    """What was measured of each puzzle's chosen sample, with the ACT steps of all samples and whether any of them is right."""
+    """The metrics of each puzzle's chosen sample, with the ACT steps of all samples and whether any
+    of them is right.
+    """
     of_chosen_BM = measured_BKM[torch.arange(len(chosen_B), device=chosen_B.device), chosen_B]
     of_chosen_BM[:, _MEASURES.index("steps")] = measured_BKM[..., _MEASURES.index("steps")].sum(dim=1)
     any_right_B1 = measured_BKM[..., _MEASURES.index("exact_accuracy")].amax(dim=1, keepdim=True)
@@ -215,16 +228,16 @@ def _of_chosen(measured_BKM: Tensor, chosen_B: Tensor) -> Tensor:
 
 
 class PuzzleMeasurement:
-    """What a config asks to be measured of one split: metrics, evaluators' results, saved tensors."""
+    """The configured evaluation of one split: metrics, evaluators' results, saved tensors."""
 
     def __init__(self, config: PretrainPuzzleConfig, data: PuzzleData, data_paths: Sequence[str]) -> None:
-        """data: a split of `data_paths`. Raises UsageError if an evaluator misses something in them."""
+        """data: a split of `data_paths`. Raises UsageError if they lack what an evaluator needs."""
         self._config = config
         self._data = data
         self._evaluators: list[tuple[Set[str], str, ARC]] = []
         for settings in config.evaluators:
             for number, path in enumerate(data_paths):
-                # Of several data paths each has its own test puzzles; the first one's results have the plain names.
+                # Each data path has its own test puzzles. The first one's results have no suffix.
                 suffix = f"{number or ''}"
                 sets = {f"{name}{suffix}" for name in data.metadata.sets}
                 voting = ARC(path, pass_ks=settings.pass_Ks, attempts=settings.submission_K, accumulate=settings.aggregated_voting)
@@ -244,10 +257,11 @@ class PuzzleMeasurement:
         max_batches: int | None = None,
         progress: Callable[[Iterable[PuzzleBatch]], Iterable[PuzzleBatch]] = lambda batches: batches,
     ) -> dict[str, Any]:
-        """The report, on every rank; evaluators' results are the first rank's.
+        """The report, on every rank; only the first rank has evaluators' results.
 
-        Into `folder` go an evaluator's submission, and outputs_<name>.safetensors with the tensors `save`; where there are several
-        sets, or ranks, one file for each of them. With choice by votes, every sample has a vote of the evaluators'.
+        Writes to `folder` the evaluators' submissions, and outputs_<name>.safetensors with the
+        tensors `save`: one file for each set and rank if there are several. With choice by votes,
+        every sample has a vote in the evaluators.
         """
         saved = {set_name: SavedOutputs(save) for set_name in self._data.sets}
         for _, _, evaluator in self._evaluators:
@@ -281,7 +295,7 @@ class PuzzleMeasurement:
             if outputs.has_rows:
                 outputs.write(folder / f"{'_'.join(['outputs', name, *of_several])}.safetensors")
         for _, suffix, evaluator in self._evaluators:
-            # Each path's submission.json, in a folder of its own from the second path on.
+            # Other data paths than the first have a folder each for their submission.json.
             place = folder / f"ARC{suffix}" if suffix else folder
             place.mkdir(parents=True, exist_ok=True)
             scores = evaluator.result(place)

@@ -1,7 +1,8 @@
-"""Test-time search: a trained model answers each puzzle several times, from other states or in other forms; one answer is taken.
+"""Test-time search: answers each puzzle several times, from noisy states or in symmetric forms, and
+chooses one answer.
 
-Knows no labels and no files. Shape suffixes as in models/layers.py; K counts the samples of a puzzle, which stand one after the
-other in R = B * K rows; P counts a puzzle vector's positions.
+Knows no labels and no files. Shape suffixes as in models/layers.py; K samples of a puzzle,
+consecutive in R = B * K rows; P positions of a puzzle's vector.
 """
 
 import math
@@ -20,44 +21,48 @@ from models.device import on_device
 from models.recursive_reasoning.base import States
 
 Choice = Literal["halting", "first", "votes", "rules"]
-# Separates this module's draws from others that are keyed by the same seed.
+# Separates this module's random numbers from others with the same seed.
 _NOISE_DRAW = 3
 _SYMMETRY_DRAW = "samples"
 
 
 class Forms(NamedTuple):
-    """Symmetric forms of R rows of tokens: which cell comes to each, and what each token becomes (dataset.puzzles.kinds)."""
+    """Symmetric forms of R rows of tokens: the source cell of each cell, and the new value of each
+    token (dataset.puzzles.kinds).
+    """
 
     cells_RT: Tensor
     tokens_RV: Tensor
 
     def of(self, rows_RT: Tensor) -> Tensor:
-        """The forms of these rows; a negative label stays."""
+        """The forms of these rows. Negative labels don't change."""
         moved_RT = rows_RT.gather(1, self.cells_RT)
         return torch.where(moved_RT < 0, moved_RT, self.tokens_RV.gather(1, moved_RT.clamp(min=0)))
 
     def undone(self, rows_RT: Tensor) -> Tensor:
-        """The rows whose forms these are."""
+        """The rows that have these forms (the inverse of `of`)."""
         tokens_RT = self.tokens_RV.argsort(dim=1).gather(1, rows_RT)
         return torch.empty_like(rows_RT).scatter_(1, self.cells_RT, tokens_RT)
 
 
 @dataclass(frozen=True)
 class Search:
-    """How many starts, how far from the model's own, and whose answer is taken. Raises UsageError."""
+    """The settings of test-time search. Raises UsageError."""
 
     samples: int = 1
-    """K. The first one is the puzzle as it is, from the states that the model was trained to begin with."""
+    """K. The first sample is the unchanged puzzle, from the model's initial states."""
     noise: float = 0.0
-    """Standard deviation of what is added to the initial states of the others, which themselves have about 1."""
+    """Standard deviation of noise on the other samples' initial states; their own is about 1."""
     symmetries: bool = False
-    """The others are symmetric forms of the puzzle, of whose answers the symmetry is undone."""
+    """The other samples are symmetric forms of the puzzle; their answers are mapped back."""
     choose: Choice = "halting"
-    """halting: the highest halting logit. first: of those that halt first, and then the others stop. votes: what most samples
-    answer. rules: what solves the puzzle by its rules, and then the others stop. Among equals the highest halting logit."""
+    """halting: the highest halting logit. first: the first sample to halt; the others then stop.
+    votes: the most common answer. rules: an answer that solves the puzzle by its rules; the others
+    then stop. Ties: the highest halting logit.
+    """
     seed: int = 0
     kind: Kind | None = None
-    """The puzzle that has these symmetries and rules; None where nothing asks for them."""
+    """The kind of puzzle, for its symmetries and rules; None if neither is used."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -69,15 +74,15 @@ class Search:
         if (self.samples > 1) != bool(self.noise or self.symmetries):
             raise UsageError(
                 f"--samples {self.samples}, --noise {self.noise}: several samples differ by --noise, 1 for example, or by "
-                "--symmetries, and a single one has none"
+                "--symmetries, and a single sample needs neither"
             )
 
     def puzzles_at_once(self, rows: int) -> int:
-        """How many puzzles have about `rows` samples."""
+        """Puzzles per batch of about `rows` samples."""
         return max(1, rows // self.samples)
 
     def forms(self, rows: Sequence[int], device: torch.device) -> "Forms | None":
-        """The samples' forms of puzzles that stand at `rows` of their set, by seed and row alone; None: the puzzles as they are."""
+        """Forms of the samples of puzzles at `rows`, by seed and row only; None: all unchanged."""
         if not self.symmetries:
             return None
         assert self.kind is not None
@@ -85,9 +90,10 @@ class Search:
         return Forms(*(on_device(np.concatenate(tables), device) for tables in zip(*drawn, strict=True)))
 
     def starts(self, states: States, rows: Sequence[int]) -> States:
-        """The latent states [B, P + T, D] of puzzles that stand at `rows` of their set, as those of their samples [R, P + T, D].
+        """The initial states [R, P + T, D] of all samples, from those [B, P + T, D] of the puzzles
+        at `rows` of their set.
 
-        A sample's noise depends on the seed, the row and the sample's number alone.
+        A sample's noise depends only on the seed, the row and the sample's number.
         """
         repeated = tuple(state.repeat_interleave(self.samples, dim=0) for state in states)
         if not self.noise:
@@ -104,7 +110,7 @@ class Search:
     def choice(
         self, questions_BT: Tensor, preds_BKT: Tensor, halt_logits_BK: Tensor, has_halted_BK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Whose answer is taken of samples that stand so, int64 [B], and for which puzzles (bool [B]) no sample need go on."""
+        """Each puzzle's chosen sample, int64 [B], and whether its samples may stop, bool [B]."""
         if self.choose == "halting":
             votes_BK = torch.zeros_like(has_halted_BK, dtype=torch.int64)
         elif self.choose == "first":
@@ -121,5 +127,5 @@ class Search:
         return chosen_B, (votes_BK > 0).any(dim=1) & (self.choose in ("first", "rules"))
 
 
-# One start, the model's own.
+# A single sample, from the model's initial states.
 NO_SEARCH = Search()

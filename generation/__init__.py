@@ -1,4 +1,4 @@
-"""Speaking: the decoding engine and the text around it. Knows nothing of training."""
+"""Inference: the decoding engine and the text around it. Knows nothing of training."""
 
 from generation.loading import load
 

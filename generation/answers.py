@@ -1,7 +1,9 @@
-"""From questions to the texts of their answers: prompts, the engine, text as it forms, stop strings; and how probable a text is.
+"""From questions to answers: prompts, decoding, streamed text, stop strings; and the probability of
+a given answer.
 
-`generation.load` gives a `Responder`, the Python interface of a trained model. Prompts are built by the same functions as in
-training (dataset/text/conversation.py). Knows nothing of training, files or flags.
+`generation.load` returns a `Responder`, the Python interface of a trained model. Prompts are built
+by the same functions as in training (dataset/text/conversation.py). Knows nothing of training,
+files or flags.
 """
 
 import collections
@@ -27,21 +29,21 @@ from models.device import on_device
 from models.losses import log_probs
 
 Question = str | Sequence[Mapping[str, Any]] | Conversation
-"""What the user says; messages (`role`, `content`), the last of them the user's; or turns, which are taken as they are."""
+"""A user's message; messages (`role`, `content`) that end with the user's; or turns, unchanged."""
 
-# Positions whose logits exist at the same time: 32 MB in float32 for a vocabulary of 32,000.
+# Positions scored at a time: their logits take 32 MB in float32 for a vocabulary of 32,000.
 _SCORED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Options:
-    """How one conversation is answered. Raises UsageError for a value out of range."""
+    """How to answer one conversation. Raises UsageError for a value out of range."""
 
     max_output_tokens: int
     act_steps: int
-    """ACT steps a token takes, at most."""
+    """Maximum number of ACT steps per token."""
     halt_threshold: float | None = None
-    """A token stops for good when its halting probability passes this; None: every token takes all steps."""
+    """A token halts once its halting probability exceeds this; None: no early halting."""
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
@@ -59,7 +61,7 @@ class Options:
                 raise UsageError(f"{name} must be {expected}, found {getattr(self, name)!r}")
 
     def changed(self, **changes: Any) -> "Options":
-        """These options but for `changes`: fields of this class and of `Sampling`. Raises UsageError for others."""
+        """These options with `changes`: fields of this class and `Sampling`. Raises UsageError."""
         of_sampling = {field.name for field in dataclasses.fields(Sampling)}
         own = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(changes.keys() - own - of_sampling):
@@ -80,52 +82,53 @@ class Answer:
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    """Its ids, EOS left out."""
+    """Its ids, without EOS."""
     log_probability: float = 0.0
     """Sum over the generated ids, EOS included, in nats."""
     act_steps: list[int] = field(default_factory=list)
-    """ACT steps behind each generated id, EOS included."""
+    """ACT steps of each generated id, EOS included."""
     finish: Literal["stop", "length"] = "length"
-    """stop: it ended with an EOS or before a stop string. length: it was cut off."""
+    """stop: it ended with EOS or before a stop string. length: it was cut off."""
 
     def __str__(self) -> str:
         return self.text
 
 
 class Score(NamedTuple):
-    """How probable a given answer is."""
+    """The probability of a given answer."""
 
     log_probability: float
     """Sum over its tokens, EOS included, in nats."""
     nats_per_token: float
-    """-log p a token, EOS included."""
+    """-log p per token, EOS included."""
     bits_per_byte: float
-    """-log2 p of its text (EOS left out) a UTF-8 byte; NaN for an answer without text."""
+    """-log2 p of its text (without EOS) per UTF-8 byte; NaN for an answer without text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A token of one answer, and the text that it made certain (which may be empty)."""
+    """A token of one answer, and the text that became final with it (may be empty)."""
 
     request: int
     text: str
     token: Token
     answer: Answer | None
-    """The whole answer, with its last piece."""
+    """The whole answer, in its last piece; None before."""
 
 
 @dataclass(frozen=True)
 class Responder:
     """A model with its tokenizer and template, ready to answer; `generation.load` makes one.
 
-    `context` is the most input positions the model was trained on; a prompt must leave room for at least one new token in it.
-    At most `rows` answers form at the same time, fewer where `kv_budget_gb` (GB of keys and values) says so. If
-    `compiled`, the weights are copied into compiled code and must not change any more. `system`: the text of the system turn that
-    opens a question without one.
+    context: the most input positions in training; a prompt must leave room for at least one new
+    token. rows: answers that are generated at the same time, at most; fewer if their KV cache would
+    exceed `kv_budget_gb` GB. compiled: compiled code has a copy of the weights, so they must not
+    change. system: text of the system turn for a question without one.
 
-    Each method takes options by keyword, for this call: the fields of `Options` and of `Sampling`, such as act_steps,
-    halt_threshold, temperature, top_k, seed, stop, max_output_tokens. They raise UsageError for an option that is unknown or out of
-    range, for a question that asks nothing, and for one that is longer than the context.
+    Each method takes options by keyword, for this call: the fields of `Options` and of `Sampling`,
+    such as act_steps, halt_threshold, temperature, top_k, seed, stop, max_output_tokens. They raise
+    UsageError for an option that is unknown or out of range, for an empty question, and for one
+    that is longer than the context.
 
     >>> model = load("checkpoints/demo/run")
     >>> answer = model.answer("What is 2 plus 3?", max_output_tokens=8, temperature=0.7, seed=1)
@@ -162,7 +165,7 @@ class Responder:
     system: str | None = None
 
     def conversation(self, asked: Question) -> Conversation:
-        """The turns of a question; see `Question`, and `system` for how it opens."""
+        """The turns of a question, with the system turn; see `Question` and `system`."""
         if isinstance(asked, str):
             return question([Turn("user", asked)], self.system)
         if turns := tuple(turn for turn in asked if isinstance(turn, Turn)):
@@ -178,14 +181,15 @@ class Responder:
         return self._within_context(Prompt(encoded.ids, encoded.segment))
 
     def begun_prompt(self, conversation: Conversation) -> Prompt:
-        """Encode turns whose last one, an assistant's or raw text, is to be continued. Raises as `prompt`."""
+        """Encode turns to continue the last one, an assistant's or raw text. Raises like `prompt`."""
         encoded = encode_conversation(conversation, self.tokenizer, self.template)
         return self._within_context(Prompt(encoded.ids[:-1], encoded.segment[:-1]))  # without its EOS
 
     def ids_prompt(self, ids: Sequence[int]) -> Prompt:
-        """A prompt of these ids, after a BOS if they don't begin with one. Raises as `prompt`.
+        """A prompt of these ids, with a BOS before them if they don't begin with one. Raises like
+        `prompt`.
 
-        A BOS with a role's tag opens a turn of that role; what follows a BOS without a tag is raw text.
+        A BOS with a role's tag begins a turn of that role; a BOS without a tag begins raw text.
         """
         bos = self.tokenizer.bos_id
         kept = np.array(ids if ids[:1] == [bos] else [bos, *ids], np.int32)
@@ -210,19 +214,20 @@ class Responder:
         return prompt
 
     def prompt_length(self, conversation: Conversation) -> int:
-        """Tokens of the prompt, however long it is."""
+        """Number of tokens of the prompt, which may exceed the context."""
         return len(encode_prompt(conversation, self.tokenizer, self.template).ids)
 
     def fits(self, conversation: Conversation) -> bool:
-        """Whether the history leaves room for an answer in the context."""
+        """Whether the context has room for an answer after the history."""
         return self.prompt_length(conversation) <= self.context
 
     def shortened(self, conversation: Conversation) -> tuple[Conversation, int]:
-        """A conversation without its oldest exchanges, which leave an answer too little room, and how many turns they have.
+        """Drop the oldest exchanges until there is room for an answer. Returns the rest, and the
+        number of dropped turns.
 
-        System turns that open it stay, and so does the last exchange: a user's turn and what follows it.
+        Leading system turns stay, and so does the last exchange: a user's turn and what follows it.
         """
-        # An answer of a few tokens is of no use: a quarter of the context is kept for it, as far as dropping exchanges helps.
+        # Try to reserve a quarter of the context for the answer.
         room = self.context - min(self.options.max_output_tokens, self.context // 4) + 1
         opening = next((place for place, turn in enumerate(conversation) if turn.role != "system"), len(conversation))
         system, turns = conversation[:opening], conversation[opening:]
@@ -231,9 +236,11 @@ class Responder:
         return (*system, *turns[kept:]), kept
 
     def request(self, asked: Conversation | Prompt, options: Options, sample: int = 0) -> Request:
-        """What the engine needs to answer a history or continue a prompt. Raises UsageError if it is longer than the context."""
+        """The engine's request to answer a history or continue a prompt. Raises UsageError if it is
+        longer than the context.
+        """
         prompt = asked if isinstance(asked, Prompt) else self.prompt(asked)
-        # The last token of an answer is never fed back, so it may stand one position beyond the context.
+        # The last token of an answer is no input, so it may be one position beyond the context.
         return Request(
             prompt=prompt,
             max_new_tokens=min(options.max_output_tokens, self.context - len(prompt.ids) + 1),
@@ -245,11 +252,11 @@ class Responder:
         )
 
     def answer(self, message: str, **options: Any) -> Answer:
-        """Answer what the user says."""
+        """Answer a user's message."""
         return self.answers([message], **options)[0]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
-        """Answer the last of some messages, each with `role` (system, user or assistant) and `content`."""
+        """Answer the last of `messages`: `role` (system, user, assistant) and `content`."""
         return self.answers([messages], **options)[0]
 
     def answers(self, questions: Sequence[Question], **options: Any) -> list[Answer]:
@@ -260,7 +267,7 @@ class Responder:
         return answers
 
     def finished(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Answer each question; yields its place in the sequence and its answer, in the order in which answers end."""
+        """Answer each question; yields its index and its answer, in the order in which they finish."""
         if isinstance(questions, str):
             raise UsageError("expected a list of questions, found one text: use `answer`")
         speaker = self.speaker([self.request(self.conversation(asked), self.options) for asked in questions])
@@ -268,14 +275,16 @@ class Responder:
             yield from ((piece.request, piece.answer) for piece in speaker.tick() if piece.answer is not None)
 
     def stream(self, asked: Question, sample: int = 0, **options: Any) -> Iterator[Piece]:
-        """Answer one question, piece by piece as it forms. Each number of a `sample` draws differently."""
+        """Answer one question; yields pieces of the answer. Each `sample` draws differently."""
         answering = self.with_options(**options)
         speaker = answering.speaker([self.request(self.conversation(asked), answering.options, sample)])
         while speaker.busy:
             yield from speaker.tick()
 
     def score(self, asked: Question, answer: str, **options: Any) -> Score:
-        """How probable `answer` is as the whole answer to a question; of the options, depth and halting threshold matter."""
+        """The probability of `answer` as the whole answer to a question. Of the options, depth and
+        halting threshold matter.
+        """
         chosen = self.with_options(**options).options
         conversation = self.conversation(asked)
         encoded = encode_conversation((*conversation, Turn("assistant", answer)), self.tokenizer, self.template)
@@ -292,9 +301,10 @@ class Responder:
 
     @torch.no_grad()
     def token_scores(self, prompt: Prompt, options: Options, begin: int = 1) -> list[Token]:
-        """The ids of a prompt from place `begin` >= 1 on, each as the model would have given it after those before it.
+        """The ids of a prompt from index `begin` >= 1 on, each with its log p given the ids before
+        it.
 
-        `options` says at what depth, and how many of the most probable ids come with each.
+        options: the depth, the halting threshold, and the number of most probable ids to report.
         """
         if len(prompt.ids) <= begin:
             return []
@@ -317,7 +327,7 @@ class Responder:
         return tokens
 
     def speaker(self, requests: Sequence[Request]) -> "Speaker":
-        """A speaker with room for these requests, which it has taken up as numbers 0, 1, ..."""
+        """A speaker with room for these requests, which are submitted as numbers 0, 1, ..."""
         positions = max((len(request.prompt.ids) + request.max_new_tokens - 1 for request in requests), default=1)
         speaker = Speaker(self, rows=min(self.rows, max(1, len(requests))), positions=positions)
         for request in requests:
@@ -325,7 +335,7 @@ class Responder:
         return speaker
 
     def at_depth(self, act_steps: int, halt_threshold: float | None = None) -> "Responder":
-        """The same model at another number of ACT steps: fixed, or at most that many with a threshold."""
+        """The same model with another number of ACT steps, or with a threshold at most that many."""
         return dataclasses.replace(self, options=self.options.changed(act_steps=act_steps, halt_threshold=halt_threshold))
 
     def with_options(self, **changes: Any) -> "Responder":
@@ -340,7 +350,7 @@ class Speaker:
     """An engine whose requests come out as text."""
 
     def __init__(self, responder: Responder, *, rows: int, positions: int) -> None:
-        """Raises UsageError if the key-value cache of a single row of `positions` positions is over the budget."""
+        """Raises UsageError if the KV cache of one row of `positions` exceeds the budget."""
         act_steps = responder.options.act_steps
         self._tokenizer = responder.tokenizer
         self._engine = Engine(
@@ -356,29 +366,29 @@ class Speaker:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is still to come."""
+        """Whether any answer is unfinished."""
         return self._engine.busy
 
     @property
     def running(self) -> int:
-        """Answers in work."""
+        """Number of running answers."""
         return self._engine.running
 
     def submit(self, request: Request, stop: Iterable[str] = ()) -> int:
-        """Take up a request, whose answer ends before the first of the texts `stop`. Returns its number."""
+        """Submit a request. Its answer ends before the first `stop` string. Returns its number."""
         stream = TextStream(self._tokenizer, tuple(stop), is_begun=not request.prompt.segment[-1])
         number = self._engine.submit(request)
         self._streams[number], self._answers[number] = stream, Answer()
         return number
 
     def cancel(self, number: int) -> None:
-        """Forget a request; one that has finished is forgotten already."""
+        """Drop a request. Does nothing for a finished one."""
         self._engine.cancel(number)
         self._streams.pop(number, None)
         self._answers.pop(number, None)
 
     def tick(self) -> list[Piece]:
-        """One tick of the engine: the pieces of answers that came of it."""
+        """Run one tick of the engine. Returns the new pieces of answers."""
         return [self._piece(token) for token in self._engine.tick() if token.request in self._answers]
 
     def _piece(self, token: Token) -> Piece:

@@ -1,16 +1,15 @@
-"""Many prompts, answered in their order: a file of rows becomes a file of answers, and a kill in the middle costs neither.
+"""Batch inference: answers a file of rows, in order. A run that was killed resumes after its
+finished rows.
 
-Rows come and go in blocks, so memory doesn't grow with the file, and several processes can share it. Knows nothing of training,
-flags or Hydra.
+Rows are processed in blocks, so memory doesn't grow with the file, and several processes can share
+it. Knows nothing of training, flags or Hydra.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from artifacts.files import whole_file
 from config.errors import StoppedBySignal, UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
@@ -27,27 +27,30 @@ from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, pa
 from generation.answers import Responder, Speaker
 from generation.engine import Prompt, cache_bytes, rows_that_fit
 
-# The keys of an answered row, which the row's own keys must not take the place of.
+# The keys of an answered row; the row's own keys must not replace them.
 _RECORD_KEYS = frozenset(
     {
         "index", "prompt", "reference", "prompt_tokens", "answer", "finish", "log_probability", "mean_act_steps", "act_steps",
         "tokens", "answer_tokens", "error", "context",
     }
 )  # fmt: skip
-# What a request of a batch file holds besides the conversation: text that is no part of it.
+# Keys of a request in an OpenAI batch file that aren't part of the conversation.
 _REQUEST_SETTINGS = (
     "stop", "user", "metadata", "response_format", "tool_choice", "service_tier", "reasoning_effort", "verbosity", "modalities",
 )  # fmt: skip
-# What a block has of the rows that form at the same time, and how many blocks a file of middling length has.
+# A block has at most this many times the rows that run at the same time; a file of medium length
+# has this many blocks.
 _FEWEST_ROUNDS, _MOST_ROUNDS, _BLOCKS = 2, 16, 8
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """A history to answer, and the answer it had in its row, if it had one. `sample` sets its draws apart from other rows'.
+    """A history to answer, and its row's reference answer, if any. `sample` separates its draws
+    from those of other rows.
 
-    extra: the other keys of the row, under names that an answer doesn't use. ignored_settings: settings of its own that the row
-    asks for. error: why it can't be answered; its history is empty then. prompt: the history encoded, where that has been done.
+    extra: the row's other keys, renamed if an answer has the same key. ignored_settings: generation
+    settings in the row, which aren't used. error: why the row can't be answered; its history is
+    then empty. prompt: the encoded history, if it has been encoded already.
     """
 
     history: Conversation
@@ -60,7 +63,9 @@ class InputRow:
 
 
 def positions_needed(responder: Responder, lengths: Iterable[int]) -> tuple[int, int]:
-    """How many prompts of these lengths there are, and the most positions that answering one takes (0: none fits the context)."""
+    """The number of prompts, of `lengths` tokens, and the most positions that answering one of them
+    takes (0: none fits the context).
+    """
     count, positions = 0, 0
     for length in lengths:
         count += 1
@@ -70,10 +75,10 @@ def positions_needed(responder: Responder, lengths: Iterable[int]) -> tuple[int,
 
 
 def block_size(count: int, rows: int) -> int:
-    """How many of `count` rows a block has, if `rows` are answered at a time.
+    """Rows per block, for `count` rows of which `rows` run at a time.
 
-    Longer blocks waste less at their ends, where the last answers form alone; shorter ones are shared more evenly, and a kill
-    costs less.
+    At the end of a block its last answers run alone, so longer blocks waste less. Shorter ones are
+    shared more evenly, and a kill loses less.
     """
     return rows * min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, count // (_BLOCKS * rows)))
 
@@ -81,15 +86,18 @@ def block_size(count: int, rows: int) -> int:
 def answers_in_order(
     responder: Responder, inputs: Iterable[InputRow], *, rows: int, positions: int, block: int
 ) -> Iterator[dict[str, Any]]:
-    """The answer to each, in the given order, as plain values for JSON. At most `rows` form at the same time.
+    """The answer to each, in the given order, as values for JSON. At most `rows` run at the same
+    time.
 
-    Every `block` of them begins when the one before has ended, so that its answers are the same bits whatever else is answered
-    before or elsewhere: sums round differently beside other rows. `positions` as from `positions_needed`.
+    A `block` begins only after the one before has ended. So its answers are the same bits whatever
+    other blocks a process answers: rounding depends on the other rows of a batch. `positions` as
+    from `positions_needed`.
 
-    Keys: those of `InputRow.extra`; prompt (messages), reference (if there is one), prompt_tokens; answer, finish, log_probability
-    (nats), mean_act_steps, and with the EOS where there is one act_steps (of each token), tokens (the text that each made certain)
-    and answer_tokens. For a history longer than the context: error and context instead of an answer; for what can't be answered:
-    error alone. Raises UsageError if the keys and values of one row are over the budget.
+    Keys: those of `InputRow.extra`; prompt (messages), reference (if any), prompt_tokens; answer,
+    finish, log_probability (nats), mean_act_steps; and, including EOS, act_steps (of each token),
+    tokens (the text that each made final) and answer_tokens. A history longer than the context has
+    error and context in place of an answer; a row that can't be answered has only error. Raises
+    UsageError if the KV cache of one row exceeds the budget.
     """
     speaker = Speaker(responder, rows=rows, positions=max(1, positions))
     coming = iter(inputs)
@@ -112,7 +120,9 @@ def answers_in_order(
 
 
 def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[int | None, dict[str, Any]]:
-    """The number of a request, and the record that its answer completes; None: the record is complete, with an error."""
+    """A request's number, and the record to complete with its answer. None: the record is complete,
+    with an error.
+    """
     if one.error is not None:
         return None, {**one.extra, "error": one.error}
     record = {**one.extra, "prompt": [{"role": turn.role, "content": turn.text} for turn in one.history]}
@@ -131,12 +141,14 @@ def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[i
 
 
 def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[InputRow]:
-    """What each row of a file asks, blank lines left out; `system` opens those that have no system turn.
+    """The prompts of a file's rows, without blank lines. system: text of the system turn for rows
+    without one.
 
-    A row has one of the forms of training data, with or without its last answer, or is a request of an OpenAI batch file
-    (`custom_id`, `body`). One that can't be read, or asks nothing, has an error with its place.
+    A row has one of the forms of training data, with or without the last answer, or is a request of
+    an OpenAI batch file (`custom_id`, `body`). A row that can't be read, or has no question, has an
+    error with its place.
     """
-    # What isn't trained on is asked all the same.
+    # Rows that training leaves out are answered too.
     forms = dataclasses.replace(forms, ignore=(*forms.ignore, *FLAGS))
     count = 0
     for number, data in file.rows():
@@ -156,9 +168,10 @@ def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -
 
 
 def _input_row(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | None, forms: FormOptions) -> InputRow:
-    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow if nothing is asked.
+    """The history of a row, its last answer if it ends with one, and its other keys. Raises BadRow
+    if it has no question.
 
-    plain: the row as JSON has it.
+    plain: the row as JSON values.
     """
     body = plain.get("body")
     if isinstance(body, Mapping):
@@ -180,7 +193,7 @@ def _input_row(row: Mapping[str, Any], plain: Mapping[str, Any], system: str | N
 
 
 def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's own keys under names that an answer doesn't use: `answer` becomes `row.answer`."""
+    """Rename a row's keys that an answer uses: `answer` becomes `row.answer`."""
     free = {}
     for key, value in keys.items():
         name = key
@@ -190,14 +203,17 @@ def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return free
 
 
-# Files that survive a kill, and may be shared, without locks, which some file systems don't have. Every file appears whole, and
-# whoever writes it writes the same. The record comes before the first block, the last block before the target, and the target
-# before blocks are removed. So what happens later is looked for first: a missing block, then the target; a target, then its record.
+# Resumable files of answers, written by one process or several.
+
+# There are no locks, which some file systems lack. Every file appears whole, and whoever writes it
+# writes the same bytes. The record is written before the first block, the last block before the
+# target, and the target before blocks are removed. So checks go the other way round: first whether
+# a block is missing, then whether the target exists; first the target, then its record.
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of `count` processes that share a file: number `index`, from 0."""
+    """Process number `index`, from 0, of `count` processes that share a file."""
 
     index: int = 0
     count: int = 1
@@ -218,18 +234,20 @@ def answer_file(
     shard: Shard = WHOLE,
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Answer each row of `source` into a row of `target`, in its order.
+    """Answer each row of `source` in a row of `target`, in the same order.
 
-    A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`) are files in the folder
-    `target`.partial; the same call goes on with the others. `target` appears whole or not at all. `target`.about.json says what the
-    answers depend on, and stays: with the same model, input and settings there is nothing left to do, with others the call is
-    refused, as it is if `target` has no such record.
+    A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`)
+    are files in the folder `target`.partial. The same call resumes with the other blocks. `target`
+    is written atomically. `target`.about.json, which stays, has everything that the answers depend
+    on: with the same model, input and settings nothing is left to do; a call with others is
+    refused, and so is one where `target` has no such record.
 
-    shard: take turns at the blocks with other processes that are given the same files and settings. The one that finishes last
-    makes `target`, the same bytes as a single process. What all have in common is told by the first, which shows its progress.
+    shard: take turns at the blocks with other processes that have the same files and settings. The
+    last to finish writes `target`, the same bytes as a single process would. The first reports what
+    all share, and its progress.
 
-    `tell` gets lines on size and progress, and on rows that can't be answered or not as they ask. Raises UsageError for a file of
-    which no row can be answered.
+    `tell` gets lines on size and progress, on rows that can't be answered, and on settings in rows
+    that are ignored. Raises UsageError if no row of the file can be answered.
     """
     folder = _folder(target)
     if (target.exists() or any(folder.glob("*.jsonl"))) and not _record(target).exists():
@@ -251,44 +269,44 @@ def answer_file(
         )
     if overview.ignored_settings and is_first:
         names = ", ".join(overview.ignored_settings)
-        tell(f"rows ask for settings of their own ({names}): this command's settings are used instead")
+        tell(f"rows have settings of their own ({names}): ignored, this command's settings are used")
     model, options = responder.model, responder.options
     rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
     block = _begin(target, _identity(responder, source, forms), block_size(count, rows))
     own = range(shard.index * block, count, shard.count * block)
     missing = deque(begin for begin in own if not _block_file(target, begin).exists())
-    if target.exists():  # those that are missing have become part of it
+    if target.exists():  # it has the blocks that are missing
         missing.clear()
     total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
     if is_first:
-        begun = f", going on after {total - left} finished rows" if left < total else ""
-        tell(f"{rows} answers at a time, {positions} positions each: {size:.3f} GB of keys and values{begun}")
+        begun = f", resuming after {total - left} finished rows" if left < total else ""
+        tell(f"{rows} answers at a time, {positions} positions each: a KV cache of {size:.3f} GB{begun}")
     numbered = enumerate(read_inputs(file, responder.system, forms))
     begins = set(missing)
     inputs = (one for number, one in numbered if number - number % block in begins)
     records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
     lines: list[str] = []
     try:
-        for answered in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
+        for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
             index = missing[0] + len(lines)
-            # A row's own values may be of any type.
-            lines.append(json.dumps({"index": index, **answered}, ensure_ascii=False, default=str) + "\n")
+            # The row's own values may have any type.
+            lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
             if len(lines) == block or index + 1 == count:
-                # It may hold half a surrogate pair, which is then written as JSON's escape.
+                # A lone surrogate in the row's own values is written as a JSON escape.
                 content = "".join(lines).encode(errors="backslashreplace")
                 _write_new(_block_file(target, missing.popleft()), target, [content])
                 left -= len(lines)
                 lines.clear()
     except (KeyboardInterrupt, StoppedBySignal):
         of_shard = "" if shard == WHOLE else f" of shard {shard}"
-        tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command goes on from there")
+        tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command resumes from there")
         raise
     blocks = [_block_file(target, begin) for begin in range(0, count, block)]
     if not target.exists() and all(path.exists() for path in blocks):
         _write_new(target, target, (path.read_bytes() for path in blocks))
     if target.exists():
-        # Where another process has one of them open, a network mount may keep it until that ends.
+        # A network mount may keep a file that another process has open.
         shutil.rmtree(folder, ignore_errors=True)
         tell(f"{count} rows: {target}")
     else:
@@ -297,8 +315,9 @@ def answer_file(
 
 @dataclass(frozen=True)
 class _Overview:
-    """What a file asks: rows that can be answered, and the most positions that one of them takes; rows that can't, and why the
-    first one can't; settings that rows ask for and that aren't followed."""
+    """Counts of a file: rows that can be answered, and the most positions that one takes; rows that
+    can't, and the first error; settings in rows that are ignored.
+    """
 
     asking: int
     positions: int
@@ -325,7 +344,7 @@ def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
 
 
 def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[str, Any]:
-    """All that answers depend on, as plain values: input, weights, tokenizer and settings."""
+    """Everything that answers depend on, as JSON: input, weights, tokenizer and settings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(responder.model.state_dict().items()):
         weights.update(name.encode())
@@ -340,7 +359,7 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
         "system": responder.system,
         "forms": forms.to_dict(),
         "context": responder.context,
-        # It matters to a threshold alone.
+        # It matters only with a threshold.
         "halt_calibration": None if responder.options.halt_threshold is None else responder.model.halt_calibration.tolist(),
         **dataclasses.asdict(responder.options),
         **{f"arch.{key}": value for key, value in responder.model.config.model_dump().items()},
@@ -350,24 +369,25 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
 
 
 def _folder(target: Path) -> Path:
-    """Where finished blocks are kept."""
+    """The folder of finished blocks."""
     return target.with_name(f"{target.name}.partial")
 
 
 def _record(target: Path) -> Path:
-    """The file that says what the answers depend on."""
+    """The file with everything that the answers depend on."""
     return target.with_name(f"{target.name}.about.json")
 
 
 def _block_file(target: Path, begin: int) -> Path:
-    # So many digits that names are in the order of the rows: `cat` joins them.
+    # Enough digits for names to sort in the order of the rows: `cat` joins them.
     return _folder(target) / f"{begin:012}.jsonl"
 
 
 def _begin(target: Path, identity: dict[str, Any], block: int) -> int:
-    """Record what work depends on that begins; of work that has begun, check that it is the same. Returns the size of its blocks.
+    """Record `identity` and `block` unless `target` has a record. Returns the recorded block size: a
+    resumed call keeps it, though rows at a time and the budget may change.
 
-    That one is kept: rows at a time and their budget may change.
+    Raises UsageError if another identity is recorded.
     """
     record = _record(target)
     if not record.exists():
@@ -381,45 +401,26 @@ def _begin(target: Path, identity: dict[str, Any], block: int) -> int:
     if changed:
         told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(identity.get(key))} now" for key in changed[:3])
         raise UsageError(
-            f"{target} was begun with something else ({told}): go on with what it was begun with, name another output file, or "
-            f"delete {target.name}, {record.name} and {_folder(target).name}, as far as they are there, to begin anew"
+            f"{target} was begun with other settings or files ({told}): use the old ones, name another output file, or delete "
+            f"{target.name}, {record.name} and {_folder(target).name} (those that exist) to start over"
         )
     return block
 
 
 def _write_new(path: Path, target: Path, parts: Iterable[bytes]) -> None:
-    """Write a file that appears whole at the end, unless one is there by then.
+    """Write `path` atomically, unless it exists by then.
 
-    Raises UsageError for a full disk or a folder that is read-only, unless `target` is there and nothing is left to do.
+    Raises UsageError if it can't be written, unless `target` exists: then nothing is left to do.
     """
-    unfinished = _folder(target) / f"{path.name}.{uuid.uuid4().hex}"
+    remedy = "fix that and run the same command again, which resumes after the finished rows, or name another output file"
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
+        with whole_file(path, remedy, keep_existing=True) as partial:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
                 file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            _publish(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
+    except UsageError:
         if not target.exists():
-            raise UsageError(
-                f"{target} can't be written ({error.strerror}): mend that and give the same command again, which goes on after the "
-                f"rows that are finished, or name another output file"
-            ) from error
-
-
-def _publish(unfinished: Path, path: Path) -> None:
-    """Give a file the name `path`, unless there is one of that name."""
-    try:
-        os.link(unfinished, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not path.exists():
-            unfinished.rename(path)
+            raise
 
 
 def _short(value: object) -> str:

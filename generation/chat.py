@@ -1,6 +1,6 @@
-"""A conversation at a terminal: lines in, answers out as they form, with a history and a few commands.
+"""A chat at a terminal: lines in, streamed answers out, with a history and a few commands.
 
-Knows the streams it is given; nothing of flags, terminals or training.
+Reads and writes the streams it is given. Knows nothing of flags, terminals or training.
 """
 
 import json
@@ -15,27 +15,28 @@ from generation.answers import Answer, Responder
 from generation.engine import cache_bytes
 
 HELP = """\
-/reset        forget what was said
-/system TEXT  tell the model this before the conversation; without TEXT, nothing
+/reset        start a new conversation
+/system TEXT  set the system message; without TEXT, remove it
 /depth K      every token takes K ACT steps
-/depth P      with P between 0 and 1, a token stops when its halting probability passes P
-/depth        what it is, and how many ACT steps each token of the last answer took
-/save FILE    add the conversation to FILE, as a row of JSON lines
-/help         this
+/depth P      with P between 0 and 1, a token halts once its halting probability exceeds P
+/depth        show the depth, and how many ACT steps each token of the last answer took
+/save FILE    append the conversation to FILE, as a row of JSON lines
+/help         show this
 /quit         leave; so do Ctrl-D and, at the prompt, Ctrl-C
-Ctrl-C during an answer stops it; what was said stays part of the conversation.
-A line that begins with a blank is a message, whatever follows. Several lines are one message between two lines of \"\"\",
-or pasted at once where the terminal marks what is pasted."""
+Ctrl-C during an answer stops it; its text so far stays in the conversation.
+A line that begins with a space is a message, even if a command follows. For a message of several lines, put it between two
+lines of \"\"\", or paste it in a terminal with bracketed paste."""
 _QUOTES = '"""'
 
 
 class Chat:
-    """One conversation. When it outgrows the context its oldest exchanges are dropped, and that is said."""
+    """One conversation. If it outgrows the context, its oldest exchanges are dropped and reported."""
 
     def __init__(self, responder: Responder, read: Callable[[str], str], output: TextIO, transcript: Path | None = None) -> None:
-        """`read` shows a prompt and returns a line without its end, or raises EOFError, as the built-in `input` does.
+        """`read` shows a prompt and returns a line without its end, or raises EOFError, like the
+        built-in `input`.
 
-        transcript: where each conversation is saved at its end, as /save does.
+        transcript: a file to append each conversation to at its end, as /save does.
         """
         self._responder = responder
         self._most_act_steps = responder.model.config.halt_max_steps
@@ -43,22 +44,22 @@ class Chat:
         self._output = output
         self._system = responder.system
         self.history: Conversation = ()
-        """Turns so far that the model is told, without the system turn."""
+        """Turns that the model sees, without the system turn."""
         self._said: Conversation = ()
-        """All turns so far. Those from before the last /system are context (`supervised` is False)."""
+        """All turns so far. `supervised` is False for those from before the last /system."""
         self._tokens: list[tuple[str, int]] = []
-        """Of the last answer: text and ACT steps."""
+        """Text and ACT steps of each token of the last answer."""
         self._transcript = transcript
 
     def run(self) -> None:
-        """Talk until /quit, the end of the input, or Ctrl-C at the prompt.
+        """Chat until /quit, the end of the input, or Ctrl-C at the prompt.
 
         Raises UsageError if the transcript can't be written.
         """
-        self._keep()  # nothing yet, but a file that can't be written is told before an hour's talk is lost
+        self._keep()  # nothing to save yet, but an unwritable file is reported before the conversation begins
         responder = self._responder
         size = cache_bytes(responder.model, self._most_act_steps, 1, responder.context) / 1e6
-        self._say(f"context of {responder.context} tokens, up to {size:.1f} MB of keys and values; /help tells the commands")
+        self._say(f"context of {responder.context} tokens, KV cache of up to {size:.1f} MB; /help lists the commands")
         try:
             while self._take(self._message()):
                 pass
@@ -67,7 +68,9 @@ class Chat:
         self._keep()
 
     def _message(self) -> str:
-        """The next line, or those between two lines of three quotation marks, behind a blank, because they are no command."""
+        """The next line, or the lines between two lines of three quotation marks, after a space, so
+        that they aren't a command.
+        """
         line = self._read("> ")
         if line.strip() != _QUOTES:
             return line
@@ -77,7 +80,7 @@ class Chat:
                 lines.append(line)
         except (EOFError, KeyboardInterrupt):
             self._write("\n")
-            self._say(f"the message is not sent: no line of {_QUOTES} has ended it")
+            self._say(f"the message isn't sent: no line of {_QUOTES} ended it")
             raise
         return " " + "\n".join(lines)
 
@@ -86,9 +89,10 @@ class Chat:
             self._save(self._transcript)
 
     def _save(self, path: Path) -> None:
-        """Add what was said, if anything was since the last /system, to `path` as a row. Raises UsageError.
+        """Append the conversation, if anything was said since the last /system, to `path` as a row.
+        Raises UsageError.
 
-        An answer from before it has weight 0: another system turn was in force.
+        Answers from before it have weight 0: they had another system turn.
         """
         messages = [
             {"role": turn.role, "content": turn.text} | ({} if turn.supervised else {"weight": 0})
@@ -104,7 +108,7 @@ class Chat:
         return any(turn.supervised for turn in self._said)
 
     def _take(self, line: str) -> bool:
-        """Do what a line asks for. Returns whether the conversation goes on."""
+        """Run a command or answer a message. Returns whether the chat continues."""
         command, _, rest = line.partition(" ")
         if not is_text(line):
             self._say("this is not valid UTF-8 text: check the terminal's encoding")
@@ -133,13 +137,13 @@ class Chat:
         elif command == "/save" and rest and self._has_news():
             try:
                 self._save(Path(rest).expanduser())
-                self._say(f"{len(self._said)} turns are in {rest}")
+                self._say(f"saved {len(self._said)} turns to {rest}")
             except UsageError as error:
                 self._say(str(error))
         elif command == "/save":
-            self._say("/save FILE adds the conversation to a file, once something was said")
+            self._say("/save FILE appends the conversation to a file, once it has an answer")
         else:
-            self._say(f"{command} is no command; /help tells them")
+            self._say(f"{command} is no command; /help lists them")
 
     def _depth(self, text: str) -> None:
         options = self._responder.options
@@ -150,11 +154,11 @@ class Chat:
         if 0 < depth < 1:
             self._responder = self._responder.at_depth(self._most_act_steps, depth)
             self._say(
-                f"a token stops when its halting probability passes {depth:g}, after {self._most_act_steps} ACT steps at most"
+                f"a token halts once its halting probability exceeds {depth:g}, after at most {self._most_act_steps} ACT steps"
             )
         elif depth in range(1, self._most_act_steps + 1):
             self._responder = self._responder.at_depth(int(depth))
-            self._say(f"{int(depth)} ACT steps a token")
+            self._say(f"{int(depth)} ACT steps per token")
         else:
             threshold = f", halting threshold {options.halt_threshold:g}" if options.halt_threshold else ""
             self._say(
@@ -164,7 +168,7 @@ class Chat:
             if not text and self._tokens:
                 mean = sum(steps for _, steps in self._tokens) / len(self._tokens)
                 tokens = "  ".join(f"{json.dumps(piece, ensure_ascii=False)} {steps}" for piece, steps in self._tokens)
-                self._say(f"the last answer took {mean:.2f} ACT steps a token: {tokens}")
+                self._say(f"the last answer took {mean:.2f} ACT steps per token: {tokens}")
 
     def _answer(self, message: str) -> None:
         turns = self._within_context((*self.history, Turn("user", message)))
@@ -182,10 +186,10 @@ class Chat:
         except KeyboardInterrupt:
             self._write("\n")
             if not said:
-                self._say("stopped before a word was said: the message is withdrawn")
+                self._say("stopped before the answer began: the message is removed")
                 return
-            self._say("stopped; what was said stays in the conversation")
-        except UsageError as error:  # no room for its keys and values: another /depth may need less
+            self._say("stopped; the text so far stays in the conversation")
+        except UsageError as error:  # no room for its KV cache: another /depth may need less
             self._say(str(error))
             return
         else:
@@ -196,7 +200,7 @@ class Chat:
         self._said = (*self._said, *self.history[-2:])
 
     def _within_context(self, turns: Conversation) -> Conversation | None:
-        """`turns` without its oldest exchanges, which leave an answer too little room; None if the message alone is too long."""
+        """`turns` without oldest exchanges, to make room; None if the message alone is too long."""
         kept, dropped = self._responder.shortened(self._with_system(turns))
         try:
             self._responder.prompt(kept)
@@ -207,7 +211,7 @@ class Chat:
             # An exchange: a user's turn and the answer to it.
             self._say(
                 f"the conversation has outgrown the context of {self._responder.context} tokens: the oldest {dropped // 2} of its "
-                f"{len(turns) // 2} exchanges are forgotten; /reset begins anew"
+                f"{len(turns) // 2} exchanges are dropped; /reset starts over"
             )
         return turns[dropped:]
 
@@ -215,7 +219,7 @@ class Chat:
         return with_default_system(turns, self._system)
 
     def _say(self, text: str) -> None:
-        """What the program says, set apart from what the model does."""
+        """Show a message of the program, marked to differ from the model's text."""
         self._write(f"({text})\n")
 
     def _write(self, text: str) -> None:
@@ -224,5 +228,5 @@ class Chat:
 
 
 def is_text(line: str) -> bool:
-    """Whether a line has no half of a surrogate pair, which is how bytes that are no UTF-8 arrive."""
+    """Whether a line has no lone surrogate, which stands for a byte that isn't UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in line)

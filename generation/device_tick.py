@@ -1,9 +1,9 @@
-"""The engine's tick as functions of tensors of fixed shape that live on the device, so that CUDA can replay it as a graph.
+"""The engine's tick as functions on device tensors of fixed shapes, which CUDA graphs can replay.
 
-A graph is one launch for thousands of small kernels. What it holds may not wait for the host, and reads and writes the same
-memory every time: so a row's position, ACT step, depth and threshold are tensors here, and rows are those of the first slots,
-running or not. What an idle one computes is read by nobody. Ids only; requests and sampling are the engine's. Shape suffixes as in
-models/layers.py.
+A graph launches thousands of small kernels at once. It must not wait for the host, and must use the
+same memory every time. So a row's position, ACT step, depth and threshold are tensors here, and a
+tick runs the first slots, busy or idle; results of idle ones are ignored. Ids only; requests and
+sampling belong to the engine. Shape suffixes as in models/layers.py.
 """
 
 import functools
@@ -26,23 +26,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A graph is made for each power of two of rows and of positions read, from this one on.
+# There is a graph for each power of two of rows and of positions read, from this minimum up.
 _FEWEST_POSITIONS = 64
-# How far an ACT step or a choice may be from the same computed kernel by kernel: the root of the mean square, over that of the
-# result. Of bfloat16, two right ways through 42 blocks differ by 0.03, a wrong one by 1.
+# Tolerated difference of an ACT step or a choice from the same computed without a graph: RMS of the
+# difference over RMS of the result. In bfloat16, two correct ways through 42 blocks differ by 0.03,
+# a wrong one by 1.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes a function, which it need not run, and gives one that does the same to the same tensors."""
+"""Takes a function, which it need not run; returns one that does the same to the same tensors."""
 
 
 def graph_recorder() -> Recorder:
-    """Records functions as CUDA graphs, which share the memory of what they compute in between."""
+    """A recorder of CUDA graphs, which share memory for intermediate results."""
     make_pool = functools.cache(torch.cuda.graph_pool_handle)
 
     def record(function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may talk to the device meanwhile.
+        # Other threads may use the device during the capture.
         with torch.cuda.graph(graph, pool=make_pool(), capture_error_mode="thread_local"):
             function()
         replay: Callable[[], None] = graph.replay
@@ -52,7 +53,7 @@ def graph_recorder() -> Recorder:
 
 
 def act_step_kernel(model: RecursiveModel, cache: KVCache, vectors: Tensor, rotary: Rotary | None) -> "ActStepKernel | None":
-    """The kernel of an ACT step of the model, for `DeviceTick`, where there is one."""
+    """The fused kernel of the model's ACT step, for `DeviceTick`; None if there is none."""
     if importlib.util.find_spec("triton") is None:
         return None
     from models.decode_kernel import ActStepKernel
@@ -65,10 +66,12 @@ def act_step_kernel(model: RecursiveModel, cache: KVCache, vectors: Tensor, rota
 def run_and_record(
     ways: Mapping[str, Callable[[], None]], written: Sequence[Tensor], compared: Tensor, tolerance: float, record: Recorder
 ) -> Callable[[], None]:
-    """Run the last of `ways` to do the same, by name, and return what is to be run in its place from now on.
+    """Run the last of `ways`, named implementations of the same function, and return the one to run
+    from now on.
 
-    That is the recording of the first way whose `compared` is within `tolerance` of the last way's, or else the last way
-    unrecorded; what is passed over is logged. The ways write to the tensors `written`, `compared` among them.
+    Returns a recording of the first way whose `compared` is within `tolerance` of the last way's,
+    or else the last way without a recording. Rejected ways are logged. The ways write to the
+    tensors `written`, including `compared`.
     """
     before = [tensor.clone() for tensor in written]
     plain = list(ways.values())[-1]
@@ -82,9 +85,9 @@ def run_and_record(
 
     for name, way in ways.items():
         restore(before)
-        # Whatever a compiler or a driver says: there is another way.
+        # Any error of a compiler or driver: try the next way.
         try:
-            # Compiles and allocates what is to be there before the recording.
+            # Compile and allocate before the capture.
             way()
             restore(before)
             replay = record(way)
@@ -107,7 +110,7 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 class DeviceTick:
-    """What rows work on, and what a tick does to it."""
+    """The rows' state on the device, and the functions of a tick."""
 
     def __init__(
         self,
@@ -118,9 +121,11 @@ class DeviceTick:
         record: Recorder,
         kernel: "ActStepKernel | None" = None,
     ) -> None:
-        """vectors: [n + 2, B, 1, D], of every row the n latent states, its token's embedding and its last output, written in place.
+        """vectors: [n + 2, B, 1, D], written in place: n latent states, token embedding and last
+        output of each row.
 
-        rotary: tables of every position. kernel: what takes the place of an ACT step's own kernels where it can.
+        rotary: tables of every position. kernel: the fused kernel of an ACT step, used if it serves
+        the number of rows.
         """
         self._model = model
         self._cache = cache
@@ -136,27 +141,28 @@ class DeviceTick:
         self._act_steps_B = torch.zeros_like(self._positions_B)
         self._depths_B = torch.ones_like(self._positions_B)
         self._thresholds_B = torch.zeros(rows, dtype=exact, device=device)
-        # Of each row, the id, its log p, and whether it was ready: one read for all. As floats, ids are exact up to 2**24.
+        # Each row's id, its log p, and whether it was ready, for a single read. Floats represent
+        # ids exactly up to 2**24.
         self._chosen_3B = torch.zeros(3, rows, dtype=exact, device=device)
         self.ready_B = torch.zeros(rows, dtype=torch.bool, device=device)
-        """Whether each row's token has come to its depth or halted."""
+        """Whether each row's token is at its depth or has halted."""
 
     def enter(self, slot: int, position: int, depth: int, halt_threshold: float | None) -> None:
-        """A request enters a row: its prompt ends at `position`; its first token `begin`s next."""
-        # Assigned, a number would be copied, and waited for.
+        """Put a request into a row. Its prompt ends at `position`; `begin` its first token next."""
+        # fill_, because assigning a number copies it and waits for the device.
         self._positions_B[slot].fill_(position)
         self._depths_B[slot].fill_(depth)
         self._thresholds_B[slot].fill_(math.inf if halt_threshold is None else halt_threshold)
 
     def begin(self, slots_R: Tensor) -> None:
-        """The rows of these slots begin their next token; the engine writes its embedding and states."""
+        """Begin the rows' next token; the engine writes its embedding and states."""
         self._positions_B[slots_R] += 1
         self._act_steps_B.index_fill_(0, slots_R, 0)
 
     def step(self, rows: int, past: int, may_halt: bool) -> None:
-        """One ACT step of the rows of the first `rows` slots, whose tokens stand at position `past` at most.
+        """One ACT step of the first `rows` slots, whose tokens are at most at position `past`.
 
-        may_halt: some row has a threshold.
+        may_halt: whether any row has a threshold.
         """
         rows = self._round_up(rows, 1, len(self.ready_B))
         past = self._round_up(past, _FEWEST_POSITIONS, self._cache.buffer.shape[-2])
@@ -165,19 +171,21 @@ class DeviceTick:
             compiled = functools.partial(self._level_calls, compiled=True)
             ways = {"compiled level calls": functools.partial(self._step, compiled, rows, past, may_halt)} | ways
         if self._kernel is not None and self._kernel.serves(rows):
-            # It reads as much of the past as there is.
+            # The kernel reads only as many positions as a row has.
             past = self._cache.buffer.shape[-2]
             ways = {"kernel of an ACT step": functools.partial(self._step, self._kernel_call, rows, past, may_halt)} | ways
         self._run((rows, past, may_halt), ways, self._vectors, _TOLERANCE[self._model.dtype])
 
     def outputs(self, slots_R: Tensor) -> Tensor:
-        """Outputs [R, D] of the last ACT step of the rows in these slots."""
+        """Outputs [R, D] of the last ACT step, for the rows in these slots."""
         return self._output_B1D[slots_R, 0]
 
     def choose(self, rows: int) -> tuple[list[int], list[float], list[bool]]:
-        """The most probable id of each of the first `rows` rows, its log p in nats, and whether the row was ready.
+        """The most probable id of each of the first `rows` rows, its log p in nats, and whether the
+        row was ready.
 
-        Rows that were ready begin the token chosen; of the others, what is returned means nothing. Waits for the device.
+        Ready rows begin the chosen token; ignore the id and log p of other rows. Waits for the
+        device.
         """
         rounded = self._round_up(rows, 1, len(self.ready_B))
         self._run(
@@ -213,7 +221,7 @@ class DeviceTick:
 
     def _level_calls(self, rows: int, past: int, compiled: bool = False) -> None:
         _, most_steps, *_, positions, _ = self._cache.buffer.shape
-        # Idle rows count on.
+        # Idle rows keep counting.
         act_steps_B = self._act_steps_B[:rows].clamp(max=most_steps - 1)
         positions_B = self._positions_B[:rows].clamp(max=positions - 1)
         rotary = None

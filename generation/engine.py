@@ -1,10 +1,12 @@
-"""Decoding of many requests at once over cached keys and values. Ids in, ids out; it knows no text and no tokenizer.
+"""Continuous batching with a KV cache: decodes many requests at once. Ids in, ids out; knows no
+text and no tokenizer.
 
-The unit of work is a tick: one ACT step of every running row. A row whose token has halted chooses its id and begins the next token
-in the next tick, so tokens that halt early cost less and shapes stay as they are. Finished rows leave, waiting requests enter. At a
-fixed number of ACT steps the result equals full recomputation; with a halting threshold an assistant's token stops for good on its
-own, those of earlier answers too, and prompt segments go to full depth. Shape suffixes as in
-models/layers.py; P counts prompts, R rows that choose an id.
+A tick is one ACT step of every running row. A row whose token has halted chooses its id, and begins
+the next token in the next tick. So tokens that halt early cost less, and shapes don't change.
+Finished rows leave, waiting requests enter. At a fixed number of ACT steps the result equals full
+recomputation. With a halting threshold, each token of an assistant halts on its own, also in
+earlier answers; prompt segments take all steps. Shape suffixes as in models/layers.py; P prompts, R
+rows that choose an id.
 """
 
 import collections
@@ -26,13 +28,14 @@ from models.cache import KVCache
 from models.device import on_device
 from models.layers import Rotary, TokenRows
 
-# Prompts are short, so a coarser rounding would cost more than the kernels it saves; see models/layers.TOKEN_MULTIPLE.
+# Like models/layers.TOKEN_MULTIPLE, but finer: prompts are short, and more padding would cost more
+# than new kernels.
 _PROMPT_TOKEN_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a history and the opening of the answer, and the prompt segment of each (0: assistant text)."""
+    """Ids of a history and an assistant's tag, and their prompt segments (0: assistant text)."""
 
     ids: np.ndarray
     segment: np.ndarray
@@ -40,17 +43,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from, and how."""
+    """A prompt to continue, and how."""
 
     prompt: Prompt
     max_new_tokens: int
     sampling: Sampling = GREEDY
     sample: int = 0
-    """Number of this sample among those of one prompt: each draws differently."""
+    """Number of this sample among those of one prompt. Each number draws differently."""
     act_steps: int | None = None
-    """Most ACT steps a token takes; None: the engine's."""
+    """Maximum number of ACT steps per token; None: the engine's."""
     halt_threshold: float | None = None
-    """A token stops for good when its halting probability passes this; None: every token takes all steps."""
+    """A token halts once its halting probability exceeds this; None: no early halting."""
     top: int = 0
     """How many of the most probable ids to report with each token."""
 
@@ -62,28 +65,28 @@ class Token:
     request: int
     id: int
     logp: float
-    """log p of the id, in nats, as the model gives it, before temperature and cuts."""
+    """log p of the id under the model, in nats, before temperature and truncation."""
     act_steps: int
-    """ACT steps behind it."""
+    """ACT steps that it took."""
     finish: Literal["stop", "length"] | None
-    """stop: it is the EOS. length: the request's tokens are used up."""
+    """stop: it is the EOS. length: the request's limit of tokens is reached."""
     candidates: tuple[tuple[int, float], ...] = ()
     """The `top` most probable ids and their log p."""
 
 
 @dataclass
 class _Row:
-    """What a running row works on."""
+    """The state of a running row."""
 
     number: int
     request: Request
     depth: int
     position: int = 0
-    """Where the token in work stands."""
+    """Position of the current token."""
     act_step: int = 0
-    """ACT steps it has taken."""
+    """ACT steps that it has taken."""
     given: int = 0
-    """Tokens of the answer so far."""
+    """Generated tokens so far."""
 
 
 def lane_count(model: RecursiveModel) -> int:
@@ -92,15 +95,15 @@ def lane_count(model: RecursiveModel) -> int:
 
 
 def cache_bytes(model: RecursiveModel, act_steps: int, rows: int, positions: int) -> int:
-    """Memory of the keys and values of `rows` rows of `positions` positions."""
+    """Size of a KV cache for `rows` rows of `positions` positions, in bytes."""
     element = DTYPES[model.config.forward_dtype].itemsize
     return act_steps * lane_count(model) * 2 * rows * positions * model.config.num_heads * model.head_dim * element
 
 
 def rows_that_fit(model: RecursiveModel, act_steps: int, positions: int, budget_gb: float, most: int) -> int:
-    """How many rows, at most `most`, the key-value cache has room for in `budget_gb` GB (10^9 bytes).
+    """How many rows, at most `most`, fit in a KV cache of `budget_gb` GB (10^9 bytes).
 
-    Raises UsageError when not even one fits, before anything is allocated.
+    Raises UsageError if not even one fits, before anything is allocated.
     """
     one = cache_bytes(model, act_steps, 1, positions)
     rows = min(most, int(budget_gb * 1e9) // one)
@@ -113,7 +116,7 @@ def rows_that_fit(model: RecursiveModel, act_steps: int, positions: int, budget_
 
 
 class Engine:
-    """Decodes with one set of weights, which must not change while it lives."""
+    """Decodes with one set of weights, which must not change during its lifetime."""
 
     def __init__(
         self,
@@ -126,13 +129,15 @@ class Engine:
         compiled: bool = False,
         record: Recorder | None = None,
     ) -> None:
-        """`rows` requests run at the same time; a request may take `positions` positions: prompt and all new tokens but the last.
+        """rows: requests that run at the same time. positions: limit of a request's prompt and new
+        tokens, without the last one.
 
-        compiled: torch.compile what the next tokens take, once for a single row and once for several. Compiled code holds the
-        weights in a form of its own.
+        compiled: torch.compile the decoding of new tokens, once for a single row and once for
+        several. Compiled code keeps its own copy of the weights.
 
-        record: take ticks as functions of fixed shape, level call by level call, recorded by this; None: on CUDA as graphs, with
-        the kernel of an ACT step where there is one, and elsewhere not at all.
+        record: run ticks as functions of fixed shapes, recorded by this. None: on CUDA record CUDA
+        graphs, with the fused kernel of an ACT step if there is one; on other devices record
+        nothing.
         """
         self.model = model
         self.eos_id = eos_id
@@ -153,11 +158,11 @@ class Engine:
         self._rows: list[_Row | None] = [None] * rows
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._numbers = itertools.count()
-        # Of every row: its latent states, the embedding of its token in work, and the output of its last ACT step.
+        # For each row: latent states, embedding of the current token, output of the last ACT step.
         vectors = (len(model.recursion.initial_states) + 2, rows, 1, model.config.hidden_size)
         self._vectors = torch.zeros(vectors, dtype=model.dtype, device=model.device)
         self._states, self._x = self._vectors[:-2].unbind(), self._vectors[-2]
-        # A prompt's padding may stand behind the last position; see `tokens_in_rows`.
+        # The padding of a prompt may be beyond the last position; see `tokens_in_rows`.
         self._rotary = model.rotary(torch.arange(positions + _PROMPT_TOKEN_MULTIPLE))
         kernel = None
         if record is None and model.device.type == "cuda":
@@ -168,21 +173,21 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests in work."""
+        """Number of running requests."""
         return sum(row is not None for row in self._rows)
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything left to do."""
+        """Whether any request is unfinished."""
         return self.running > 0 or self.waiting > 0
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its number, which its tokens bear."""
+        """Queue a request. Returns its number, which is in its tokens."""
         length = len(request.prompt.ids)
         depth = request.act_steps or self.act_steps
         if not length or request.max_new_tokens < 1:
@@ -197,13 +202,13 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> None:
-        """Forget a request, waiting or running; one that has finished is none of either."""
+        """Drop a request, waiting or running. Does nothing for a finished one."""
         self._waiting.pop(number, None)
         self._rows = [None if row is not None and row.number == number else row for row in self._rows]
 
     @torch.inference_mode()
     def tick(self) -> list[Token]:
-        """Let waiting requests enter free rows, then take one ACT step with every running row: the tokens that are ready."""
+        """Admit waiting requests, then run one ACT step of all running rows: the new tokens."""
         tokens = self._admit() if self._waiting else []
         running = [slot for slot, row in enumerate(self._rows) if row is not None]
         if running:
@@ -211,11 +216,11 @@ class Engine:
         return tokens
 
     def _step(self, slots: list[int]) -> list[Token]:
-        """One ACT step of the rows in these slots, ascending."""
+        """Run one ACT step of the rows in these slots, in ascending order. Returns the new tokens."""
         model = self.model
         rows = self._rows_in(slots)
         act_steps, positions = [row.act_step for row in rows], [row.position for row in rows]
-        # While no slot between them is free, views do.
+        # Without free slots in between, use views, not copies.
         is_whole = len(slots) == slots[-1] + 1
         index_B = slice(len(slots)) if is_whole else on_device(slots, model.device)
         states, output_BTD = model.act_step(
@@ -234,7 +239,7 @@ class Engine:
         return self._give([slots[place] for place in done], model.logits(output_RD))
 
     def _step_on_device(self, tick: DeviceTick, slots: list[int]) -> list[Token]:
-        """The same by functions of fixed shape: where all rows are greedy, the device is waited for once a token."""
+        """`_step` by functions of fixed shapes, which waits once per token if all are greedy."""
         rows = self._rows_in(slots)
         may_halt = any(row.request.halt_threshold is not None for row in rows)
         tick.step(slots[-1] + 1, max(row.position for row in rows), may_halt)
@@ -253,7 +258,7 @@ class Engine:
         return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
 
     def _ready(self, slots: Sequence[int], halts: Sequence[bool] | np.ndarray) -> list[int]:
-        """Count an ACT step of the rows in these slots: places of those whose token halts or has come to its depth."""
+        """Count an ACT step of these rows. Returns indices of those whose token is finished."""
         done = []
         for place, (slot, row) in enumerate(zip(slots, self._rows_in(slots), strict=True)):
             row.act_step += 1
@@ -273,7 +278,7 @@ class Engine:
         return probability_B > np.array([np.inf if bound is None else bound for bound in thresholds], probability_B.dtype)
 
     def _give(self, slots: Sequence[int], logits_RV: Tensor) -> list[Token]:
-        """Choose the next token of each of these rows, and begin it."""
+        """Choose the next token of each of these rows, and begin the one after it."""
         model = self.model
         rows = self._rows_in(slots)
         top = max(row.request.top for row in rows)
@@ -283,7 +288,7 @@ class Engine:
         if chosen.logp_RV is not None:
             best = torch.topk(chosen.logp_RV, min(top, model.vocab_size))
             logp_RK, ids_RK = torch.cat((logp_RK, best.values), dim=1), torch.cat((ids_RK, best.indices), dim=1)
-        # Together, because each waits for the device. As floats, ids are exact up to 2**24.
+        # In one transfer, because each waits for the device. Floats hold ids up to 2**24.
         logps, ids = torch.stack((logp_RK, ids_RK.to(logp_RK.dtype))).tolist()
         tokens = []
         for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
@@ -299,7 +304,7 @@ class Engine:
         return tokens
 
     def _token(self, slot: int, token_id: int, logp: float, candidates: tuple[tuple[int, float], ...] = ()) -> Token:
-        """The token that the row in this slot gives; it goes on with the next one or leaves."""
+        """The row's new token. The row advances to the next position, or leaves if it is finished."""
         (row,) = self._rows_in([slot])
         row.given += 1
         finish: Literal["stop", "length"] | None = None
@@ -314,11 +319,12 @@ class Engine:
         return token
 
     def _admit(self) -> list[Token]:
-        """Let waiting requests enter: run their prompts and choose their first tokens."""
+        """Admit waiting requests: prefill their prompts and choose their first tokens."""
         running = [row for row in self._rows if row is not None]
         same_depth = len({row.depth for row in running}) == 1 and all(row.request.halt_threshold is None for row in running)
         if same_depth and running[0].act_step > 0:
-            # A moment's wait keeps all rows at the same ACT step, so the vocabulary head runs once for all.
+            # Waiting a few ticks keeps all rows at the same ACT step, so the vocabulary head runs
+            # once for all of them.
             return []
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         entering: dict[tuple[int, float | None], list[tuple[int, _Row]]] = {}
@@ -336,7 +342,7 @@ class Engine:
             slots = [slot for slot, _ in places]
             output_RD, steps_R = self._prefill(slots, [row.request.prompt for _, row in places], depth, threshold)
             if threshold is not None:
-                # Where a text is continued, its last token may have halted early.
+                # If the prompt ends in assistant text, its last token may have halted early.
                 for (_, row), steps in zip(places, steps_R.tolist(), strict=True):
                     row.act_step = steps
             tokens += self._give(slots, self.model.logits(output_RD))
@@ -345,16 +351,16 @@ class Engine:
     def _prefill(
         self, slots: list[int], prompts: Sequence[Prompt], act_steps: int, halt_threshold: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Run whole prompts, equal ones once, and keep their keys and values.
+        """Run whole prompts, equal ones only once, and store their keys and values.
 
-        Returns the output [B, D] at each one's last position and the ACT steps [B] behind it.
+        Returns the output [B, D] at each prompt's last position and the ACT steps [B] that it took.
         """
         model, device = self.model, self.model.device
         distinct: dict[bytes, int] = {}
         source = [distinct.setdefault(prompt.ids.tobytes() + prompt.segment.tobytes(), len(distinct)) for prompt in prompts]
         of_prompt = [prompts[source.index(prompt)] for prompt in range(len(distinct))]
         lengths_P = np.array([len(prompt.ids) for prompt in of_prompt])
-        # Without padding: the tokens of all prompts stand side by side.
+        # The tokens of all prompts are concatenated, without padding.
         index_N, width = tokens_in_rows(lengths_P, token_multiple=_PROMPT_TOKEN_MULTIPLE)
         begin_P = np.searchsorted(index_N, np.arange(len(of_prompt)) * width)
         ids_N, segments_N = np.zeros((2, len(index_N)), np.int64)
@@ -370,21 +376,22 @@ class Engine:
             self._cache.fill(slots, spans, model.token_attention([token_rows], segments)),
             act_steps=act_steps,
             halt_threshold=halt_threshold,
-            # Earlier answers halt as they did when they were given.
+            # Earlier answers halt as they did when they were generated.
             may_halt_BT=segments == 0,
         )
         taken, refined = collections.deque(enumerate(refinement, 1), maxlen=1).pop()
         if taken < act_steps:
-            # Every token halted, of a text that is continued: deeper steps of what follows see what they halted with.
+            # All tokens halted, which can happen if the prompt is assistant text. New tokens still
+            # need their deeper steps.
             for slot, span in zip(slots, spans, strict=True):
                 self._cache.carry_halted(slot, slice(span.stop - span.start), taken - 1, act_steps)
         last_B = on_device([span.stop - 1 for span in spans], device)
         return refined.output_BTD[last_B], refined.steps_BT[last_B]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
-        """The rows in these slots, which must be running."""
+        """The running rows in these slots."""
         return [row for slot in slots if (row := self._rows[slot]) is not None]
 
     def _rotary_at(self, positions: Sequence[int]) -> Rotary | None:
-        """Tables of one position for each row."""
+        """Rotary tables for one position of each row."""
         return None if self._rotary is None else self._rotary.at(on_device(positions, self.model.device).unsqueeze(1))

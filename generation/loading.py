@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that answers. Knows nothing of training, flags or Hydra."""
+"""Loads a checkpoint to answer with it. Knows nothing of training, flags or Hydra."""
 
 import dataclasses
 import os
@@ -28,16 +28,16 @@ def load(
     system: str | None = None,
     **options: Any,
 ) -> Responder:
-    """A trained model, ready to answer.
+    """Load a trained model, ready to answer.
 
-    checkpoint: a folder step_<N>, or that of a run, whose newest checkpoint is taken; or one that is open.
-    config: settings to use it with; None: its own.
-    device: auto, cpu, cuda or mps. dtype: auto, bfloat16, float32 or float64. None: as `config` says.
-    system: text of the system turn that opens a question without one, "" for none; None: the one the model was trained with.
-    options: keys of `generation` in config/schema, over those of `config`.
+    checkpoint: a folder step_<N>, a run's folder (for its newest checkpoint), or an opened
+    checkpoint. config: settings to use; None: the checkpoint's.
+    device: auto, cpu, cuda or mps. dtype: auto, bfloat16, float32 or float64. None: as in `config`.
+    system: text of the system turn for a question without one, "" for none; None: as in training.
+    options: keys of `generation` in config/schema, which override `config`.
 
-    Raises UsageError for a checkpoint that is missing or damaged, for an option that is unknown or out of range, and if compiled
-    code is asked for on a CPU without a C++ compiler.
+    Raises UsageError for a checkpoint that is missing or damaged, for an option that is unknown or
+    out of range, and for compiling on a CPU without a C++ compiler.
 
     >>> model = load("checkpoints/demo/run", device="cpu", act_steps=1, temperature=0.8, batch_size=16)
     >>> model.options.act_steps
@@ -53,12 +53,14 @@ def load(
     used = parse_config(values)
     model = load_model(opened, used)
     responder = make_responder(model, opened.tokenizer, opened.template, used)
-    # Not a model in training: compiled code keeps the weights it was made with.
+    # Compiled code has a copy of the weights, so a model in training isn't compiled.
     return dataclasses.replace(responder, compiled=should_compile(used.generation.compile, model.device))
 
 
 def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> RecursiveModel:
-    """The checkpoint's model (its moving average if it has one) on `config.device`, cast for inference, calibrated if it was."""
+    """The checkpoint's model (moving average if there is one) on `config.device`, cast for
+    inference, with any calibration.
+    """
     device = pick_device(config.device)
     arch = resolve_arch(config.arch, device)
     model = RecursiveModel(arch, checkpoint.tokenizer.vocab_size)
@@ -72,7 +74,7 @@ def load_model(checkpoint: Checkpoint, config: PretrainInstructConfig) -> Recurs
 
 
 def make_responder(model: RecursiveModel, tokenizer: Tokenizer, template: Template, config: PretrainInstructConfig) -> Responder:
-    """`model` answering as `config` asks for, but for `generation.compile`."""
+    """A responder with `model` and the settings of `config`, except `generation.compile`."""
     generation = config.generation
     sampling = Sampling(**{field.name: getattr(generation, field.name) for field in dataclasses.fields(Sampling)})
     return Responder(

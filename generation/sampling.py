@@ -1,7 +1,7 @@
-"""How the next token is chosen from logits: greedy or drawn, row by row.
+"""Sampling: chooses the next token from logits, greedily or at random, for each row.
 
-Ids only; it knows no text, no model and no cache. What a row gets never depends on the rows beside it. Shape suffixes as in
-models/layers.py, with R the rows of one call.
+Ids only; knows no text, no model and no cache. A row's choice never depends on other rows. Shape
+suffixes as in models/layers.py; R rows of one call.
 """
 
 import math
@@ -19,21 +19,27 @@ from models.losses import argmax, log_probs
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one answer's tokens are chosen. Raises UsageError for a value out of range.
+    """How the tokens of one answer are chosen. Raises UsageError for a value out of range.
 
-    The order: repetition penalty on the logits, log p, temperature, top-k, top-p of what top-k left, min-p.
+    In this order: repetition penalty on the logits, log p, temperature, top-k, top-p of what top-k
+    leaves, min-p.
     """
 
     temperature: float = 0.0
-    """Divides log p before the draw; 0 is greedy, and then no cut matters."""
+    """Divides log p before the draw. 0 is greedy; top-k, top-p and min-p then don't matter."""
     top_k: int | None = None
-    """Only the k most probable tokens stay. Of equal ones the lowest ids do, in every cut but min-p, which keeps all of them."""
+    """Keep only the k most probable tokens. Of equally probable ones top-k and top-p keep the
+    lowest ids, min-p all.
+    """
     top_p: float = 1.0
-    """Only the smallest set of most probable tokens that reaches this probability stays (arXiv 1904.09751)."""
+    """Keep the smallest set of most probable tokens that reaches this (arXiv 1904.09751)."""
     min_p: float = 0.0
-    """Only tokens of at least this share of the highest probability stay (arXiv 2407.01082)."""
+    """Keep only tokens with at least this fraction of the highest probability (arXiv 2407.01082).
+    """
     repetition_penalty: float = 1.0
-    """For ids in the prompt or the answer so far, divides positive logits and multiplies others (arXiv 1909.05858, section 4.1)."""
+    """Divides positive logits and multiplies others of ids in prompt or answer (arXiv 1909.05858,
+    section 4.1).
+    """
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,12 +57,12 @@ class Sampling:
 
     @property
     def needs_sampler(self) -> bool:
-        """Whether the next token is another than the one of the highest logit, or may be."""
+        """Whether the next token may differ from the argmax of the logits."""
         return self.temperature > 0 or self.repetition_penalty != 1
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens are drawn and cut by their rank, for which logits must be sorted."""
+        """Whether tokens are drawn with top-k or top-p, which need sorted logits."""
         return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
 
 
@@ -69,9 +75,9 @@ class Chosen:
 
     ids_R: Tensor
     logp_R: Tensor
-    """log p of the id, in nats, as the model gave it: before penalty, temperature and cuts."""
+    """log p of the id under the model, in nats, before penalty, temperature and truncation."""
     logp_RV: Tensor | None
-    """The same over the whole vocabulary, if it was asked for."""
+    """log p over the whole vocabulary, if requested."""
 
 
 class Sampler:
@@ -89,9 +95,10 @@ class Sampler:
         self._seen_BV = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
 
     def admit(self, row: int, sampling: Sampling, sample: int, prompt_ids: Sequence[int] | np.ndarray) -> None:
-        """Begin an answer in `row`; what was there is forgotten.
+        """Begin an answer in `row`, in place of an earlier one.
 
-        `sample` is the answer's number (from 0) among those to one prompt: each number gives other draws.
+        sample: number of the answer (from 0) among those to one prompt. Each number draws
+        differently.
         """
         self._samplings[row] = sampling
         self._samples[row] = sample
@@ -102,9 +109,10 @@ class Sampler:
 
     @torch.no_grad()
     def choose(self, rows_R: Tensor, logits_RV: Tensor, *, with_logp: bool = False) -> Chosen:
-        """The next token of each of these rows (int64, none twice), from its raw logits, of any float type.
+        """The next token of each of these rows (int64, distinct), from raw logits of any float
+        dtype.
 
-        On a GPU, rows_R in host memory avoids the only wait for the device.
+        On a GPU, pass rows_R in host memory: that avoids the only wait for the device.
         """
         device = logits_RV.device
         logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
@@ -116,7 +124,7 @@ class Sampler:
         if not (any_penalty or any_drawn):
             ids_R = argmax(logits_RV)
         else:
-            # A running sum over a vocabulary is coarse in float32, but devices other than CPUs may have nothing finer.
+            # float32 is coarse for sums over a vocabulary, but not every device has float64.
             exact = torch.float64 if device.type == "cpu" else logits_RV.dtype
             numbers = on_device(torch.tensor([self._numbers_of(row, exact) for row in rows], dtype=exact).numpy(), device)
             penalty_R1, uniform_R1, temperature_R1, top_k_R1, top_p_R1, min_p_R1 = numbers.split(1, dim=1)
@@ -139,9 +147,11 @@ class Sampler:
         return Chosen(ids_R, logp_R, logp_RV if with_logp else None)
 
     def _numbers_of(self, row: int, dtype: torch.dtype) -> tuple[float, ...]:
-        """What a choice needs of a row. All rows of a call take the same path, so these go to the device in one transfer.
+        """The numbers that a choice needs for a row. They are copied to the device in one transfer
+        for all rows of a call.
 
-        In `dtype` they are what they must be: a temperature above 0 is so, and a uniform is below 1.
+        They keep their bounds in `dtype`: a temperature above 0 stays above 0, and a uniform number
+        stays below 1.
         """
         sampling, limits = self._samplings[row], torch.finfo(dtype)
         return (
@@ -151,14 +161,14 @@ class Sampler:
             else 0.0,
             max(sampling.temperature, limits.tiny) if sampling.temperature > 0 else 0.0,
             min(sampling.top_k or self._vocab_size, self._vocab_size),
-            # No sum reaches infinity, so nothing is cut, however sums are rounded.
+            # No sum reaches infinity, so top-p keeps all tokens, however sums are rounded.
             sampling.top_p if sampling.top_p < 1 else math.inf,
             sampling.min_p,
         )
 
 
 def _uniform(seed: int, sample: int, number: int) -> float:
-    """The uniform in [0, 1) behind a token: `number` counts the tokens of its answer before it."""
+    """The uniform number in [0, 1) for a token. number: tokens of its answer before it."""
     bits = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=[0, 0, 0, number]).random_raw()
     return (int(bits) >> 11) * 2.0**-53
 
@@ -169,19 +179,20 @@ def _penalized(logits_RV: Tensor, seen_RV: Tensor, penalty_R1: Tensor) -> Tensor
 
 
 def _weights(logp_RV: Tensor, temperature_R1: Tensor) -> Tensor:
-    """Probabilities at a temperature, divided by the highest of them, which is so exactly 1 at any temperature.
+    """Probabilities at a temperature, divided by the highest one, in the temperature's dtype.
 
-    In the temperature's number format. A temperature of 0 (a greedy row, whose weights nobody
-    reads) gives NaN.
+    The highest is then exactly 1. A temperature of 0 gives NaN: a greedy row doesn't use its
+    weights.
     """
     highest_R1 = logp_RV.amax(dim=-1, keepdim=True)
     return (logp_RV - highest_R1).to(temperature_R1.dtype, copy=True).div_(temperature_R1).exp_()
 
 
 def _within_cuts(scores_RV: Tensor, loss: str, temperature_R1: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:
-    """bool[R, V]: the ids that top-k and, of what that leaves, top-p keep.
+    """bool[R, V]: the ids that top-k keeps and, of these, top-p.
 
-    Ranks are those of the scores: weights of different scores may round to the same number at an extreme temperature.
+    Ranks by scores, not weights: at an extreme temperature, weights of different scores may round
+    to the same number.
     """
     sorted_RV = _descending(scores_RV)
     reached_RV = _weights(log_probs(sorted_RV, loss), temperature_R1).cumsum(dim=-1)
@@ -195,12 +206,14 @@ def _within_cuts(scores_RV: Tensor, loss: str, temperature_R1: Tensor, top_k_R1:
 
 def _descending(scores_RV: Tensor) -> Tensor:
     if scores_RV.device.type == "cpu":
-        # Values alone are sorted many times faster than values with their ids, the only way torch has.
+        # numpy sorts values alone, many times faster than torch, which always sorts indices too.
         return torch.from_numpy(np.sort(scores_RV.numpy(), axis=-1)).flip(-1)
     return scores_RV.sort(dim=-1, descending=True).values
 
 
 def _drawn(weights_RV: Tensor, uniform_R1: Tensor) -> Tensor:
-    """The id at which the running sum of weights first passes its share `uniform_R1` of the whole; never one of weight 0."""
+    """The id at which the cumulative sum of weights first exceeds `uniform_R1` times the total;
+    never an id of weight 0.
+    """
     reached_RV = weights_RV.cumsum(dim=-1)
     return torch.searchsorted(reached_RV, uniform_R1 * reached_RV[:, -1:], right=True).squeeze(1)

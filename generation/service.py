@@ -1,6 +1,7 @@
-"""Answers for many callers at once: one thread owns the model, any thread may submit prompts, and every answer ends.
+"""Answers for many callers at once. One thread owns the model, any thread may submit prompts, and
+every answer ends.
 
-Knows nothing of HTTP. Bounds the answers that wait and run, the time of each, and the keys and values.
+Limits the waiting and running answers, the time of each, and the KV cache. Knows nothing of HTTP.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class ServiceError(Exception):
-    """Why there is no answer, or no more of one."""
+    """Why an answer can't be given or completed."""
 
 
 class Full(ServiceError):
-    """Too many answers are waiting; there will be room later."""
+    """Too many answers are waiting; try later."""
 
 
 class TimedOut(ServiceError):
@@ -34,7 +35,7 @@ class Closed(ServiceError):
 
 
 class Broken(ServiceError):
-    """The thread that owns the model has failed, for good."""
+    """The thread that owns the model has failed; the service doesn't recover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,13 @@ class ChoiceDelta:
     """The next piece of one of a submission's answers."""
 
     index: int
-    """Number of the answer: sample by sample, first those to the first prompt."""
+    """Number of the answer: all samples of the first prompt, then those of the next."""
     piece: Piece
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
-    """The ids of one of the prompts, without its BOS, with their log p. Delivered before the answers to that prompt."""
+    """The ids of a prompt, without BOS, with their log p. Delivered before answers to it."""
 
     prompt: int
     tokens: list[Token]
@@ -57,7 +58,7 @@ class PromptScores:
 Event = ChoiceDelta | PromptScores
 
 Deliver = Callable[[Event | ServiceError], None]
-"""Receives the events of a submission, on the service's thread: it must return at once and not raise."""
+"""Receives a submission's events, on the service's thread. It must return at once and not raise."""
 
 
 @dataclass(eq=False)
@@ -67,30 +68,32 @@ class Submission:
     requests: list[Request]
     """One for each prompt."""
     samples: int
-    """Answers to each prompt; 0: prompts are only scored."""
+    """Answers per prompt; 0: prompts are only scored."""
     options: Options
     scored: bool
     deliver: Deliver
     deadline: float
     """On the clock of time.monotonic."""
     unfinished: int
-    """Answers, or prompts that are only scored, still to come. Changed by the service's thread alone."""
+    """Unfinished answers, or prompts that are only scored. Changed only by the service's thread."""
     indices: dict[int, int] = field(default_factory=dict)
-    """The answer's index by the number of its request in the engine. Used by the service's thread alone."""
+    """Each answer's index, by its request's number. Used only by the service's thread."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompts, openings of answers included."""
+        """Tokens of the prompts, including the assistant's tags."""
         return sum(len(request.prompt.ids) for request in self.requests)
 
 
 class Service:
-    """A `Speaker` for the full context, in a thread of its own."""
+    """A `Speaker` for the full context, in its own thread."""
 
     def __init__(self, responder: Responder, *, queue: int, timeout: float) -> None:
-        """`queue` answers may wait for those that are running; each must end `timeout` seconds after it was submitted.
+        """queue: answers that may wait. timeout: seconds from submission within which an answer
+        must end.
 
-        Raises UsageError if the keys and values of one row of the whole context are over the responder's budget.
+        Raises UsageError if the KV cache of one row of the whole context exceeds the responder's
+        budget.
         """
         self.responder = responder
         self.timeout = timeout
@@ -98,12 +101,12 @@ class Service:
         self.rows = rows_that_fit(responder.model, act_steps, responder.context, responder.kv_budget_gb, responder.rows)
         self.cache_bytes = cache_bytes(responder.model, act_steps, self.rows, responder.context)
         self.capacity = self.rows + queue
-        """Most answers waiting and running."""
+        """Limit of waiting and running answers."""
         self._speaker = Speaker(responder, rows=self.rows, positions=responder.context)
         self._by_number: dict[int, Submission] = {}
         self._to_score: deque[tuple[Submission, int]] = deque()
         self._changed = threading.Condition()
-        # Guarded by that lock:
+        # Guarded by the lock:
         self._arrived: deque[Submission] = deque()
         self._cancelled: list[Submission] = []
         self._open: set[Submission] = set()
@@ -116,27 +119,29 @@ class Service:
 
     @property
     def pending(self) -> int:
-        """Answers waiting and running."""
+        """Number of waiting and running answers."""
         return self._pending
 
     @property
     def running(self) -> int:
-        """Answers running."""
+        """Number of running answers."""
         return self._speaker.running
 
     @property
     def refusal(self) -> ServiceError | None:
-        """Why no submission is accepted any more; None while they are."""
+        """Why submissions are refused; None while they are accepted."""
         return self._refusal
 
     def submit(
         self, prompts: Sequence[Callable[[], Prompt]], options: Options, samples: int, deliver: Deliver, *, scored: bool = False
     ) -> Submission:
-        """Submit prompts for `samples` answers each. `scored`: also for the log p of the prompts' ids (0 samples: only for that).
+        """Submit prompts for `samples` answers each. scored: also compute the log p of the prompts'
+        ids (0 samples: only that).
 
-        `deliver` receives scores and pieces of answers, the last piece of each with the `Answer`; or one error. Each of `prompts`
-        encodes one, in the caller's thread. Raises UsageError for a prompt longer than the context, Full if there is no room for
-        so many more answers, Closed or Broken once no submission is accepted any more.
+        `deliver` receives scores and pieces of answers, the last piece of each with the `Answer`;
+        or one error. Each of `prompts` encodes one, in the caller's thread. Raises UsageError for a
+        prompt longer than the context, Full without room for these answers, Closed or Broken once
+        submissions are refused.
         """
         deadline = time.monotonic() + self.timeout
         n = len(prompts) * max(1, samples)
@@ -164,18 +169,18 @@ class Service:
         return submission
 
     def cancel(self, submission: Submission) -> None:
-        """Drop what is unfinished: its rows are free before the next tick. May be repeated."""
+        """Drop unfinished answers; their rows are free before the next tick. May be repeated."""
         with self._changed:
             self._cancelled.append(submission)
             self._changed.notify()
 
     def drain(self) -> None:
-        """Accept no further submission; those accepted are finished."""
+        """Refuse new submissions; finish those that were accepted."""
         with self._changed:
             self._refusal = self._refusal or Closed("the server is shutting down")
 
     def close(self) -> None:
-        """End the thread after its current tick; what is unfinished gets `Closed`. May be repeated."""
+        """End the thread after its current tick; unfinished answers get `Closed`. May be repeated."""
         self.drain()
         with self._changed:
             self._is_closing = True
@@ -186,25 +191,23 @@ class Service:
         with self._changed:
             self._pending -= n
 
-    # From here on: the service's own thread.
+    # The methods below run in the service's thread.
 
     def _run(self) -> None:
         error: ServiceError = Closed("the server is shutting down")
         try:
             while self._take_up():
                 if self._to_score:
-                    # One prompt between two ticks, so that running answers don't stall.
+                    # Begin one prompt between two ticks, so that running answers don't stall.
                     self._score(*self._to_score.popleft())
                 for piece in self._speaker.tick():
                     self._hand_out(piece)
                 self._end_overdue()
         except Exception as failure:
-            log.exception("the engine has failed; nothing is answered until the server is started again")
-            error = Broken(
-                f"the engine has failed ({type(failure).__name__}): the server's log says more, and it must be restarted"
-            )
+            log.exception("the engine has failed; restart the server, which answers nothing until then")
+            error = Broken(f"the engine has failed ({type(failure).__name__}): see the server's log, and restart the server")
         with self._changed:
-            # From here on `submit` refuses, so nothing arrives that would never be answered.
+            # `submit` refuses from here on, so nothing arrives that would stay unanswered.
             self._has_ended = True
             if self._refusal is None or isinstance(error, Broken):
                 self._refusal = error
@@ -214,7 +217,7 @@ class Service:
             submission.deliver(error)
 
     def _take_up(self) -> bool:
-        """Wait for work and hand it to the engine. Returns False once the service is closing."""
+        """Wait for work and pass it to the engine. Returns False once the service is closing."""
         with self._changed:
             while not (self._arrived or self._cancelled or self._is_closing or self._to_score or self._speaker.busy):
                 self._changed.wait()
@@ -265,10 +268,10 @@ class Service:
         unfinished = {*self._by_number.values(), *(one for one, _ in self._to_score)}
         for submission in {one for one in unfinished if one.deadline < now}:
             self._forget(submission)
-            submission.deliver(TimedOut(f"the answer was not ready {self.timeout:g} s after it was asked for"))
+            submission.deliver(TimedOut(f"the answer was not ready {self.timeout:g} s after its request"))
 
     def _forget(self, submission: Submission) -> None:
-        """Remove what is unfinished of a submission from the engine."""
+        """Remove a submission's unfinished answers from the engine."""
         self._to_score = deque(waiting for waiting in self._to_score if waiting[0] is not submission)
         for number in submission.indices:
             self._speaker.cancel(number)
@@ -277,7 +280,7 @@ class Service:
         self._close(submission)
 
     def _close(self, submission: Submission) -> None:
-        """End a submission; what is unfinished no longer counts as pending. May be repeated."""
+        """End a submission; its unfinished answers no longer count as pending. May be repeated."""
         with self._changed:
             self._open.discard(submission)
             self._pending -= submission.unfinished

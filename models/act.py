@@ -1,8 +1,9 @@
-"""The wrapper around any recursion: embeddings in, one ACT step at a time, output and halting heads out.
+"""The model around any recursion: embeddings, one ACT step at a time, vocabulary and halting heads.
 
-It owns every weight under the names of the published checkpoints. It decides nothing about how many ACT steps a row takes in
-training (training/text.py, training/puzzle.py) or when generation stops (generation/engine.py). Shape suffixes as in
-models/layers.py; N is any number of tokens, P the positions that a puzzle's vector takes before them.
+It owns every weight, under the names of the published checkpoints. How many ACT steps a row takes
+is decided elsewhere: in training by training/text.py and training/puzzle.py, in generation by
+generation/engine.py. Shape suffixes as in models/layers.py; N is any number of tokens, P the
+positions of a puzzle's vector, which come before the tokens.
 """
 
 import contextlib
@@ -41,35 +42,39 @@ from models.sparse_embedding import SparseEmbedding
 
 
 class Refined(NamedTuple):
-    """Tokens after some ACT steps: of each, the output at the step it halted or came to."""
+    """Tokens after some ACT steps. Each output is of the token's last step: where it halted, if so."""
 
     output_BTD: Tensor
     steps_BT: Tensor
     is_last: bool
 
 
-# A learned position and a token's embedding have the same deviation; so has their sum.
+# Scales the sum of position and token embeddings to the standard deviation of each.
 _SUM_OF_TWO_SCALE = 0.5**0.5
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RecursiveModel(nn.Module):
-    """A recursion with its embedding, heads and initial states; `forward_dtype` must be resolved (not auto).
+    """A recursion with its embedding, heads and initial states; `forward_dtype` must be resolved
+    (not auto).
 
-    State-dict names and shapes are those of the original TinyRecursiveModels below its prefix `model.inner.`.
+    State-dict names and shapes are those of the original TinyRecursiveModels below its prefix
+    `model.inner.`.
 
-    Tokens of a puzzle's row stand behind the P = `prefix_len` positions of the puzzle's vector: `embed(inputs_BT, puzzle_ids_B)`
-    gives [B, P + T, D]; states, rotary tables and attention are for P + T positions; the halting logits of the row are those of
-    `output_BTD[:, 0]`, its tokens' logits those of `output_BTD[:, P:]`.
+    A puzzle's row begins with the P = `prefix_len` positions of the puzzle's vector:
+    `embed(inputs_BT, puzzle_ids_B)` returns [B, P + T, D]. States, rotary tables and attention
+    cover P + T positions. The row's halting logits come from `output_BTD[:, 0]`, its token logits
+    from `output_BTD[:, P:]`.
     """
 
     def __init__(
         self, config: ArchConfig, vocab_size: int, seed: int = 0, *, seq_len: int | None = None, puzzles: int | None = None
     ) -> None:
-        """`seq_len`: tokens of a row, for weights that belong to positions (`mlp_t`, learned positions).
+        """seq_len: tokens of a row, required by weights that have a position dimension (`mlp_t`,
+        learned positions).
 
-        `puzzles`: number of puzzle identifiers, if puzzles have vectors (`puzzle_emb_ndim`).
+        puzzles: number of puzzle identifiers, required by puzzle vectors (`puzzle_emb_ndim`).
         """
         super().__init__()
         if (config.mlp_t or config.pos_encodings == "learned") and seq_len is None:
@@ -99,7 +104,8 @@ class RecursiveModel(nn.Module):
             if config.pos_encodings == "learned" and positions is not None:
                 self.embed_pos = Embedding(positions, config.hidden_size)
         self.puzzle_emb = SparseEmbedding(puzzles, config.puzzle_emb_ndim) if config.puzzle_emb_ndim and puzzles else None
-        # Scale and shift of the halting logit after each ACT step; the identity unless a checkpoint was calibrated.
+        # Scale and shift of the halting logit at each ACT step; the identity unless the checkpoint
+        # was calibrated.
         self.halt_calibration: Tensor
         identity_2N = torch.tensor([[1.0], [0.0]]).repeat(1, config.halt_max_steps)
         self.register_buffer("halt_calibration", identity_2N, persistent=False)
@@ -120,17 +126,18 @@ class RecursiveModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return self.embed_tokens.embedding_weight.device
 
     def initial_states(self, *shape: int) -> States:
-        """Every latent state before the first ACT step, each [*shape, D]; a view, not to be written to."""
+        """Every latent state before the first ACT step, each a read-only view [*shape, D]."""
         return tuple(self.get_buffer(name).expand(*shape, -1) for name in self.recursion.initial_states)
 
     def embed(self, ids_BT: Tensor, puzzle_ids_B: Tensor | None = None) -> Tensor:
-        """Input embedding, scaled by sqrt(D): [B, T, D], or with the vectors of the rows' puzzles before the tokens [B, P + T, D].
+        """Input embedding, scaled by sqrt(D): [B, T, D], or [B, P + T, D] with the rows' puzzle
+        vectors before the tokens.
 
-        Raises UsageError for more positions than there are learned ones.
+        Raises UsageError for rows longer than the table of learned positions.
         """
         embedding: Tensor = self.embed_tokens(ids_BT, self.dtype)
         if self.puzzle_emb is not None:
@@ -150,33 +157,34 @@ class RecursiveModel(nn.Module):
         return embedding * math.sqrt(self.config.hidden_size)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Rotary tables of integer `positions` [T] or [B, T], computed on the host; a device gathers from them (`Rotary.at`)."""
+        """Rotary tables for integer `positions` [T] or [B, T], computed on the host."""
         if self.config.pos_encodings != "rope":
             return None
-        # As the original: the angles of long rows need more than bfloat16's eight bits.
+        # As in the original: the angles of long rows need more than bfloat16's eight bits.
         exact = torch.promote_types(self.dtype, torch.float32)
         table = rotary_table(positions.cpu(), self.head_dim, self.config.rope_theta, exact)
         return Rotary(*(on_device(part.numpy(), self.device) for part in table))
 
     def row_attention(self, segments_BT: Tensor) -> RowAttention:
-        """Attention in whole rows with these prompt segments (0: assistant text, padding)."""
+        """Attention within whole rows. segments_BT: prompt segments (0: assistant text, padding)."""
         return row_attention(self.config.attention, segments_BT, segments_BT.shape[1])
 
     def token_attention(self, groups: Sequence[TokenRows], segments_N: Tensor, documents_N: Tensor | None = None) -> Attend:
-        """Attention of tokens without padding that stand in `groups` of rows, one after the other.
+        """Attention for tokens without padding. The tokens of each of `groups` follow those of the
+        one before.
 
-        segments_N: prompt segments, as for `row_attention`. documents_N: numbers from 0, where several
-        documents share a row.
+        segments_N: prompt segments, as for `row_attention`. documents_N: document numbers from 0,
+        given when several documents share a row.
         """
         sizes = [len(group.index_N) for group in groups]
         attends = []
         for number, (group, segments) in enumerate(zip(groups, segments_N.split(sizes), strict=True)):
             if self.is_compiled:
-                # An empty row beside a single one: compiled code is made anew for a size of 1.
+                # Add an empty row to a single one: torch.compile recompiles for a size of 1.
                 group = group._replace(rows=max(2, group.rows))
             documents_BT = None
             if documents_N is not None:
-                documents_BT = group.scatter(documents_N.split(sizes)[number] + 1)  # 0: where no document stands
+                documents_BT = group.scatter(documents_N.split(sizes)[number] + 1)  # 0 marks padding
             segments_BT = group.scatter(segments)
             rows = row_attention(self.config.attention, segments_BT, group.positions, documents_BT)
             attends.append(TokenAttention(group, rows))
@@ -184,13 +192,14 @@ class RecursiveModel(nn.Module):
 
     @property
     def needs_no_rows(self) -> bool:
-        """Whether to use `document_attention`, for which compiled code on a GPU has kernels."""
+        """Whether to use `document_attention`: compiled, on a GPU that has kernels for it."""
         return self.is_compiled and can_attend_in_documents(self.config.attention, self.device, self.dtype, self.head_dim)
 
     def document_attention(self, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
-        """Attention of documents side by side, which begin at `starts`, the last of which is N.
+        """Attention for documents that follow one another without padding.
 
-        segments_N: prompt segments, as for `row_attention`.
+        starts: offset of each document's first token, and N at the end. segments_N: prompt
+        segments, as for `row_attention`.
         """
         return documents_side_by_side(self.config.attention, starts, segments_N)
 
@@ -204,14 +213,16 @@ class RecursiveModel(nn.Module):
     ) -> tuple[States, Tensor]:
         """One ACT step: new states, and the output [B, T, D] for the heads.
 
-        Only the last `grad_calls` level calls carry gradient; None: as where an optimizer step takes a single ACT step.
+        Only the last `grad_calls` level calls carry gradient. None: as many as `arch.grad_calls`
+        gives a single ACT step.
         """
         calls_done = 0
         if grad_calls is None:
             [grad_calls] = self.grad_calls_by_step(1)
         casts = [linear.cast_weight(self.dtype) for linear in self._level_linears]
         if self.is_compiled:
-            # Any number of tokens, but these sizes of weights: with open ones, attention has no kernel.
+            # The number of tokens is dynamic, but the weights' sizes are static: attention has no
+            # kernel for dynamic ones.
             for cast in casts:
                 if cast is not None:
                     torch._dynamo.mark_static(cast)
@@ -234,7 +245,7 @@ class RecursiveModel(nn.Module):
             return result
 
         def recomputed(stack: BlockStack, h_BTD: Tensor) -> Tensor:
-            # Backward comes here after the step: with other casts, compiled code would be made anew and save other tensors.
+            # Backward runs this later. With other casts it would recompile and save other tensors.
             with self._caching_casts(casts):
                 result: Tensor = stack(h_BTD, rotary, attend)
             return result
@@ -243,7 +254,7 @@ class RecursiveModel(nn.Module):
             return self.recursion.step(states, x_BTD, call)
 
     def grad_calls_by_step(self, act_steps: int) -> list[int]:
-        """How many of the last level calls of each ACT step carry gradient, where an optimizer step takes `act_steps` of them."""
+        """How many of the last level calls of each of `act_steps` ACT steps carry gradient."""
         calls, last = len(self.level_calls), self.config.grad_calls
         if last is None:
             return [self.recursion.default_grad_calls] * act_steps
@@ -252,10 +263,12 @@ class RecursiveModel(nn.Module):
         return [min(calls, max(0, last - calls * later)) for later in reversed(range(act_steps))]
 
     def act_steps(self, x_BTD: Tensor, rotary: Rotary | None, attend: Attend, count: int) -> Iterator[Tensor]:
-        """The output [B, T, D] for the heads after each of `count` ACT steps from the initial states: what training differentiates.
+        """Run `count` ACT steps from the initial states, with gradient; yields the output [B, T, D]
+        for the heads after each.
 
-        Gradient runs through the last `arch.grad_calls` level calls of all the ACT steps together. null: through those of each ACT
-        step that have it in the original, and not from one ACT step to the next.
+        Gradient flows through the last `arch.grad_calls` level calls, counted over all ACT steps.
+        null: through the last calls of each ACT step, as many as in the original, and not from one
+        ACT step to the next.
         """
         states = self.initial_states(*x_BTD.shape[:-1])
         for grad_calls in self.grad_calls_by_step(count):
@@ -274,12 +287,13 @@ class RecursiveModel(nn.Module):
         halt_threshold: float | None = None,
         may_halt_BT: Tensor | None = None,
     ) -> Iterator[Refined]:
-        """Refine tokens from the initial states, one ACT step at a time, for measuring and generating.
+        """Refine tokens from the initial states, one ACT step at a time, for evaluation and
+        generation.
 
-        With `halt_threshold`, a token of `may_halt_BT` (None: every one) stops for good when its
-        halting probability passes it: its states and output stay, and deeper steps see the keys and
-        values it halted with. Stops early when no token goes on. Tokens may come without padding: [N]
-        for every [B, T].
+        With `halt_threshold`, a token halts once its halting probability exceeds it, if
+        `may_halt_BT` (None: all true) allows. Its states and output then stay, and deeper steps
+        reuse the keys and values it halted with. Ends early once all tokens have halted. Tokens may
+        come without padding: [N] in place of [B, T].
         """
         held = HeldAttention(attend)
         if halt_threshold is not None:
@@ -310,7 +324,7 @@ class RecursiveModel(nn.Module):
     def refine_rows(
         self, ids_BT: Tensor, segments_BT: Tensor, *, act_steps: int, halt_threshold: float | None = None
     ) -> Iterator[Refined]:
-        """`refine` of whole right-padded rows with these prompt segments (0: assistant text, padding), which stay at full depth."""
+        """`refine` for right-padded rows. Prompt segments (above 0) don't halt early."""
         return self.refine(
             ids_BT,
             self.rotary(torch.arange(ids_BT.shape[1])),
@@ -321,12 +335,16 @@ class RecursiveModel(nn.Module):
         )
 
     def halt_logits(self, output_ND: Tensor) -> Tensor:
-        """Halting and continuing logits [N, 2] of outputs [N, D]: of text's tokens, which use the first, or of puzzles' rows."""
+        """Halt and continue logits [N, 2] of outputs [N, D]: one pair a token of text (which uses
+        the first) or a puzzle's row.
+        """
         logits: Tensor = self.q_head(output_ND)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def halting_probability(self, output_ND: Tensor, act_step: int | Tensor) -> Tensor:
-        """Probability [N] that the argmax of outputs [N, D] after ACT step `act_step` (from 0, of all or [N]) is right."""
+        """Probability [N] that the argmax of outputs [N, D] is right after ACT step `act_step`
+        (from 0; one for all, or [N]).
+        """
         deepest = self.halt_calibration.shape[1] - 1
         chosen = min(act_step, deepest) if isinstance(act_step, int) else act_step.clamp(max=deepest)
         scale, shift = self.halt_calibration[:, chosen]
@@ -339,21 +357,21 @@ class RecursiveModel(nn.Module):
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def cast_for_inference(self) -> None:
-        """Cast the matrices to `forward_dtype` for good, so that no call casts again. The model can't be trained afterwards."""
+        """Cast the weight matrices to `forward_dtype`. The model can't be trained afterwards."""
         self.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.weight.data = module.weight.data.to(self.dtype)
 
     def compile_levels(self) -> None:
-        """torch.compile each level's stack in place (state-dict names stay). Losses of such a model should be compiled, too."""
+        """torch.compile each level's stack in place. Compile the losses of such a model too."""
         self.is_compiled = True
         for name in self.recursion.levels:
             self.get_submodule(name).compile(dynamic=True)
 
     @contextlib.contextmanager
     def _caching_casts(self, casts: Sequence[Tensor | None]) -> Iterator[None]:
-        """Within the block the levels' linear layers compute with these casts of their weights."""
+        """Within the block, the levels' linear layers use these casts of their weights."""
         linears = self._level_linears
         before = [linear.cached_cast for linear in linears]
         for linear, cast in zip(linears, casts, strict=True):

@@ -1,8 +1,9 @@
-"""Attention that keeps keys and values: of tokens that have halted, and of all for those that follow.
+"""Attention with stored keys and values: the KV cache of decoding, and those of halted tokens.
 
-What one layer of one level call keeps in one ACT step is a lane. Layers attend in a fixed order, so
-each call is the next lane's, and any recursion fits without knowing of it. A cache belongs to one
-set of weights. Shape suffixes as in models/layers.py; S positions attended to, L lanes.
+A lane holds the keys and values of one layer of one level call in one ACT step. Layers attend in a
+fixed order, so each attention call uses the next lane, and a recursion needs no code for the cache.
+A cache belongs to one set of weights. Shape suffixes as in models/layers.py; S positions attended
+to, L lanes.
 """
 
 import math
@@ -18,27 +19,27 @@ from models.layers import Attend, BlockStack, Rotary, dot_product_attention
 
 
 class StatefulAttention(ABC):
-    """Attention whose calls differ: each one is the next lane's."""
+    """Attention whose calls differ: each one uses the next lane."""
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
         """See `models.layers.Attend`."""
 
     def level_call(self, stack: BlockStack, h: Tensor, rotary: Rotary | None) -> Tensor:
-        """`stack` over `h`, attending with this."""
-        # Not through __call__: the stack would be recompiled for every lane.
+        """`stack` applied to `h`, with this attention."""
+        # Not through __call__, which is compiled: it would recompile for every lane.
         return stack.forward(h, rotary, self)
 
 
 class HeldAttention(StatefulAttention):
-    """`attend` in ACT step after ACT step; halted tokens keep the keys and values they halted with."""
+    """`attend` over all ACT steps; halted tokens keep the keys and values they halted with."""
 
     def __init__(self, attend: Attend) -> None:
         self._attend = attend
         self.active_BT: Tensor | None = None
-        """Whether each token [...] goes on; None: all do, in the first ACT step."""
+        """Whether each token [...] is still active; None, in the first ACT step: all are."""
         self.lanes: deque[tuple[Tensor, Tensor]] = deque()
-        """Keys and values [..., H, K] of the lanes of one ACT step; the next call's come first."""
+        """Keys and values [..., H, K] of the lanes of one ACT step, the next call's first."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.active_BT is not None:
@@ -50,10 +51,11 @@ class HeldAttention(StatefulAttention):
 
 
 class KVCache:
-    """Keys and values of a fixed number of rows, for incremental decoding: `fill` with a prompt, then `extend` token by token.
+    """Keys and values of a fixed number of rows, for incremental decoding: `fill` with a prompt,
+    then `extend` token by token.
 
-    One buffer [rows, act_steps, lanes, 2, H, positions, K], allocated once. Memory that no position was written to yet is not read;
-    on a CPU the system doesn't even provide it before it is written.
+    One buffer [rows, act_steps, lanes, 2, H, positions, K], allocated once. Nothing is read beyond
+    the longest row; on a CPU the system provides memory only once it is written to.
     """
 
     def __init__(
@@ -69,39 +71,43 @@ class KVCache:
         device: torch.device,
         compiled: bool = False,
     ) -> None:
-        """compiled: torch.compile the level calls that extend rows by one token each, and keep the weights they were made with."""
+        """compiled: torch.compile the level calls that extend rows by one token. The weights must
+        not change after that.
+        """
         shape = (rows, act_steps, lanes, 2, heads, positions, head_dim)
         self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self._views: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         if compiled:
-            # Frozen weights are laid out as the CPU's kernels want them: products of one row take less than half the time.
+            # Freezing stores weights in the layout of the CPU's kernels: products of one row take
+            # less than half the time.
             frozen = torch._inductor.config.patch(freezing=device.type == "cpu")
             self._compiled = frozen(torch.compile(extend_call, fullgraph=True))
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there is compiled code to extend rows by one token each."""
+        """Whether the code that extends rows by one token is compiled."""
         return self._compiled is not None
 
     def lanes_of(self, row: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each lane of each ACT step, views [1, H, positions, K]."""
         if row not in self._views:
-            # Kept, because a forward asks for every one of them and making a view costs microseconds.
+            # Cached: a forward pass uses every one of them, and making a view costs microseconds.
             self._views[row] = [(kv[0:1], kv[1:2]) for kv in self.buffer[row].flatten(0, 1).unbind()]
         return self._views[row]
 
     def fill(self, rows: Sequence[int], prompts: Sequence[slice], attend: Attend) -> Attend:
-        """`attend` of prompts' tokens without padding, which stores keys and values of each ACT step.
+        """`attend` for unpadded prompts, which also stores the keys and values of each ACT step.
 
         Those of the tokens `prompts[i]` go to row `rows[i]`.
         """
         return _Filling(self, rows, prompts, attend)
 
     def extend(self, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> Attend:
-        """Attention of the next token of each of `rows` to its row, for one ACT step; compiled if this is.
+        """Attention of the next token of each of `rows` to its row, for one ACT step; compiled if
+        the cache is.
 
-        act_steps: the ACT step of each row, counted from 0. starts: the position of its token.
+        act_steps: the ACT step of each row, from 0. starts: the position of its token.
         """
         if not self.is_compiled:
             return _Extending(self, rows, act_steps, starts)
@@ -109,15 +115,15 @@ class KVCache:
         return self.extend_together(rows_B, act_steps_B, starts_B, max(starts), compiled=True)
 
     def extend_together(self, rows_B: Tensor, act_steps_B: Tensor, starts_B: Tensor, past: int, *, compiled: bool) -> Attend:
-        """The same of integer tensors on the cache's device, whose values the host needn't know.
+        """`extend` with integer tensors on the cache's device, whose values the host needn't know.
 
-        past: no row's token stands beyond this position; so many positions are read. compiled: which
-        `is_compiled` must allow.
+        past: an upper bound of the tokens' positions; that many positions are read. compiled: use
+        the compiled code, which requires `is_compiled`.
         """
         return _ExtendingTogether(self, rows_B, act_steps_B, starts_B, past, self._compiled if compiled else None)
 
     def carry_halted(self, row: int, position: int | slice, halted_at: int, act_steps: int) -> None:
-        """Copy what step `halted_at`, from 0, stored of halted tokens to the deeper of `act_steps`."""
+        """Copy halted tokens' keys and values from step `halted_at` (from 0) to deeper ones."""
         kept = self.buffer[row, :act_steps, :, :, :, position]
         kept[halted_at + 1 :] = kept[halted_at]
 
@@ -137,7 +143,7 @@ class _Filling(StatefulAttention):
 
 
 class _Extending(StatefulAttention):
-    """Each row by itself, over its own positions and nothing else: without threads to fill, a batched kernel gains little."""
+    """One row at a time, over its own positions: with few threads, batching gains little."""
 
     def __init__(self, cache: KVCache, rows: Sequence[int], act_steps: Sequence[int], starts: Sequence[int]) -> None:
         lanes = cache.buffer.shape[2]
@@ -146,7 +152,8 @@ class _Extending(StatefulAttention):
         self._starts = starts
 
     def __call__(self, q_B1HK: Tensor, k_B1HK: Tensor, v_B1HK: Tensor) -> Tensor:
-        # Of a bfloat16 cache, too: torch's CPU kernel for a single query takes three times as long in that format, casts included.
+        # For a bfloat16 cache too: torch's CPU kernel for a single query takes three times as long
+        # in bfloat16, casts included.
         exact = torch.promote_types(q_B1HK.dtype, torch.float32)
         q_BH1K, k_BH1K, v_BH1K = (x.transpose(1, 2) for x in (q_B1HK.to(exact), k_B1HK, v_B1HK))
         y_BH1K = []
@@ -176,11 +183,11 @@ class _ExtendingTogether(StatefulAttention):
         self._kept_N2HPK = cache.buffer.flatten(0, 2)
         self._starts_B = starts_B
         self._lanes_LB = (rows_B * steps + act_steps_B) * lanes + torch.arange(lanes, device=device).unsqueeze(1)
-        # Two positions at least: code for one would be made apart.
+        # At least two positions: torch.compile recompiles for a size of 1.
         past = min(max(2, past), positions)
         self._visible_BS = torch.arange(past, device=device) < starts_B.unsqueeze(1)
         self._lane = 0
-        # Compiled code takes any size of these dimensions, if it isn't 1.
+        # Compile once for all sizes of these dimensions above 1.
         torch._dynamo.maybe_mark_dynamic(self._visible_BS, (0, 1))
         torch._dynamo.maybe_mark_dynamic(self._kept_N2HPK, (0, 3))
 
@@ -207,10 +214,11 @@ class _ExtendingTogether(StatefulAttention):
 def extend_call(
     stack: BlockStack, h_B1D: Tensor, rotary: Rotary | None, kept_N2HPK: Tensor, lanes_LB: Tensor, visible_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A level call of one token of each row: its result [B, 1, D], and the new keys and values [L, B, 2, H, K] of its L layers.
+    """A level call for one token of each row: its result [B, 1, D], and the new keys and values [L,
+    B, 2, H, K] of its L layers.
 
-    kept_N2HPK: keys and values of every lane. lanes_LB: which of them each layer and row has. visible_BS: which of a lane's first
-    positions hold the row's past.
+    kept_N2HPK: keys and values of every lane. lanes_LB: the lane of each layer and row. visible_BS:
+    which of a lane's first positions hold the row's past.
     """
     new_B2HK: list[Tensor] = []
 
@@ -225,9 +233,10 @@ def extend_call(
 def attend_to_past(
     q_B1HK: Tensor, k_B1HK: Tensor, v_B1HK: Tensor, kept_N2HPK: Tensor, lanes_B: Tensor, visible_BS: Tensor
 ) -> Tensor:
-    """Attention of one new token of each row to itself and what is visible of its lane: [B, 1, H, K].
+    """Attention of one new token of each row to itself and to the visible part of its lane: [B, 1,
+    H, K].
 
-    Compiled, it reads keys and values once, as they are kept, and casts on the way.
+    Compiled, it reads keys and values once, in their stored dtype, and casts them on the fly.
     """
     exact = torch.promote_types(q_B1HK.dtype, torch.float32)
     q_BH1K, k_BH1K, v_BH1K = (x.to(exact).transpose(1, 2) for x in (q_B1HK, k_B1HK, v_B1HK))
@@ -239,7 +248,7 @@ def attend_to_past(
     own_BH1 = (q_BH1K * k_BH1K).sum(-1)
     most_BH1 = torch.maximum(past_BHS.amax(-1, keepdim=True), own_BH1)
     past_BHS, own_BH1 = (past_BHS - most_BH1).exp(), (own_BH1 - most_BH1).exp()
-    # Where no position was written, memory may hold anything, and 0 * NaN is NaN.
+    # Unwritten positions may hold anything, and 0 * NaN is NaN.
     v_BHSK = v_BHSK.masked_fill(~visible_B1S.unsqueeze(-1), 0)
     y_BHK = (past_BHS.unsqueeze(-1) * v_BHSK).sum(-2) + own_BH1 * v_BH1K[:, :, 0]
     total_BH1 = past_BHS.sum(-1, keepdim=True) + own_BH1

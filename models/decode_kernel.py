@@ -1,12 +1,14 @@
 """One ACT step of the next token of a few rows as a single CUDA kernel, in Triton.
 
-A token of one row is a chain of thousands of products of a vector with a matrix, each shorter than a kernel's launch. So one kernel
-stays on the whole GPU for an ACT step, one program to a multiprocessor. Programs share the outputs of each product, and hand
-results on without a barrier: every number travels in one 64-bit word with the number of the ACT step, and who needs it reads until
-the word bears that number. A program asks for its weights, or for the past's keys and values, before it waits. Between products
-numbers are float32.
+A token of one row takes thousands of matrix-vector products in sequence, each shorter than a kernel
+launch. So one persistent kernel runs a whole ACT step, with one program per multiprocessor. The
+programs split the outputs of each product and pass results on without a barrier: each number is
+sent in a 64-bit word together with the number of the ACT step, and the reader polls until the word
+has that number. A program loads its weights, or the past keys and values, before it polls. Between
+products numbers are float32.
 
-Import it where Triton is. Shape suffixes as in models/layers.py; W is the width of all heads, I that of a SwiGLU.
+Import it only where Triton is installed. Shape suffixes as in models/layers.py; W width of all
+heads, I width of a SwiGLU.
 """
 
 from collections.abc import Callable
@@ -23,32 +25,34 @@ from models.layers import RMS_EPS, BlockStack, Rotary
 
 _MOST_ROWS = 16
 _DTYPES = (torch.float32, torch.bfloat16)
-# A program that waits for so many reads is wrong; what it then computes is, too, but it comes to an end.
+# A program stops polling after this many reads. That only happens by a bug: its results are then
+# wrong, but it ends.
 _MOST_READS = tl.constexpr(2**18)
 _EPS = tl.constexpr(RMS_EPS)
 
 
 class _Plan(NamedTuple):
-    """An ACT step as block after block, each of which takes a sum of numbered vectors.
+    """An ACT step as a list of blocks; the input of each is a sum of numbered vectors.
 
-    Vectors 0 to n are the n states and the embedding, the others the results of the blocks. A block's lane is its place.
+    Vectors 0 to n are the n states and the embedding, the others the outputs of the blocks. A
+    block's lane is its index.
     """
 
     blocks: list[tuple[int, tuple[int, ...]]]
-    """Which layer of all levels' layers, and the numbers of the vectors that it takes the sum of."""
+    """Index of the layer among the layers of all levels, and the numbers of the vectors to sum."""
     results: list[int]
     """The vectors that are the new states and the output."""
 
 
 def plan_of(model: RecursiveModel) -> _Plan:
-    """The blocks of one ACT step of the model's recursion, which may do nothing with vectors but add and pass them to levels."""
+    """The blocks of one ACT step, which may only add vectors and pass them to levels."""
     first_layer, layers = {}, 0
     for level, count in model.recursion.levels.items():
         first_layer[level], layers = layers, layers + count
     states = len(model.recursion.initial_states)
     blocks: list[tuple[int, tuple[int, ...]]] = []
 
-    # A sum of vectors is the tuple of their numbers, for tuples add up as vectors do.
+    # A tuple of numbers stands for a sum of vectors: adding two sums concatenates their tuples.
     def call(level: str, terms: tuple[int, ...]) -> tuple[int, ...]:
         for layer in range(model.recursion.levels[level]):
             blocks.append((first_layer[level] + layer, terms))
@@ -61,10 +65,10 @@ def plan_of(model: RecursiveModel) -> _Plan:
 
 
 class ActStepKernel:
-    """The ACT step of a model whose rows' latent vectors lie in one tensor."""
+    """The ACT step of a model, with the latent vectors of all rows in one tensor."""
 
     def __init__(self, model: RecursiveModel, cache: KVCache, rotary: Rotary, vectors: Tensor) -> None:
-        """vectors: [n states + embedding + output, rows, D], read and written; rotary: of every position."""
+        """vectors: [n states + embedding + output, rows, D], written to. rotary: all tables."""
         self._cache = cache.buffer
         self._rotary = rotary
         self._vectors = vectors
@@ -84,7 +88,8 @@ class ActStepKernel:
         device = vectors.device
         self._blocks = torch.tensor(table, dtype=torch.int32, device=device)
         targets = [*range(len(plan.results) - 1), len(plan.results)]
-        # A state that the step left alone stays; the numbers of results begin where the output stands among `vectors`.
+        # Write only results that changed. Numbers from the output's place in `vectors` on are
+        # outputs of blocks.
         pairs = zip(targets, plan.results, strict=True)
         moved = [(target, number) for target, number in pairs if number >= len(vectors) - 1 or number != target]
         self._results = torch.tensor(moved, dtype=torch.int32, device=device)
@@ -99,11 +104,11 @@ class ActStepKernel:
 
     @staticmethod
     def serves(rows: int) -> bool:
-        """Whether there is a kernel for so many rows."""
+        """Whether there is a kernel for this number of rows."""
         return rows <= _MOST_ROWS
 
     def __call__(self, rows: int, positions_B: Tensor, act_steps_B: Tensor) -> None:
-        """One ACT step of the first `rows` rows, whose tokens stand at these positions and have taken so many steps."""
+        """One ACT step of the first `rows` rows, given their positions and ACT steps so far."""
         _, steps, lanes, _, heads, positions, head_dim = self._cache.shape
         capacity, dim = self._vectors.shape[1:]
         width, inner = heads * head_dim, self._weights[3].shape[-1]
@@ -146,26 +151,26 @@ class ActStepKernel:
             I=inner,
             **sizes,
             num_warps=8,
-            # All programs run at the same time, or none does: they wait for each other.
+            # Programs wait for each other, so all must run at the same time.
             launch_cooperative_grid=True,
         )
 
 
 def block_sizes(rows: int, dim: int, heads: int, head_dim: int, inner: int) -> dict[str, int]:
-    """How the kernel for so many rows cuts its products and its attention up."""
+    """Tile sizes of the kernel's products and attention for this number of rows."""
 
     def block(size: int) -> int:
         return max(16, 1 << (size - 1).bit_length())
 
     is_one = rows == 1
     return {
-        # Units for products of matrices take 16 rows at least.
+        # Tensor cores need at least 16 rows.
         "BLOCK_B": 1 if is_one else _MOST_ROWS,
         "BLOCK_D": block(dim),
         "BLOCK_W": block(heads * head_dim),
         "BLOCK_K": block(head_dim),
         "BLOCK_I": block(inner) if is_one else min(block(inner), 512),
-        # Outputs of a product to a program, so that the products of the default sizes occupy some 100 programs.
+        # Outputs per program: products of the default sizes then occupy about 100 programs.
         "TILE": 16,
         "TILE_D": 4 if is_one else 16,
         # Programs that share the past of a head.
@@ -176,14 +181,14 @@ def block_sizes(rows: int, dim: int, heads: int, head_dim: int, inner: int) -> d
 
 @triton.jit
 def _send(pointers, values, mask, epoch):
-    """Numbers for other programs, as words."""
+    """Send numbers to other programs, as words."""
     bits = values.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     tl.store(pointers, bits | (epoch << 32), mask=mask)
 
 
 @triton.jit
 def _receive(pointers, mask, epoch):
-    """Numbers from other programs, once they are there; 0 where `mask` is false."""
+    """Wait for numbers from other programs; 0 where `mask` is false."""
     words = tl.load(pointers, mask=mask, other=0, volatile=True)
     missing = tl.max((mask & ((words >> 32) != epoch)).to(tl.int32), axis=None)
     reads = 1
@@ -196,7 +201,7 @@ def _receive(pointers, mask, epoch):
 
 @triton.jit
 def _receive_both(pointers, others, mask, epoch):
-    """The same for two places at once."""
+    """`_receive` from two places at once."""
     words = tl.load(pointers, mask=mask, other=0, volatile=True)
     more = tl.load(others, mask=mask, other=0, volatile=True)
     missing = tl.max((mask & (((words >> 32) != epoch) | ((more >> 32) != epoch))).to(tl.int32), axis=None)
@@ -218,7 +223,7 @@ def _number(words):
 def _vector(
     vectors, values, number, row, columns, mask, epoch, capacity, VECTORS: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr
 ):
-    """Columns of a numbered vector: one that was there before, or a block's result before its norm."""
+    """Columns of a numbered vector: a state, the embedding, or a block's output before its norm."""
     if number < VECTORS:
         x = tl.load(vectors + (number * capacity + row) * D + columns, mask=mask, other=0).to(tl.float32)
     else:
@@ -247,7 +252,7 @@ def _block_input(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """These columns [1, C] of the sum that a block takes; IS_WHOLE: they are all of the vector."""
+    """These columns [1, C] of a block's input. IS_WHOLE: they are the whole vector."""
     every = tl.arange(0, BLOCK_D)[None, :]
     is_there = (row < rows) & (every < D)
     is_asked = (row < rows) & (columns < D)
@@ -266,9 +271,10 @@ def _block_input(
 
 @triton.jit
 def _product(x, weight, pointers, never, BLOCK_B: tl.constexpr):
-    """x [B, C] times weight [N, C], which came from `pointers`, transposed: [B, N]"""
+    """x [B, C] @ weight^T -> [B, N], with weight [N, C] loaded from `pointers`."""
     if BLOCK_B == 1:
-        # Triton computes in the layout of what is loaded last. A load that never happens has it move the vector, not the weight.
+        # Triton computes in the layout of the last load. A load that never runs makes it convert
+        # the vector, not the weight.
         weight = tl.load(pointers, mask=never, other=weight)
         y = tl.sum(weight.to(tl.float32) * x, axis=1)[None, :]
     else:
@@ -276,7 +282,7 @@ def _product(x, weight, pointers, never, BLOCK_B: tl.constexpr):
     return y
 
 
-# Numbers that differ from call to call: code for each kind of them would take long to make.
+# Arguments that differ between calls: specializing on them would recompile the kernel often.
 @triton.jit(do_not_specialize=["rows", "capacity", "steps", "room", "block_count", "result_count", "programs"])
 def _act_step(
     vectors,
@@ -345,10 +351,11 @@ def _act_step(
             is_there = (row < rows) & (n[None, :] < 3 * W)
             _send(qkv + (first_row + row) * 3 * W + n[None, :], _product(h, weight, from_weight, never, BLOCK_B), is_there, epoch)
 
-        # Attention of one head of one row to a part of its past. From the last program on, because the first have more to do.
+        # Attention of one head of one row to a part of its past. Starts at the last program: the
+        # first ones have more to do.
         for tile in range(programs - 1 - program, rows * H * SPLITS, programs):
             split, head, b = tile % SPLITS, (tile // SPLITS) % H, tile // (SPLITS * H)
-            # An idle row counts beyond the cache.
+            # The position of an idle row may be beyond the cache.
             position = tl.minimum(tl.load(positions + b), room - 1)
             act_step = tl.minimum(tl.load(act_steps + b), steps - 1)
             lane = (b * steps + act_step).to(tl.int64) * LANES + block
@@ -362,7 +369,7 @@ def _act_step(
             is_seen = (s[:, None] < end) & (k[None, :] < K)
             k_past = tl.load(keys + places, mask=is_seen, other=0)
             v_past = tl.load(vals + places, mask=is_seen, other=0)
-            # The token's own query and key, each beside the channels that rotation mixes them with, and its value: in one read.
+            # One read: the token's query and key, each with its rotation partners, and its value.
             is_low = k < K // 2
             part = tl.arange(0, 8)[:, None]
             is_partner = part % 2 == 1
@@ -370,7 +377,8 @@ def _act_step(
             columns = tl.minimum(part // 2, 2) * W + head * K + tl.where(is_partner, partner[None, :], k[None, :])
             own = _receive(qkv + (first_row + b) * 3 * W + columns, (part < 5) & (k[None, :] < K), epoch)
             if QK_NORM:
-                # A channel's partner is one of the same head's: both lines of a query or key have one norm.
+                # A channel's rotation partner is in the same head, so both lines of a query or key
+                # have the same norm.
                 own *= tl.where(part < 4, _rms_scale(own, K), 1.0)
             angle = position * (K // 2) + tl.where(is_low, k, k - K // 2)
             cosine = tl.load(cos + angle, mask=k < K, other=0).to(tl.float32)
@@ -408,7 +416,7 @@ def _act_step(
                 log_total = tl.where(total > 0, best + tl.log(some), float("-inf"))
                 _send(mine + W, tl.zeros_like(y) + log_total, k < K, epoch)
 
-        # What the heads heard, and the block's input again.
+        # Output projection, plus the block's input.
         for tile in range(program, tl.cdiv(D, TILE_D), programs):
             n = tile * TILE_D + tl.arange(0, TILE_D)
             from_weight = w_o + (layer * D + n[:, None]) * W + w
@@ -419,7 +427,7 @@ def _act_step(
                 y = _receive(heard + (first_row + row) * 2 * W + w, (row < rows) & (w < W), epoch)
             else:
                 tl.static_assert(BLOCK_B == 1)
-                # Parts last: a thread then has all of them.
+                # The parts are the last dimension, so that one thread holds all of them.
                 part = tl.arange(0, SPLITS)[None, :]
                 channel = tl.arange(0, BLOCK_W)[:, None]
                 from_part = heard + (first_row * SPLITS + part) * 2 * W + channel
@@ -457,7 +465,8 @@ def _act_step(
                 y += _product(inner, weight, from_weight, never, BLOCK_B)
             _send(values + (first_row + row) * D + n[None, :], y, is_there, epoch)
 
-    # The new states and the output, in place: all that read the old ones led to these.
+    # Write the new states and the output in place. All reads of the old ones come before: these
+    # results depend on them.
     for place in range(program, result_count, programs):
         target, number = tl.load(results + 2 * place), tl.load(results + 2 * place + 1)
         is_there = (row < rows) & (d < D)

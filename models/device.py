@@ -1,4 +1,4 @@
-"""Where and in which number format a model runs on this machine. Knows no model."""
+"""The device and number format of this machine. Knows no model."""
 
 import contextlib
 import ctypes
@@ -24,9 +24,10 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for `name` auto, cpu, cuda (ROCm, too) or mps (Apple). Auto: the first of cuda, mps and cpu that there is.
+    """The device for `name`: auto, cpu, cuda (also ROCm) or mps (Apple). auto: the first available
+    of cuda, mps and cpu.
 
-    Raises UsageError if a device is asked for and there is none.
+    Raises UsageError if the named device isn't available.
     """
     there_is = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -36,18 +37,18 @@ def pick_device(name: str) -> torch.device:
             f"device={name}, but torch sees no {name.upper()} device: use device=cpu, or check the driver and the torch build"
         )
     if name == "cuda":
-        # cuDNN's attention plans anew, for a tenth of a second, for every shape of rows that it hasn't seen.
+        # cuDNN's attention takes a tenth of a second to plan for every new shape of rows.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 numbers."""
+    """Whether this CPU has instructions for bfloat16 matrix products."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
-    """`forward_dtype`, with auto decided: bfloat16 where a CPU or a CUDA device multiplies it natively, else float32."""
+    """Resolve `forward_dtype`. auto: bfloat16 if `device` multiplies it natively, else float32."""
     if forward_dtype != "auto":
         return forward_dtype
     if device.type == "cuda":
@@ -58,19 +59,21 @@ def resolve_dtype(forward_dtype: str, device: torch.device) -> str:
 
 
 def resolve_arch(arch: ArchConfig, device: torch.device) -> ArchConfig:
-    """`arch` with its number format decided, as `resolve_dtype` does."""
+    """`arch` with `forward_dtype` resolved."""
     return arch.model_copy(update={"forward_dtype": resolve_dtype(arch.forward_dtype, device)})
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    """Whether the C++ compiler that torch.compile needs on a CPU is installed."""
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
-    """Whether to torch.compile: `wanted` (auto: on CUDA), and the environment variable DISABLE_COMPILE is not set (or is 0).
+    """Whether to torch.compile: if `wanted` (auto: on CUDA), unless the environment variable
+    DISABLE_COMPILE is set and not 0.
 
-    Raises UsageError if it is wanted on a CPU and there is no C++ compiler, which torch would find out in the middle of a step.
+    Raises UsageError on a CPU without a C++ compiler; torch would fail only in the middle of a
+    step.
     """
     if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0"):
         return False
@@ -82,13 +85,13 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool
 
 
 def set_matmul_precision(tf32: bool, device: torch.device) -> None:
-    """Whether CUDA may multiply float32 matrices in TF32; other devices and number formats are left alone."""
+    """Allow or forbid TF32 for float32 matrix products on CUDA. Nothing else changes."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most memory held so far, in bytes: by this process, torch's libraries included, and by tensors on a CUDA device."""
+    """Peak memory in bytes: of this process, and of tensors on a CUDA device."""
     peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT}
     if device.type == "cuda":
         peak["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -96,25 +99,26 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def memory_in_all(device: torch.device) -> int:
-    """Bytes of memory of `device`, in use or not."""
+    """Total memory of `device`, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def on_device(array: npt.ArrayLike, device: torch.device) -> torch.Tensor:
-    """A host array, or numbers that make one, on `device`; to a GPU it goes from pinned memory, while the host goes on."""
+    """Copy a host array, or numbers, to `device`; to a GPU asynchronously, from pinned memory."""
     tensor = torch.from_numpy(np.asarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: by default it returns every large tensor to the system, and each new one pays for fresh pages.
+    """Make glibc keep freed memory. By default it returns every large tensor to the system, and
+    each new one needs fresh pages.
 
-    Does nothing where there is no glibc.
+    Does nothing without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        # Large tensors come from the heap, too: memory mapped for one is unmapped when it is freed, whatever the trim threshold.
+        # Allocate large tensors on the heap: freeing an mmap always returns its memory.
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)

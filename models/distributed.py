@@ -1,6 +1,7 @@
-"""Processes that share work, started by torchrun: who this one is, what they sum, gather and agree on.
+"""The ranks that torchrun starts: rank and size, sums, gathers and broadcasts.
 
-One process alone is the same code: every method then gives back what it was given. Knows no model and no rows.
+A single process runs the same code, and every method then returns its input. Knows no model and no
+rows.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from config.errors import UsageError
 
-# Tensors are summed over ranks in flat buffers of at most so many elements: few large transfers, and little memory beside them.
+# Flat buffers of a sum over ranks have at most this many elements, to save transfers and memory.
 _BUCKET_ELEMENTS = 2**24
 
 
@@ -28,7 +29,7 @@ _BUCKET_ELEMENTS = 2**24
 class Ranks:
     """This process, number `rank` of `size`. All ranks must call the methods in the same order.
 
-    Where another rank has ended, the methods raise UsageError.
+    They raise UsageError if another rank has ended.
     """
 
     rank: int = 0
@@ -36,53 +37,57 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes and shows what all of them do."""
+        """Whether this is rank 0, which writes files and prints for all."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all ranks; the others needn't call it."""
+        """Print a line on the first rank; other ranks needn't call it."""
         if self.is_first:
             print(text, flush=True)
 
     def part(self, count: int) -> range:
-        """The contiguous part of `count` things that belongs to this rank; sizes differ by one at most."""
+        """This rank's contiguous part of `count` items. Sizes differ by at most one."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype and device by their sums over all ranks, the same bits on each.
+        """Replace tensors of one dtype and device by their sums over all ranks, bit for bit the
+        same on each.
 
-        Plain sums of flat buffers after the backward pass, not DDP: an optimizer step has several backward passes, on a rank that
-        is out of rows none at all, and with models this small there is little to overlap.
+        Sums flat buffers after the backward pass, without DDP: an optimizer step has several
+        backward passes (none on a rank without rows), and with models this small there is little
+        communication to overlap.
         """
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _lost_ranks_reported(self.rank):
+            with lost_ranks_reported(self.rank):
                 dist.all_reduce(flat)
             for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 target.copy_(summed.view_as(target))
 
     def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over all ranks of each of some numbers, in float64."""
+        """The sum over all ranks of each of `numbers`, in float64."""
         totals = torch.tensor(numbers, dtype=torch.float64)
         self.sum_([totals])
         return totals.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in order; tensors in it are on the host."""
+        """The values of all ranks, in order; tensors in them are on the host."""
         values = [value] * self.size
         if self.size > 1:
-            with _lost_ranks_reported(self.rank):
+            with lost_ranks_reported(self.rank):
                 dist.all_gather_object(values, value)
         return values
 
     def gather_at_first(self, value: Any) -> list[Any]:
-        """The value of every rank, in order, at the first one; nothing elsewhere. Tensors in it are on the host."""
+        """The values of all ranks, in order, at the first one; an empty list elsewhere. Tensors in
+        them are on the host.
+        """
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_first else None
-        with _lost_ranks_reported(self.rank):
+        with lost_ranks_reported(self.rank):
             dist.gather_object(value, values)
         return values or []
 
@@ -90,13 +95,14 @@ class Ranks:
         """Rank 0's `value` on all ranks; tensors in it are on the host."""
         values = [value]
         if self.size > 1:
-            with _lost_ranks_reported(self.rank):
+            with lost_ranks_reported(self.rank):
                 dist.broadcast_object_list(values, 0)
         return values[0]
 
 
 def take_local_gpu(device: str) -> bool:
-    """Let "cuda" mean a GPU of its own for each local rank of torchrun (LOCAL_RANK); whether `device` is on CUDA.
+    """Give each local rank of torchrun (LOCAL_RANK) its own GPU. Returns whether `device` is on
+    CUDA.
 
     Raises UsageError if there are too few GPUs.
     """
@@ -104,17 +110,19 @@ def take_local_gpu(device: str) -> bool:
     if on_cuda and "LOCAL_RANK" in os.environ:
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            raise UsageError(f"this machine has {gpus} GPUs and no one for local rank {local_rank}: lower --nproc-per-node")
+            raise UsageError(f"this machine has {gpus} GPUs and none for local rank {local_rank}: lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
     return on_cuda
 
 
 @contextlib.contextmanager
 def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
-    """Within the block this process belongs to those that torchrun started (environment WORLD_SIZE, RANK, LOCAL_RANK, ...).
+    """Within the block, join the ranks that torchrun started (environment WORLD_SIZE, RANK,
+    LOCAL_RANK, ...).
 
-    Tensors on the host go through gloo, on CUDA through NCCL; each local rank has a GPU of its own. A rank that waits for longer
-    than `timeout_minutes` gives up. Raises UsageError if the environment is incomplete or there are too few GPUs.
+    Tensors on the host use gloo, on CUDA NCCL; each local rank has its own GPU. Waiting for another
+    rank times out after `timeout_minutes`. Raises UsageError if the environment is incomplete or
+    there are too few GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -131,21 +139,23 @@ def joined_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"WORLD_SIZE is {size}, but the ranks can't meet: {reason}; start all of them with torchrun, and see why one has ended"
+            f"WORLD_SIZE is {size}, but the ranks can't connect: {reason}; start all of them with torchrun, and see why one has "
+            "ended"
         ) from error
-    # Not left in order after an error: the others may be waiting, and the end of this process tells them.
+    # No clean shutdown after an error: ranks that wait notice when this process ends.
     yield Ranks(dist.get_rank(), size)
     dist.destroy_process_group()
 
 
 def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Store:
-    """A part of the store in which nothing has been written yet, the same one for all ranks.
+    """An unused part of the store, the same for all ranks. Raises RuntimeError after `timeout`.
 
-    torchrun keeps its store when it starts the ranks again, and in it the addresses of those that died, for which the new ones
-    would wait or fail (https://github.com/pytorch/pytorch/issues/135712). TORCHELASTIC_RESTART_COUNT doesn't tell the starts apart
-    over several machines: each counts its own. So every rank asks under a name of its own, and rank 0, which can't know whether
-    a question is an old one, answers all with the name of the new part until each rank has shown there that it has read that.
-    Raises RuntimeError after `timeout`.
+    torchrun keeps its store when it restarts the ranks. The store still has the addresses of the
+    old ranks, and the new ones would wait for them or fail
+    (https://github.com/pytorch/pytorch/issues/135712). TORCHELASTIC_RESTART_COUNT doesn't help on
+    several machines: each counts its own restarts. So every rank asks rank 0 under a unique name.
+    Rank 0 can't tell old requests from new ones: it answers all of them with the name of the new
+    part, until each rank has confirmed there that it read the answer.
     """
     store.set_timeout(timeout)
     own_name = uuid.uuid4().hex
@@ -162,7 +172,7 @@ def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta
         if not missing:
             return part
         if time.monotonic() > give_up:
-            raise RuntimeError(f"ranks {sorted(missing)} haven't come")
+            raise RuntimeError(f"ranks {sorted(missing)} haven't connected")
         for other in missing:
             if store.check([f"asks/{other}"]):
                 store.set(f"part_for/{store.get(f'asks/{other}').decode()}", own_name)
@@ -170,13 +180,14 @@ def _unused_part(store: Store, rank: int, size: int, timeout: datetime.timedelta
 
 
 @contextlib.contextmanager
-def _lost_ranks_reported(rank: int) -> Iterator[None]:
+def lost_ranks_reported(rank: int) -> Iterator[None]:
+    """Within the block, an exchange that fails because another rank has ended raises UsageError; `rank` is this one."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); start all of them again "
+            f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); restart all of them "
             "(training: with resume=auto)"
         ) from error
 

@@ -1,8 +1,8 @@
-"""Attention of documents whose tokens stand side by side: nothing is laid out in rows, and no padding is computed. On CUDA.
+"""Attention within concatenated documents, without rows and without padding, on CUDA.
 
-Causal documents take FlashAttention for sequences of any length, prompts that see all of themselves FlexAttention's blocks, which
-skip what lies between documents. Both are imported where they are used: they bring torch's compiler, which takes seconds. Shape
-suffixes as in models/layers.py; R counts documents, C blocks of tokens.
+Causal documents use variable-length FlashAttention. Prefix attention uses FlexAttention, which
+skips blocks between documents. Both are imported on use: they import torch's compiler, which takes
+seconds. Shape suffixes as in models/layers.py; R documents, C blocks of tokens.
 """
 
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from models.device import on_device
 
-# Tokens of a block of FlexAttention, whose kernels take no smaller ones.
+# Tokens of a FlexAttention block: its kernels allow no smaller ones.
 _BLOCK = 128
 
 
 class DocumentAttention(NamedTuple):
     """Attention of tokens [N, H, K] within their documents.
 
-    starts_R1: int32, where documents begin and, at the end, N. longest: tokens of the longest one.
-    blocks: a FlexAttention BlockMask, where not all documents are causal.
+    starts_R1: int32, offsets of the documents' first tokens, and N at the end. longest: tokens of
+    the longest document. blocks: a FlexAttention BlockMask, unless all documents are causal.
     """
 
     starts_R1: Tensor
@@ -45,16 +45,18 @@ class DocumentAttention(NamedTuple):
 
 
 def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether there are kernels for attention of `kind`, causal or prefix; those for prefix are in compiled code only."""
-    # FlashAttention wants bfloat16 and rows of 16 bytes, FlexAttention heads of 16 channels or more.
+    """Whether there are kernels for attention of `kind`; those for prefix need compiled code."""
+    # FlashAttention needs bfloat16 and rows of 16 bytes, FlexAttention heads of 16 channels.
     is_supported = dtype == torch.bfloat16 and head_dim % 8 == 0 and 16 <= head_dim <= 256
     return is_supported and device.type == "cuda" and kind in ("causal", "prefix")
 
 
 def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
-    """Attention within the documents that begin at `starts`, the last of which is N.
+    """Attention within concatenated documents. starts: offsets of their first tokens, and N at the
+    end.
 
-    causal: j <= i. prefix: besides, i and j in the same prompt segment, a run of tokens of one number that isn't 0.
+    causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, a run of tokens with the
+    same number above 0.
     """
     starts_R1 = on_device(starts.astype(np.int32), segments_N.device)
     longest = int(np.diff(starts).max())
@@ -63,7 +65,9 @@ def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) ->
 
 
 def _visible_range(starts_R1: Tensor, segments_N: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last token [N] that each token sees: from where its document begins to itself or where its prompt segment ends."""
+    """First and last token [N] that each token sees: from the start of its document to itself or
+    the end of its prompt segment.
+    """
     tokens = len(segments_N)
     token_N = torch.arange(tokens, dtype=torch.int32, device=segments_N.device)
     document_N = torch.bucketize(token_N, starts_R1, right=True) - 1
@@ -73,9 +77,9 @@ def _visible_range(starts_R1: Tensor, segments_N: Tensor) -> tuple[Tensor, Tenso
 
 
 def _block_mask(first_N: Tensor, last_N: Tensor) -> Any:
-    """FlexAttention's mask of tokens that see those from `first_N`, ascending, to `last_N`.
+    """FlexAttention's mask for tokens that see the tokens from `first_N`, ascending, to `last_N`.
 
-    A block of tokens attends to all blocks between the first and the last that one of them sees.
+    A block of tokens attends to all blocks from the first to the last that any of them sees.
     """
     from torch.nn.attention.flex_attention import BlockMask
 

@@ -16,13 +16,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's parameters."""
+        """Update the average with the model's parameters."""
         parameters = dict(model.named_parameters())
         torch._foreach_lerp_(list(self.average.values()), [parameters[n] for n in self.average], 1 - self.rate)
 
     @contextlib.contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model computes with the average; afterwards with its own parameters again."""
+        """Within the block, the model uses the average in place of its own parameters."""
         own = {name: p.data for name, p in model.named_parameters()}
         try:
             for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Weight initialisation as in JAX: a truncated normal whose standard deviation, after truncation, is the one asked for."""
+"""Weight initialisation as in JAX: a truncated normal with the given standard deviation."""
 
 from torch import Tensor, nn
 
@@ -7,6 +7,6 @@ _STD_OF_NORMAL_CUT_AT_2 = 0.87962566103423978
 
 
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
-    """Fill `tensor` in place with a normal cut at two standard deviations, rescaled so that its true deviation is `std`."""
+    """Fill `tensor` from a normal truncated at 2 std, rescaled to standard deviation `std`."""
     scale = std / _STD_OF_NORMAL_CUT_AT_2
     return nn.init.trunc_normal_(tensor, std=scale, a=-2 * scale, b=2 * scale)

@@ -1,8 +1,10 @@
-"""The parts every recursion is built of: linear and embedding layers, rotary positions, attention, SwiGLU, the block stack.
+"""The layers of every recursion: linear and embedding layers, rotary positions, attention, SwiGLU,
+the block stack.
 
-Weights stay float32 and are cast to the activations' dtype. Nothing here knows which recursion or how many ACT steps it serves.
-Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head, S positions attended to, V vocabulary. Activations
-are [B, T, D] or, when padding is left out (`TokenRows`), [N, D] with N the tokens of all rows; "..." stands for either.
+Weights stay float32 and are cast to the activations' dtype. Nothing here knows the recursion or the
+number of ACT steps. Shape suffixes: B rows, T positions, D channels, H heads, K channels of a head,
+S positions attended to, V vocabulary. Activations are [B, T, D] or, without padding (`TokenRows`),
+[N, D] with N the tokens of all rows; "..." stands for either.
 """
 
 from typing import NamedTuple, Protocol
@@ -21,20 +23,21 @@ _SWIGLU_MULTIPLE = 256
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the positions in use, each [..., 1, 1, K/2] for positions [T], [B, T] or [N], at least float32."""
+    """Cosines and sines of positions [T], [B, T] or [N], each [..., 1, 1, K/2], at least float32."""
 
     cos: Tensor
     sin: Tensor
 
     def at(self, positions: Tensor) -> "Rotary":
-        """Of a table of positions 0, 1, ..., the tables of integer `positions` on its device."""
+        """Look up integer `positions` on the same device in a table of positions 0, 1, ..."""
         return Rotary(self.cos[positions], self.sin[positions])
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864, half-split pairs).
+    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864,
+    half-split pairs).
 
-    Angles are float64, which not every device has: positions on the host give tables on the host.
+    Angles are float64, which not every device has; the tables are on the device of `positions`.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
     angles = positions.to(torch.float64)[..., None, None, None] * frequencies
@@ -48,20 +51,22 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return turned.to(x.dtype)
 
 
-# Products of tokens with weights come in round numbers of tokens: a CPU's kernels are made anew for each number, which takes longer
-# than a small product itself, and stay in memory.
+# The number of tokens is rounded up to a multiple of this. A CPU generates a matmul kernel for each
+# number of tokens; that takes longer than a small product itself, and the kernel stays in memory.
 TOKEN_MULTIPLE = 64
 
 
 class TokenRows(NamedTuple):
-    """Where tokens without padding stand: token n is at position `index_N[n] % positions` of row `index_N[n] // positions`."""
+    """The places of unpadded tokens in rows: token n is at position `index_N[n] % positions` of row
+    `index_N[n] // positions`.
+    """
 
     index_N: Tensor
     rows: int
     positions: int
 
     def scatter(self, x: Tensor) -> Tensor:
-        """[N, ...] -> [B, T, ...], zeros where there is no token."""
+        """[N, ...] -> [B, T, ...], with zeros as padding."""
         padded = x.new_zeros(self.rows * self.positions, *x.shape[1:]).index_copy(0, self.index_N, x)
         return padded.view(self.rows, self.positions, *x.shape[1:])
 
@@ -71,17 +76,18 @@ class TokenRows(NamedTuple):
 
 
 class Attend(Protocol):
-    """Attention of queries and keys, both rotated, and values, each [..., H, K]: [..., H, K].
+    """Attention: rotated queries and keys, and values, each [..., H, K] -> [..., H, K].
 
-    Which tokens see each other is its own affair. A NamedTuple goes into compiled code as tensors;
-    for any other, code would be recompiled.
+    An implementation decides which tokens see each other. Make it a NamedTuple: torch.compile then
+    takes its fields as inputs, and doesn't recompile for each new object.
     """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
 class RowAttention(NamedTuple):
-    """Attention within rows [B, T, H, K]: to all positions, the past, or those that `visible` shows.
+    """Attention within rows [B, T, H, K]: to all positions, to the past, or to those that `visible`
+    allows.
 
     visible: bool [B or 1, 1, T, T].
     """
@@ -95,7 +101,7 @@ class RowAttention(NamedTuple):
 
 
 class TokenAttention(NamedTuple):
-    """Attention of tokens without padding [N, H, K], which are laid out in rows for it."""
+    """Attention for tokens without padding [N, H, K], which are padded to rows for it alone."""
 
     rows: TokenRows
     attend: RowAttention
@@ -105,7 +111,7 @@ class TokenAttention(NamedTuple):
 
 
 class GroupedAttention(NamedTuple):
-    """`TokenAttention` of groups of tokens, one after the other, each in rows of a width of its own."""
+    """`TokenAttention` of consecutive groups of tokens; each group has rows of its own width."""
 
     groups: tuple[TokenAttention, ...]
 
@@ -118,10 +124,10 @@ class GroupedAttention(NamedTuple):
 def row_attention(kind: str, segments_BT: Tensor | None, positions: int, documents_BT: Tensor | None = None) -> RowAttention:
     """Attention of `kind` over `positions` input positions of right-padded rows.
 
-    full: no restriction. causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, that is
-    `segments_BT` equal and not 0. Padding stands at the end, so no real position sees it; its segment is 0.
-    With `documents_BT`, besides, only what has the same document number is seen (padding too sees padding, because a softmax over
-    nothing would be NaN).
+    full: no restriction. causal: j <= i. prefix: j <= i, or i and j in the same prompt segment,
+    that is `segments_BT` equal and not 0. Padding is at the end, so no token sees it; its segment
+    is 0. With `documents_BT`, a position also sees its own document only. (Padding sees padding: a
+    softmax over nothing would be NaN.)
     """
     if kind not in ("full", "causal", "prefix") or (kind == "prefix" and segments_BT is None):
         raise ValueError(f"attention {kind!r}: expected full, causal, or prefix with segments")
@@ -141,8 +147,8 @@ def row_attention(kind: str, segments_BT: Tensor | None, positions: int, documen
     return RowAttention(visible=visible_BTT.unsqueeze(1))
 
 
-# Where attention in bfloat16 on a CPU is faster as products than by torch's kernel: with instructions for them, and with so many
-# scores of all rows and heads.
+# In bfloat16 on a CPU, plain matrix products beat torch's attention kernel where the CPU has
+# bfloat16 instructions and all rows and heads together have at least this many scores.
 _MULTIPLIES_BFLOAT16 = cpu_multiplies_bfloat16()
 _MANY_SCORES = 2**18
 
@@ -150,36 +156,36 @@ _MANY_SCORES = 2**18
 def dot_product_attention(
     q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Scaled dot-product attention [B, H, T, K] by the fastest kernel for format and device."""
+    """Scaled dot-product attention [B, H, T, K], with the fastest kernel for dtype and device."""
     dtype = q_BHTK.dtype
     if dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
         if _MULTIPLIES_BFLOAT16 and q_BHTK.shape == k_BHSK.shape and _are_many_scores(q_BHTK):
             y_BHTK: Tensor = product_attention(q_BHTK, k_BHSK, v_BHSK, visible, is_causal)
             return y_BHTK
         if any(x.requires_grad for x in (q_BHTK, k_BHSK, v_BHSK)):
-            # torch's kernel is slower backwards in bfloat16 than in float32.
+            # The backward pass of torch's kernel is slower in bfloat16 than in float32.
             q_BHTK, k_BHSK, v_BHSK = q_BHTK.float(), k_BHSK.float(), v_BHSK.float()
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=visible, is_causal=is_causal).to(dtype)
 
 
 def _are_many_scores(q_BHTK: Tensor) -> bool:
-    """Compiled code takes all for many: each number of rows on the other side of the limit would need code of its own."""
+    """Always true while compiling: code that depended on the number of rows would be recompiled."""
     rows, heads, positions, _ = q_BHTK.shape
     return torch.compiler.is_compiling() or rows * heads * positions**2 >= _MANY_SCORES
 
 
 class Linear(nn.Module):
-    """Linear layer with a float32 master weight [out, in], computing in the dtype of its input."""
+    """Linear layer with a float32 master weight [out, in]; computes in its input's dtype."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(truncated_normal_(torch.empty(out_features, in_features), in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.cached_cast: Tensor | None = None
-        """The weight in the compute format, kept for many calls, so that gradients of all meet before the cast back."""
+        """The weight in the compute dtype. Its calls' gradients are summed before the cast back."""
 
     def cast_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The weight in `dtype`, to be cached; None if it has that format itself."""
+        """The weight in `dtype`, to be cached; None if it has that dtype already."""
         return None if dtype == self.weight.dtype else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,8 +214,9 @@ def rms_norm(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v come from one stacked projection.
 
-    Heads that don't divide the channels are narrower, together too: 12 heads of 512 channels have 42 each, 504 in all. With
-    `qk_norm`, each head's query and key are normalised before they are rotated (arXiv 2010.04245, by RMS and without a scale).
+    If the heads don't divide the channels, a head's width is rounded down: 12 heads of 512 channels
+    have 42 each, 504 in all. With `qk_norm`, each head's query and key are normalised before
+    rotation (arXiv 2010.04245, by RMS and without a scale).
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
@@ -221,7 +228,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        # By split, not by slices: backwards one join, not the sum of two padded gradients.
+        # split, not slices: backward concatenates gradients in place of padding and adding.
         qk, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)
         v = v.squeeze(-3)
         if self.qk_norm:
@@ -251,11 +258,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Transformer block of attention and SwiGLU, each added to its input.
 
-    Post-norm, as the original: h = rms(h + attention(h)), then h = rms(h + swiglu(h)). Pre-norm: h = h + attention(rms(h)), then
-    h = h + swiglu(rms(h)); the stack normalises what its last block gives.
+    Post-norm, as in the original: h = rms(h + attention(h)), then h = rms(h + swiglu(h)). Pre-norm:
+    h = h + attention(rms(h)), then h = h + swiglu(rms(h)); the stack normalises the output of its
+    last block.
 
-    With `mixed_positions`, rows have exactly so many positions, and a SwiGLU over the positions of each channel takes the place of
-    attention (`mlp_t`); as in the original, the norm of its sum runs over positions, too, not over channels.
+    With `mixed_positions`, rows have exactly that many positions, and a SwiGLU over the positions
+    of each channel replaces attention (`mlp_t`). As in the original, the norm after it also runs
+    over positions, not channels.
     """
 
     def __init__(self, config: ArchConfig, mixed_positions: int | None = None) -> None:
@@ -283,7 +292,7 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """The network of one level: a few blocks, applied to the sum of what a level call receives."""
+    """The network of one level: a few blocks, applied to the sum of a level call's inputs."""
 
     def __init__(self, layers: int, config: ArchConfig, mixed_positions: int | None = None) -> None:
         super().__init__()

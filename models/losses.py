@@ -1,6 +1,8 @@
-"""From outputs to losses: stablemax and softmax, the chunked vocabulary loss, the halting losses of tokens and of puzzles' rows.
+"""The losses: stablemax and softmax, chunked cross entropy over the vocabulary, halting losses of
+tokens and puzzles' rows.
 
-Of text, only supervised tokens come here; no [tokens, vocabulary] tensor larger than one chunk ever exists. Knows no slots.
+Text passes only its supervised tokens; no [tokens, vocabulary] tensor is larger than one chunk.
+Knows no slots.
 """
 
 import functools
@@ -14,17 +16,19 @@ from torch.autograd.function import once_differentiable
 
 from models.layers import TOKEN_MULTIPLE
 
-# Logits that exist at the same time. 2**24 is 64 MiB in float32; the loss needs about four such tensors.
+# Logits of one chunk. 2**24 are 64 MiB in float32; the loss needs about four such tensors.
 _LOGITS_PER_CHUNK = 2**24
-# Compiled, the loss needs them in the compute format alone; each chunk adds to the gradient of the whole head.
+# The compiled loss needs them only in the compute dtype. Each chunk updates the head's gradient.
 _LOGITS_PER_COMPILED_CHUNK = 2**26
 
 
 def log_probs(logits: Tensor, loss: str, out: Tensor | None = None) -> Tensor:
-    """log p over the last dimension of float logits, for `loss` "softmax" or "stablemax". `out` may be a place for the result.
+    """log p over the last dimension of float logits, for `loss` "softmax" or "stablemax". `out`: a
+    tensor for the result.
 
-    Stablemax (Prieto et al., arXiv 2501.04697): p = s(v) / sum s, s(v) = v + 1 for v >= 0, else 1 / (1 - v). In one expression
-    without a branch, log s(v) = sign(v) log(1 + |v|), which is finite, with a finite gradient, everywhere.
+    Stablemax (Prieto et al., arXiv 2501.04697): p = s(v) / sum s, s(v) = v + 1 for v >= 0, else 1 /
+    (1 - v). Without a branch, log s(v) = sign(v) log(1 + |v|), which is finite, with a finite
+    gradient, everywhere.
     """
     if loss == "stablemax":
         logits = logits.abs().log1p_().copysign_(logits)
@@ -44,7 +48,7 @@ def _chunk_gradient(logp_NV: Tensor, logits_NV: Tensor, labels_N: Tensor, loss: 
 def argmax(logits_NV: Tensor) -> Tensor:
     """The lowest id of the highest logit, [N]."""
     if logits_NV.device.type == "cpu":
-        # The same result as torch's own, which is not vectorised on a CPU.
+        # The same result as torch.argmax, which is not vectorised on a CPU.
         return torch.from_numpy(logits_NV.numpy().argmax(-1))
     return logits_NV.argmax(dim=-1)
 
@@ -55,9 +59,10 @@ def _chunk_tokens(vocab_size: int, compiled: bool = False) -> int:
 
 
 def _logits_to_gradient(raw_NV: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """-log p(label) and argmax [N]; of `raw_NV`, logits, it makes the gradient of the weighted sum of the former.
+    """-log p(label) and argmax [N]. Overwrites the logits `raw_NV` with the gradient of the
+    weighted sum of -log p(label).
 
-    In few passes over the logits if compiled, and without float32 copies of them.
+    Compiled, it takes few passes over the logits, and no float32 copies of them.
     """
     logits_NV = raw_NV.to(torch.promote_types(raw_NV.dtype, torch.float32))
     logp_NV = log_probs(logits_NV, loss)
@@ -76,7 +81,9 @@ def _compiled_logits_to_gradient() -> Callable[[Tensor, Tensor, Tensor, str], tu
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_n w_n * -log p(label_n) with logits = output @ weight^T, a chunk of tokens at a time, gradients made on the way."""
+    """sum_n w_n * -log p(label_n) with logits = output @ weight^T, by chunks of tokens; forward
+    computes the gradients too.
+    """
 
     @staticmethod
     def forward(
@@ -91,7 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_VD: Tensor | None = None
         chunk = _chunk_tokens(len(weight_VD), compiled)
         if not compiled:
-            # Of one size whatever the number of tokens: where freed memory is kept (models/device.py), it is used again.
+            # Of the same size for any number of tokens, so that freed memory is reused
+            # (models/device.keep_freed_memory).
             raw_CV, exact_CV, logp_CV = (
                 torch.empty(chunk, len(weight_VD), dtype=dtype, device=output_ND.device)
                 for dtype in (output_ND.dtype, exact, exact)
@@ -100,12 +108,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             labels = labels_N[part]
             count = len(labels)
-            # A round number of tokens; see models/layers.TOKEN_MULTIPLE. Those that are none get no gradient.
+            # Rounded up (see models/layers.TOKEN_MULTIPLE). Padding gets no gradient.
             rounded = -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
             output = F.pad(output_ND[part], (0, 0, 0, rounded - count))
             if compiled:
                 raw = torch.mm(output, cast_VD.T)
-                # Any number of tokens, but this vocabulary: code for any would load numbers one by one.
+                # The number of tokens is dynamic, the vocabulary static: code for a dynamic one
+                # isn't vectorised.
                 torch._dynamo.mark_static(raw, 1)
                 padded = [F.pad(x_N, (0, rounded - count)) for x_N in (labels, weights_N[part])]
                 nll, best = _compiled_logits_to_gradient()(raw, padded[0], padded[1], loss)
@@ -134,8 +143,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        # In place, and so only once: a copy of the weight's gradient would cost more than the softmax of a short batch. Nor is it
-        # touched where the loss itself is what is differentiated; a GPU would be waited for to know that.
+        # In place, so only one backward pass is possible: a copy of the weight's gradient would
+        # cost more than the softmax of a short batch. A factor of 1 is skipped on a CPU; on a GPU,
+        # reading it would wait for the device.
         grad_output, grad_weight = ctx.grads
         del ctx.grads
         if grads[0].device.type != "cpu" or grads[0] != 1:
@@ -146,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class TokenLoss(NamedTuple):
-    """What supervised tokens gave, of one ACT step or of several."""
+    """The loss of supervised tokens, of one ACT step or several."""
 
     total: Tensor
     """Scalar, differentiable: sum over tokens of weight * (CE + 0.5 BCE)."""
@@ -163,11 +173,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy through the vocabulary head `weight_VD`, without the full logits.
 
-    Returns the differentiable sum of `weights_N` * nll, and nll [N] and argmax [N] without gradient. N may be 0. compiled:
-    torch.compile what is done with a chunk's logits.
+    Returns the differentiable sum of `weights_N` * nll, and nll [N] and argmax [N] without
+    gradient. N may be 0. compiled: torch.compile the work on a chunk's logits.
     """
     if not torch.is_grad_enabled():
-        # The function can't see that, and would make gradients nobody asks for.
+        # The autograd function can't see that, and would compute unused gradients.
         output_ND, weight_VD = output_ND.detach(), weight_VD.detach()
     result: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(output_ND, weight_VD, labels_N, weights_N, loss, compiled)
     return result
@@ -182,10 +192,11 @@ def token_loss(
     loss: str,
     compiled: bool = False,
 ) -> TokenLoss:
-    """CE + 0.5 BCE of supervised tokens: the halting logit of a token is trained to say whether its argmax is right.
+    """CE + 0.5 BCE of supervised tokens. A token's halting logit is trained to predict whether its
+    argmax is right.
 
-    `weights_N`: how much each token counts. Tokens of several ACT steps may stand one after the other. compiled: as for
-    `linear_cross_entropy`.
+    `weights_N`: weight of each token. Tokens of several ACT steps may be concatenated. compiled: as
+    for `linear_cross_entropy`.
     """
     ce, nll_N, argmax_N = linear_cross_entropy(output_ND, head_VD, labels_N, weights_N, loss, compiled)
     right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
@@ -194,10 +205,10 @@ def token_loss(
 
 
 class RowLoss(NamedTuple):
-    """What the rows of one ACT step gave, puzzle by puzzle. Only `total` carries gradient."""
+    """The loss of puzzles' rows at one ACT step. Only `total` carries gradient."""
 
     total: Tensor
-    """Scalar: sum over rows of mean CE + 0.5 (halting BCE + continuing BCE); to be divided by the global batch."""
+    """Sum over rows of mean CE + 0.5 (halting BCE + continuing BCE); not yet a mean over rows."""
     nll_B: Tensor
     """Mean -log p(label) of each row's supervised tokens, nats; 0 without any."""
     halt_bce_B: Tensor
@@ -207,9 +218,9 @@ class RowLoss(NamedTuple):
     argmax_BT: Tensor
     """The most probable id of every token, supervised or not."""
     accuracy_B: Tensor
-    """Share of each row's supervised tokens whose argmax is right; 0 without any."""
+    """Fraction of each row's supervised tokens whose argmax is right; 0 without any."""
     is_right_B: Tensor
-    """Whether all of them are; a row without any counts as right."""
+    """Whether all of them are right; true without any."""
 
 
 def row_loss(
@@ -220,11 +231,13 @@ def row_loss(
     loss: str,
     continue_target_B: Tensor | None = None,
 ) -> RowLoss:
-    """The loss of TinyRecursiveModels and HRM for whole rows: the halting logit is trained to say whether all of a row is right.
+    """The loss of TinyRecursiveModels and HRM for whole rows. The halting logit is trained to
+    predict whether the row is right.
 
-    labels_BT: negative where a token is not supervised. continue_target_B: probabilities (`row_halting.continue_target`), or None
-    where the continuing logit isn't trained. A puzzle's vocabulary is small, so tokens that are not supervised go through the head
-    with weight 0: their number then needs no answer from the device.
+    labels_BT: negative where a token is not supervised. continue_target_B: probabilities
+    (`row_halting.continue_target`), or None if the continuing logit isn't trained. Tokens that are
+    not supervised go through the head with weight 0: a puzzle's vocabulary is small, and counting
+    them would wait for the device.
     """
     supervised_BT = labels_BT >= 0
     count_B = supervised_BT.sum(dim=1)

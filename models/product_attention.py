@@ -1,7 +1,8 @@
-"""Attention written out as matrix products, for bfloat16 where a CPU multiplies it: torch's kernels take twice as long there.
+"""Attention as matrix products, for CPUs with bfloat16 instructions, where torch's kernels take
+twice as long.
 
-Scores and weights are rounded to bfloat16, as the products' inputs are. The softmax is computed in float32, and what blocks add to
-a gradient is summed in float32. Measured in docs/benchmarks.md.
+Scores and weights are rounded to bfloat16, like the products' inputs. The softmax is computed in
+float32, and gradients are summed over blocks in float32. Measured in docs/benchmarks.md.
 """
 
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Queries that meet their keys at once: scores stay in a processor's cache, and little is computed of what a causal mask hides.
+# Queries per block: scores fit the CPU's cache, and few of those a causal mask hides are computed.
 _QUERIES = 128
 
 
 @torch.library.custom_op("trm::product_attention", mutates_args=())
 def product_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
-    """Scaled dot-product attention [B, H, T, K] of T queries to T keys, with gradients for q, k and v.
+    """Scaled dot-product attention [B, H, T, K] of T queries to T keys, with gradients for q, k and
+    v.
 
-    visible: bool [B or 1, 1, T, T], with a key for every query. None: all keys or, with `is_causal`, those up to the query's own.
+    visible: bool [B or 1, 1, T, T], with at least one key for every query. None: all keys, or with
+    `is_causal` those up to the query.
     """
     q_MTK, k_MTK, v_MTK = map(_heads, (q_BHTK, k_BHTK, v_BHTK))
     y_MTK = torch.empty_like(v_MTK)
@@ -31,11 +34,11 @@ def product_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, visible: T
 def _backward(
     grad_y_BHTK: Tensor, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, visible: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k and v, each [B, H, T, K]. The weights are made again, not kept."""
+    """Gradients for q, k and v, each [B, H, T, K]. Recomputes the weights."""
     grad_y_MTK, q_MTK, k_MTK, v_MTK = map(_heads, (grad_y_BHTK, q_BHTK, k_BHTK, v_BHTK))
     head_dim, sum_dtype = q_MTK.shape[-1], torch.promote_types(q_MTK.dtype, torch.float32)
     grad_q_MTK = torch.empty_like(q_MTK)
-    # Of keys and values. The last block, which sees all of them, makes these, and the others add to them.
+    # The last block sees all keys and creates these gradients; other blocks add to them.
     sums_MTK: list[Tensor] = []
     for queries, keys in reversed(_blocks(q_MTK.shape[1], is_causal)):
         weights_MQS = _attention_weights(q_MTK, k_MTK, visible, is_causal, queries, keys)
@@ -86,7 +89,7 @@ def _heads(x_BHTK: Tensor) -> Tensor:
 
 
 def _blocks(positions: int, is_causal: bool) -> list[tuple[slice, slice]]:
-    """Some queries, and the keys that one of them may see."""
+    """Blocks of queries, and the keys that each may see."""
     starts = range(0, positions, _QUERIES)
     stops = [min(start + _QUERIES, positions) for start in starts]
     return [(slice(start, stop), slice(0, stop if is_causal else positions)) for start, stop in zip(starts, stops, strict=True)]
@@ -95,10 +98,10 @@ def _blocks(positions: int, is_causal: bool) -> list[tuple[slice, slice]]:
 def _attention_weights(
     q_MTK: Tensor, k_MTK: Tensor, visible: Tensor | None, is_causal: bool, queries: slice, keys: slice
 ) -> Tensor:
-    """[M, Q, S], which sum to 1 over the keys S."""
+    """Weights [M, Q, S], which sum to 1 over the keys S."""
     head_dim = q_MTK.shape[-1]
     scores_MQS = _scaled_product(q_MTK[:, queries], k_MTK[:, keys].transpose(1, 2), head_dim)
-    # Adding -inf to what is hidden takes a fourth of masked_fill_.
+    # Adding -inf takes a quarter of the time of masked_fill_.
     if visible is not None:
         bias = scores_MQS.new_zeros(()).where(visible[:, :, queries, keys], -torch.inf)
         scores_MQS.unflatten(0, (bias.shape[0], -1)).add_(bias)

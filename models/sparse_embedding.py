@@ -1,13 +1,16 @@
-"""One learned vector a puzzle, and the sign descent that trains it: a step reads and writes only the vectors of its own puzzles.
+"""One learned vector per puzzle, trained by signSGD. A step reads and writes only the vectors of
+its own puzzles.
 
-The table is a buffer, not a parameter: no dense gradient of it ever exists, and optimizer and moving average leave it alone. Shape
-suffixes: B rows of a batch, P puzzles, K puzzles of a step, C channels.
+The table is a buffer, not a parameter: it has no dense gradient, and neither optimizer nor moving
+average changes it. Shape suffixes: B rows of a batch, P puzzles, K puzzles of a step, C channels.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.distributed import lost_ranks_reported
 
 
 class SparseEmbedding(nn.Module):
@@ -20,7 +23,7 @@ class SparseEmbedding(nn.Module):
         self._looked_up: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, ids_B: Tensor, dtype: torch.dtype) -> Tensor:
-        """Vectors [B, C] as `dtype`. In training mode, with gradient enabled, they are remembered for `take_gradient`."""
+        """Vectors [B, C] in `dtype`, recorded for `take_gradient` when training with gradient."""
         vectors_BC = F.embedding(ids_B, self.weights)
         if self.training and torch.is_grad_enabled():
             vectors_BC.requires_grad_()
@@ -28,13 +31,15 @@ class SparseEmbedding(nn.Module):
         return vectors_BC.to(dtype)
 
     def forget_gradient(self) -> None:
-        """What was looked up so far takes part in no update."""
+        """Drop all recorded vectors."""
         self._looked_up.clear()
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
-        """Ids [K], ascending, and gradients [K, C] of the puzzles looked up since the last call, summed over rows and ranks.
+        """Ids [K], ascending, and gradients [K, C] of the puzzles looked up since the last call,
+        summed over rows and ranks.
 
-        None if nothing was, or no gradient reached it, on all ranks alike; each rank must have looked up as many rows.
+        None if nothing was looked up or has a gradient. All ranks must agree on that, and look up
+        the same number of rows.
         """
         reached = [(ids_B, grad_BC) for ids_B, vectors_BC in self._looked_up if (grad_BC := vectors_BC.grad) is not None]
         self._looked_up.clear()
@@ -48,17 +53,20 @@ class SparseEmbedding(nn.Module):
 
 
 def _gathered(part: Tensor) -> Tensor:
-    """The parts of all ranks, one after the other."""
+    """The parts of all ranks, concatenated."""
     whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous())
+    with lost_ranks_reported(dist.get_rank()):
+        dist.all_gather_into_tensor(whole, part.contiguous())
     return whole
 
 
 @torch.no_grad()
 def sign_sgd_(embedding: SparseEmbedding, lr: float, weight_decay: float) -> None:
-    """p = p (1 - lr * weight_decay) - lr sign(g) for the vector of each puzzle looked up since the last step, after a backward.
+    """After a backward pass, p = p (1 - lr * weight_decay) - lr sign(g) for the vectors looked up
+    since the last step.
 
-    The optimizer of HRM (arXiv 2506.21734) for these vectors: with so few gradients each, much what Adam would do.
+    HRM's optimizer for these vectors (arXiv 2506.21734). With so few gradients for each, it is
+    close to Adam.
     """
     taken = embedding.take_gradient()
     if taken is None:

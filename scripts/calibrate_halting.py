@@ -1,9 +1,10 @@
-"""Calibrate a checkpoint's halting probabilities on held-out text, so that `--halt-threshold 0.9` means nine right in ten.
+"""Calibrate a checkpoint's halting probabilities on held-out text: at 0.9, nine tokens in ten are
+then right.
 
     python scripts/calibrate_halting.py --checkpoint checkpoints/<project>/<run>
 
-Fits on even rows of the split, prints how far the probabilities were off on odd ones, and writes halting.json into the checkpoint's
-folder, from where every use of the checkpoint takes it. Knows no formula.
+Fits on even rows of the split, prints the calibration error on odd rows, and writes halting.json to
+the checkpoint's folder, where every use of the checkpoint reads it. Knows no formula.
 """
 
 import argparse
@@ -33,14 +34,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
-    add("--split", choices=("train", "test"), default="test", help="train: the model knows it, so it looks surer than it is")
-    add("--max-rows", type=int, help="only the first rows of the split, so many of them")
+    add("--split", choices=("train", "test"), default="test", help="train: overestimates the accuracy, since the model has seen it")
+    add("--max-rows", type=int, help="use only this many rows, the first of the split")
     add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
     return parser.parse_args()
 
 
 def table(depths: Sequence[DepthCalibration]) -> str:
-    """One line a depth: what the tokens that were not fitted on say."""
+    """One line for each depth, measured on the tokens that weren't used to fit."""
     lines = [f"{'ACT steps':>9s} {'tokens':>7s} {'accuracy':>8s} {'predicted':>16s} {'ECE':>16s} {'scale':>7s} {'shift':>7s}"]
     for depth, found in enumerate(depths, 1):
         predicted = f"{found.before.predicted:.1%} -> {found.after.predicted:.1%}"
@@ -79,7 +80,7 @@ def main() -> None:
         },
     )
     print(table(depths))
-    print(f"fitted on even rows, measured on odd ones; predicted and ECE without -> with calibration\nwrote {path}")
+    print(f"fitted on even rows, measured on odd ones; predicted and ECE before -> after calibration\nwrote {path}")
 
 
 if __name__ == "__main__":

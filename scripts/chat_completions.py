@@ -1,5 +1,5 @@
-"""The shapes of OpenAI's chat completions, and what other completions share with them: what a request may hold, how answers and
-errors look.
+"""The requests, responses and errors of OpenAI's chat completions, and what text completions share
+with them.
 
 Knows nothing of HTTP, threads or queues; scripts/serve.py does. docs/serving.md lists the fields.
 """
@@ -23,27 +23,27 @@ from generation.service import ChoiceDelta, Event
 
 
 class ApiError(Exception):
-    """A request that is refused, with its HTTP status."""
+    """The refusal of a request, with its HTTP status."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI's clients expect it."""
+        """The response body that OpenAI's clients expect."""
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def invalid(message: str, param: str, code: str = "invalid_value") -> ApiError:
-    """The refusal of a field."""
+    """The error for a wrong field."""
     return ApiError(400, message, code=code, param=param)
 
 
 # Requests.
 
 _IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-"""Fields that change no answer of a model without tools."""
+"""Fields that don't affect a model without tools."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -59,10 +59,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
 }
-"""Fields that are not supported, and the values of each that ask for nothing."""
+"""Unsupported fields, and for each the values that request nothing."""
 _NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "annotations": ([],), "refusal": ("",)}
 _IGNORED_OF_MESSAGE = {"name", "reasoning_content"}
-"""Who speaks in a role, which the model wasn't told in training, and thoughts, which no client expects to be read."""
+"""Speakers' names, which training doesn't use, and reasoning, which clients don't expect to be
+read.
+"""
 
 
 def _without(values: dict[str, Any], neutral: dict[str, tuple[Any, ...]], ignored: set[str]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_null(cls, values: Any) -> Any:
-        """Clients send null for what they don't set, and hand back whole messages of ours, full of nulls."""
+        """Clients send null for unset fields, and send back our messages, with nulls."""
         return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
 
 
@@ -95,7 +97,7 @@ def _several(stop: Any) -> Any:
 
 
 class ChatMessage(_Body):
-    """A turn so far."""
+    """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_text_parts)]
@@ -106,30 +108,30 @@ class ChatMessage(_Body):
         return _without(values, _NEUTRAL_OF_MESSAGE, _IGNORED_OF_MESSAGE) if isinstance(values, dict) else values
 
     def turn(self) -> Turn:
-        """The turn as the model knows it."""
+        """The model's turn for this message."""
         role: Role = "system" if self.role == "developer" else self.role
         return Turn(role, "".join(part.text for part in self.content))
 
 
 class StreamOptions(_Body):
-    """What a stream holds besides the answer."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 def _unless(*nothing: int) -> BeforeValidator:
-    """Numbers by which clients say that they don't set a field."""
+    """Treat these numbers, which clients send for an unset field, as null."""
     return BeforeValidator(lambda value: None if value in nothing and not isinstance(value, bool) else value)
 
 
 class SampledRequest(_Body):
-    """What requests of both kinds hold. What is left out is the server's choice."""
+    """The fields that both kinds of requests share. Missing ones have the server's defaults."""
 
     model: str
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
-    """0 and -1: no cut."""
+    """0 and -1: no limit."""
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: Annotated[int | None, Field(ge=0, lt=2**64), _unless(-1)] = None
@@ -139,19 +141,20 @@ class SampledRequest(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     act_steps: int | None = Field(None, ge=1)
-    """ACT steps a token takes: exactly, without `halt_threshold`; at most, with it."""
+    """ACT steps per token; with `halt_threshold`, the maximum."""
     halt_threshold: float | None = Field(None, gt=0, lt=1)
-    """A token stops when its halting probability passes this."""
+    """A token halts once its halting probability exceeds this."""
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the number of tokens."""
+        """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self, default: Options) -> Options:
-        """How to answer: what is asked for, else `default`, whose act_steps are the most there are.
+        """The request's options over `default`, whose act_steps is the maximum.
 
-        Without a seed every call draws differently, as callers of this API expect; the answer names the seed.
+        Without a seed every call draws differently, as callers of this API expect; the response has
+        the seed.
         """
         if self.act_steps is not None and self.act_steps > default.act_steps:
             raise invalid(f"act_steps is {self.act_steps}: this server offers 1 to {default.act_steps}", "act_steps")
@@ -184,15 +187,15 @@ class ChatRequest(SampledRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
-    """auto: a conversation that leaves an answer too little room loses its oldest exchanges."""
+    """auto: drop the oldest exchanges of a conversation without room for an answer."""
 
     @property
     def continues(self) -> bool:
-        """Whether the last message is the beginning of the answer."""
+        """Whether the answer continues the last message."""
         return self.messages[-1].role == "assistant"
 
     def conversation(self, default_system: str | None) -> Conversation:
-        """The messages, opened by the default system turn if they have none; an empty one is a wish for none."""
+        """The messages, after the default system turn if they have none; empty means none."""
         expected = {"continue_final_message": self.continues, "add_generation_prompt": not self.continues}
         for name, value in expected.items():
             if getattr(self, name) not in (None, value):
@@ -218,7 +221,7 @@ _Request = TypeVar("_Request", bound=SampledRequest)
 
 
 def parse_request(body: bytes, kind: type[_Request]) -> _Request:
-    """The request in a body. Raises ApiError (400) that names the field that is wrong or not supported."""
+    """Parse a request body. Raises ApiError (400) that names a wrong or unsupported field."""
     try:
         values = from_json(body)
     except ValueError as error:
@@ -240,7 +243,7 @@ def parse_request(body: bytes, kind: type[_Request]) -> _Request:
 
 @dataclass
 class Completion(ABC):
-    """The answers to one request, as they grow."""
+    """The answers to one request, while they are generated."""
 
     id: str
     asked: SampledRequest
@@ -248,25 +251,25 @@ class Completion(ABC):
     prompt_tokens: int
     seed: int
     extras: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each response."""
+    """Additional fields of each response."""
     created: int = field(default_factory=lambda: int(time.time()))
     new_tokens: int = 0
-    """All generated tokens, of all answers, EOS included."""
+    """Number of generated tokens of all answers, EOS included."""
 
     _kinds: ClassVar[tuple[str, str]]
-    """What a response and a chunk of a stream call themselves."""
+    """The `object` fields of a response and of a stream's chunk."""
 
     @abstractmethod
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
-        """The response, from all that came of all answers."""
+        """The response, from all events of all answers."""
 
     @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
-        """The chunks that open a stream."""
+        """The first chunks of a stream."""
 
     @abstractmethod
     def chunk(self, event: Event) -> dict[str, Any]:
-        """The chunk of one token, whose text is what it made certain: often none, or that of several tokens."""
+        """The chunk of one token, with its final text: often none, or that of several tokens."""
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks after the last token."""
@@ -289,7 +292,7 @@ class Completion(ABC):
 
 
 def finish_and_steps(deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
-    """What a choice says of these tokens besides their text and log-probabilities. EOS counts in act_steps."""
+    """The fields of a choice besides text and log-probabilities. act_steps includes EOS."""
     answer = deltas[-1].piece.answer if deltas else None
     return {
         "finish_reason": answer.finish if answer is not None else None,
@@ -331,17 +334,17 @@ class ChatCompletion(Completion):
         return self._chunk([{"index": event.index, "delta": delta, **self._about([event])}])
 
     def _about(self, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
-        # EOS has no log-probability shown.
+        # EOS is left out of the log-probabilities.
         tokens = [delta.piece.token for delta in deltas if delta.piece.token.finish != "stop"]
         shown = [token_logprobs(self.tokenizer, token) for token in tokens]
         return {"logprobs": {"content": shown, "refusal": None} if self.asked.logprobs else None, **finish_and_steps(deltas)}
 
 
 def token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
-    """A token and its rivals with their log p, in nats, before temperature and cuts."""
+    """A token and its alternatives with their log p, in nats, before temperature and truncation."""
 
     def shown(token_id: int, logp: float) -> dict[str, Any]:
-        # SentencePiece writes a blank as U+2581.
+        # SentencePiece writes a space as U+2581.
         content = tokenizer.raw_bytes(token_id) or tokenizer.piece(token_id).replace("\u2581", " ").encode()
         try:
             text = content.decode()

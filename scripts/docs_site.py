@@ -1,6 +1,8 @@
-"""A hook of mkdocs: the pages of the site that aren't in docs/, and links between pages as they are in the repository.
+"""An mkdocs hook: adds the site's pages from outside docs/, and rewrites links between files to
+links between pages.
 
-The README is the site's first page, and the reference of settings is made from config/schema/ and the YAML files.
+The README is the site's first page. The reference of settings is generated from config/schema/ and
+the YAML files.
 """
 
 import json
@@ -43,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links between files of the repository into links between pages; one to a file that is no page becomes its text."""
+    """Rewrite links between files to links between pages, or to plain text if there is no page."""
     source = next((name for name, made in _PAGES.items() if made == page.file.src_uri), f"docs/{page.file.src_uri}")
 
     def on_the_site(link: re.Match[str]) -> str:
@@ -58,7 +60,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def reference() -> str:
-    """The page of all settings: name, type, default, what it does, and what another value means to a run that is resumed."""
+    """The page of all settings: name, type, default, purpose, and what may change on resume."""
     lines = [
         "# Reference: settings",
         "A setting is given on the command line as `key=value`. "
@@ -71,7 +73,7 @@ def reference() -> str:
 
 
 def _tables(kind: type[TrainingConfig], defaults: TrainingConfig) -> Iterator[str]:
-    """A table for the keys of a run itself, and a heading, a sentence and a table for each section in it."""
+    """A table of the top-level keys, then a heading, a sentence and a table for each section."""
     schema = kind.model_json_schema()
     values = defaults.model_dump(mode="json")
     sections: list[tuple[str, dict[str, Any], Any]] = [("", schema, values)]
@@ -99,7 +101,7 @@ def _resolved(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    """A type of JSON Schema in words: its choices, or its kind with its limits."""
+    """A JSON Schema type in words: its choices, or its type with its limits."""
     field = _resolved(field, schema)
     if "anyOf" in field:
         return " or ".join(_type(option, schema) for option in field["anyOf"])

@@ -1,8 +1,8 @@
-"""Write a checkpoint as a folder that transformers loads, and put it on the hub if asked to.
+"""Export a checkpoint as a folder for transformers, and upload it to the hub with --push.
 
     python scripts/export_hf.py --checkpoint checkpoints/<project>/<run> --output-dir DIR [--license ID] [--push OWNER/NAME]
 
-docs/export.md says how the folder is used.
+docs/export.md shows how to use the folder.
 """
 
 import argparse

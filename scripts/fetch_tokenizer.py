@@ -1,4 +1,5 @@
-"""Put a 32,000-piece SentencePiece tokenizer where the program looks for it, and say which one it is.
+"""Put a 32,000-piece SentencePiece tokenizer where the program looks for it, and report which one
+it is.
 
     python scripts/fetch_tokenizer.py [--source auto|hub|package]
 
@@ -34,7 +35,7 @@ IDS_DIFFER = (
 
 
 def from_hub(output: Path, repo: str, filename: str, revision: str, sha256: str | None) -> dict[str, str]:
-    """Download the model file to `output`. Returns where it is from. Raises `UsageError`."""
+    """Download the model file to `output`. Returns its source. Raises `UsageError`."""
     download(
         repo,
         filename,
@@ -49,7 +50,7 @@ def from_hub(output: Path, repo: str, filename: str, revision: str, sha256: str 
 
 
 def from_package(output: Path) -> dict[str, str]:
-    """Copy the model inside the installed package mistral-common. Returns where it is from. Raises `UsageError`."""
+    """Copy the model from package mistral-common. Returns its source. Raises `UsageError`."""
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise UsageError(f"the package {PACKAGE} is not installed: `pip install {PACKAGE}`, or use --source hub")
@@ -66,7 +67,7 @@ def from_package(output: Path) -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as handle:
         handle.write(content)
@@ -75,12 +76,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def existing(output: str | None) -> Path | None:
-    """The tokenizer that is there already: --output, else $LLAMA_TOKENIZER, else the default place."""
+    """The existing tokenizer: --output, else $LLAMA_TOKENIZER, else the default place."""
     default = REPOSITORY / DEFAULT_TOKENIZER
     named = os.environ.get(TOKENIZER_VARIABLE)
     if output is None and named is not None:
         path = Path(named).expanduser()
-        # Often exported before the first fetch; another missing file is an error, not a reason to fetch elsewhere.
+        # The default place is often exported before the first fetch; others must exist.
         if not path.is_file() and path.resolve() != default.resolve():
             raise UsageError(
                 f"{TOKENIZER_VARIABLE} names {named!r}, which is not a file: unset it, correct it, "
@@ -92,7 +93,7 @@ def existing(output: str | None) -> Path | None:
 
 
 def report(path: Path) -> None:
-    """Print which tokenizer stands at `path`. Raises `UsageError` when the file is none."""
+    """Print which tokenizer is at `path`. Raises `UsageError` if the file isn't a tokenizer."""
     tokenizer = Tokenizer(path)
     note = path.with_name("SOURCE.json")
     known: dict[str, str] = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -106,7 +107,7 @@ def report(path: Path) -> None:
 
 
 def fetch(options: argparse.Namespace) -> Path:
-    """Get the tokenizer by `options` (see `main`) unless it is there. Returns its path. Raises `UsageError`."""
+    """Get the tokenizer by `options` unless it exists. Returns its path. Raises `UsageError`."""
     is_default_file = (options.repo, options.filename) == (HUB_REPO, HUB_FILE)
     sha256 = options.sha256 or (HUB_SHA256 if is_default_file else None)
     found = existing(options.output)
@@ -136,7 +137,7 @@ def fetch(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; exit status 2 and one message when no tokenizer could be had."""
+    """The command; exit status 2 and one message if it can't get a tokenizer."""
     parser = argparse.ArgumentParser(description="Get a 32,000-piece SentencePiece tokenizer.")
     parser.add_argument(
         "--output", type=os.path.expanduser, help=f"where to put it (default: {DEFAULT_TOKENIZER} in the repository)"

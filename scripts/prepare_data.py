@@ -1,10 +1,11 @@
-"""Build a data set's token cache ahead of training, and write what it holds: data_card.md and data_card.png.
+"""Build a data set's token cache ahead of training, and write its data card: data_card.md and
+data_card.png.
 
     python scripts/prepare_data.py dataset=slimorca dataset.subset_size=null [--output FOLDER] [--near-rows 5000]
 
-Settings are those of a training run, so a run with the same ones starts at once. The card goes to the data's folder by default. A
-run with stages has a card for each source, in FOLDER/<its name> if a folder is named.
-It needs `pip install -r requirements-data.txt`.
+Settings are those of a training run; a run with the same ones then starts at once. The card goes to
+the data's folder by default. With stages there is a card for each source, in FOLDER/<its name> if a
+folder is given. Needs `pip install -r requirements-data.txt`.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def _prepare(source: Source, tokenizer: Tokenizer, output: Path | None, near_row
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; exit status 2 and one message when the data can't be used."""
+    """The command; exit status 2 and one message if the data can't be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
     parser.add_argument("--output", type=user_path, help="folder for the card; default: dataset.data_dir")
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--near-rows",
         type=int,
         default=5000,
-        help="test rows looked at for near overlap, with five times as many of training; 0: none",
+        help="test rows to check for near overlap, against five times as many training rows; 0: none",
     )
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():

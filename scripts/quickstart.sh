@@ -12,7 +12,8 @@ echo; echo "== tokenizer"
 python scripts/fetch_tokenizer.py
 echo; echo "== data"
 python -m dataset.build_sample_dataset --output-dir data/sample
-# Some hundreds of the tokenizer's 32,000 pieces occur; the vocabulary's share of the work is the smaller for it, and texts keep their pieces.
+# The data uses some hundreds of the tokenizer's 32,000 pieces. Trimming the others makes the vocabulary head cheaper, and texts
+# keep their pieces.
 tokenizer=data/sample/tokenizer.model
 [ -f "$tokenizer" ] || python scripts/train_tokenizer.py --trim dataset=sample --output "$tokenizer"
 

@@ -1,9 +1,11 @@
-"""Write a report of a run, or of several side by side: one HTML page that needs no network, or Markdown.
+"""Write a report of a run, or of several side by side: one HTML page that needs no network, or
+Markdown.
 
     python scripts/report.py checkpoints/SlimOrca-ACT/first [checkpoints/SlimOrca-ACT/second] [--markdown] [--output FILE]
 
-Everything in it is read from the files of the runs; what hasn't been measured is left out, with the command that measures it. A run
-writes its own at its end; this is for afterwards, for a run that goes on, and for comparing.
+All its figures come from the runs' files. For a missing figure it names the command that measures
+it. Training writes a report at its end; this script is for later, for a run that is still training,
+and to compare runs.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from config.schema import user_path
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; exit status 2 and one message where a folder holds no run or the report can't be written."""
+    """The command; exit status 2 and one message without a run, or if it can't write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", nargs="+", type=user_path, metavar="RUN", help="folder checkpoints/<project>/<run>, or a step_<N> in it"
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--output",
         type=user_path,
-        help="default: report.html or report.md, of one run in its folder; one that is there is replaced",
+        help="default: report.html or report.md, in the folder of a single run; overwritten",
     )
     options = parser.parse_args(arguments)
     with one_clear_message():

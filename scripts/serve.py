@@ -1,7 +1,8 @@
-"""A trained model behind OpenAI's HTTP API, and a page to chat: `python scripts/serve.py --checkpoint DIR`, then http://127.0.0.1:8000.
+"""Serves a model with OpenAI's HTTP API and a chat page: `python scripts/serve.py --checkpoint
+DIR`, then http://127.0.0.1:8000.
 
-HTTP only: who may ask, how much, which status. Shapes are scripts/chat_completions.py's; waiting, limits of time and the model are
-generation/service.py's.
+This file is about HTTP: access, limits, status codes. scripts/chat_completions.py has requests and
+responses; generation/service.py has the queue, timeouts and the model.
 """
 
 import argparse
@@ -58,11 +59,11 @@ from scripts.text_completions import CompletionRequest, TextCompletion
 
 PAGE = Path(__file__).with_name("serve_page.html")
 KEY_VARIABLE = "TRM_API_KEY"
-# A client that takes longer to send its request, or to read a piece of its answer, is given up.
+# Timeout for a client to send its request, or to read a piece of its answer.
 _SLOWEST_CLIENT_SECONDS = 30.0
-# Proxies and clients give up a connection on which nothing comes, many of them after 30 to 60 s.
+# Many proxies and clients close an idle connection after 30 to 60 s.
 _BEAT_SECONDS = 5.0
-# Below the usual limit of 1024 open files a process.
+# Below the usual limit of 1024 open files per process.
 _MOST_CONNECTIONS = 900
 
 _T = TypeVar("_T")
@@ -70,22 +71,22 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask for how much."""
+    """Access and limits."""
 
     model: str
-    """The name that requests give the model."""
+    """The model's name in requests."""
     api_key: str | None = None
     any_host: bool = False
-    """Without a key: whether names other than the loopback's are answered to."""
+    """Without a key: whether to accept host names other than the loopback's."""
     max_request_bytes: int = 256 * 1024
     aliases: tuple[str, ...] = ()
-    """Further names of the model."""
+    """Other names of the model."""
     origins: tuple[str, ...] = ()
-    """Web pages of these may use the server; "*": of all."""
+    """Origins whose web pages may use the server; "*": all."""
 
 
 def make_app(service: Service, access: Access) -> Starlette:
-    """The HTTP application. `service` is its caller's to close."""
+    """The HTTP application. The caller closes `service`."""
     metrics = Metrics(service)
     api = _Api(service, access, metrics)
     foreign_pages = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
@@ -99,7 +100,7 @@ def make_app(service: Service, access: Access) -> Starlette:
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
             Route("/v1/completions", api.complete, methods=["POST"]),
         ],
-        # A browser asks whether it may ask, without the key.
+        # A browser's preflight request has no key.
         middleware=[Middleware(metrics.middleware), *([foreign_pages] if access.origins else []), Middleware(_Gate, access=access)],
         exception_handlers={
             ApiError: _on_error,
@@ -112,7 +113,7 @@ def make_app(service: Service, access: Access) -> Starlette:
 
 
 class _Gate:
-    """Refuses requests without the key and, where there is none, those that a foreign web page sent."""
+    """Refuses requests without the key or, if there is none, from another site's web page."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
@@ -130,7 +131,7 @@ class _Gate:
             if scope["path"].startswith("/v1/") and not is_known:
                 return ApiError(401, "wrong or no API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
         elif not self._access.any_host and not _is_loopback(_host_name(headers.get(b"host", b"").decode("latin-1"))):
-            # A web page whose name was made to point to this machine would be of the same origin as the server.
+            # DNS rebinding: a page whose name resolves to this machine has the server's origin.
             return ApiError(403, "a server without an API key answers only to localhost, 127.0.0.1 and [::1]", code="wrong_host")
         return None
 
@@ -206,27 +207,27 @@ class _Api:
         *,
         is_scored: bool = False,
     ) -> Response:
-        """Answers to prompts, `samples` to each, which stand in the field `param`."""
+        """Answer prompts with `samples` answers each. param: the request field of the prompts."""
         service = self._service
         self._check_model(asked.model)
         options = asked.options(service.responder.options)
         answers = len(prompts) * max(1, samples)
         if answers > service.capacity:
             many = "n" if len(prompts) == 1 else param
-            raise invalid(f"{answers} answers asked for: this server gives at most {service.capacity} answers at a time", many)
+            raise invalid(f"{answers} answers requested: this server gives at most {service.capacity} answers at a time", many)
 
         events: asyncio.Queue[Event | ServiceError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event | ServiceError) -> None:
-            with contextlib.suppress(RuntimeError):  # The loop has ended, and with it everyone who listens.
+            with contextlib.suppress(RuntimeError):  # The event loop has ended, and with it all clients.
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            # In a thread, as a long text takes long to encode.
+            # In a thread, because encoding a long text takes time.
             submission = await asyncio.to_thread(service.submit, prompts, options, samples, deliver, scored=is_scored)
         except UsageError as error:
-            # In these words litellm knows it, and may ask a model with a longer context.
+            # litellm recognises this wording, and may switch to a model with a longer context.
             raise invalid(f"prompt is too long: {error}", param, "context_length_exceeded") from None
         completion = make_completion(
             id=f"{'chatcmpl' if param == 'messages' else 'cmpl'}-{secrets.token_hex(12)}",
@@ -257,15 +258,15 @@ class _Api:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "local", **extras}
 
 
-# Requests in.
+# Requests.
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body. Raises ApiError: 415 for another type than JSON, 413 over `limit` bytes, 408 if it doesn't come."""
+    """Read the body. Raises ApiError: 415 for other types, 413 over `limit`, 408 if slow."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # Web pages of other origins may send other types without asking first.
+        # Web pages of other origins may send other types without a preflight request.
         raise ApiError(415, "send the body with `Content-Type: application/json`")
-    too_large = ApiError(413, f"the body is larger than {limit} bytes, the most this server takes", code="request_too_large")
+    too_large = ApiError(413, f"the body is larger than {limit} bytes, this server's limit", code="request_too_large")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     body = bytearray()
@@ -281,7 +282,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is given up if the client goes away first: then raises ClientDisconnect."""
+    """The result of `work`. Raises ClientDisconnect, and cancels it, if the client leaves."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -299,13 +300,14 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-# Answers out.
+# Responses.
 
 
 async def _until_whole(events: asyncio.Queue[Event | ServiceError], n: int, *, scores_end: bool) -> AsyncIterator[Event | None]:
-    """What comes of `n` answers, or of prompts that are only scored (`scores_end`), until all are whole.
+    """The events of `n` answers, or of prompts that are only scored (`scores_end`), until all are
+    complete.
 
-    None stands for a while in which nothing came. Raises the error that ends them.
+    Yields None after a while without an event. Raises the error that ends them.
     """
     while n:
         try:
@@ -325,9 +327,9 @@ async def _all(arriving: AsyncIterator[Event | None]) -> list[Event]:
 
 
 class _EventStream(Response):
-    """Server-sent events: a chunk a token, and a comment after a while without one.
+    """Server-sent events: one chunk per token, and a comment after a while without one.
 
-    Nothing is sent before the first of them, so an error until then has a status.
+    Nothing is sent before the first of them, so that an earlier error can set the HTTP status.
     """
 
     def __init__(self, completion: Completion, arriving: AsyncIterator[Event | None], end: Callable[[], None]) -> None:
@@ -342,7 +344,7 @@ class _EventStream(Response):
             with contextlib.suppress(ClientDisconnect):
                 await _while_connected(receive, self._send(send))
         finally:
-            # Whatever the reason: a row must not go on for nobody.
+            # Stop the answer, however the stream ended.
             self._end()
 
     async def _send(self, send: Send) -> None:
@@ -373,7 +375,7 @@ def _data(values: dict[str, Any]) -> str:
     return f"data: {json.dumps(values)}\n\n"
 
 
-# Errors out.
+# Errors.
 
 _STATUS_OF: dict[type[ServiceError], tuple[int, str]] = {
     Full: (429, "rate_limit_exceeded"),
@@ -391,12 +393,12 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(status, str(error), code=code)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail)
-    return ApiError(500, "the server has failed at this request; its log says more")
+    return ApiError(500, "the server has failed at this request; see its log")
 
 
 def _error_response(error: Exception) -> Response:
     told = _as_api_error(error)
-    # Every answer that ends makes room.
+    # There is room again as soon as an answer ends.
     headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(told.status)
     return JSONResponse(told.body(), told.status, headers)
 
@@ -406,14 +408,14 @@ async def _on_error(_: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # For the access log alone, where this is the habit.
+    return Response(status_code=499)  # Only for the access log: nginx's status for a client that left.
 
 
 # The page.
 
 
 def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The page with the settings it needs, and headers that let it run its own script and call this server, and nothing else."""
+    """The page with its settings, and headers that allow only its script and this server."""
     html = PAGE.read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
@@ -427,7 +429,7 @@ def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    # "<" could end the element that holds them.
+    # "<" could end the script element.
     return html.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c")), headers
 
 
@@ -442,36 +444,34 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; one that others reach needs an API key")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; one that others can reach needs an API key")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one")
     parser.add_argument(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
-        help=f"key that callers must send; better ${KEY_VARIABLE}, as `ps` shows flags",
+        help=f"key that callers must send; better ${KEY_VARIABLE}, because `ps` shows flags",
     )
-    parser.add_argument("--allow-open", action="store_true", help="let others in without a key")
+    parser.add_argument("--allow-open", action="store_true", help="allow access without a key")
     parser.add_argument("--model-name", nargs="+", help="names that requests may give the model; default: <run>/step_<N>")
     parser.add_argument(
         "--allow-origin", nargs="+", default=[], help="web pages that may use the server: https://host[:port] of each, or * for all"
     )
-    parser.add_argument("--queue", type=int, default=64, help="answers that may wait for those in work")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds from a request to the end of its answer, at most")
+    parser.add_argument("--queue", type=int, default=64, help="answers that may wait for running ones")
+    parser.add_argument("--timeout", type=float, default=120.0, help="limit of seconds from a request to the end of its answer")
     parser.add_argument("--max-request-kb", type=int, default=256, help="largest request, in units of 1024 bytes")
-    parser.add_argument(
-        "--grace", type=float, default=10.0, help="seconds that answers in work have to end when the server is stopped"
-    )
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds for running answers to finish when the server stops")
     return parser.parse_args()
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for what can be seen to be wrong before the model is loaded."""
+    """Check the arguments before loading the model. Raises UsageError."""
     key = arguments.api_key
     if key is not None and not re.fullmatch("[!-~]+", key):
-        raise UsageError(f"the API key must be of visible ASCII characters without blanks; unset {KEY_VARIABLE} to have none")
+        raise UsageError(f"the API key must be of visible ASCII characters without spaces; unset {KEY_VARIABLE} to have none")
     if key is None and not arguments.allow_open and not _is_loopback(arguments.host):
         raise UsageError(
             f"--host {arguments.host} lets everyone who reaches this machine use the model: set a key in {KEY_VARIABLE}, "
-            "or say --allow-open if that is meant"
+            "or pass --allow-open if that is intended"
         )
     for origin in arguments.allow_origin:
         if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
@@ -479,7 +479,7 @@ def check(arguments: argparse.Namespace) -> None:
     if "*" in arguments.allow_origin and key is None and not arguments.allow_open:
         raise UsageError(
             f"--allow-origin '*' lets every web page use the model: set a key in {KEY_VARIABLE}, "
-            "or say --allow-open if that is meant"
+            "or pass --allow-open if that is intended"
         )
     for flag, value, least in (("queue", arguments.queue, 0), ("max-request-kb", arguments.max_request_kb, 1)):
         if value < least:
@@ -489,7 +489,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at that address. Raises UsageError if it can't be had."""
+    """A socket bound to that address. Raises UsageError if that fails."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -501,7 +501,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Serves until it is told to stop; then answers in work have `grace` seconds to end, and what is left then gets 503."""
+    """Serves until stopped. Running answers then have `grace` seconds to finish; others get 503."""
 
     def __init__(self, service: Service, access: Access, grace: float = 10.0) -> None:
         super().__init__(
@@ -538,7 +538,7 @@ def _is_loopback(name: str) -> bool:
 
 
 def main() -> None:
-    """Load, say what is offered, serve."""
+    """Load, report, serve."""
     arguments = parse_arguments()
     refuse_several_ranks()
     check(arguments)
@@ -559,7 +559,7 @@ def main() -> None:
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(
-        f"{access.model}: {service.rows} answers at a time, {arguments.queue} more may wait; keys and values take up to "
+        f"{access.model}: {service.rows} answers at a time, {arguments.queue} more may wait; the KV cache takes up to "
         f"{service.cache_bytes / 1e9:.3f} GB ({responder.context} positions, {responder.options.act_steps} ACT steps)\n"
         f"chat: {address}/  API: {address}/v1",
         flush=True,

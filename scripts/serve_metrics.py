@@ -1,6 +1,6 @@
-"""What the server tells Prometheus: answers waiting and in work, tokens, requests and how long they take.
+"""The server's Prometheus metrics: waiting and running answers, tokens, requests and their latency.
 
-Knows nothing of what is asked and answered.
+Knows nothing of the content of requests and answers.
 """
 
 import time
@@ -17,13 +17,13 @@ _ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 
 
 class Metrics:
-    """The figures of one server."""
+    """The metrics of one server."""
 
     def __init__(self, service: Service) -> None:
         self._registry = CollectorRegistry()
-        running = Gauge("trm_answers_running", "Answers in work", registry=self._registry)
+        running = Gauge("trm_answers_running", "Running answers", registry=self._registry)
         running.set_function(lambda: service.running)
-        waiting = Gauge("trm_answers_waiting", "Answers that wait for those in work", registry=self._registry)
+        waiting = Gauge("trm_answers_waiting", "Waiting answers", registry=self._registry)
         waiting.set_function(lambda: max(0, service.pending - service.running))
         self._prompt_tokens = Counter("trm_prompt_tokens", "Tokens of prompts", registry=self._registry)
         self._new_tokens = Counter("trm_generated_tokens", "Tokens of answers, EOS included", registry=self._registry)
@@ -42,11 +42,11 @@ class Metrics:
         )
 
     def response(self) -> Response:
-        """All figures in Prometheus' text form."""
+        """All metrics in Prometheus' text format."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def observed(self, arriving: AsyncIterator[Event | None], prompt_tokens: int) -> AsyncIterator[Event | None]:
-        """`arriving`, counted as it passes."""
+        """Count the events of `arriving` while passing them on."""
         begin = time.monotonic()
         self._prompt_tokens.inc(prompt_tokens)
         is_first = True
@@ -59,7 +59,7 @@ class Metrics:
             yield event
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """`app`, with its requests for answers timed. A client that left has status 499."""
+        """`app`, with timed requests for answers. A client that left has status 499."""
 
         async def timed(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] not in _ENDPOINTS:

@@ -2,8 +2,8 @@
 
     python scripts/show_answers.py checkpoints/<project>/<run> [--split train|test_deeper]
 
-Takes a run's folder (its newest checkpoint), a checkpoint, or a file of metrics that inference_instruct.py has written. Of a folder
-it shows the whole test split, or the split that --split names.
+Takes a run's folder (for its newest checkpoint), a checkpoint, or a metrics file of
+inference_instruct.py. For a folder it shows the whole test split, or the one named by --split.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from evaluators.answer_scores import Score
 
 
 def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
-    """Metrics with answers, from a file or from where inference_instruct.py leaves them in a folder. Raises UsageError."""
+    """Read metrics with answers, from a file or a folder of a checkpoint. Raises UsageError."""
     if path.is_dir():
         path = newest_checkpoint(path) / ("metrics.json" if split is None else f"metrics_{split}.json")
     try:
@@ -28,12 +28,12 @@ def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}; write it with inference_instruct.py") from error
     if not isinstance(metrics, dict) or "answers" not in metrics:
-        raise UsageError(f"{path} has no generated answers: they are scored for the bundled data alone (dataset=sample)")
+        raise UsageError(f"{path} has no generated answers: only the bundled data's are scored (dataset=sample)")
     return metrics
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """What was measured, one line per family, then all of them, then the accuracy at each depth; of deep families also by hops."""
+    """Lines for each family and for all, the accuracy at each depth; for deep families hops."""
     answers = metrics["answers"]
     lines = [f"{metrics['rows']:,} of {metrics['rows_of_split']:,} rows of the {metrics['split']} split, {metrics['checkpoint']}"]
     width = max(14, *map(len, answers["families"]))
@@ -52,7 +52,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def by_hops(hops: dict[str, dict[str, Any]]) -> list[str]:
-    """Percent exact with its 95 % interval, a column for each number of hops: all at each depth, then each family at the last."""
+    """Percent exact with 95 % interval, by hops: all at each depth, then families at the last."""
     if not hops:
         return []
     columns = [of["by_act_step"] for of in hops.values()]
@@ -65,7 +65,7 @@ def by_hops(hops: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _with_interval(score: Score | None) -> str:
-    if score is None:  # a part of a split may lack a family's rows of some number of hops
+    if score is None:  # a part of a split may have no rows of a family with this number of hops
         return "-"
     return f"{100 * score['accuracy']:.1f} [{100 * score['lower_95']:.0f}, {100 * score['upper_95']:.0f}]"
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Read, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run or of a checkpoint, or a metrics file")
-    parser.add_argument("--split", choices=("train", "test", "test_deeper"), help="of a folder, the last measurement of this split")
+    parser.add_argument("--split", choices=("train", "test", "test_deeper"), help="for a folder: last measurement of this split")
     options = parser.parse_args(arguments)
     with one_clear_message():
         print(table(read_metrics(options.path, options.split)))

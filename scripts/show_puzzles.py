@@ -1,10 +1,11 @@
-"""Draw puzzles of a data set, and what a model made of them at each ACT step, as one PNG.
+"""Draw puzzles of a data set, and a model's answers at each ACT step, as one PNG.
 
     python scripts/show_puzzles.py --data-path data/sudoku6 --split test --rows 0 1 2 --output puzzles.png \\
         [--outputs CHECKPOINT/outputs_test.safetensors]
 
-Saved outputs hold `rows` [n], numbers of examples, and `preds` [n, positions], or `preds_by_step` [n, ACT steps, positions], or
-both. A wrong cell has a red frame. It needs `pip install -r requirements-data.txt`.
+Saved outputs have `rows` [n], numbers of examples, and `preds` [n, positions] or `preds_by_step`
+[n, ACT steps, positions], or both. A wrong cell has a red frame. Needs `pip install -r
+requirements-data.txt`.
 """
 
 import argparse
@@ -37,10 +38,10 @@ from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleData
 from dataset.puzzles.storage import PuzzleMetadata
 
 _PANEL_INCHES = 2.4
-# More would be too large a picture to look at.
+# With more rows the picture would be too large to look at.
 _MOST_ROWS = 50
 _PADDING = "#f4f4f4"
-# The end marker, then ARC's own colours.
+# The end marker, then ARC's colours.
 _ARC_COLOURS = [
     _PADDING, "#c8b6d9", "#000000", "#0074d9", "#ff4136", "#2ecc40",
     "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25",
@@ -52,7 +53,7 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Look:
-    """How a kind of puzzle is drawn: a colour for each token, and whether tokens are written as digits."""
+    """How to draw a kind of puzzle: a colour for each token, and whether to write tokens as digits."""
 
     side: int
     colours: Sequence[str]
@@ -60,7 +61,7 @@ class Look:
 
 
 def look_of(metadata: PuzzleMetadata) -> Look:
-    """How this kind of puzzle is drawn. Raises `UsageError` for none that is known here."""
+    """How to draw this kind of puzzle. Raises `UsageError` for an unknown kind."""
     kind = kind_of(metadata)
     if isinstance(kind, Sudoku):
         return Look(kind.side, ["#ffffff"] * metadata.vocab_size, True)
@@ -68,7 +69,7 @@ def look_of(metadata: PuzzleMetadata) -> Look:
 
 
 def read_predictions(path: Path, row: int) -> list[tuple[str, Tokens]]:
-    """Titles and tokens of what was predicted for a row, ACT steps first. Raises `UsageError`."""
+    """Titles and tokens of a row's predictions, ACT steps first. Raises `UsageError`."""
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -84,7 +85,7 @@ def read_predictions(path: Path, row: int) -> list[tuple[str, Tokens]]:
 
 
 def draw(data: PuzzleData, rows: Sequence[int], outputs: Path | None, path: Path) -> None:
-    """One line of panels for each row: input, answer, predictions. Raises `UsageError`."""
+    """Draw a line of panels for each row: input, answer, predictions. Raises `UsageError`."""
     look = look_of(data.metadata)
     [set_name, *_] = data.sets
     size = len(data.sets[set_name])
@@ -133,13 +134,13 @@ def _draw_grid(axis: Any, tokens: Tokens, wrong: npt.NDArray[np.bool_], seen: np
         [shape] = [shape for shape in (sudoku.NINE, sudoku.SIX) if shape.side == look.side]
         axis.hlines(range(0, look.side + 1, shape.box_height), 0, look.side, color="black", linewidth=1)
         axis.vlines(range(0, look.side + 1, shape.box_width), 0, look.side, color="black", linewidth=1)
-    # A canvas is mostly padding: only the part with a puzzle on it is shown.
+    # A canvas is mostly padding: show only the part with the puzzle.
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
     axis.set(xlim=(columns[0], columns[-1] + 1), ylim=(rows[-1] + 1, rows[0]), aspect="equal")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; exit status 2 and one message when the input can't be used."""
+    """The command; exit status 2 and one message if the input can't be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=os.path.expanduser, required=True, help="folder of a puzzle data set")
     parser.add_argument("--split", choices=("train", "test"), default="test")

@@ -1,4 +1,5 @@
-"""The shapes of OpenAI's text completions: prompts without roles, as texts or ids, and log-probabilities of the prompts themselves.
+"""The requests and responses of OpenAI's text completions: prompts as plain text or ids, and
+log-probabilities of prompts.
 
 Knows nothing of HTTP, threads or queues; scripts/serve.py does. docs/serving.md lists the fields.
 """
@@ -34,22 +35,22 @@ class CompletionRequest(SampledRequest):
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     echo: bool = False
-    """The prompt opens the text, and its tokens the log-probabilities."""
+    """Include the prompt in the text and in the log-probabilities."""
     logprobs: int | None = Field(None, ge=0, le=20)
-    """How many of the most probable tokens to report with each."""
+    """How many of the most probable tokens to report with each token."""
 
     @property
     def samples(self) -> int:
-        """Answers to each prompt; 0: the prompts are only echoed."""
+        """Answers per prompt; 0: only echo the prompts."""
         return 0 if self.max_tokens == 0 else self.n
 
     @property
     def is_scored(self) -> bool:
-        """Whether the prompts' own log-probabilities are asked for."""
+        """Whether to compute the prompts' log-probabilities."""
         return self.echo and (self.logprobs is not None or not self.samples)
 
     def prompts(self, responder: Responder) -> list[Callable[[], Prompt]]:
-        """What encodes each prompt: a text as raw text, ids as they are."""
+        """A function for each prompt that encodes it: text as raw text, ids unchanged."""
         ids = range(responder.tokenizer.vocab_size)
         for place, prompt in enumerate(self.prompt):
             if not isinstance(prompt, str) and (unknown := next((token for token in prompt if token not in ids), None)) is not None:
@@ -75,7 +76,7 @@ class TextCompletion(Completion):
     asked: CompletionRequest
     _kinds = ("text_completion", "text_completion")
     _lengths: dict[int, int] = field(default_factory=dict)
-    """Characters so far of each choice's text."""
+    """Number of characters of each choice's text so far."""
 
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """See `Completion.whole`."""
@@ -86,13 +87,13 @@ class TextCompletion(Completion):
         return self._whole([_joined(choice, own) for choice, own in of_choice.items()])
 
     def opening(self) -> list[dict[str, Any]]:
-        """The prompts, where they are echoed without log-probabilities."""
+        """The prompts, if they are echoed without log-probabilities."""
         if not self.asked.echo or self.asked.is_scored:
             return []
         return [self._echo(prompt, ()) for prompt in range(len(self.asked.prompt))]
 
     def chunk(self, event: Event) -> dict[str, Any]:
-        """See `Completion.chunk`; or that of a prompt."""
+        """See `Completion.chunk`; also the chunk of a prompt."""
         if not isinstance(event, ChoiceDelta):
             return self._echo(event.prompt, event.tokens)
         self.new_tokens += 1
@@ -103,11 +104,11 @@ class TextCompletion(Completion):
 
     @property
     def _choices(self) -> int:
-        """Choices for each prompt."""
+        """Choices per prompt."""
         return max(1, self.asked.samples)
 
     def _echo(self, prompt: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """The prompt as the beginning of each of its choices. A BOS that the caller didn't send isn't shown."""
+        """The prompt, to begin each of its choices, without a BOS that the caller didn't send."""
         asked = self.asked.prompt[prompt]
         stream = TextStream(self.tokenizer)
         offsets = []
@@ -127,7 +128,7 @@ class TextCompletion(Completion):
         return self._chunk([{"index": index, **about} for index in indices])
 
     def _logprobs(self, tokens: Sequence[Token], offsets: Sequence[int]) -> dict[str, list[Any]] | None:
-        """Every token, EOS too, and its rivals; the token itself is always among them."""
+        """Every token, including EOS, and its alternatives, which include the token itself."""
         if self.asked.logprobs is None:
             return None
         shown = [token_logprobs(self.tokenizer, token) for token in tokens]
@@ -140,7 +141,7 @@ class TextCompletion(Completion):
 
 
 def _by_text(entries: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Log-probabilities by text: of several ids with the same one, the most probable's."""
+    """Log-probabilities by text; for ids with the same text, the highest."""
     found: dict[str, float] = {}
     for entry in entries:
         found[entry["token"]] = max(entry["logprob"], found.get(entry["token"], entry["logprob"]))
@@ -148,7 +149,7 @@ def _by_text(entries: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def _joined(index: int, chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A choice of the chunks of its stream."""
+    """A choice, joined from the chunks of its stream."""
     parts = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
     logprobs = {name: [value for part in parts for value in part[name]] for name in parts[0]} if parts else None
     return {

@@ -1,10 +1,12 @@
-"""Train a SentencePiece tokenizer on the training rows of conversation data, or cut one down to the pieces that they use.
+"""Train a SentencePiece tokenizer on the training rows of conversation data, or trim one to the
+pieces that they use.
 
     python scripts/train_tokenizer.py --vocab-size 4096 --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
     python scripts/train_tokenizer.py --trim --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
 
-Settings are those of a training run (dataset=slimorca, dataset.seed=1, ...); with the same ones, no held-out row is trained on.
---data is short for dataset=jsonl with this folder or file. A run uses the model by dataset.tokenizer_path=FILE.
+Settings are those of a training run (dataset=slimorca, dataset.seed=1, ...); with the same ones,
+held-out rows aren't used. --data is short for dataset=jsonl with this folder or file. A run uses
+the model with dataset.tokenizer_path=FILE.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from scripts.fetch_tokenizer import write_atomically  # noqa: E402
 from training.estimate import count_parameters  # noqa: E402
 
 _HELD_OUT_ROWS = 2000
-# SentencePiece passes over a sentence that holds one of these: it marks borders and unknown characters by them.
+# SentencePiece skips sentences with these characters: borders and unknown characters.
 _RESERVED = re.compile("[\t\0\u2585]")
 Row = tuple[str, ...]
 _NO_ROWS = "expected training rows, found none: check the data and dataset.test_ratio"
@@ -46,9 +48,10 @@ _Proto: Any = sentencepiece_model_pb2
 
 
 def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
-    """A BPE model that gives back every text as it was, U+2581 apart. The same rows give the same model, byte for byte.
+    """Train a lossless BPE model (except for U+2581). The same rows give the same model, byte for
+    byte.
 
-    rows: texts of the turns. Characters too rare for a piece of their own are spelled in bytes. BOS and EOS are control pieces.
+    rows: texts of the turns. Rare characters are encoded as bytes. BOS and EOS are control pieces.
     Raises `UsageError` for no text, and for a vocabulary that is too large or too small for it.
     """
     sentences = (part for row in rows for text in row for part in _RESERVED.split(text) if part)
@@ -61,18 +64,18 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
             sentence_iterator=chain([first], sentences),
             model_writer=model,
             vocab_size=vocab_size,
-            # A unigram model took 20 times as long to train, and made no fewer tokens.
+            # A unigram model took 20 times as long to train, and gave no fewer tokens.
             model_type="bpe",
             byte_fallback=True,
-            # Text stays as it is: no Unicode form is changed, no blank or newline taken away.
+            # Keep text unchanged: no Unicode normalization, no removal of spaces or newlines.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            # A text's first word has the ids that it has elsewhere; decoding takes the blank before it away.
+            # A text's first word has the same ids as elsewhere; decoding removes the space.
             add_dummy_prefix=True,
-            # A number is read digit by digit, whichever numbers the data has.
+            # Split numbers into digits.
             split_digits=True,
-            max_sentence_length=1 << 30,  # longer ones would be passed over
+            max_sentence_length=1 << 30,  # longer ones would be skipped
             num_threads=1,
             minloglevel=2,
         )
@@ -88,9 +91,10 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
 def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
     """The tokenizer without the pieces that neither `rows`, the template nor ASCII characters need.
 
-    rows: texts of the turns. They have the same pieces as before, under other ids; any other text is encoded in smaller pieces or
-    bytes, and comes back as it did. Raises `UsageError` for no rows, and for a tokenizer that isn't a SentencePiece model of the
-    kind BPE with byte fallback: of another kind, fewer pieces could change how texts of the rows are cut, or leave text unknown.
+    rows: texts of the turns. They keep their pieces, with other ids; other text is encoded in
+    smaller pieces or bytes, and decodes as before. Raises `UsageError` for no rows, and unless the
+    tokenizer is a SentencePiece BPE model with byte fallback: with another kind, fewer pieces could
+    change the encoding of the rows, or make text unknown.
     """
     model = _Proto.ModelProto()
     try:
@@ -123,9 +127,10 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
 
 
 def merged_from(piece: str, rank: Mapping[str, float]) -> Iterator[str]:
-    """The piece, its characters, and what BPE makes on the way from these to it: it merges the neighbours of lowest rank first.
+    """The piece, its characters, and all intermediate pieces of BPE, which merges the neighbours of
+    lowest rank first.
 
-    rank: of each piece, by which merges are ordered.
+    rank: the merge order of each piece.
     """
     parts = list(piece)
     yield from parts
@@ -139,25 +144,27 @@ def merged_from(piece: str, rank: Mapping[str, float]) -> Iterator[str]:
 
 
 def rows_of(config: PretrainInstructConfig, split: Split) -> Iterable[Row]:
-    """The texts of each row of a split, source after source."""
+    """The texts of each row of a split, for one source after the other."""
     for source in sources_of(config).values():
         for conversation in source.conversations(split):
             yield tuple(turn.text for turn in conversation)
 
 
 def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows at random, or all if there are no more; a row's chance depends on the seed and its place. Holds `count` rows."""
+    """`count` random rows, or all if there are fewer, by the seed and the rows' places. Holds
+    `count` rows in memory.
+    """
     keyed = ((hashlib.blake2b(f"{seed} {index}".encode()).digest(), row) for index, row in enumerate(rows))
     return [row for _, row in heapq.nsmallest(count, keyed)]
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """UTF-8 bytes of the texts for each of their tokens."""
+    """UTF-8 bytes of the texts per token."""
     return sum(len(text.encode()) for text in texts) / sum(map(len, tokenizer.encode_batch(texts)))
 
 
 def report(config: PretrainInstructConfig, path: Path) -> None:
-    """Print what a tokenizer costs and saves, beside the default one if there is one."""
+    """Print a tokenizer's size and compression, compared with the default one if it exists."""
     rows = draw_rows(rows_of(config, "test"), _HELD_OUT_ROWS, config.seed) if config.dataset.test_ratio else []
     held_out = [text for row in rows for text in row]
     tokenizers = [Tokenizer(path)]
@@ -175,7 +182,9 @@ def report(config: PretrainInstructConfig, path: Path) -> None:
 
 
 def settings(data: Path | None, overrides: Sequence[str]) -> PretrainInstructConfig:
-    """The settings of a training run on `data`, a folder or file, or on what the overrides name. Raises `UsageError`."""
+    """The settings of a training run on `data`, a folder or file, or on the data of the overrides.
+    Raises `UsageError`.
+    """
     config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", *overrides] if data is not None else overrides)
     if data is None:
         return config
@@ -186,15 +195,15 @@ def settings(data: Path | None, overrides: Sequence[str]) -> PretrainInstructCon
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 2 and one message when no tokenizer could be made."""
+    """The command; exit status 2 and one message if it can't make a tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of pretrain_instruct.py")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--vocab-size", type=int, help="train one of so many pieces, of which 256 are bytes and 3 stand for no text")
-    kind.add_argument("--trim", action="store_true", help="cut dataset.tokenizer_path down to the pieces that the data uses")
-    parser.add_argument("--data", type=user_path, help="folder or file of conversations; default: what the settings name")
+    kind.add_argument("--vocab-size", type=int, help="train one with this many pieces, of which 256 are bytes and 3 no text")
+    kind.add_argument("--trim", action="store_true", help="trim dataset.tokenizer_path to the pieces that the data uses")
+    parser.add_argument("--data", type=user_path, help="folder or file of conversations; default: the data of the settings")
     parser.add_argument("--output", type=user_path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
-    parser.add_argument("--max-rows", type=int, default=100_000, help="read so many rows at most, drawn by `seed`")
+    parser.add_argument("--max-rows", type=int, default=100_000, help="use at most this many rows, drawn by `seed`")
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():
         for flag, value in (("--max-rows", options.max_rows), ("--vocab-size", options.vocab_size)):

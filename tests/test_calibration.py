@@ -57,7 +57,7 @@ def test_each_depth_has_its_own_fit_of_even_rows_measured_on_odd_ones() -> None:
 
 
 def test_without_both_kinds_of_rows_nothing_is_fitted() -> None:
-    with pytest.raises(UsageError, match="no odd row has an answer: take more rows"):
+    with pytest.raises(UsageError, match="no odd row has an answer: use more rows"):
         calibrate_halting([HaltingRecord(np.zeros(3, np.int64), np.zeros(3), np.ones(3, bool))])
     with pytest.raises(UsageError, match="no even row"):
         calibrate_halting([HaltingRecord(np.ones(3, np.int64), np.zeros(3), np.ones(3, bool))])

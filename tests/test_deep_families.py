@@ -139,17 +139,17 @@ def test_it_trains_measures_and_leaves_checkpoints(
     folder: Path, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["arch.hidden_size=32", "arch.num_heads=2", f"dataset.tokenizer_path={tokenizer_path}", "device=cpu"]
-    arms = ["looped", "plain_2", "plain_12_pre"]
+    arms = ["looped", "plain_2", "plain_deep_pre"]
     places = ["--data", str(folder), "--output", str(tmp_path), "--families", "deep_boolean", "--processes", "1"]
-    sizes = ["--seconds", "0.01", "--seeds", "3", "--act-steps", "2", "--batch", "2"]
+    sizes = ["--steps", "3", "--seeds", "3", "--act-steps", "2", "--batch", "2"]
     main([*places, *sizes, "--arms", *arms, "--overrides", *small])
     results = json.loads((tmp_path / "deep_families.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
     assert set(results) == {f"deep_boolean_{arm}_3" for arm in arms}
     looped = results["deep_boolean_looped_3"]
-    assert looped["bins"] == 2 * looped["steps"] > 0 and np.array(looped["exact"], float).shape == (8, 2)
+    assert looped["bins"] == 2 * looped["steps"] == 6 and np.array(looped["exact"], float).shape == (8, 2)
     assert results["deep_boolean_plain_2_3"]["core_parameters"] == looped["core_parameters"]
-    assert results["deep_boolean_plain_12_pre_3"]["core_parameters"] == 6 * looped["core_parameters"]
+    assert results["deep_boolean_plain_deep_pre_3"]["core_parameters"] == 2 * looped["core_parameters"]
     assert "| deep_boolean_looped_3 | 2 |" in (tmp_path / "deep_families.md").read_text()
     saved = open_checkpoint(tmp_path / "deep_boolean_looped_3" / f"step_{looped['steps']}")
     load_weights(RecursiveModel(saved.config.arch, saved.tokenizer.vocab_size), saved.weights(ema=False), tmp_path)
@@ -157,5 +157,5 @@ def test_it_trains_measures_and_leaves_checkpoints(
 
 def test_missing_rows_are_reported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--data", str(folder), "--families", "deep_order", "--seconds", "1", "--output", str(tmp_path), "--processes", "1"])
+        main(["--data", str(folder), "--families", "deep_order", "--steps", "1", "--output", str(tmp_path), "--processes", "1"])
     assert "has no row of deep_order: build it with --families deep_order" in capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on(alone: Path, short_run_d
             process.terminate()  # it ends its ranks
     assert process.returncode == 0, said
     run = tmp_path / "SlimOrca-ACT/run"
-    assert "rank 0 has lost another rank" in said and f"going on from {run / 'step_4'}" in said
+    assert "rank 0 has lost another rank" in said and f"resuming from {run / 'step_4'}" in said
     assert_equal(run, alone)
 
 
@@ -211,7 +211,7 @@ def test_ranks_started_again_meet_where_nothing_is_left_of_those_before() -> Non
         return _unused_part(client, rank, 3, datetime.timedelta(seconds=seconds))
 
     with ThreadPoolExecutor(3) as threads:
-        with pytest.raises(RuntimeError, match=r"ranks \[2\] haven't come"):
+        with pytest.raises(RuntimeError, match=r"ranks \[2\] haven't connected"):
             given_up = threads.submit(meet, 1)
             meet(0, seconds=0.5)
         assert not given_up.result().check(["address"])
@@ -247,5 +247,5 @@ def test_ranks_without_a_launcher_or_without_rows_are_told(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but the ranks can't meet: .*start all of them with torchrun"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but the ranks can't connect: .*start all of them with torchrun"):
         run_instruct(run_config(tmp_path))

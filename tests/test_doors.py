@@ -511,8 +511,13 @@ def test_only_the_whole_test_split_is_the_checkpoints_metrics(checkpoint: Path, 
     arguments = ("--checkpoint", str(checkpoint), "--output-dir", str(tmp_path), "--subset-size", "8")
     whole = json.loads(run_well("inference_instruct.py", *arguments, folder=tmp_path).out)
     run_well("inference_instruct.py", *arguments, "--split", "train", folder=tmp_path)
+    for other in (("--act-steps", "1"), ("--halt-threshold", "0.5"), ("--seq-len", "128")):
+        run_well("inference_instruct.py", *arguments, *other, folder=tmp_path)
+        measured = metrics_of(tmp_path, "metrics_test")
+        changed = {key for key in ("act_steps", "halt_threshold", "seq_len", "sources") if measured[key] != whole[key]}
+        assert changed == {other[0].removeprefix("--").replace("-", "_")}
     run_well("inference_instruct.py", *arguments, "--max-batches", "1", "--batch-size", "2", folder=tmp_path)
-    assert metrics_of(tmp_path) == whole
+    assert metrics_of(tmp_path) == whole and whole["sources"]["sample"]["subset_size"] == 8
     assert metrics_of(tmp_path, "metrics_train")["split"] == "train"
     part = metrics_of(tmp_path, "metrics_test")
     assert (part["rows"], part["rows_of_split"], part["max_batches"]) == (2, 8, 1)
@@ -532,7 +537,7 @@ def test_deeper_questions_are_a_split_of_their_own(checkpoint: Path, tmp_path: P
 def test_of_a_runs_folder_the_newest_checkpoint_is_used(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint.parent), "--output-dir", "here", "--subset-size", "2")
     outcome = run_well("inference_instruct.py", *arguments, folder=tmp_path)
-    assert f"taking its newest checkpoint, {checkpoint.name}" in outcome.err
+    assert f"using its newest checkpoint, {checkpoint.name}" in outcome.err
     assert metrics_of(tmp_path / "here")["checkpoint"] == str(checkpoint)
     answered = run_well("generate_instruct.py", "--checkpoint", str(checkpoint.parent), "--message", "Hello", folder=tmp_path)
     assert checkpoint.name in answered.err and checkpoint.name not in answered.out
@@ -591,14 +596,14 @@ def test_a_door_that_cannot_share_its_work_refuses_several_ranks(door: str, argu
 def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, sample_dir: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint), "--output-dir", "out")
     run_well("inference_instruct.py", *arguments, "--act-steps", "1", "--subset-size", "4", folder=tmp_path)
-    metrics = metrics_of(tmp_path / "out")
+    metrics = metrics_of(tmp_path / "out", "metrics_test")
     assert metrics["mean_act_steps"] == 1
     assert metrics["counts"]["conversations"] == 4
 
     # With a threshold, a prompt position takes all steps and an answer's may stop; there is then one depth to report.
     threshold = ("--halt-threshold", "0.0001", "--subset-size", "4")
     run_well("inference_instruct.py", *arguments, *threshold, folder=tmp_path)
-    halting = metrics_of(tmp_path / "out")
+    halting = metrics_of(tmp_path / "out", "metrics_test")
     assert 1 < halting["mean_act_steps"] < 2
     assert halting["by_act_step"] == []
 
@@ -607,7 +612,7 @@ def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, s
     other = jsonl(tmp_path / "other/SlimOrca.jsonl", rows)
     slimorca = ("--overrides", "dataset.source=slimorca", "dataset.test_ratio=0.5", "--data-dir", str(other), "--seq-len", "96")
     run_well("inference_instruct.py", *arguments, *slimorca, "--save-outputs", "inputs", folder=tmp_path)
-    plain = metrics_of(tmp_path / "out")
+    plain = metrics_of(tmp_path / "out", "metrics_test")
     assert "answers" not in plain
     assert 0 < plain["counts"]["conversations"] < 40
     assert load_file(tmp_path / "out/outputs_test.safetensors")["inputs"].shape[1] == 96
@@ -615,7 +620,7 @@ def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, s
     # A config by name replaces all but the architecture.
     named = ("--config-name", "cfg_pretrain_instruct", "--data-dir", str(other), "--seq-len", "96", "--subset-size", "2")
     run_well("inference_instruct.py", *arguments, *named, folder=tmp_path)
-    assert metrics_of(tmp_path / "out")["counts"]["conversations"] == 2
+    assert metrics_of(tmp_path / "out", "metrics_test")["counts"]["conversations"] == 2
 
 
 @pytest.mark.parametrize(
@@ -791,7 +796,7 @@ def test_a_chat_goes_on_until_its_input_ends(checkpoint: Path, tmp_path: Path) -
     lines = "What is 2 + 2?\n/depth 1\nAnd 3 + 3?\n"
     outcome = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--chat", folder=tmp_path, lines=lines)
     once = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--message", "What is 2 + 2?", folder=tmp_path)
-    assert f"> {once.out}" in outcome.out and "(1 ACT steps a token)" in outcome.out
+    assert f"> {once.out}" in outcome.out and "(1 ACT steps per token)" in outcome.out
     assert outcome.out.count("> ") == 4 and outcome.err == ""
 
 
@@ -824,7 +829,7 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     folder = jsonl(tmp_path / "in.jsonl", [*pairs(5), {"messages": [{"role": "user", "content": "Hi"}]}])
     files = ("--input", str(folder / "in.jsonl"), "--output", "new/out.jsonl")
     outcome = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), *files, folder=tmp_path)
-    assert outcome.out == "" and "GB of keys and values" in outcome.err and "6 rows: new/out.jsonl" in outcome.err
+    assert outcome.out == "" and "a KV cache of " in outcome.err and "6 rows: new/out.jsonl" in outcome.err
     rows = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(6)) and rows[0]["reference"] == "0."
     once = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--message", "What is 4?", folder=tmp_path)
@@ -834,7 +839,7 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     other = run_door(
         "generate_instruct.py", "--checkpoint", str(checkpoint), *files, "--shard", "1/2", "--seed", "7", folder=tmp_path
     )
-    assert_told(other, "new/out.jsonl was begun with something else (sampling")
+    assert_told(other, "new/out.jsonl was begun with other settings or files (sampling")
 
     # Processes that know each other by the flag alone.
     files = ("--input", str(folder / "in.jsonl"), "--output", "shared.jsonl", "--overrides", "generation.batch_size=1")
@@ -864,8 +869,8 @@ def test_inference_writes_generated_answers_of_any_data(checkpoint: Path, sample
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
-        (Ranks(), "stopped by SIGTERM: the same command measures anew\n"),
-        (Ranks(0, 2), "stopped by SIGTERM, which torchrun sends when a rank has died: the same command measures anew\n"),
+        (Ranks(), "stopped by SIGTERM: run the same command again\n"),
+        (Ranks(0, 2), "stopped by SIGTERM, which torchrun sends when a rank has died: run the same command again\n"),
         (Ranks(1, 2), ""),
     ],
     ids=["alone", "first", "other"],

@@ -117,7 +117,7 @@ def test_a_dry_run_says_it_all(
     assert "optimizer steps   10, 4 ACT steps a row" in said
     assert "evaluations       1, each of 3 held-out rows" in said
     assert f"tokens a row      {np.mean(lengths):.1f} (mean of 40 rows)" in said
-    assert re.search(r"memory            peak_rss \d+\.\d\d GB, measured; there is \d+\.\d\d GB", said)
+    assert re.search(r"memory            peak_rss \d+\.\d\d GB, measured; \d+\.\d\d GB in all", said)
     assert "measured on 3 steps" in said
 
 
@@ -135,7 +135,7 @@ def test_flops_of_a_run_follow_its_depths(tiny_config: ConfigFactory, dry_run: C
 def test_a_short_run_is_not_timed(tiny_config: ConfigFactory, dry_run: Callable[[PretrainInstructConfig], str]) -> None:
     said = dry_run(tiny_config("global_batch_size=40"))
     assert "optimizer steps   1, 4 ACT steps a row" in said
-    assert "expected time     not measured: the whole run has too few steps" in said
+    assert "expected time     not measured: the run has too few steps" in said
 
 
 def test_the_longest_rows_are_tried_and_a_gpu_they_do_not_fit_into_is_told(
@@ -155,7 +155,7 @@ def test_the_longest_rows_are_tried_and_a_gpu_they_do_not_fit_into_is_told(
             yield result
 
     monkeypatch.setattr("training.estimate.Trainer", FullTrainer)
-    with pytest.raises(UsageError, match=r"doesn't fit into the .* GB of cpu memory: lower micro_batch_size"):
+    with pytest.raises(UsageError, match=r"doesn't fit into .* GB of cpu memory: lower micro_batch_size"):
         dry_run(tiny_config())
 
 
@@ -201,7 +201,7 @@ def test_a_dry_run_of_puzzles_says_it_all(
     assert f"parameters        {count_parameters(model):,}: " in said
     assert ("puzzle vectors    208: 13 of 16 channels" in said) == (model.puzzle_emb is not None)
     assert f"optimizer steps   {steps} at most, each an ACT step of 4 rows" in said
-    assert f"tokens a row      16, behind {model.prefix_len} positions of its puzzle's vector" in said
+    assert f"tokens a row      16, after {model.prefix_len} positions of its puzzle's vector" in said
     assert f"FLOPs a token     {flops:.3g} an ACT step; {steps * 4 * TOKENS * flops:.3g} in the run" in said
     assert "measured on 3 steps" in said
 

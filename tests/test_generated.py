@@ -128,6 +128,24 @@ def test_written_answers_are_those_of_the_model_and_the_measures_are_theirs(
     assert measured["log_probability_per_token"] == pytest.approx(sum(answer.log_probability for answer in answers) / tokens)
 
 
+def test_two_measurements_may_write_the_same_answers(
+    text_dataset: Callable[..., Any], tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = text_dataset([{"prompt": "blue", "response": "gives"}])
+    responder = Responder(None, tiny_tokenizer, Template(), 64, Options(4, 3), rows=2, kv_budget_gb=1.0)  # type: ignore[arg-type]
+    path = tmp_path / "answers.jsonl"
+    inner = iter([True])
+
+    def answered(*_: Any) -> Iterator[dict[str, Any]]:
+        if next(inner, False):
+            write_generated(responder, split, path, rows=[0])
+        yield {"error": "none"}
+
+    monkeypatch.setattr("evaluators.generated._answered", answered)
+    write_generated(responder, split, path, rows=[0])
+    assert path.read_text() == '{"error": "none"}\n' and not list(tmp_path.glob("*.partial"))
+
+
 def test_without_a_row_that_fits_there_is_nothing_to_measure(
     text_dataset: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -254,8 +254,8 @@ def test_a_value_that_is_no_text_where_text_belongs_is_told(tmp_path: Path) -> N
     [
         (False, "dataset.validation_split=test", "neither: name files"),
         (False, "dataset.split=test", "neither: name files"),
-        (True, "dataset.validation_files=[a.jsonl]", "choose of its splits"),
-        (True, "dataset.shards=1", "choose of its splits"),
+        (True, "dataset.validation_files=[a.jsonl]", "choose its splits"),
+        (True, "dataset.shards=1", "choose its splits"),
         (True, "dataset.validation_split=train dataset.test_ratio=0", "leave out one of them"),
         (False, "dataset.validation_files=[a.jsonl] dataset.test_ratio=0", "leave out one of them"),
     ],

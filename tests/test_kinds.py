@@ -119,7 +119,7 @@ def test_arc_shows_the_grid_on_the_canvas() -> None:
         (Maze(3), "SoG\n\n\n", "found 'o'"),
         (Maze(3), "S  \n\n\n", "expected one G in a maze, found 0"),
         (Maze(3), "SSG\n\n\n", "expected one S in a maze, found 2"),
-        (Maze(3), "S#G\n##\n\n", "no way leads from S to G"),
+        (Maze(3), "S#G\n##\n\n", "no path leads from S to G"),
         (Arc(), "{}", "JSON"),
     ],
 )

@@ -277,10 +277,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     """The examples that tasks compute from here on, in order; nothing is computed of them."""
     found: list[Example] = []
 
-    def remembered(task: TextTask, examples: Sequence[Example], act_steps: int) -> MicroBatch:
+    def remembered(task: TextTask, examples: Sequence[Example]) -> MicroBatch:
         found.extend(examples)
         loss = torch.stack([p.sum() for p in task.model.parameters()]).sum()
-        return MicroBatch(loss, 1, {"tokens": 1}, torch.full((len(examples),), act_steps))
+        return MicroBatch(loss, 1, {"tokens": 1}, torch.full((len(examples),), task.config.arch.halt_max_steps))
 
     monkeypatch.setattr(TextTask, "_micro_batch", remembered)
     return found
@@ -345,7 +345,7 @@ def test_a_state_with_rows_halfway_is_refused(tiny_config: ConfigFactory, random
     trainer = make_trainer(tiny_config(), random_examples(8))
     state = trainer.state()
     old = TrainerState({**state.tensors, "slots.active": torch.ones(4, dtype=torch.bool)}, state.values)
-    with pytest.raises(UsageError, match=r"of an earlier version, .* begin another run with its weights"):
+    with pytest.raises(UsageError, match=r"of an earlier version, .* start another run with its weights"):
         trainer.load_state(old)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs, write_json
@@ -65,16 +66,33 @@ def test_metrics_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     path = tmp_path / "metrics_test.json"
     write_json(path, {"loss": 1})
     write_json(path, {"loss": 2})
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def full_disk(self: Path, text: str) -> int:
-        write(self, text[:3])
+    def full_disk(self: Path, content: bytes) -> int:
+        write(self, content[:3])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UsageError, match=r"can't be written: .*No space left.*--output-dir"):
         write_json(path, {"loss": 3})
     assert json.loads(path.read_text()) == {"loss": 2} and list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.safetensors"
+    saved = SavedOutputs(["preds"])
+    saved.add(torch.tensor([0]), {"preds": torch.ones(1, 2)})
+    saved.write(path)
+    whole = path.read_bytes()
+
+    def full_disk(tensors: dict[str, torch.Tensor], target: Path) -> None:
+        target.write_bytes(whole[:9])
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("artifacts.outputs.save_file", full_disk)
+    with pytest.raises(UsageError, match=r"out\.safetensors can't be written: No space left.*--output-dir"):
+        saved.write(path)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:

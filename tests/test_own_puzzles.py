@@ -119,7 +119,7 @@ def test_forms_of_a_task_vote(answering: Callable[..., Any], tmp_path: Path) -> 
     asked = answering(copy)
     first, second = solver(Arc()).solve_task(path, names, show=False)
     assert np.concatenate([batch.puzzle_identifiers for batch in asked]).tolist() == [1, 1, 2, 2]
-    no_rule = "ARC has no rules that tell a right answer"
+    no_rule = "ARC has no rules to check an answer"
     assert first == f"test 1 of 2; {no_rule}\nattempt 1: 2 of 2 votes, mean halting probability 0.500\n1 2\n3 4"
     assert second.endswith("2 of 2 votes, mean halting probability 0.500\n5 6 7")
     # With choice by votes, every sample has one.

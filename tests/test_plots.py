@@ -1,6 +1,7 @@
 """The picture of a run: it is one, of what the logs say, and where there is nothing to draw that is told."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from artifacts.plots import draw_runs
+from artifacts.plots import draw_panel, draw_runs, panels_of, read_log, set_logarithmic, svg
 from config.errors import UsageError
 from scripts.plot_runs import main
 
@@ -69,7 +70,7 @@ def test_every_value_stands_at_its_step_and_minute(run: Path, drawn: dict[str, A
     assert drawn["learning rate"] == [([10, 20, 30], [1e-3] * 3)]
     assert drawn["tokens per second, one ACT step each"] == [([10, 20, 30], [70.0, 1.0, 210.0])]
     assert drawn["peak memory, GB"] == [([10, 20, 30], [2.0] * 3)]
-    assert "ACT steps of a row, mean" not in drawn, "there is nothing to draw"
+    assert "mean ACT steps of a row" not in drawn, "there is nothing to draw"
 
 
 def test_a_line_that_is_being_written_is_no_line_yet(run: Path, drawn: dict[str, Any]) -> None:
@@ -78,6 +79,32 @@ def test_a_line_that_is_being_written_is_no_line_yet(run: Path, drawn: dict[str,
     (run / "timing.jsonl").unlink()
     draw_runs([run], run / "run.png")
     assert drawn["learning rate"][0][0] == [10, 20, 30] and "peak memory, GB" not in drawn
+
+
+def test_a_name_is_text_not_mathematics(run: Path, tmp_path: Path) -> None:
+    odd = run.rename(tmp_path / "$\\frac{$ and $x")
+    draw_runs([odd], tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(PNG)
+    log = read_log(odd)
+    assert ">$\\frac{$ and $x, process<" in svg(
+        lambda axes: draw_panel(axes, panels_of([log])[-1], [(odd.name, log), ("other", log)])
+    )
+
+
+def test_a_logarithmic_axis_has_plain_numbers() -> None:
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [1, 1000])
+        set_logarithmic(axes)
+
+    assert ">100<" in svg(draw) and "mathdefault" not in svg(draw)
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path / "project/first")
+    titles: list[str] = []
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, title, **style: titles.append(title))
+    draw_runs([run, tmp_path / "project/first"], tmp_path / "run.png")
+    assert titles == [f"{tmp_path.name}/first, project/first"]
 
 
 def test_runs_lie_over_each_other(run: Path, tmp_path: Path, drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +120,7 @@ def test_runs_lie_over_each_other(run: Path, tmp_path: Path, drawn: dict[str, An
     [
         (lambda run: (run / "metrics.jsonl").unlink(), "is not the folder of a run: it has no metrics.jsonl"),
         (lambda run: (run / "run.png").mkdir(), "can't be written"),
+        (lambda run: (run / "timing.jsonl").write_text('{"step": 1}\n{"seconds"\n'), r"timing\.jsonl, line 2 is damaged"),
     ],
 )
 def test_what_cannot_be_drawn_is_told(run: Path, prepare: Callable[[Path], None], told: str) -> None:

@@ -147,11 +147,11 @@ def test_a_run_begins_with_the_originals_weights(trained: Path) -> None:
     write_puzzles(trained / "data/more", train=20)
     frozen = ("freeze_weights=true", "puzzle_emb_lr=0", "run_name=b", "epochs=2", "load_checkpoint=step_100")
     outcome = run_well("pretrain.py", "data_paths=[data/more]", *RUN, *frozen, folder=trained)
-    assert "beginning with the weights of step_100" in outcome.out
+    assert "starting from the weights of step_100" in outcome.out
     folder = ("run_name=d", "epochs=2", f"load_checkpoint={RUN_FOLDER}/a", "arch.rope_theta=500")
     outcome_of_folder = run_well("pretrain.py", "data_paths=[data/more]", *RUN, *folder, folder=trained)
-    assert f"taking its newest checkpoint, {checkpoints(trained, 'a')[-1].name}" in outcome_of_folder.out
-    assert "not taken over: arch.rope_theta was 10000.0, now 500.0" in outcome_of_folder.out
+    assert f"using its newest checkpoint, {checkpoints(trained, 'a')[-1].name}" in outcome_of_folder.out
+    assert "other setting: arch.rope_theta was 10000.0, now 500.0" in outcome_of_folder.out
     found = load_file(checkpoints(trained, "b")[-1] / "model.safetensors")
     vectors = weights.pop("model.inner.puzzle_emb.weights")
     reset = found.pop("model.inner.puzzle_emb.weights")
@@ -288,7 +288,7 @@ def test_puzzles_numbered_otherwise_are_told(trained: Path, tmp_path: Path) -> N
     (renamed / "identifiers.json").write_text(json.dumps([names[0], *names[:0:-1]]))
     checkpoint = str(checkpoints(trained, "a")[-1])
     outcome = run_door("inference.py", "--checkpoint", checkpoint, "--data-paths", str(renamed), folder=trained)
-    assert_told(outcome, "knows puzzles under other numbers")
+    assert_told(outcome, "numbers puzzles otherwise")
 
 
 def test_the_saved_settings_are_the_runs(trained: Path) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from matplotlib.axes import Axes
+from safetensors.torch import save_file
 
 from artifacts.checkpoint import read_settings
-from artifacts.report import write_report
+from artifacts.report import card_tables, write_report
+from artifacts.weights import count_parameters
 from config.compose import compose_as
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
@@ -121,7 +124,7 @@ def test_every_figure_is_in_the_files_of_the_run(run: Path, tmp_path: Path, monk
     defaults = {number for value in shipped for number in re.findall(NUMBER, str(value))}
     shown = cells(html)
     exact = [float(value) for _, value in shown if value]
-    assert len(exact) > 100 and set(exact) <= numbers
+    assert len(exact) > 100 and set(exact) <= numbers | {count_parameters(newest(run))}
     for text, value in shown:
         if text.endswith("%"):
             assert float(text[:-1]) == pytest.approx(100 * float(value), abs=0.051)
@@ -156,6 +159,156 @@ def test_sample_answers_are_shaded_by_depth(run: Path) -> None:
     assert [int(steps) for steps, _, _ in tokens] == [steps for record in records for steps in record["act_steps"]]
     assert {float(shade) for steps, shade, _ in tokens if steps == "1"} == {0.35}
     assert [unescape(text) for *_, text in tokens] == [text for record in records for text in record["tokens"]]
+
+
+def write_known_run(folder: Path) -> Path:
+    """A run of two checkpoints, written by hand, each value another; `folder`."""
+    measures = [{"bits_per_byte": 0.75, "exact_accuracy": 0.125}, {"bits_per_byte": 0.5, "exact_accuracy": 0.25}]
+    tests = {2: measures[0], 4: measures[1]}
+    lines: list[dict[str, Any]] = []
+    for step, test in tests.items():
+        lines += [{"step": step, "examples": 8 * step, "lr": 0.1}, {"step": step, "examples": 8 * step, "test": test}]
+        checkpoint = folder / f"step_{step}"
+        checkpoint.mkdir(parents=True)
+        write(checkpoint / "checkpoint.json", {"format_version": 1, "step": step})
+        write(checkpoint / "config.yaml", {"arch": {"name": "looped", "halt_max_steps": 2}, "lr": 0.003})
+        save_file(
+            {"model.inner.H_init": torch.zeros(7), "model.inner.q_head.weight": torch.zeros(2, 5)}, checkpoint / "model.safetensors"
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timing = [{"step": step, "seconds": 30 * step, "peak_rss_bytes": step * 10**9} for step in tests]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+    score = {"accuracy": 0.625, "lower_95": 0.5, "upper_95": 0.75, "count": 16, "baseline": 0.0625}
+    of_split = {"rows": 12, "act_steps": 2, "max_batches": None, "by_act_step": measures, **measures[1]}
+    of_split["answers"] = {"overall": score, "families": {"logic": {**score, "count": 9}}, "by_act_step": [0.375, 0.625]}
+    write(folder / "step_4/metrics.json", of_split)
+    fast = {"name": "1 ACT step", "threshold": None, "overall": score, "mean_act_steps": 1.0, "tokens_per_second": [40, 10, 30, 20]}
+    write(folder / "step_4/depth.json", {"settings": [fast]})
+    after = {"accuracy": 0.8, "predicted": 0.7, "ece": 0.1}
+    write(folder / "step_4/halting.json", {"measured": {"by_act_step": [{"before": {"ece": 0.2}, "after": after}]}})
+    return folder
+
+
+def write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def figures(markdown: str) -> dict[str, list[list[str]]]:
+    """The rows of each section's tables, without their heads."""
+    sections = {part.splitlines()[0]: part.splitlines() for part in markdown.split("## ")[1:]}
+    rows = {title: [line[2:-2].split(" | ") for line in lines if line.startswith("| ")] for title, lines in sections.items()}
+    return {
+        title: [row for row, below in zip(found, [*found[1:], [""]], strict=False) if {row[0], below[0]}.isdisjoint({"---"})]
+        for title, found in rows.items()
+    }
+
+
+def report(*paths: Path) -> dict[str, list[list[str]]]:
+    path = paths[0] / "report.md"
+    write_report(paths, path, markdown=True)
+    return figures(path.read_text())
+
+
+def test_each_figure_stands_under_its_label(tmp_path: Path) -> None:
+    found = report(write_known_run(tmp_path / "run"))
+    assert found["Overview"] == [
+        ["checkpoint", "step_4"],
+        ["recursion", "looped"],
+        ["parameters", "10"],
+        ["width", "512"],
+        ["ACT steps, at most", "2"],
+        ["optimizer", "adam_atan2"],
+        ["rows of an optimizer step", "32"],
+        ["optimizer steps", "4"],
+        ["rows trained", "32"],
+        ["training time", "2.0 min"],
+        ["peak memory of the process", "4.00 GB"],
+        ["held out: measured by", "metrics.json"],
+        ["held out: rows", "12"],
+        ["held out: ACT steps, at most", "2"],
+        ["held out: bits per byte", "0.5"],
+        ["held out: rows wholly right", "25.0%"],
+    ]
+    exact = ["62.5%", "50.0%", "75.0%"]
+    assert found["Depth"] == [
+        ["1", "0.75", "12.5%", "37.5%"], ["2", "0.5", "25.0%", "62.5%"], ["1 ACT step", *exact, "1", "25"],
+    ]  # fmt: skip
+    assert found["Calibration of the halting probability"] == [["1", "80.0%", "70.0%", "10.0%", "20.0%"]]
+    assert found["Answers by family"] == [["logic", "9", "6.2%", *exact], ["all", "16", "6.2%", *exact]]
+    assert ["lr", "0.0001", "0.003"] in found["Settings that differ from the defaults"]
+
+
+def test_an_earlier_checkpoint_shows_the_run_until_then(tmp_path: Path) -> None:
+    run = write_known_run(tmp_path / "run")
+    first = {row[0]: row[1] for row in report(run / "step_2")["Overview"]}
+    assert (first["optimizer steps"], first["rows trained"], first["training time"]) == ("2", "16", "1.0 min")
+    assert (first["held out: measured by"], first["held out: bits per byte"]) == ("training, step 2", "0.75")
+    assert "| held out: bits per byte | 0.75 |" in card_tables(run / "step_2")[1]
+    # One that was saved between two evaluations has no figures of its own.
+    (run / "step_2").rename(run / "step_3")
+    write(run / "step_3/checkpoint.json", {"format_version": 1, "step": 3})
+    assert not [row for row in report(run / "step_3")["Overview"] if row[0].startswith("held out")]
+    write(run / "step_3/train_metrics.json", {"step": 3, "test": {"bits_per_byte": 0.625}})
+    between = report(run / "step_3")["Overview"]
+    assert between[-2:] == [["held out: measured by", "train_metrics.json"], ["held out: bits per byte", "0.625"]]
+
+
+def test_all_sections_show_one_measurement(tmp_path: Path) -> None:
+    run = write_known_run(tmp_path / "run")
+    (run / "step_4/metrics.json").unlink()
+    with_threshold = {"rows": 12, "act_steps": 2, "halt_threshold": 0.5, "by_act_step": [], "bits_per_byte": 0.875}
+    write(run / "step_4/metrics_test.json", with_threshold)
+    (run / "step_4/depth.json").unlink()
+    write(run / "step_4/train_metrics.json", {"step": 4, "test": {"by_act_step": [{"bits_per_byte": 0.5}] * 2}})
+    found = report(run)
+    assert ["held out: halting threshold", "0.5"] in found["Overview"] and ["held out: bits per byte", "0.875"] in found["Overview"]
+    assert found["Depth"] == []
+    write(run / "step_4/metrics_test.json", with_threshold | {"max_batches": 1})
+    assert ["held out: measured by", "training, step 4"] in report(run)["Overview"], "a trial is no measurement of the split"
+
+
+def test_settings_are_compared_with_the_defaults_and_between_the_runs(tmp_path: Path) -> None:
+    runs = [write_known_run(tmp_path / name) for name in ("one", "two")]
+    for checkpoint in runs[1].glob("step_*"):
+        write(checkpoint / "config.yaml", {"arch": {"name": "trm", "halt_max_steps": 3}, "lr": 0.003})
+    found = {row[0]: row[1:] for row in report(*runs)["Settings that differ from the defaults or between the runs"]}
+    assert found["lr"] == ["0.0001", "0.0001", "0.003", "0.003"], "each run's default, then its value"
+    assert found["arch.H_cycles"] == ["1", "3", "1", "3"], "either is its recursion's default"
+    assert "seed" not in found
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_known_run(tmp_path / project / "run") for project in ("one", "two")]
+    write_report(runs, tmp_path / "report.md", markdown=True)
+    assert (tmp_path / "report.md").read_text().startswith("# one/run, two/run\n")
+    write_report(sorted(runs[0].glob("step_*")), tmp_path / "report.md", markdown=True)
+    assert (tmp_path / "report.md").read_text().startswith("# step_2, step_4\n")
+
+
+def test_a_run_on_puzzles_hides_nothing_of_one_on_text(tmp_path: Path) -> None:
+    text, puzzles = (write_known_run(tmp_path / name) for name in ("text", "puzzles"))
+    write(puzzles / "step_4/dataset.json", {"seq_len": 81})
+    write(puzzles / "step_4/config.yaml", {"arch": {"name": "trm"}, "data_paths": ["data"]})
+    (puzzles / "step_4/metrics.json").unlink()
+    write(puzzles / "step_4/metrics_test.json", {"sets": {"hard": {"rows": 3, "exact_accuracy": 0.5, "accuracy": 0.75}}})
+    found = report(text, puzzles)
+    assert [row[0] for row in found["Answers by family"]] == ["logic", "all"]
+    assert found["Answers by set"] == [["puzzles: hard", "3", "50.0%", "75.0%"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"step"\n', r"metrics\.jsonl, line 2 is damaged"),
+        ("step_4/answers_test.jsonl", "{}\n", r"answers_test\.jsonl, line 1 is damaged"),
+        ("step_4/metrics.json", "[]", r"metrics\.json is damaged"),
+    ],
+)
+def test_damaged_files_are_reported(tmp_path: Path, name: str, content: str, told: str) -> None:
+    run = write_known_run(tmp_path / "run")
+    (run / name).write_text(content)
+    with pytest.raises(UsageError, match=told):
+        write_report([run], tmp_path / "report.html")
 
 
 def test_what_was_not_measured_says_how_to_get_it(run: Path, tmp_path: Path) -> None:
@@ -214,7 +367,7 @@ def test_a_run_on_puzzles_has_one_too(tmp_path: Path) -> None:
     html = (run / "report.html").read_text()
     numbers, _ = known(run)
     shown = cells(html)
-    assert {float(value) for _, value in shown if value} <= numbers
+    assert {float(value) for _, value in shown if value} <= numbers | {count_parameters(newest(run))}
     assert "calibrate_halting" not in html and "benchmarks/depth" not in html and "Sample answers" not in html, "these are for text"
     assert {"puzzles", "Answers by set"} <= set(re.findall(r">([^<>]*)<", html)) and "toy: all" in {text for text, _ in shown}
     curve = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test"]["exact_accuracy_by_act_step"]

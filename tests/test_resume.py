@@ -105,7 +105,7 @@ def test_a_run_goes_on_bit_for_bit(
 ) -> None:
     before = checkpoints_of(killed)
     run_instruct(run_config(killed.parents[1], "resume=auto"))
-    assert f"going on from {before[-1]}" in capsys.readouterr().out
+    assert f"resuming from {before[-1]}" in capsys.readouterr().out
     assert_the_same_run(killed, undisturbed)
     assert not list(killed.glob(".step_*"))
     # Through already: nothing is trained, nothing is lost.
@@ -147,14 +147,14 @@ def test_a_run_that_the_clock_has_ended_goes_on_as_if_it_had_not(
     steps = []
     for minutes in (5, 7, 14.5, 22):
         result = run_instruct(run_config(tmp_path, "resume=auto", f"max_minutes={minutes}"))
-        assert f": max_minutes={minutes} are over; to go on, raise that" in capsys.readouterr().out
+        assert f": max_minutes={minutes} are over; to resume, raise it" in capsys.readouterr().out
         assert result.loss is not None
         steps.append(step_of(result.checkpoint))
     assert steps == [5, 7, 15, 22]
     assert run_instruct(run_config(tmp_path, "resume=auto", "max_minutes=20")) == result, "and ends at once where time is over"
     run_instruct(run_config(tmp_path, "resume=auto"))
     said = capsys.readouterr().out
-    assert "under other settings" not in said
+    assert "with other settings" not in said
     assert_the_same_run(tmp_path / "SlimOrca-ACT/run", undisturbed)
 
 
@@ -182,12 +182,12 @@ def assert_same_numbers(run: Path, other: Path, tolerance: float = 1e-4) -> None
 def test_without_resume_a_run_is_never_overwritten_nor_without_a_name_gone_on_with(
     killed: Path, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError, match=r"not overwritten: go on with resume=auto"):
+    with pytest.raises(UsageError, match=r"not overwritten: resume with resume=auto"):
         run_instruct(run_config(tmp_path))
     with pytest.raises(UsageError, match="set run_name"):
         run_instruct(run_config(tmp_path, "resume=auto", "run_name=null"))
     run_instruct(run_config(tmp_path / "fresh", "resume=auto", "epochs=1"))
-    assert "has no checkpoint yet: beginning at step 0" in capsys.readouterr().out
+    assert "has no checkpoint yet: starting at step 0" in capsys.readouterr().out
 
 
 def test_a_run_that_is_at_work_is_left_alone(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +270,8 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     with find_resume_point(run_config(killed.parents[1], "resume=auto"), Ranks()) as resume_point:
         assert resume_point.saved is not None and resume_point.saved.folder == older
     said = capsys.readouterr().out
-    assert str(newest) in said and "looking for an older checkpoint" in said and f"going on from {older}" in said
-    assert f"{newest} is moved to {newest}.damaged" in said and Path(f"{newest}.damaged").is_dir()
+    assert str(newest) in said and "looking for an older checkpoint" in said and f"resuming from {older}" in said
+    assert f"renamed {newest} to {newest}.damaged" in said and Path(f"{newest}.damaged").is_dir()
     assert not proof.exists()
 
 
@@ -285,9 +285,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(killed: Path, run_c
     for folder in checkpoints_of(killed):
         (folder / "trainer/tensors.safetensors").write_bytes(b"")
     before = sorted(killed.rglob("*"))
-    with pytest.raises(UsageError, match=r"no checkpoint in .* is whole .*not begun again unasked"):
+    with pytest.raises(UsageError, match=r"no checkpoint in .* is intact .*the run doesn't start over"):
         run_instruct(run_config(killed.parents[1], "resume=auto"))
-    with pytest.raises(UsageError, match="is whole"):
+    with pytest.raises(UsageError, match="is intact"):
         run_instruct(run_config(killed.parents[1], f"resume={checkpoints_of(killed)[-1]}"))
     assert [path for path in sorted(killed.rglob("*")) if ".partial" not in str(path)] == [
         path for path in before if ".partial" not in str(path)
@@ -307,9 +307,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(killed: Path, run_c
 )
 def test_a_run_does_not_go_on_as_another(killed: Path, run_config: RunConfig, override: str, message: str) -> None:
     before = (killed / "metrics.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="can't be gone on with") as error:
+    with pytest.raises(UsageError, match="can't be resumed") as error:
         run_instruct(run_config(killed.parents[1], "resume=auto", override))
-    assert message in str(error.value) and "begin another run" in str(error.value)
+    assert message in str(error.value) and "start another run" in str(error.value)
     assert (killed / "metrics.jsonl").read_bytes() == before
 
 
@@ -341,7 +341,7 @@ def test_settings_that_change_what_comes_of_a_run_are_said(
     killed: Path, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_instruct(run_config(killed.parents[1], "resume=auto", "lr=2e-3", "log_interval=7", "generation.seed=3"))
-    assert "not exactly as the run that was begun: lr was 0.001, now 0.002\n" in capsys.readouterr().out
+    assert "not exactly the same run: lr was 0.001, now 0.002\n" in capsys.readouterr().out
 
 
 def test_only_the_newest_and_the_best_are_kept(run_config: RunConfig, tmp_path: Path) -> None:
@@ -367,16 +367,16 @@ def test_weights_alone_begin_another_run(
     still = ("lr=1e-30", "weight_decay=0", "epochs=1", "seed=5")
     last = run_instruct(run_config(tmp_path, f"load_checkpoint={source}", *still)).checkpoint
     said_first = capsys.readouterr().out
-    assert f"beginning with the weights of {source}" in said_first and "not taken over" not in said_first
+    assert f"starting from the weights of {source}" in said_first and "other setting" not in said_first
     run_instruct(
         run_config(tmp_path / "again", f"load_checkpoint={undisturbed}", *still, "dataset.seq_len=48", "arch.loss=stablemax")
     )
     said = capsys.readouterr().out.splitlines()
-    assert f"{undisturbed}: taking its newest checkpoint, {source.name}" in said
+    assert f"{undisturbed}: using its newest checkpoint, {source.name}" in said
     # Of all that differs, what the weights were learned under.
-    assert [line for line in said if "not taken over" in line] == [
-        "  not taken over: arch.loss was 'softmax', now 'stablemax'",
-        "  not taken over: dataset.seq_len was 64, now 48",
+    assert [line for line in said if "other setting" in line] == [
+        "  other setting: arch.loss was 'softmax', now 'stablemax'",
+        "  other setting: dataset.seq_len was 64, now 48",
     ]
     weights, average = load_file(last / "model.safetensors"), load_file(source / "ema.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in weights.items()), "the average, not the last weights"

@@ -104,7 +104,7 @@ def test_a_run_ends_at_max_steps_and_goes_on_with_more(
     first = run_instruct(limited)
     assert first is not None
     run, said = first.checkpoint.parent, capsys.readouterr().out
-    assert "the run ends at step 10: max_steps=10 is reached; to go on, raise that and give resume=auto run_name=run" in said
+    assert "the run ends at step 10: max_steps=10 is reached; to resume, raise it and give resume=auto run_name=run" in said
     assert first.checkpoint == run / "step_10" and evaluations_of(run) == {10: first.loss}
     last = next(line for line in lines_of(run) if line["step"] == 10)
     assert last["lr"] == pytest.approx(0.25 * limited.lr), "the schedule ends there, and the steps since the last line are logged"
@@ -112,15 +112,15 @@ def test_a_run_ends_at_max_steps_and_goes_on_with_more(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     again = run_instruct(run_config(tmp_path, *settings, "max_steps=10", "resume=auto"))
     assert again == first and {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert "the run has ended already at step 10: max_steps=10" in capsys.readouterr().out
+    assert "the run has already ended at step 10: max_steps=10" in capsys.readouterr().out
     more = run_instruct(run_config(tmp_path, *settings, "max_steps=15", "resume=auto"))
     assert more is not None and more.checkpoint == run / "step_15" and list(evaluations_of(run)) == [15]
-    assert "not exactly as the run that was begun: max_steps was 10, now 15" in capsys.readouterr().out
+    assert "not exactly the same run: max_steps was 10, now 15" in capsys.readouterr().out
     # A limit that lies behind, at a checkpoint without an evaluation.
     (run / "step_15").rename(tmp_path / "aside")
     behind = run_instruct(run_config(tmp_path, "eval_interval=9", "max_steps=5", "resume=auto"))
     assert behind is not None and behind.checkpoint == run / "step_12" and behind.loss is not None
-    assert "the run has ended already at step 12: max_steps=5" in capsys.readouterr().out
+    assert "the run has already ended at step 12: max_steps=5" in capsys.readouterr().out
 
 
 def test_a_run_whose_data_ends_with_its_limit_says_nothing_of_it(
@@ -203,4 +203,4 @@ def test_what_is_held_out_by_name_is_said_with_what_became_of_it(
     assert f"data {tmp_path / 'data'}: 20 training rows, 2 test rows" in said
     begin = said.index("  held-out files: data-00000-of-00001.arrow")
     assert said[begin + 1] == "    rows read: 3, of these in this split: 2" and "    left out: empty_answer 1" in said[begin:]
-    assert "  of the test rows, 2 ask what training rows ask; 2 equal one as a whole" in said
+    assert "  2 test rows ask the question of a training row; 2 equal a training row" in said

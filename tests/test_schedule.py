@@ -1,4 +1,4 @@
-"""The learning rate rises to its peak, falls to its floor, and counts examples; the number of ACT steps grows or is drawn."""
+"""The learning rate rises to its peak, falls to its floor, and counts examples."""
 
 import math
 from collections.abc import Callable

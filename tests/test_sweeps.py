@@ -183,7 +183,7 @@ def test_a_sweep_begun_again_goes_on_with_what_is_missing(sweep: Sweep, tmp_path
     assert sweep("run_name=x", "seed=0").status == 0
     outcome = sweep("run_name=x", "seed=0,1", "resume=auto")
     assert outcome.status == 0, outcome.err
-    assert "going on from checkpoints/SlimOrca-ACT/x-0/step_" in outcome.out
+    assert "resuming from checkpoints/SlimOrca-ACT/x-0/step_" in outcome.out
     again, new = jobs_of(tmp_path)[-2:]
     assert held_out_loss(tmp_path / "checkpoints/SlimOrca-ACT/x-0") == again["loss"] != new["loss"]
     assert "x-0 has checkpoints already" in sweep("run_name=x", "seed=0").err

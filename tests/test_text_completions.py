@@ -182,6 +182,6 @@ def test_prompts_that_no_model_can_take_are_refused(server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="the context holds 64") as too_long:
         client.completions.create(model=MODEL, prompt=[[5], [5] * 70])
     assert too_long.value.code == "context_length_exceeded" and too_long.value.param == "prompt"
-    with pytest.raises(openai.BadRequestError, match="13 answers asked for"):
+    with pytest.raises(openai.BadRequestError, match="13 answers requested"):
         client.completions.create(model=MODEL, prompt=["a"] * 13)
     assert httpx.get(server.url + "/health").json()["pending"] == 0

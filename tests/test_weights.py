@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from artifacts.weights import load_weights, read_weights
+from artifacts.weights import count_parameters, load_weights, read_weights, save_weights
 from config.errors import UsageError
 from config.schema import ArchConfig, PretrainInstructConfig
 from models.act import RecursiveModel
@@ -64,7 +64,7 @@ def test_a_file_that_is_no_state_dict_is_told(tmp_path: Path, content: bytes) ->
 )
 def test_tensors_in_another_order_than_a_state_dict_are_told(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "step_100")
-    with pytest.raises(UsageError, match="step_100 are no state dict: expected names with tensors"):
+    with pytest.raises(UsageError, match="step_100 are no state dict: expected only names and tensors"):
         read_weights(tmp_path / "step_100")
 
 
@@ -94,6 +94,30 @@ def test_puzzles_of_another_data_set_begin_with_the_mean_vector(tiny_config: Cal
     for other in (puzzle_model(tiny_config, 5, channels=8), RecursiveModel(tiny_config().arch, 13)):
         with pytest.raises(UsageError, match=r"puzzle_emb\.weights"):
             load_weights(other, source.state_dict(), Path("elsewhere"), reset_puzzle_embedding=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *(("arch=" + name,) for name in ("looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_baseline")),
+        ("arch=trm", "arch.tie_embeddings=true"),
+    ],
+)
+def test_parameters_are_what_an_optimizer_may_change(
+    tmp_path: Path, tiny_model: Callable[..., RecursiveModel], overrides: tuple[str, ...]
+) -> None:
+    model = tiny_model(*overrides)
+    save_weights(tmp_path / "model.safetensors", model.state_dict(), tied=model.config.tie_embeddings)
+    assert count_parameters(tmp_path) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_vectors_of_puzzles_are_no_parameters(tmp_path: Path, tiny_config: Callable[..., PretrainInstructConfig]) -> None:
+    model = puzzle_model(tiny_config, 3)
+    save_weights(tmp_path / "model.safetensors", model.state_dict(), tied=False)
+    assert count_parameters(tmp_path) == sum(parameter.numel() for parameter in model.parameters())
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UsageError, match=r"model\.safetensors can't be read"):
+        count_parameters(tmp_path)
 
 
 def test_weights_that_do_not_fit_are_named(tiny_model: Callable[..., RecursiveModel]) -> None:

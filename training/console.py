@@ -1,6 +1,7 @@
-"""What a run shows while it trains: its plan, how far it is, held-out results as tables, and where things lie at its end.
+"""What a run shows while it trains: its plan, progress, held-out results as tables, and at the end
+the paths of its files.
 
-How far it is goes to stderr, the rest to stdout. Knows numbers and paths; not what is trained.
+Progress goes to stderr, the rest to stdout. Knows numbers and paths, not what is trained.
 """
 
 import math
@@ -17,15 +18,17 @@ from config.schema import TrainingConfig
 
 # Without a terminal, seconds between lines.
 _LINE_SECONDS = 30.0
-# The first steps are slower than what follows: a speed is told after so many seconds.
+# The first steps are slower than the rest, so the speed is reported only after this many seconds.
 _WARM_UP_SECONDS = 20.0
 
 
 class Console:
-    """Plan and progress of a run: a bar on a terminal, else a line at times. A context manager; shows nothing unless `shown`."""
+    """Plan and progress of a run, as a context manager: a bar on a terminal, else a line now and
+    then. Silent unless `shown`.
+    """
 
     def __init__(self, config: TrainingConfig, *, total: int, done: int, seconds: float, shown: bool) -> None:
-        """total, done: examples of the data, and those trained already, in so many `seconds`."""
+        """total: examples of the run. done: those already trained, in `seconds`."""
         self._total = total if config.max_steps is None else min(total, config.max_steps * config.global_batch_size)
         self._seconds_given = math.inf if config.max_minutes is None else 60 * config.max_minutes - seconds
         self._first = done
@@ -49,11 +52,11 @@ class Console:
         self._bar.close()
 
     def advance(self, done: int) -> None:
-        """So many examples are trained by now."""
+        """Show that `done` examples are trained."""
         self._bar.update(done - self._bar.n)
 
     def line(self, step: int, done: int, figures: Mapping[str, float | None], memory: Mapping[str, int]) -> None:
-        """A line of the logs was written; memory: the most so far, in bytes by name."""
+        """Show a part of a log line. memory: the peaks so far in bytes, by name."""
         if not self._shown:
             return
         texts = {name: "-" if value is None else f"{value:.3f}" for name, value in figures.items()}
@@ -74,14 +77,14 @@ class Console:
 
 
 def show_evaluation(step: int, report: Mapping[str, Any]) -> None:
-    """The held-out results of a step, as a table of one row."""
+    """Show the held-out results of a step, as a table of one row."""
     numbers = {name: value for name, value in report.items() if isinstance(value, float)}
     tqdm.write("  ".join([f"{'held out':>12s}", *numbers]))
     tqdm.write("  ".join([f"{f'step {step:,}':>12s}", *(f"{value:{len(name)}.4f}" for name, value in numbers.items())]))
 
 
 def say_places(checkpoint: Path, say: Callable[[str], None]) -> None:
-    """Where the run has left things, as far as they are there."""
+    """Show the paths of the run's files, as far as they exist."""
     folder = checkpoint.parent
     places = {"checkpoint": checkpoint} | {
         name: folder / file for name, file in (("report", "report.html"), ("curves", "run.png"), ("metrics", "metrics.jsonl"))

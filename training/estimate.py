@@ -1,7 +1,8 @@
-"""What a run would take, before it is begun: parameters, optimizer steps, FLOPs, memory, time. Writes nothing.
+"""The dry run: parameters, optimizer steps, FLOPs, memory and time of a run before it starts.
+Writes nothing.
 
-Steps are counted from the settings, FLOPs by torch's counter on the meta device, where nothing is computed; memory and time are
-measured on real optimizer steps.
+Steps are counted from the settings, FLOPs by torch's counter on the meta device, where nothing is
+computed. Memory and time are measured on real optimizer steps.
 """
 
 import itertools
@@ -34,18 +35,19 @@ from training.stopping import automatic_evaluations, is_evaluation_due
 from training.task import Position, Task
 from training.text import TextTask
 
-# Rows that stand for all, and optimizer steps: the first ones, of the longest rows and of others, warm up; the others are timed.
+# The number of sampled rows and of optimizer steps. The first steps, some with the longest rows,
+# warm up; the others are timed.
 _SAMPLE_ROWS = 2000
 _WARM_UP_STEPS, _TIMED_STEPS = 2, 3
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that the optimizer may change; a tied head counts once, the puzzles' vectors, which have their own, don't."""
+    """Trainable parameters. A tied head counts once; puzzles' vectors, which are buffers, don't."""
     return sum(p.numel() for p in model.parameters())
 
 
 class Steps(NamedTuple):
-    """What a whole run consists of."""
+    """The steps and evaluations of a whole run."""
 
     optimizer_steps: int
     rows: int
@@ -53,9 +55,10 @@ class Steps(NamedTuple):
 
 
 def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluation_rows: int = 0) -> Steps:
-    """The steps of a whole run, up to `max_steps`; neither `max_minutes` nor `early_stopping` is foreseen.
+    """The steps of a whole run, at most `max_steps`; `max_minutes` and `early_stopping` aren't
+    considered.
 
-    evaluation_rows: what an evaluation measures.
+    evaluation_rows: rows of one evaluation.
     """
     total = Position(curriculum.total, curriculum.rounds_before(curriculum.total))
     expected = expected_examples(config, total.examples)
@@ -71,10 +74,11 @@ def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluati
 
 
 def flops_per_token(task: Task) -> float:
-    """FLOPs of the task's next optimizer step, forward and backward, for each of its tokens and ACT steps.
+    """FLOPs per token and ACT step, forward and backward, of the first micro-batch of the task's
+    next optimizer step.
 
-    Matrix products and attention over whole rows are counted (a causal kernel may skip half of that), a multiplication and an
-    addition as two; elementwise work isn't. Only the first micro-batch is taken.
+    Counts matrix products and attention over whole rows (a causal kernel may skip half of that), a
+    multiply-add as two FLOPs. Elementwise work isn't counted.
     """
     with FlopCounterMode(display=False) as counter:
         micro_batch = next(task.next_batch(1).micro_batches)
@@ -83,7 +87,7 @@ def flops_per_token(task: Task) -> float:
 
 
 def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data: RunData, ranks: Ranks) -> None:
-    """Say what the run would take. `model` is of no further use: some steps are taken to measure them.
+    """Report what the run would take. Measures real steps, so don't use `model` afterwards.
 
     Raises UsageError if a step doesn't fit into the memory of a GPU.
     """
@@ -113,7 +117,8 @@ def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data
 
 
 def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: PuzzleTask, data: PuzzleData, ranks: Ranks) -> None:
-    """Say what the run would take. `model` and `task` are of no further use: their first steps are taken to measure them.
+    """Report what the run would take. Measures real steps, so don't use `model` and `task`
+    afterwards.
 
     Raises UsageError if a step doesn't fit into the memory of a GPU.
     """
@@ -121,7 +126,7 @@ def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: P
     _say_parameters(model, say)
     steps = min(task.total_steps, config.max_steps or task.total_steps)
     say(f"optimizer steps   {steps:,} at most, each an ACT step of {config.global_batch_size:,} rows")
-    say(f"tokens a row      {seq_len:,}, behind {model.prefix_len} positions of its puzzle's vector")
+    say(f"tokens a row      {seq_len:,}, after {model.prefix_len} positions of its puzzle's vector")
     with torch.device("meta"):
         puzzles = None if model.puzzle_emb is None else len(model.puzzle_emb.weights)
         on_meta = RecursiveModel(model.config, model.vocab_size, seq_len=seq_len, puzzles=puzzles)
@@ -133,7 +138,7 @@ def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: P
 
 
 def _say_parameters(model: RecursiveModel, say: Callable[[str], None]) -> None:
-    say("dry run: nothing is kept of it")
+    say("dry run: nothing is written")
     parts = Counter[str]()
     for name, parameter in model.named_parameters():
         first = name.split(".")[0]
@@ -141,13 +146,13 @@ def _say_parameters(model: RecursiveModel, say: Callable[[str], None]) -> None:
     say(f"parameters        {count_parameters(model):,}: {', '.join(f'{name} {count:,}' for name, count in parts.items())}")
     if model.puzzle_emb is not None:
         puzzles, channels = model.puzzle_emb.weights.shape
-        say(f"puzzle vectors    {puzzles * channels:,}: {puzzles:,} of {channels:,} channels; a step moves those of its rows")
+        say(f"puzzle vectors    {puzzles * channels:,}: {puzzles:,} of {channels:,} channels; a step updates those of its rows")
 
 
 def _say_measured(
     config: TrainingConfig, model: RecursiveModel, tasks: Sequence[Task], flops_a_token: float, total: float, ranks: Ranks
 ) -> None:
-    """Memory and time of the first steps of `tasks`, and how long the run takes, which has `total` FLOPs."""
+    """Report memory and time of some steps of `tasks`, and the time of a run of `total` FLOPs."""
     say, there_is = ranks.say, _gb(memory_in_all(model.device))
     results = itertools.chain.from_iterable(Trainer(config, model, task, ranks).steps() for task in tasks)
     ends, tokens = list[float](), list[float]()
@@ -159,18 +164,18 @@ def _say_measured(
             tokens.append(int(result.sums["tokens"]))
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"an optimizer step doesn't fit into the {there_is} of {model.device.type} memory: lower micro_batch_size or "
+            f"an optimizer step doesn't fit into {there_is} of {model.device.type} memory: lower micro_batch_size or "
             "global_batch_size, use shorter rows, or set arch.activation_checkpointing=true"
         ) from error
     peaks = ", ".join(f"{name.removesuffix('_bytes')} {_gb(size)}" for name, size in peak_memory(model.device).items())
-    say(f"memory            {peaks}{' on each rank' if ranks.size > 1 else ''}, measured; there is {there_is}")
+    say(f"memory            {peaks}{' on each rank' if ranks.size > 1 else ''}, measured; {there_is} in all")
     [timed_tokens] = ranks.sum_numbers([sum(tokens[_WARM_UP_STEPS:])])
     if not timed_tokens:
-        say("expected time     not measured: the whole run has too few steps")
+        say("expected time     not measured: the run has too few steps")
         return
     speed = timed_tokens * flops_a_token / (ends[-1] - ends[_WARM_UP_STEPS - 1])
     say(f"expected time     {total / speed / 3600:.2f} h ({total / speed:,.0f} s) of training at {speed:.3g} FLOP/s,")
-    say(f"                  measured on {len(ends) - _WARM_UP_STEPS} steps; evaluations and checkpoints come on top")
+    say(f"                  measured on {len(ends) - _WARM_UP_STEPS} steps, without evaluations and checkpoints")
 
 
 def _gb(size: float) -> str:

@@ -1,6 +1,7 @@
-"""One instruction-tuning run from a checked config: its data, how the model is measured, answers to look at, what is kept.
+"""One instruction-tuning run from a checked config: its data, its evaluation with sample answers,
+its checkpoints.
 
-The loop itself is in training/loop.py. Knows no Hydra.
+The loop is in training/loop.py. Knows no Hydra.
 """
 
 import functools
@@ -30,16 +31,18 @@ from training.loop import Run, RunResult, Trainer
 from training.resume import find_resume_point, initial_weights_path, prepare_model
 from training.text import TextTask
 
-# Answers shown during training are for the eye; longer ones only cost time.
+# Sample answers during training are cut off at this many tokens, to save time.
 _SHOWN_ANSWER_TOKENS = 48
 
 
 def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
-    """Train, from scratch or from where `config.resume` finds the run; returns the last checkpoint and its held-out loss.
+    """Train, from scratch or from the checkpoint that `config.resume` finds; returns the last
+    checkpoint and its held-out loss.
 
     A dry run (`config.dry_run`) trains nothing and returns None.
 
-    Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
+    Raises UsageError for wrong input, before training starts, and StoppedBySignal if a signal ended
+    the run.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         if ranks.size > config.global_batch_size:
@@ -51,7 +54,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         config = config.model_copy(update={"run_name": resume_point.folder.name})
         tokenizer = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
         data = open_run_data(config, tokenizer, Template())
-        # Slots flow over the ends of short stages: the longest decides whether there is enough.
+        # A batch may span several short stages, so only the longest stage must fill a batch.
         longest = max(stage.per_round for stage in data.curriculum.stages)
         if config.global_batch_size > longest:
             raise UsageError(
@@ -74,7 +77,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
         if config.dry_run:
             dry_run_instruct(config, model, data, ranks)
             return None
-        # Threads that read ahead can't know which examples other ranks take.
+        # Prefetching threads don't know which examples other ranks take.
         workers = config.dataloader_workers if ranks.size == 1 else 0
         with ExampleStream(data.train, data.curriculum, workers, start=resume_point.position) as stream:
             trainer = Trainer(config, model, TextTask(config, model, stream, data.curriculum, ranks), ranks)
@@ -97,7 +100,7 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
 
 def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: Ranks) -> None:
-    """What the run reads, and what of it a user should know before it goes on."""
+    """Report the run's data, and anything about it that the user should know before training."""
     for name, source in config.all_sources.items():
         train, test = report["sources"][name]["train"], report["sources"][name].get("test")
         rows, test_rows = train["counts"]["kept"], test["counts"]["kept"] if test is not None else 0
@@ -105,10 +108,10 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
         ranks.say(f"data {place}: {rows:,} training rows, {test_rows:,} test rows")
         ranks.say(f"  files: {describe_files(train['files'])}")
         if "left_out" in train:
-            ranks.say(f"  not read, being named as held out: {describe_files(train['left_out'])}")
+            ranks.say(f"  not read, because their names say held out: {describe_files(train['left_out'])}")
         for line in describe_counts(train["counts"]):
             ranks.say(f"  {line}")
-        # In a folder of save_to_disk, files of two splits have the same names.
+        # Files of two splits may have the same names in a folder of save_to_disk.
         if test is not None and (source.has_own_validation or test["files"] != train["files"]):
             ranks.say(f"  held-out files: {describe_files(test['files'])}")
             for line in describe_counts(test["counts"]):
@@ -119,11 +122,13 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
         ranks.say("dataset.test_ratio is 0: training without evaluation")
     elif report["overlap"]["questions"]:
         asked, equal = report["overlap"]["questions"], report["overlap"]["conversations"]
-        ranks.say(f"  of the test rows, {asked:,} ask what training rows ask; {equal:,} equal one as a whole")
+        ranks.say(f"  {asked:,} test rows ask the question of a training row; {equal:,} equal a training row")
 
 
 def _load_initial_weights(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
-    """Fill `model` with the weights of `source`. Raises UsageError if they don't fit, or were trained with another tokenizer."""
+    """Load the weights of `source`. Raises UsageError if they don't fit the model or were trained
+    with another tokenizer.
+    """
     if (source / "checkpoint.json").is_file() and (own := open_checkpoint(source).tokenizer).sha256 != tokenizer.sha256:
         raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / own.file_name})")
     load_weights(model, read_weights(source), source)
@@ -137,7 +142,7 @@ def _evaluate(
     ranks: Ranks,
     step: int,
 ) -> dict[str, Any] | None:
-    """Teacher-forced measures of the test split, of which each rank takes a share, and a few answers to look at."""
+    """Teacher-forced metrics of the test split, shared by the ranks; shows sample answers."""
     if test_split is None:
         return None
     report = evaluate_sources(
@@ -161,7 +166,8 @@ def _evaluate(
     shown = []
     for index in range(min(config.sample_answers, len(test_split))):
         exchange = last_exchange(test_split.conversation(index))
-        # Raw text asks nothing, and a row that training cut short may have a history longer than the context.
+        # Raw text has no question. The history of a row that training truncated may be longer than
+        # the context.
         if exchange is not None and responder.fits(exchange[0]):
             shown.append(exchange)
     answers = responder.answers([history for history, _ in shown])

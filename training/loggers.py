@@ -1,4 +1,6 @@
-"""Where a run's figures go: its JSONL files always, W&B and TensorBoard as the config says. Knows nothing of what is trained."""
+"""The run's metrics loggers: JSONL files always, W&B and TensorBoard as configured. Knows nothing
+of what is trained.
+"""
 
 import os
 from collections.abc import Mapping
@@ -14,15 +16,15 @@ _WANDB_MODES = ("offline", "online", "disabled")
 
 
 class RunLogger:
-    """All places that the figures of the run in `folder` go to. Lines come in the order of their steps."""
+    """All loggers of the run in `folder`. Lines come in the order of their steps."""
 
     def __init__(self, config: TrainingConfig, folder: Path, saved: Mapping[str, Any] | None = None) -> None:
-        """saved: the `state` and the "step" that the run resumes from, None for a new run.
+        """saved: the `state` and the "step" that the run resumes from; None for a new run.
 
-        Raises UsageError if a place that is asked for can't begin.
+        Raises UsageError if a configured logger can't start.
         """
         saved = saved or {}
-        # The others first: if one can't begin, metrics.jsonl hasn't been touched.
+        # The JSONL files last: if another logger can't start, metrics.jsonl is still untouched.
         mode = wandb_mode(config)
         self._wandb = None if mode == "disabled" else _WandB(config, folder, mode, saved.get("wandb_id"))
         tensorboard = _TensorBoard(folder, int(saved.get("step", 0))) if config.tensorboard else None
@@ -30,12 +32,12 @@ class RunLogger:
         self._files = MetricsLog(folder, saved.get("metrics_log_bytes", 0), saved.get("timing_log_bytes", 0))
 
     def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """Figures of the steps since the line before, and what depends on the clock, both with their "step"."""
+        """Log the metrics of the steps since the last line, and their timing; both have a "step"."""
         self._files.write(metrics, timing)
         self._add({**_numbers("train", metrics), **_numbers("timing", timing)}, metrics["step"])
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """An evaluation: "step", "examples", and the measures as "test"."""
+        """Log an evaluation: "step", "examples", and the metrics as "test"."""
         self._files.write(metrics)
         self._add(_numbers("test", metrics["test"]), metrics["step"])
 
@@ -44,7 +46,9 @@ class RunLogger:
             charts.add(values, step)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs as `saved`, JSON values under the names of `training.progress.RunProgress`."""
+        """The `saved` of a resumed run: JSON values under the names of
+        `training.progress.RunProgress`.
+        """
         return {
             "metrics_log_bytes": self._files.length,
             "timing_log_bytes": self._files.timing_length,
@@ -52,14 +56,14 @@ class RunLogger:
         }
 
     def close(self) -> None:
-        """Write what is left to be written."""
+        """Flush and close all loggers."""
         self._files.close()
         for charts in self._charts:
             charts.close()
 
 
 def wandb_mode(config: TrainingConfig) -> str:
-    """offline, online or disabled: `config.wandb`, else the variable WANDB_MODE, else offline. Raises UsageError for others."""
+    """offline, online or disabled: `config.wandb`, WANDB_MODE, or offline. Raises UsageError."""
     mode = config.wandb or os.environ.get(WANDB_VARIABLE) or "offline"
     if mode not in _WANDB_MODES:
         raise UsageError(f"{WANDB_VARIABLE}={mode}: expected one of {', '.join(_WANDB_MODES)}")
@@ -72,7 +76,7 @@ def _numbers(group: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _Charts(Protocol):
-    """A program that shows numbers as curves over steps."""
+    """A logger that draws numbers as curves over steps."""
 
     def add(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -83,7 +87,7 @@ class _WandB:
     def __init__(self, config: TrainingConfig, folder: Path, mode: str, run_id: str | None) -> None:
         import wandb
 
-        # Or it would write elsewhere.
+        # Otherwise W&B writes to another folder.
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
@@ -94,12 +98,12 @@ class _WandB:
                 mode="online" if mode == "online" else "offline",
                 config=config.model_dump(),
                 dir=str(folder),
-                # Its own capture of the console would log tqdm's bar line by line.
+                # W&B's console capture would log tqdm's bar line by line.
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
             raise UsageError(
-                f"W&B can't begin: {error}; log in with `wandb login`, or use wandb=offline or wandb=disabled"
+                f"W&B can't start: {error}; log in with `wandb login`, or use wandb=offline or wandb=disabled"
             ) from error
         self.id: str = self._run.id
 
@@ -116,7 +120,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as missing:
             raise UsageError("tensorboard=true needs a package of that name: run `pip install tensorboard`") from missing
-        # A reader drops what a run that was killed had written after `step`.
+        # TensorBoard then drops what a killed run wrote after `step`.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def add(self, values: Mapping[str, float], step: int) -> None:

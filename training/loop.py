@@ -1,7 +1,7 @@
-"""The training loop, from top to bottom: a run's steps with their logs, evaluations and checkpoints (`Run.train`), and a step
-(`Trainer.step`).
+"""The training loop: a run with its logs, evaluations and checkpoints (`Run.train`), and an
+optimizer step (`Trainer.step`).
 
-Knows no Hydra, and not what is trained: that is a `Task` (training/task.py).
+Knows no Hydra. What is trained on is a `Task` (training/task.py).
 """
 
 import contextlib
@@ -37,25 +37,26 @@ from training.resume import ResumePoint
 from training.stopping import automatic_evaluations, first_signal, is_evaluation_due, reason_to_end
 from training.task import Task
 
-# How the names of the optimizer's tensors begin in a checkpoint.
+# Prefix of the optimizer's tensors in a checkpoint.
 _OPTIMIZER = "optimizer."
-# A loss this much above the median of the last lines is said to be a spike: a factor, and nats beside it for losses near 0.
+# Training warns of a loss above factor * median + nats, over the median of the last log lines. The
+# nats matter near a loss of 0.
 _SPIKE_FACTOR, _SPIKE_NATS = 1.5, 0.2
 _SPIKE_LINES = 20
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has come to."""
+    """The result of a run."""
 
     checkpoint: Path
-    """The last one."""
+    """The last checkpoint."""
     loss: float | None
-    """Held-out loss of that checkpoint, `Task.loss_name`; None: there is no held-out data."""
+    """Its held-out loss (`Task.loss_name`); None without held-out data."""
 
 
 class Run:
-    """One training run on disk, begun at `resume_point`: what happens around the steps of `trainer`."""
+    """One training run on disk, from `resume_point` on: everything around the steps of `trainer`."""
 
     def __init__(
         self,
@@ -68,8 +69,9 @@ class Run:
     ) -> None:
         """Loads the weights and the state of a run that is resumed.
 
-        evaluate: measure the model as it stands after a number of steps on `evaluation_rows` held-out rows, and show what there is
-        to see; None where nothing is held out. All ranks call it and get the same. save: write a checkpoint, whole or not at all.
+        evaluate: given the number of steps, measure the model on `evaluation_rows` held-out rows
+        and show the results; returns None without held-out data. All ranks call it and get the
+        same. save: write a checkpoint atomically.
         """
         self.trainer, self.task, self.ranks, self.config = trainer, trainer.task, trainer.ranks, trainer.config
         self.folder = resume_point.folder
@@ -87,21 +89,22 @@ class Run:
         is_through = self.task.done.examples == self.task.total.examples
         is_over_time = self._is_over_time(progress.seconds)
         self._end_reason = None if is_through else reason_to_end(self.config, progress.step, is_over_time, progress.early_stopping)
-        # Of a run that has come to its end already, the logs are left as they are.
-        begins = self.ranks.is_first and self._end_reason is None
+        # The logs of a run that has already ended stay as they are.
+        self._has_ended = is_through or self._end_reason is not None
+        begins = self.ranks.is_first and not self._has_ended
         self._logger = RunLogger(self.config, self.folder, vars(progress)) if begins else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < progress.metrics_log_bytes:
-            print(f"{self.folder / 'metrics.jsonl'} is shorter than at {self._saved}: lines of the run are missing")
+            print(f"{self.folder / 'metrics.jsonl'} is shorter than when {self._saved} was saved: lines of the run are missing")
 
     def train(self) -> RunResult:
-        """Train to the end: of the data, or where the config says so before.
+        """Train to the end of the data, or to an earlier limit of the config.
 
-        Raises StoppedBySignal once SIGTERM or SIGINT has come and what the run needs to resume is saved.
+        Raises StoppedBySignal after SIGTERM or SIGINT, once a checkpoint to resume from is saved.
         """
         self._saved_at = time.perf_counter()
         self._begun_at = self._saved_at - self.trainer.progress.seconds
-        if self._end_reason is not None:
-            return self._finished(already=True)
+        if self._has_ended:
+            return self._finished()
         config, task, total = self.config, self.task, self.task.total
         automatic = automatic_evaluations(config, total, self._evaluation_rows)
         before = task.done
@@ -112,7 +115,8 @@ class Run:
             seconds=self.trainer.progress.seconds,
             shown=self.ranks.is_first,
         )
-        with first_signal() as stop, console:
+        logs = contextlib.nullcontext() if self._logger is None else contextlib.closing(self._logger)
+        with first_signal() as stop, console, logs:
             for result in self.trainer.steps():
                 now = task.done
                 is_last = now.examples == total.examples
@@ -129,12 +133,13 @@ class Run:
                     metrics = self._evaluate()
                 before = now
 
-                # End, or save. Ranks act as one: on any rank's signal, and by the clock of the first.
-                stopped_by = max(self.ranks.gather(stop.signal_number))
-                is_over_time, is_save_due = self.ranks.agree((self._is_over_time(self._seconds()), self._is_save_due(result.step)))
+                # End, or save. Ranks act alike, on a signal to any of them and by rank 0's clock.
+                own = (stop.signal_number, self._is_over_time(self._seconds()), self._is_save_due(result.step))
+                signals, (is_over_time, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
+                stopped_by = max(signals)
                 if not is_last:
                     self._end_reason = reason_to_end(config, result.step, is_over_time, self.trainer.progress.early_stopping)
-                if self._end_reason is not None:
+                if self._end_reason is not None and not stopped_by:
                     self._end_early(metrics)
                     break
                 keeps_evaluation = metrics is not None and (config.saves_evaluations or is_last)
@@ -143,15 +148,12 @@ class Run:
                 if stopped_by and not is_last:
                     if self._logger is not None:
                         name = signal.Signals(stopped_by).name
-                        tqdm.write(f"{name}: saved {self._saved}; resume=auto run_name={self.folder.name} goes on")
-                        self._logger.close()
+                        tqdm.write(f"{name}: saved {self._saved}; resume with resume=auto run_name={self.folder.name}")
                     raise StoppedBySignal(stopped_by)
-        if self._logger is not None:
-            self._logger.close()
         return self._finished()
 
     def _log(self, console: Console | None = None) -> None:
-        """Write a line for the steps since the last one, of which `console` shows what it has room for."""
+        """Write a log line for the steps since the last one, and show a part of it on `console`."""
         progress, task, now = self.trainer.progress, self.task, self._seconds()
         window = progress.window.over_ranks(self.ranks, self.config.arch.halt_max_steps)
         rows, sums = sum(window.halted_at.values()), window.sums
@@ -184,10 +186,10 @@ class Run:
             console.line(progress.step, task.done.examples, figures, memory)
 
     def _warn(self, skipped: int, loss: float | None) -> None:
-        """Report skipped steps, and a loss that jumps."""
+        """Warn of skipped steps and of a loss that jumps."""
         progress = self.trainer.progress
         if skipped:
-            tqdm.write(f"step {progress.step}: {skipped} steps skipped, whose loss or gradient wasn't finite")
+            tqdm.write(f"step {progress.step}: {skipped} steps skipped, because the loss or gradient wasn't finite")
         if loss is None:
             return
         usual = statistics.median(progress.losses) if len(progress.losses) == _SPIKE_LINES else loss
@@ -199,7 +201,7 @@ class Run:
         progress.losses = [*progress.losses, loss][-_SPIKE_LINES:]
 
     def _evaluate(self) -> dict[str, Any]:
-        """Measure the weights, or their average if there is one; returns what is kept of it."""
+        """Measure the weights, or their average if there is one; returns the metrics to save."""
         trainer, progress = self.trainer, self.trainer.progress
         self._loss = None
         metrics: dict[str, Any] = {"step": progress.step, "examples": self.task.done.examples}
@@ -217,13 +219,13 @@ class Run:
         return metrics
 
     def _state(self) -> TrainerState:
-        """What the run resumes from; of ranks but the first, their part of it."""
+        """The state that the run resumes from."""
         logs = {} if self._logger is None else self._logger.state()
         self.trainer.progress = replace(self.trainer.progress, seconds=self._seconds(), **logs)
         return self.trainer.state()
 
     def _save(self, metrics: Mapping[str, Any], state: TrainerState | None = None) -> None:
-        """Write a checkpoint to resume from `state`, by default the present one, which all ranks gather."""
+        """Write a checkpoint with `state`, by default the current one, which all ranks gather."""
         trainer, step, keep = self.trainer, self.trainer.progress.step, self.config.checkpoint
         state = state or self._state()
         folder = self.folder / f"step_{step}"
@@ -236,29 +238,30 @@ class Run:
         self._saved, self._saved_at = folder, time.perf_counter()
 
     def _end_early(self, metrics: Mapping[str, Any] | None) -> None:
-        """End a run that has data left: its last line, evaluation (unless this step has its own, `metrics`) and checkpoint.
+        """End a run that has data left: write its last log line, evaluation (unless this step has
+        `metrics`) and checkpoint.
 
-        The checkpoint knows the run as it was before them. So a run that is resumed, because it may now take longer, takes them out
-        of its logs, and is the one that never ended here.
+        The checkpoint holds the state before the line and the evaluation. So a run that is resumed
+        with a higher limit removes them from its logs, and equals a run that never ended here.
         """
         state, window = self._state(), self.trainer.progress.window
         if window.steps or window.skipped:
             self._log()
         self._save(metrics or self._evaluate(), state)
 
-    def _finished(self, already: bool = False) -> RunResult:
-        """What the run has come to, and say why it ended, if not because its data did."""
+    def _finished(self) -> RunResult:
+        """The result of the run. Reports why it ended, unless its data did."""
         assert self._saved is not None
         if self._end_reason is not None:
-            ended = "has ended already" if already else "ends"
+            ended = "has already ended" if self._has_ended else "ends"
             self.ranks.say(
-                f"the run {ended} at step {self.trainer.progress.step}: {self._end_reason}; to go on, raise that and give "
+                f"the run {ended} at step {self.trainer.progress.step}: {self._end_reason}; to resume, raise it and give "
                 f"resume=auto run_name={self.folder.name}"
             )
-            if already and self._loss is None:
-                # It was saved there for another reason, before the limit was set or by the clock.
+            if self._has_ended and self._loss is None:
+                # That checkpoint was saved for another reason and has no evaluation.
                 self._evaluate()
-        if self.ranks.is_first and self.config.report and not already:
+        if self.ranks.is_first and self.config.report and not self._has_ended:
             with _reported():
                 write_report([self.folder], self.folder / "report.html")
         if self.ranks.is_first and self.config.early_stopping.patience is not None:
@@ -267,7 +270,7 @@ class Run:
         return RunResult(self._saved, self._loss)
 
     def _seconds(self) -> float:
-        """Since the run began, without the time it was stopped."""
+        """Time that the run has taken, without the time between its processes."""
         return time.perf_counter() - self._begun_at
 
     def _is_over_time(self, seconds: float) -> bool:
@@ -281,7 +284,7 @@ class Run:
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
-    """Report what keeps a picture or a page from being written, and keep training."""
+    """Report an error in drawing or writing a report, and keep training."""
     try:
         yield
     except UsageError as error:
@@ -289,7 +292,7 @@ def _reported() -> Iterator[None]:
 
 
 class Trainer:
-    """A model with its optimizer and moving average, trained on a task by one rank, or by several that hold the same weights."""
+    """A model with its optimizer and moving average, trained on a task by one or more ranks."""
 
     def __init__(self, config: TrainingConfig, model: RecursiveModel, task: Task, ranks: Ranks | None = None) -> None:
         self.config, self.model, self.task, self.ranks = config, model, task, ranks or Ranks()
@@ -308,8 +311,8 @@ class Trainer:
             if self.progress.skipped_in_a_row >= self.config.skip_limit:
                 raise UsageError(
                     f"no finite gradient in {self.progress.skipped_in_a_row} steps in a row, up to step {result.step}: lower lr, "
-                    "set grad_clip, raise lr_warmup_steps, or use arch.forward_dtype=float32; no weight has moved since, and "
-                    "earlier checkpoints of the run are kept"
+                    "set grad_clip, raise lr_warmup_steps, or use arch.forward_dtype=float32; the weights haven't changed since, "
+                    "and earlier checkpoints of the run are kept"
                 )
 
     def step(self) -> StepResult:
@@ -329,27 +332,29 @@ class Trainer:
             for name, value in micro_batch.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
 
-        # Sum over ranks. One that has run out of rows has no gradients, but must add zeros where the others have some.
+        # Sum over ranks. A rank without rows has no gradients; it adds zeros for parameters that
+        # have one on other ranks.
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         weight, *with_gradient = map(int, self.ranks.sum_numbers([weight, *(p.grad is not None for p in parameters)]))
         reached = [p for p, ranks in zip(parameters, with_gradient, strict=True) if ranks]
         for p in reached:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in reached if p.grad is not None]
-        # No parameter is reached where only the puzzles' vectors learn.
+        # With freeze_weights only the puzzles' vectors learn, and no parameter has a gradient.
         zero = grads[0].new_zeros(()) if grads else torch.zeros((), device=self.model.device)
         loss = torch.stack(losses).sum().to(zero.dtype) if losses else zero
         self.ranks.sum_([*grads, loss])
-        # Divided once, at the end: by then the micro-batches of all ranks have said what they sum over.
+        # Divide once, at the end: only now are the weights of all micro-batches and ranks known.
         if grads:
             torch._foreach_div_(grads, float(max(1, weight)))
 
-        # Clip. The norm isn't finite where the loss isn't. Reading it is the one time that the loop waits for the device.
+        # Clip. The norm isn't finite if the loss isn't. Reading it is the only time that the loop
+        # waits for the device.
         grad_norm = float(torch.nn.utils.get_total_norm(grads) + 0 * loss)
         if config.grad_clip is not None and grad_norm > config.grad_clip:
             torch._foreach_mul_(grads, config.grad_clip / grad_norm)
 
-        # Move the weights and their average, or skip the step.
+        # Update the weights and their average, or skip the step.
         skipped = not math.isfinite(grad_norm)
         if skipped:
             progress.skipped_in_a_row += 1
@@ -370,11 +375,13 @@ class Trainer:
         )
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block the model computes with the moving average of its weights, if the run keeps one."""
+        """Within the block, the model uses the moving average of its weights, if the run keeps one."""
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped_in(self.model)
 
     def state(self) -> TrainerState:
-        """Everything that training resumes from, between two steps, but for the weights and their average; all ranks must call."""
+        """Everything that training resumes from, except the weights and their average. All ranks
+        must call it between steps.
+        """
         task = self.task.state()
         tensors = {**task.tensors, **{_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}}
         return TrainerState(tensors, {**self.progress.values(self.ranks, self.config.arch.halt_max_steps), **task.values})
@@ -382,7 +389,7 @@ class Trainer:
     def load_state(self, state: TrainerState, average: Mapping[str, Tensor] | None = None) -> None:
         """Resume from `state` and the weights' moving `average`, if the run keeps one.
 
-        The weights must be loaded, and the task's data stand where the state was taken.
+        Load the weights first, and move the task's data to the position of `state`.
         """
         own = {name.removeprefix(_OPTIMIZER): t for name, t in state.tensors.items() if name.startswith(_OPTIMIZER)}
         self.optimizer.load_state(own)
@@ -393,6 +400,6 @@ class Trainer:
                 kept.copy_(average[name])
         self.progress = RunProgress.from_values(state.values)
         if not self.ranks.is_first:
-            # The sums of all ranks are the first one's from here on.
+            # The saved sums of all ranks continue on the first one.
             self.progress.window = replace(self.progress.window, sums={}, halted_at={})
         self.task.load_state(state)

@@ -1,4 +1,5 @@
-"""What moves a model's weights: AdamATan2, the optimizer of the original work, or with it Muon; for puzzles' vectors sign descent.
+"""The optimizers: AdamATan2, as in the original, optionally with Muon; signSGD for puzzles'
+vectors.
 
 Knows no schedule and no loss.
 """
@@ -17,11 +18,12 @@ from models.sparse_embedding import sign_sgd_
 
 
 class ModelOptimizer:
-    """The optimizers of all parameters of a model, which follow one schedule. A parameter without gradient is left alone.
+    """The optimizers of a model, on one schedule. A parameter without gradient doesn't change.
 
-    `optimizer=muon` gives `muon_matrices` to torch's Muon (https://kellerjordan.github.io/posts/muon/) at the peak learning rate
-    `muon_lr`; AdamATan2 has all others at `lr`. Muon computes its updates in bfloat16, whatever the format of the weights. Puzzles'
-    vectors, which are no parameters, follow the sign of their gradient at `puzzle_emb_lr`.
+    `optimizer=muon` updates `muon_matrices` by torch's Muon
+    (https://kellerjordan.github.io/posts/muon/) with peak learning rate `muon_lr`, and all other
+    parameters by AdamATan2 with `lr`. Muon computes its updates in bfloat16, whatever the dtype of
+    the weights. Puzzles' vectors, which are buffers, are updated by signSGD with `puzzle_emb_lr`.
     """
 
     def __init__(self, config: TrainingConfig, model: RecursiveModel) -> None:
@@ -41,14 +43,14 @@ class ModelOptimizer:
         self._owners |= dict.fromkeys(rest, adam)
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Clear all gradients."""
         for p in self._owners:
             p.grad = None
         if self._puzzle_emb is not None:
             self._puzzle_emb.forget_gradient()
 
     def step(self, lr_factor: float) -> None:
-        """Update every parameter with a gradient, at this share of its peak learning rate."""
+        """Update every parameter with a gradient. lr_factor: fraction of the peak learning rates."""
         for optimizer, peak_rate in self._peak_rates.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * lr_factor
@@ -58,7 +60,7 @@ class ModelOptimizer:
             sign_sgd_(self._puzzle_emb, config.puzzle_emb_lr * lr_factor, config.puzzle_emb_weight_decay)
 
     def state(self) -> dict[str, Tensor]:
-        """What is kept of each parameter that has had a gradient, by "<what>.<name of the parameter>"; a count has no dimension."""
+        """Optimizer state by "<entry>.<parameter>", after a first gradient; counts are scalars."""
         return {
             f"{what}.{name}": torch.as_tensor(value)
             for name, p in self._parameters.items()
@@ -66,7 +68,9 @@ class ModelOptimizer:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from the `state` of an optimizer of the same kind. Parameters that it doesn't name have never had a gradient."""
+        """Load the `state` of an optimizer of the same kind. Parameters that it doesn't name have
+        had no gradient yet.
+        """
         for place, value in state.items():
             what, name = place.split(".", 1)
             p = self._parameters[name]
@@ -74,7 +78,7 @@ class ModelOptimizer:
 
 
 def muon_matrices(config: TrainingConfig, model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that Muon moves: with `optimizer=muon` the matrices of the level stacks, else none."""
+    """The parameters that Muon updates: with `optimizer=muon` the stacks' matrices, else none."""
     if config.optimizer != "muon":
         return []
     stacks = (module for module in model.modules() if isinstance(module, BlockStack))
@@ -93,7 +97,7 @@ class AdamATan2(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter with a gradient. `closure` is not supported."""
+        """Update every parameter with a gradient. `closure` is not supported."""
         if closure is not None:
             raise ValueError("AdamATan2 takes no closure")
         for group in self.param_groups:
@@ -104,12 +108,12 @@ class AdamATan2(Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 self.state[p]["step"] += 1
-            # Some parameters may have had no gradient in some steps.
+            # Step counts differ if a parameter had no gradient in some steps.
             for t in {self.state[p]["step"] for p in params}:
                 self._update([p for p in params if self.state[p]["step"] == t], t, group)
 
     def _update(self, params: list[Tensor], t: int, group: dict[str, Any]) -> None:
-        """The `t`-th update of `params`, which are of `group`, in a few operations over all of them at once."""
+        """The `t`-th update of `params` of `group`, in a few foreach operations."""
         lr, (beta1, beta2), weight_decay = group["lr"], group["betas"], group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
         m = [self.state[p]["m"] for p in params]
@@ -121,5 +125,5 @@ class AdamATan2(Optimizer):
         updates = torch._foreach_div(v, 1 - beta2**t)
         torch._foreach_sqrt_(updates)
         for m_p, update in zip(m, updates, strict=True):
-            torch.atan2(m_p, update, out=update)  # there is none for many tensors
+            torch.atan2(m_p, update, out=update)  # there is no foreach version
         torch._foreach_sub_(params, updates, alpha=lr / (1 - beta1**t))

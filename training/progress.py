@@ -1,4 +1,4 @@
-"""How far a run has come: a step, the steps since the last log line, and all that its checkpoint keeps beside tensors."""
+"""The progress of a run: a step's result, the steps since the last log line, state.json."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,41 +14,43 @@ from training.stopping import EarlyStopping
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, for logging: sums and depths of this rank, the rest of all. Tensors are left on the device."""
+    """One optimizer step, for logging. `sums` and `finished_depths` are this rank's; tensors stay
+    on the device.
+    """
 
     step: int
     lr: float
-    """Of AdamATan2."""
+    """The learning rate of AdamATan2."""
     weight: int
-    """What the step's gradient was divided by."""
+    """The gradient's divisor: the weights of all micro-batches and ranks."""
     grad_norm: float
-    """Of the gradient as it would be without clipping; not finite if the step was skipped."""
+    """Norm of the gradient before clipping; not finite if the step was skipped."""
     skipped: bool
-    """The loss or the gradient wasn't finite: no weight has moved."""
+    """The loss or the gradient wasn't finite, so the weights didn't change."""
     sums: dict[str, Tensor | int]
     finished_depths: list[int]
-    """ACT steps taken by each row that left."""
+    """ACT steps of each row that finished."""
 
 
 @dataclass
 class Window:
-    """The steps since the last log line. Tensors are read only when a line or a checkpoint is written."""
+    """The steps since the last log line. Tensors are read only for a log line or a checkpoint."""
 
     lr: float = 0.0
     steps: int = 0
-    """Without those that were skipped."""
+    """Steps that weren't skipped."""
     skipped: int = 0
     grad_norm: float = 0.0
-    """A sum over the steps, as are all that follow, of this rank."""
+    """Sum over the steps; so are the next fields, for this rank."""
     sums: dict[str, float] = field(default_factory=dict)
     halted_at: Annotated[dict[int, int], BeforeValidator(dict)] = field(default_factory=dict)
-    """How many rows left after so many ACT steps. Earlier versions saved pairs."""
+    """Number of finished rows by ACT steps taken. Earlier versions saved pairs."""
 
     def __post_init__(self) -> None:
         self._unread: dict[str, list[Tensor]] = {}
 
     def add(self, result: StepResult) -> None:
-        """Count a step."""
+        """Add a step."""
         self.lr = result.lr
         for depth in result.finished_depths:
             self.halted_at[depth] = self.halted_at.get(depth, 0) + 1
@@ -65,13 +67,13 @@ class Window:
                 self.sums[name] += value
 
     def over_ranks(self, ranks: Ranks, max_depth: int) -> "Window":
-        """The same window of all ranks, which all must call."""
+        """The window summed over ranks. All ranks must call it."""
         for name, unread in self._unread.items():
-            # Added on the host, in float64, which not every device has.
+            # Add on the host: not every device has float64.
             for value in torch.stack(unread).tolist():
                 self.sums[name] += value
         self._unread.clear()
-        # A rank without rows knows no names; the first one has rows whenever another has some.
+        # A rank without rows has no names. The first rank has rows whenever another has some.
         names, depths = ranks.agree(list(self.sums)), range(max_depth + 1)
         totals = ranks.sum_numbers([self.sums.get(name, 0) for name in names] + [self.halted_at.get(depth, 0) for depth in depths])
         halted_at = {depth: int(count) for depth, count in zip(depths, totals[len(names) :], strict=True) if count}
@@ -80,30 +82,30 @@ class Window:
 
 @dataclass
 class RunProgress:
-    """What trainer/state.json keeps of a run of any task, under the names of these fields."""
+    """The part of trainer/state.json that all tasks share, by the names of these fields."""
 
     step: int = 0
     """Optimizer steps, skipped ones included."""
     skipped_in_a_row: int = 0
     window: Window = field(default_factory=Window)
     losses: list[float] = field(default_factory=list)
-    """Of the last log lines, to see a loss that jumps."""
+    """Losses of the last log lines, to notice a jump."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     seconds: float = 0.0
-    """Of training, without the time that the run was stopped."""
+    """Time that the run has taken, without the time between its processes."""
     seconds_at_line: float = 0.0
-    """When the last log line was written."""
+    """`seconds` at the last log line."""
     forward_dtype: str | None = None
-    """What "auto" was decided to be."""
+    """The resolved number format, where the config says "auto"."""
     metrics_log_bytes: int = 0
     timing_log_bytes: int = 0
     wandb_id: str | None = None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Read state.json, which has the task's keys, too."""
+        """Read state.json; keys of the task are ignored."""
         return TypeAdapter(cls).validate_python(values)
 
     def values(self, ranks: Ranks, max_depth: int) -> dict[str, Any]:
-        """JSON values of all ranks, which all must call."""
+        """JSON values, summed over ranks. All ranks must call it."""
         return asdict(replace(self, window=self.window.over_ranks(ranks, max_depth)))

@@ -1,7 +1,9 @@
-"""Puzzles as a task: slots, the latent states they carry, one ACT step. Knows no files but the loader's, and prints nothing.
+"""Puzzles as a task: slots, the latent states they carry, one ACT step. Knows no files but the
+loader's, and prints nothing.
 
-As in the original, every optimizer step is one ACT step of every slot and takes one batch of the loader, of which the rows for
-slots that are still at work are discarded. Shape suffixes as in models/layers.py; P counts a puzzle vector's positions.
+As in the original, an optimizer step is one ACT step of every slot, and takes one batch of the
+loader. Rows for slots that are still busy are discarded. Shape suffixes as in models/layers.py; P
+positions of a puzzle's vector.
 """
 
 from collections.abc import Mapping
@@ -24,12 +26,14 @@ from models.row_halting import continue_target, halted
 from training.schedule import lr_factor_by_steps
 from training.task import Batch, MicroBatch, Position
 
-# Separates this module's draws from others that are keyed by the same seed.
+# Separates this module's random numbers from others with the same seed.
 _EXPLORATION_DRAW = 2
 
 
 def exploration(seed: int, step: int, rows: int, probability: float, max_steps: int) -> np.ndarray:
-    """The depth before which each of `rows` slots may not halt at optimizer step `step`, int64: 0, or, drawn, of 2..max_steps."""
+    """The minimum depth of each of `rows` slots at optimizer step `step`, int64: 0, or with
+    `probability` one of 2..max_steps.
+    """
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, _EXPLORATION_DRAW, step, 0]))
     explores, depth = generator.random((2, rows))
     minimum = np.minimum(2 + (depth * (max_steps - 1)).astype(np.int64), max_steps)
@@ -38,7 +42,7 @@ def exploration(seed: int, step: int, rows: int, probability: float, max_steps: 
 
 @dataclass
 class Carry:
-    """What the rows in this rank's slots are, and how far they have come."""
+    """The rows in this rank's slots and their states."""
 
     inputs_BT: Tensor
     labels_BT: Tensor
@@ -46,13 +50,13 @@ class Carry:
     steps_B: Tensor
     """ACT steps since the row entered."""
     halted_B: Tensor
-    """Slots whose row has left."""
+    """Slots whose row has halted."""
     states: States
     """Each [B, P + T, D]."""
 
     @classmethod
     def empty(cls, model: RecursiveModel, rows: int, tokens: int) -> "Carry":
-        """`rows` free slots for rows of `tokens` tokens."""
+        """`rows` free slots, for rows of `tokens` tokens."""
 
         def ids(fill: int, *shape: int) -> Tensor:
             return torch.full(shape, fill, dtype=torch.int64, device=model.device)
@@ -62,14 +66,14 @@ class Carry:
         return cls(ids(0, rows, tokens), ids(IGNORE_LABEL_ID, rows, tokens), ids(0, rows), ids(0, rows), halted_B, states)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to be read or written in place."""
+        """All tensors by name, to read or to write in place."""
         states = {f"carry.state.{i}": state for i, state in enumerate(self.states)}
         names = ("inputs_BT", "labels_BT", "puzzle_ids_B", "steps_B", "halted_B")
         return {**{f"carry.{name.rpartition('_')[0]}": getattr(self, name) for name in names}, **states}
 
 
 class PuzzleTask:
-    """The puzzles of a run: slots, what they carry, and the place in the data."""
+    """The puzzles of a run: slots, their carry, and the position in the data."""
 
     loss_name = "lm_loss"
 
@@ -94,8 +98,8 @@ class PuzzleTask:
         self._batch = self._read_batch()
         if self._batch is None:
             raise UsageError(
-                f"global_batch_size {config.global_batch_size} is more than the examples that eval_interval={config.eval_interval} "
-                "epochs pass: lower it, raise eval_interval and epochs, or use more data"
+                f"global_batch_size {config.global_batch_size} is more than the examples of eval_interval={config.eval_interval} "
+                "epochs: lower it, raise eval_interval and epochs, or use more data"
             )
         self._part = self.ranks.part(config.global_batch_size)
         self.carry = Carry.empty(model, len(self._part), data.metadata.seq_len)
@@ -105,17 +109,17 @@ class PuzzleTask:
 
     @property
     def total(self) -> Position:
-        """Examples of the run, as the original estimates them for its schedule, and epochs, as the config says."""
+        """Examples, estimated as in the original for its schedule, and epochs from the config."""
         return Position(self.total_steps * self.config.global_batch_size, self.config.epochs)
 
     @property
     def done(self) -> Position:
-        """Examples that the loader has handed out, all once it has no more; its whole iterations, in epochs."""
+        """Examples that the loader has returned (`total` at its end), and epochs completed."""
         examples = self.total.examples if self._batch is None else self.steps_done * self.config.global_batch_size
         return Position(examples, self._iterations_done * self.config.eval_interval)
 
     def next_batch(self, step: int) -> Batch:
-        """One ACT step of every slot; the rows that are at work when there is no further batch are left as they are."""
+        """One ACT step of every slot. Rows still busy after the last batch stay unfinished."""
         config, rows = self.config, len(self._part)
         assert self._batch is not None
         self._enter(self._batch)
@@ -135,7 +139,9 @@ class PuzzleTask:
         )
 
     def _enter(self, batch: PuzzleBatch) -> None:
-        """Give the rows of `batch`, with fresh states, to the free slots of the same place; those for others are discarded."""
+        """Put the rows of `batch`, with initial states, into the free slots of the same number;
+        discard the other rows.
+        """
         carry = self.carry
         free_B = carry.halted_B
         for target, rows in (
@@ -151,11 +157,11 @@ class PuzzleTask:
         carry.halted_B = torch.zeros_like(free_B)
 
     def _place_in_data(self) -> dict[str, int | str]:
-        """Where the next batch comes from."""
+        """The position of the next batch in the data."""
         return {"iterations": self._iterations_done, **self._batches.state()}
 
     def _read_batch(self) -> PuzzleBatch | None:
-        """The loader's next batch, of the next iteration if need be; None at the end of the run."""
+        """The loader's next batch, also from the next iteration; None at the end of the run."""
         while self.steps_done < self.total_steps and self._iterations_done * self.config.eval_interval < self.config.epochs:
             batch = next(self._iteration, None)
             if batch is not None:
@@ -183,7 +189,7 @@ class PuzzleTask:
         loss = row_loss(output_BTD[:, model.prefix_len :], model.lm_head.weight, halt_logits_B2, labels_BT, arch.loss, target_B)
         with torch.no_grad():
             halted_B = halted(arch, halt_logits_B2, steps_B, minimum_B)
-            # A row whose states aren't finite begins again, or all further steps would be skipped.
+            # Reset rows whose states aren't finite; otherwise all further steps would be skipped.
             finite_B = torch.stack([state.isfinite().flatten(1).all(dim=1) for state in states]).all(dim=0)
             for kept, new, initial in zip(carry.states, states, model.initial_states(1, 1), strict=True):
                 kept[part] = torch.where(finite_B.view(-1, 1, 1), new, initial)
@@ -191,7 +197,8 @@ class PuzzleTask:
             supervised_BT = labels_BT != IGNORE_LABEL_ID
             counted_B = halted_B & supervised_BT.any(dim=1)
             says_right_B = halt_logits_B2[:, 0] >= 0
-            # "halted" and what follows over the rows that halted in this step and have a label, the rest over all.
+            # "halted" and the sums after it are over rows that halted in this step and have a
+            # label, the others over all rows.
             of_halted = {
                 "halted": counted_B,
                 "accuracy": loss.accuracy_B,
@@ -211,22 +218,22 @@ class PuzzleTask:
         return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums, finished_depths=steps_B * halted_B)
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means under the original's names: losses of all rows of the steps, the rest of the rows that halted and have a label."""
+        """Means by the original's names: losses over all rows, others over halted, labelled ones."""
         rows, of_halted = max(1.0, sums["rows"]), max(1.0, sums["halted"])
         losses = {name: sums[name] / rows for name in ("lm_loss", "q_halt_loss", "q_continue_loss")}
         measures = {name: sums[name] / of_halted for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")}
         if not self.config.arch.trains_continue:
             del losses["q_continue_loss"]
-        # Of no row nothing is known, and nothing is said.
+        # Without such a row there is nothing to report.
         return {**losses, **(measures if sums["halted"] else {}), "halted_rows": sums["halted"]}
 
     def state(self) -> TrainerState:
-        """Carry of all ranks, and the place in the data: the same for any number of ranks."""
+        """Carry of all ranks, and the position in the data: the same for any number of ranks."""
         tensors = {name: torch.cat(self.ranks.gather(part.cpu())) for name, part in self.carry.tensors().items()}
         return TrainerState(tensors, {"steps_done": self.steps_done, "place_in_data": self._place})
 
     def load_state(self, state: TrainerState) -> None:
-        """Resume from `state`, whatever number of ranks left it. Raises UsageError if it belongs to other data."""
+        """Resume from `state`, of any number of ranks. Raises UsageError if it is of other data."""
         for name, target in self.carry.tensors().items():
             target.copy_(state.tensors[name][self._part.start : self._part.stop])
         self.steps_done = state.values["steps_done"]

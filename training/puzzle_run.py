@@ -1,6 +1,6 @@
-"""One run on puzzles from a checked config: its data, how the model is measured, what is kept.
+"""One run on puzzles from a checked config: its data, its evaluation, its checkpoints.
 
-The loop itself is in training/loop.py. Knows no Hydra.
+The loop is in training/loop.py. Knows no Hydra.
 """
 
 import functools
@@ -26,11 +26,13 @@ from training.resume import find_resume_point, initial_weights_path, prepare_mod
 
 
 def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
-    """Train, from scratch or from where `config.resume` finds the run; returns the last checkpoint and its held-out loss.
+    """Train, from scratch or from the checkpoint that `config.resume` finds; returns the last
+    checkpoint and its held-out loss.
 
     A dry run (`config.dry_run`) trains nothing and returns None.
 
-    Raises UsageError for anything wrong with the input, before training starts, and StoppedBySignal when a signal has ended it.
+    Raises UsageError for wrong input, before training starts, and StoppedBySignal if a signal ended
+    the run.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         device = pick_device(config.device)
@@ -42,7 +44,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             found = getattr(train.metadata, field), getattr(test.metadata, field)
             if found[0] != found[1]:
                 raise UsageError(
-                    f"data_paths_test: expected {field} {found[0]}, as in training, found {found[1]}: use like puzzles"
+                    f"data_paths_test: expected {field} {found[0]}, as in training, found {found[1]}: use puzzles of the same kind"
                 )
         test_rows = sum(map(len, test.sets.values()))
         measurement = PuzzleMeasurement(config, test, test_paths)
@@ -86,7 +88,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
 def _evaluate(
     measurement: PuzzleMeasurement, config: PretrainPuzzleConfig, model: RecursiveModel, folder: Path, ranks: Ranks, step: int
 ) -> dict[str, Any]:
-    """Measure every row of the test split, of which each rank takes a share."""
+    """Measure every row of the test split, shared by the ranks."""
     report: dict[str, Any] = ranks.agree(
         measurement.measure(
             model,

@@ -1,7 +1,8 @@
-"""How a run begins: anew, with another run's weights, or with the newest whole checkpoint that it left. Knows no task.
+"""How a run starts: from scratch, with another run's weights, or from its newest intact checkpoint.
+Knows no task.
 
-A run is only gone on with where that is safe: damage is told and an older checkpoint taken, another run's is refused, and nothing
-starts from zero that was begun before, unless it is asked to.
+A run resumes only when that is safe. A damaged checkpoint is reported and an older one used; the
+checkpoint of another run is refused; and a run that has checkpoints never silently starts over.
 """
 
 import contextlib
@@ -29,40 +30,42 @@ from models.act import RecursiveModel
 from models.device import set_matmul_precision, should_compile
 from models.distributed import Ranks
 
-# Of a checkpoint whose weights a new run begins with: the settings under which they were learned ...
+# Settings that a checkpoint's weights were trained with, reported if a new run that starts from
+# them has others ...
 _OF_WEIGHTS = ("arch.", "dataset.seq_len", "dataset.default_system_prompt", "dataset.supervise")
-# ... but for those that say how a run computes or when its rows leave.
+# ... except those of how a run computes or when its rows halt.
 _NOT_OF_WEIGHTS = ("arch.forward_dtype", "arch.activation_checkpointing", "arch.halt.")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run is kept, and what it goes on from, if anything."""
+    """A run's folder, and the checkpoint to resume from, if any."""
 
     folder: Path
     saved: SavedRun | None = None
 
     @property
     def position(self) -> int:
-        """Examples that were admitted before."""
+        """Examples admitted before."""
         return 0 if self.saved is None else int(self.saved.trainer.values["admitted"])
 
     def check(self, config: TrainingConfig, content: Mapping[str, str], say: Callable[[str], None]) -> None:
-        """Compare what was saved with the run that is to go on from it.
+        """Compare the saved run with the one that resumes it.
 
-        config: the run's, with forward_dtype decided; fields that differ are refused, said or free (`config.schema.OnResume`).
-        content: hashes under their names in checkpoint.json, which must be equal. Raises UsageError where the run can't go on.
+        config: the run's, with forward_dtype resolved; a field that differs is refused, reported or
+        free (`config.schema.OnResume`). content: hashes under their names in checkpoint.json, which
+        must be equal. Raises UsageError if the run can't resume.
         """
         if self.saved is None:
             return
         for name, value in content.items():
             if self.saved.about.get(name) != value:
                 raise UsageError(
-                    f"{self.saved.folder} can't be gone on with: its {name} is {str(self.saved.about.get(name))[:16]}..., now it "
-                    f"is {value[:16]}...; use the same data and tokenizer, or begin another run (run_name, load_checkpoint)"
+                    f"{self.saved.folder} can't be resumed: its {name} is {str(self.saved.about.get(name))[:16]}..., now it "
+                    f"is {value[:16]}...; use the same data and tokenizer, or start another run (run_name, load_checkpoint)"
                 )
         old, new = dict(_flat(self.saved.settings)), dict(_flat(config.model_dump()))
-        # What "auto" was decided to be.
+        # The resolved number format, where the config says "auto".
         old["arch.forward_dtype"] = self.saved.trainer.values["forward_dtype"]
         changed: dict[OnResume, list[str]] = {mark: [] for mark in OnResume}
         for key in sorted(old.keys() | new.keys()):
@@ -70,19 +73,21 @@ class ResumePoint:
                 changed[on_resume(key, type(config))].append(f"{key} was {old.get(key)}, now {new.get(key)}")
         if refused := changed[OnResume.FIXED]:
             raise UsageError(
-                f"{self.saved.folder} can't be gone on with under other settings: {'; '.join(refused)}; use the old ones, or begin "
+                f"{self.saved.folder} can't be resumed with other settings: {'; '.join(refused)}; use the old ones, or start "
                 "another run (run_name, load_checkpoint)"
             )
         if reported := changed[OnResume.REPORTED]:
-            say(f"under other settings, so not exactly as the run that was begun: {'; '.join(reported)}")
+            say(f"resuming with other settings, so not exactly the same run: {'; '.join(reported)}")
 
 
 @contextlib.contextmanager
 def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePoint]:
-    """The run's folder, and its newest whole checkpoint if `config.resume` asks for it; rank 0 decides for all.
+    """The run's folder, and its newest intact checkpoint if `config.resume` asks for it; rank 0
+    decides for all.
 
-    Within the block the folder belongs to this run: rank 0 holds its lock. Damaged checkpoints that are newer are moved aside,
-    out of the way of those to come. A dry run takes no lock and changes nothing. Raises UsageError if the run can't begin.
+    Within the block the folder belongs to this run: rank 0 holds its lock. Newer, damaged
+    checkpoints are renamed, so that the run can write its own. A dry run takes no lock and changes
+    nothing. Raises UsageError if the run can't start.
     """
     with contextlib.ExitStack() as lock:
         found = _find(config, ranks.say, lock) if ranks.is_first else None
@@ -94,7 +99,9 @@ def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePo
 
 
 def prepare_model(model: RecursiveModel, config: TrainingConfig, device: torch.device, folder: Path, ranks: Ranks) -> None:
-    """Bring `model` to where and how it is trained, and say so of the run in `folder`."""
+    """Move `model` to `device`, set matmul precision and compile as configured, and report on the
+    run in `folder`.
+    """
     model.to(device)
     set_matmul_precision(config.tf32, device)
     if should_compile(config.compile, device):
@@ -105,18 +112,19 @@ def prepare_model(model: RecursiveModel, config: TrainingConfig, device: torch.d
 
 
 def initial_weights_path(path: Path, config: TrainingConfig, ranks: Ranks) -> Path:
-    """What `load_checkpoint=path` names: a file of weights or a checkpoint, of a run's folder its newest; rank 0 decides for all.
+    """The weights file or checkpoint of `load_checkpoint=path`; for a run's folder its newest
+    checkpoint. Rank 0 decides for all.
 
-    Says which checkpoint it is, and where its settings differ from the run's `config`, which takes over weights and nothing else.
-    Raises UsageError if none of a run's checkpoints is whole.
+    Reports the checkpoint, and its settings that differ from the run's `config`: only weights are
+    loaded. Raises UsageError if no checkpoint of a run is intact.
     """
     source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
-    ranks.say(f"beginning with the weights of {source}")
+    ranks.say(f"starting from the weights of {source}")
     if (source / "config.yaml").is_file():
         old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(config.model_dump()))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
-                ranks.say(f"  not taken over: {key} was {old[key]!r}, now {new[key]!r}")
+                ranks.say(f"  other setting: {key} was {old[key]!r}, now {new[key]!r}")
     return source
 
 
@@ -125,7 +133,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.E
     if config.run_name is not None:
         check_folder_name("run_name", config.run_name)
     elif config.resume == "auto":
-        raise UsageError("resume=auto goes on with the run of a name: set run_name, or name a folder (resume=PATH)")
+        raise UsageError("resume=auto resumes the run named run_name: set run_name, or name a folder (resume=PATH)")
     if config.resume is None or config.resume == "auto":
         name = config.run_name or f"{config.arch.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(config.checkpoint_dir) / config.project_name / name
@@ -136,13 +144,13 @@ def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.E
         _refuse_to_overwrite(folder)
     if not config.dry_run:
         folder = lock.enter_context(owned_folder(folder, say, is_new=is_unnamed))
-    # From here on no other process changes what is in it; one may have until now.
+    # No other process changes the folder from here on.
     if config.resume is None:
         _refuse_to_overwrite(folder)
         return ResumePoint(folder)
     candidates = checkpoints_of(folder) if config.resume == "auto" else _named(config, Path(config.resume))[1]
     if not candidates:
-        say(f"{folder} has no checkpoint yet: beginning at step 0")
+        say(f"{folder} has no checkpoint yet: starting at step 0")
         return ResumePoint(folder)
     if not config.dry_run:
         remove_partial_checkpoints(folder)
@@ -155,25 +163,25 @@ def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.E
             damaged.append(checkpoint)
             continue
         for path in damaged if not config.dry_run else ():
-            say(f"{path} is moved to {_move_aside(path)}")
-        say(f"going on from {checkpoint}")
+            say(f"renamed {path} to {_move_aside(path)}")
+        say(f"resuming from {checkpoint}")
         return ResumePoint(folder, saved)
     raise UsageError(
-        f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)}), and a run that was begun is not "
-        "begun again unasked: put a whole one there, or delete the folder to begin at step 0"
+        f"no checkpoint in {folder} is intact ({', '.join(path.name for path in candidates)}), and the run doesn't start over "
+        "silently: put an intact one there, or delete the folder to start at step 0"
     )
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
     if checkpoints_of(folder):
         raise UsageError(
-            f"{folder} has checkpoints already and is not overwritten: go on with resume=auto, choose another run_name, or "
+            f"{folder} has checkpoints already and is not overwritten: resume with resume=auto, choose another run_name, or "
             "delete it"
         )
 
 
 def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
-    """The run's folder and the checkpoints to try, for resume=PATH."""
+    """For resume=PATH: the run's folder and the checkpoints to try."""
     is_checkpoint = path.name.startswith("step_") and path.name[5:].isdecimal()
     folder = path.parent if is_checkpoint else path
     candidates = [c for c in checkpoints_of(folder) if not is_checkpoint or c == path]
@@ -182,8 +190,8 @@ def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
     newer = [c.name for c in checkpoints_of(folder) if step_of(c) > step_of(candidates[-1])]
     if newer:
         raise UsageError(
-            f"resume={path}: the run has newer checkpoints ({', '.join(newer)}) and doesn't overwrite them; go on from the newest, "
-            "or move them away"
+            f"resume={path}: the run has newer checkpoints ({', '.join(newer)}) and doesn't overwrite them; resume from the "
+            "newest, or move them away"
         )
     if config.run_name not in (None, folder.name):
         raise UsageError(f"resume={path} is of run {folder.name!r}, and run_name is {config.run_name!r}: leave run_name out")
@@ -204,5 +212,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            # As YAML gives it back.
+            # As YAML reads it back.
             yield prefix + key, list(value) if isinstance(value, tuple) else value

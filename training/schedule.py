@@ -1,4 +1,4 @@
-"""What changes over a run: the learning rate, for text by examples and for puzzles by steps."""
+"""The learning-rate schedule: by examples for text, by steps for puzzles."""
 
 import math
 
@@ -6,12 +6,13 @@ from config.schema import PretrainInstructConfig
 
 
 def expected_examples(config: PretrainInstructConfig, total: int) -> int:
-    """How many examples a run on text comes to: the `total` of its data, or what `max_steps` leaves of it."""
+    """Examples of a run on text: the `total` of its data, or fewer with `max_steps`."""
     return total if config.max_steps is None else min(total, config.max_steps * config.global_batch_size)
 
 
 def lr_factor_by_examples(admitted: int, total: float, *, min_ratio: float, warmup_steps: int, batch_size: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine from 1 down to `min_ratio` at `admitted == total`.
+    """Fraction of the peak learning rate: linear warm-up, then a cosine from 1 down to `min_ratio`
+    at `admitted == total`.
 
     Warm-up lasts min(warmup_steps * batch_size, total / 10) examples.
     """
@@ -22,9 +23,10 @@ def lr_factor_by_examples(admitted: int, total: float, *, min_ratio: float, warm
 
 
 def lr_factor_by_steps(step: int, total: int, *, min_ratio: float, warmup_steps: int) -> float:
-    """The original's share of the peak learning rate at optimizer step `step` (from 1) of `total`.
+    """The original's fraction of the peak learning rate at optimizer step `step` (from 1) of
+    `total`.
 
-    Linear warm-up over `warmup_steps`, however long the run, then a cosine from 1 down to `min_ratio` at step `total`.
+    Linear warm-up over `warmup_steps`, then a cosine from 1 down to `min_ratio` at step `total`.
     """
     if step < warmup_steps:
         return step / warmup_steps

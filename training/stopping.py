@@ -1,4 +1,4 @@
-"""When a run is evaluated, and when it ends before its data does. Must not know what is trained."""
+"""When a run is evaluated, and when it ends early. Knows nothing of what is trained."""
 
 import contextlib
 import math
@@ -12,23 +12,25 @@ from types import FrameType
 from config.schema import EarlyStoppingConfig, TrainingConfig
 from training.task import Position
 
-# What eval_every_steps=auto aims at: so many evaluations, and at least so many trained rows for each evaluated one. A row costs
-# about 0.7 of a trained one to evaluate, so that evaluations take less than a tenth of the run.
+# eval_every_steps=auto aims at this many evaluations, with at least this many trained rows for each
+# evaluated row. Evaluating a row costs about 0.7 of training it, so evaluations take less than a
+# tenth of the run.
 _AUTOMATIC_EVALUATIONS = 10
 _TRAINED_PER_EVALUATED = 8
-# However few rows are evaluated, so many are trained in between: answers, checkpoint and picture take their time, too.
+# Train at least this many rows between evaluations: answers, checkpoint and plot take time too.
 _LEAST_TRAINED_BETWEEN = 1000
 
 
 def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) -> int:
-    """How many evaluations, evenly spaced over the run, `eval_every_steps=auto` adds to those of `eval_interval`; 0: none.
+    """How many evaluations `eval_every_steps=auto` adds to those of `eval_interval`, evenly spaced
+    over the run.
 
-    Ten, or fewer: a thousand examples are trained between two of them at least, and eight for each row that one measures.
-    total: of the whole run. rows: what one evaluation measures.
+    At most ten. Between two of them at least a thousand examples are trained, and eight for each
+    row evaluated. total: of the whole run. rows: rows of one evaluation.
     """
     if config.eval_every_steps != "auto" or rows == 0:
         return 0
-    # With max_steps, the most that can be trained until then.
+    # max_steps limits the examples.
     trained = total.examples if config.max_steps is None else min(total.examples, config.max_steps * config.global_batch_size)
     count = min(_AUTOMATIC_EVALUATIONS, trained // max(_LEAST_TRAINED_BETWEEN, _TRAINED_PER_EVALUATED * rows))
     by_epochs = total.epochs * trained // (total.examples * config.eval_interval)
@@ -36,9 +38,10 @@ def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) ->
 
 
 def is_evaluation_due(config: TrainingConfig, automatic: int, total: Position, step: int, before: Position, now: Position) -> bool:
-    """Whether the run is evaluated after optimizer step number `step`, which has taken it from `before` to `now`.
+    """Whether to evaluate after optimizer step number `step`, which has moved the run from `before`
+    to `now`.
 
-    automatic: `automatic_evaluations`. total: of the whole run.
+    automatic: from `automatic_evaluations`. total: of the whole run.
     """
     if now.epochs // config.eval_interval > max(before.epochs // config.eval_interval, config.unevaluated_intervals):
         return True
@@ -54,13 +57,13 @@ def is_evaluation_due(config: TrainingConfig, automatic: int, total: Position, s
 
 @dataclass
 class EarlyStopping:
-    """Counts the evaluations since the held-out loss was last lower than before."""
+    """Counts the evaluations since the lowest held-out loss."""
 
     best: float | None = None
     waited: int = 0
 
     def observe(self, loss: float, config: EarlyStoppingConfig) -> None:
-        """Count an evaluation. One without a finite loss is no improvement."""
+        """Count an evaluation. A loss that isn't finite is no improvement."""
         if math.isfinite(loss) and (self.best is None or loss < self.best - config.min_delta):
             self.best, self.waited = loss, 0
         else:
@@ -72,7 +75,7 @@ class EarlyStopping:
 
 
 def reason_to_end(config: TrainingConfig, step: int, time_is_up: bool, early_stopping: EarlyStopping) -> str | None:
-    """Why a run ends after `step` optimizer steps, whatever data is left; None: it doesn't."""
+    """Why a run ends after `step` optimizer steps although data is left; None: it doesn't."""
     if config.max_steps is not None and step >= config.max_steps:
         return f"max_steps={config.max_steps} is reached"
     if time_is_up:
@@ -84,16 +87,18 @@ def reason_to_end(config: TrainingConfig, step: int, time_is_up: bool, early_sto
 
 
 class StopRequest:
-    """The first signal that asked for an end; 0: none has."""
+    """The first signal to stop; 0: none yet."""
 
     signal_number = 0
 
 
 @contextlib.contextmanager
 def first_signal() -> Iterator[StopRequest]:
-    """Within the block SIGTERM and SIGINT are noted instead of obeyed; a second Ctrl-C is obeyed at once.
+    """Within the block, record the first SIGTERM or SIGINT instead of stopping. A second Ctrl-C
+    stops at once.
 
-    Not the second where torchrun passes on what the terminal has sent already.
+    Under torchrun it doesn't: torchrun forwards a Ctrl-C that the terminal has already sent to its
+    processes.
     """
     request = StopRequest()
 

@@ -1,4 +1,5 @@
-"""What differs between conversations (training/text.py) and puzzles (training/puzzle.py) to the loop that trains on them.
+"""The interface of the training loop to its data: conversations (training/text.py) or puzzles
+(training/puzzle.py).
 
 Knows no optimizer and no files.
 """
@@ -13,7 +14,7 @@ from artifacts.checkpoint import TrainerState
 
 
 class Position(NamedTuple):
-    """A place in the training data of a run."""
+    """A position in the training data of a run."""
 
     examples: int
     """Examples trained."""
@@ -23,37 +24,39 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows of an optimizer step with their loss. Its graph is freed before the next micro-batch is asked for."""
+    """Some rows of a step with their loss. Its graph is freed before the next one is built."""
 
     loss: Tensor
-    """Scalar to differentiate: a sum, not a mean."""
+    """Differentiable scalar: a sum, not a mean."""
     weight: int
-    """What the loss sums over: the step's gradient is divided by the weights of all its micro-batches together."""
+    """The number of terms in the loss; the gradient is divided by the step's total weight."""
     sums: dict[str, Tensor | int]
-    """Figures to log, summed over the rows; tensors stay on the device. Every micro-batch of a task has the same names.
+    """Sums over the rows, to log; tensors stay on the device. Every micro-batch of a task has the
+    same names.
 
-    Among them are the counts "tokens" and "supervised" and, where attention computes padding, "attended": its positions.
+    They include the counts "tokens" and "supervised" and, if attention computes padding,
+    "attended": its positions.
     """
     finished_depths: Tensor
-    """int64, for each row: the ACT steps that it has taken if it leaves with this step, else 0."""
+    """int64, for each row: its number of ACT steps if it finishes with this one, else 0."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on."""
+    """The data of one optimizer step."""
 
     lr_factor: float
-    """Share of the peak learning rate."""
+    """Fraction of the peak learning rate."""
     micro_batches: Iterator[MicroBatch]
-    """This rank's part. Where any rank has rows, the first one has some."""
+    """This rank's part. If any rank has rows, the first one has some."""
 
 
 class Task(Protocol):
-    """What is trained on: rows in a fixed order, and their losses."""
+    """Rows in a fixed order, and their losses."""
 
     @property
     def loss_name(self) -> str:
-        """Which entry of `report`, and of an evaluation, is the loss to watch."""
+        """The key of the loss in `report` and in an evaluation."""
 
     @property
     def total(self) -> Position:
@@ -61,16 +64,16 @@ class Task(Protocol):
 
     @property
     def done(self) -> Position:
-        """How far all ranks together have come; `total.examples` are reached when there is no further batch."""
+        """The position of all ranks together; `examples` is the total once no batch is left."""
 
     def next_batch(self, step: int) -> Batch:
-        """Take the rows of optimizer step number `step`, from 1."""
+        """The rows of optimizer step number `step`, from 1."""
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What is logged of some steps, from their micro-batches' sums: the same for any number of ranks and micro-batches."""
+        """Metrics to log, from micro-batches' sums: the same for any number of ranks and parts."""
 
     def state(self) -> TrainerState:
-        """The position in the data, and what rows of all ranks carry from step to step, between two steps."""
+        """The position in the data, and the carry of all ranks, between two steps."""
 
     def load_state(self, state: TrainerState) -> None:
-        """Resume from `state`, whatever number of ranks left it."""
+        """Resume from `state`, saved by any number of ranks."""

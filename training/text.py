@@ -1,7 +1,7 @@
-"""Conversations as a task: each optimizer step takes a batch of them through all of their ACT steps.
+"""Conversations as a task: an optimizer step runs a batch of them through all ACT steps.
 
-Knows no files, no optimizer, and prints nothing. Shape suffixes as in models/layers.py; M counts the tokens of some rows (padding
-is never computed), N the supervised ones among them, S the ACT steps with a loss.
+Knows no files and no optimizer, and prints nothing. Shape suffixes as in models/layers.py; M tokens
+of some rows (without padding), N the supervised ones among them, S ACT steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ from training.task import Batch, MicroBatch, Position
 
 
 class ExampleIterator(Protocol):
-    """Where examples come from: `dataset.text.loader.ExampleStream`, in the run's fixed order."""
+    """Examples in the run's fixed order, as from `dataset.text.loader.ExampleStream`."""
 
     def __next__(self) -> tuple[Draw, Example]:
-        """The next example and where in the order it stands."""
+        """The next example and its place in the order."""
 
     def skip(self, count: int) -> None:
-        """Pass over the next `count` examples."""
+        """Skip the next `count` examples."""
 
 
 class TextTask:
@@ -66,7 +66,7 @@ class TextTask:
 
     @property
     def done(self) -> Position:
-        """Examples and rounds trained; batches flow over the ends of rounds, so the last few examples may be of the next one."""
+        """Examples and rounds trained. A batch may end in the next round."""
         return self._position(self.admitted)
 
     def _position(self, examples: int) -> Position:
@@ -74,11 +74,11 @@ class TextTask:
 
     @property
     def expected(self) -> float:
-        """Examples that the run comes to, where its schedules end."""
+        """Examples of the whole run, at which its schedules end."""
         return expected_examples(self.config, self._curriculum.total)
 
     def _lr_factor(self) -> float:
-        """Share of the peak learning rate at the examples admitted so far."""
+        """Fraction of the peak learning rate after the examples admitted so far."""
         config, admitted, begin, end = self.config, self.admitted, 0, self.expected
         if config.lr_schedule == "stage":
             stage = self._curriculum.stage_of(admitted - 1)
@@ -93,7 +93,7 @@ class TextTask:
         )
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means over supervised tokens at the deepest ACT step, and the loss at the first, where there was another."""
+        """Means over supervised tokens at the last ACT step; of several, also the first's loss."""
         tokens = max(1, int(sums["supervised"]))
         first = {"loss_first_step": sums["nll_first"] / sums["supervised_first"]} if sums["supervised_first"] else {}
         return {
@@ -109,19 +109,19 @@ class TextTask:
         return TrainerState({}, {"admitted": self.admitted})
 
     def load_state(self, state: TrainerState) -> None:
-        """Resume from `state`; the stream must already stand at example number `admitted`.
+        """Resume from `state`. The stream must already be at example number `admitted`.
 
-        Raises UsageError for a state with rows halfway through their ACT steps, as earlier versions left it.
+        Raises UsageError for the state of an earlier version, with rows between two ACT steps.
         """
         if "slots.active" in state.tensors:
             raise UsageError(
                 "the checkpoint is of an earlier version, which took an optimizer step after each ACT step of a row, and can't be "
-                "gone on with: begin another run with its weights (run_name, load_checkpoint)"
+                "resumed: start another run with its weights (run_name, load_checkpoint)"
             )
         self.admitted = state.values["admitted"]
 
     def next_batch(self, step: int) -> Batch:
-        """The next examples of the run's order, of which this rank reads its part."""
+        """The next examples in the run's order; this rank reads its part of them."""
         count = min(self.config.global_batch_size, self._curriculum.total - self.admitted)
         begin, end = min(count, self._part.start), min(count, self._part.stop)
         self._stream.skip(begin)
@@ -133,15 +133,15 @@ class TextTask:
         return Batch(self._lr_factor(), map(self._micro_batch, parts))
 
     def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
-        """The loss of some rows, which go through all ACT steps."""
+        """The loss of some rows over all ACT steps."""
         model, config, device = self.model, self.config, self.model.device
         act_steps = config.arch.halt_max_steps
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
         packing = config.packing
         if model.needs_no_rows or (model.is_compiled and packing == "bucketed"):
-            packing = "off"  # where rows are groups, code would be compiled anew for each number of them
+            packing = "off"  # with groups of rows, torch.compile would recompile for each number of groups
         layout = row_layout(batch["lengths"], packing, config.pad_multiple, TOKEN_MULTIPLE)
-        # The padding positions that count as tokens may stand beyond the batch's width.
+        # Padding that rounds up the number of tokens may be beyond the batch's width.
         beyond = (0, layout.width - batch["inputs"].shape[1])
         inputs_M, segments_M, labels_M = (
             np.pad(batch[name].astype(np.int64), ((0, 0), beyond), constant_values=fill).ravel()[layout.place_N]
@@ -167,7 +167,8 @@ class TextTask:
             output_SND.append(output_MD[supervised_N])
             seen_MD = output_MD if config.arch.halt.backprop else output_MD.detach()
             halt_logits_SN.append(model.halt_logits(seen_MD)[supervised_N, 0])
-        # One sum over all ACT steps: the vocabulary head's gradient, of its own size, is made once.
+        # One loss over all ACT steps: the vocabulary head's gradient, as large as its weight, is
+        # then computed once.
         halt_logits = torch.cat(halt_logits_SN)
         loss = token_loss(
             torch.cat(output_SND),
@@ -180,8 +181,9 @@ class TextTask:
         )
         nll_SN, argmax_SN, halt_bce_SN = (values.view(act_steps, -1) for values in (loss.nll_N, loss.argmax_N, loss.halt_bce_N))
         has_first = act_steps > 1
-        # "tokens" and "attended" over all ACT steps; what follows over supervised tokens at the deepest one, but for the last two:
-        # the tokens of optimizer steps with several ACT steps, and their loss at the first.
+        # "tokens" and "attended" count all ACT steps. "nll", "halt_bce" and "correct" are sums over
+        # supervised tokens at the last ACT step. The "_first" ones are of the first ACT step, where
+        # there are several.
         return MicroBatch(
             loss=loss.total,
             weight=len(supervised),

@@ -1,1 +1,1 @@
-"""A trained language model as a folder of files that transformers loads. Nothing here is needed to train or to answer."""
+"""Exports a language model as a folder for transformers. Training and inference don't need it."""

@@ -1,6 +1,8 @@
-"""A checkpoint as a folder that transformers loads: weights, configuration, a modeling file, tokenizer, chat template, model card.
+"""Exports a checkpoint as a folder for transformers: weights, configuration, modeling file,
+tokenizer, chat template, model card.
 
-The modeling file is made of the network's own definitions, so there is no second network to keep in step. Needs no transformers.
+The modeling file consists of the network's own definitions, so there is no second implementation.
+Doesn't need transformers.
 """
 
 import json
@@ -25,7 +27,7 @@ _OF_ARCH = (
     "name", "hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles", "norm", "qk_norm", "attention",
     "pos_encodings", "rope_theta", "loss", "halt_max_steps",
 )  # fmt: skip
-"""Keys of arch that a forward depends on."""
+"""Keys of arch that the forward pass depends on."""
 _HEAD = '''"""A tiny recursive model (arXiv 2510.04871) as a causal language model for transformers: all recursions in one file.
 
 Written by Instruct-TRM's scripts/export_hf.py from the network's own files. Shape suffixes: B rows, T positions, D channels,
@@ -38,10 +40,11 @@ from __future__ import annotations
 
 
 def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = None) -> None:
-    """Write `folder`, whole or not at all, with the weights that are used (the moving average if there is one), in float32.
+    """Write `folder` atomically, with the checkpoint's weights (the moving average if there is one)
+    in float32.
 
-    licence: an identifier of the hub's for the model card. Raises UsageError if the folder exists, and for a tokenizer that
-    transformers has no equal of.
+    licence: the hub's identifier, for the model card. Raises UsageError if the folder exists, and
+    for a tokenizer without an equivalent in transformers.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists already and is not overwritten: choose another --output-dir, or delete it")
@@ -126,6 +129,6 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def modeling_file() -> str:
-    """The text of modeling_trm.py: what artifacts/hf/modeling_trm.py imports from this project stands in it."""
+    """The text of the exported modeling_trm.py, with its imports from this project inlined."""
     inliner = Inliner(_TEMPLATE)
     return _HEAD + inliner.import_lines() + "\n\n" + "\n\n\n".join(inliner.definitions()) + "\n"

@@ -1,7 +1,8 @@
-"""One file that stands alone: a file of this project with the definitions that it imports from the project in place of the imports.
+"""Makes a self-contained file: replaces a file's imports from this project by the imported
+definitions.
 
-It knows Python's syntax and nothing of models. Names must be unique over the modules that are taken from; what the file itself
-defines comes before a definition of that name elsewhere.
+Knows Python's syntax and nothing of models. Names must be unique across the modules; a definition
+in the file itself overrides one with the same name elsewhere.
 """
 
 import ast
@@ -13,7 +14,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Source:
-    """A module's file, taken apart into its top-level definitions and imports."""
+    """A module's file, split into its top-level definitions and imports."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +22,7 @@ class _Source:
         self.body = ast.parse(self.text).body
         self.definitions = {name: node for node in self.body for name in _names(node)}
         self.imports: dict[str, tuple[str, str]] = {}
-        """Of each imported name: the module and its name there, "" for the module itself."""
+        """For each imported name: the module, and the name there ("" for the module itself)."""
         for node in self.body:
             if isinstance(node, ast.Import):
                 self.imports |= {alias.asname or alias.name: (alias.name, "") for alias in node.names}
@@ -29,7 +30,7 @@ class _Source:
                 self.imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
 
     def segment(self, node: ast.stmt) -> str:
-        """The text of a definition, with its decorators, the comments above it and the text that explains it."""
+        """The text of a definition, with its decorators, comments above and docstring below."""
         lines = self.text.splitlines()
         first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))])
         while first > 1 and lines[first - 2].startswith("#"):
@@ -40,7 +41,7 @@ class _Source:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """Names that a top-level statement defines."""
+    """The names that a top-level statement defines."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -52,22 +53,22 @@ def _used(node: ast.AST) -> Iterator[str]:
 
 
 class Inliner:
-    """Collects the definitions of the project that a file needs, and what these import from elsewhere."""
+    """Collects the project's definitions that a file needs, and their imports from other packages."""
 
     def __init__(self, path: Path) -> None:
         self.file = _Source(path)
         self.sources: dict[str, _Source] = {}
         self.taken: dict[str, set[str]] = {}
-        """Of each module, by the order in which they need each other: the definitions that are taken over."""
+        """The definitions to inline, by module, each module after those that it needs."""
         self.external: set[tuple[str, str, str]] = set()
-        """Name, module, name there."""
+        """External imports: name, module, name there."""
         for node in self.file.body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
                 for name in _used(node):
                     self._need(self.file, "", name)
 
     def _need(self, source: _Source, module: str, name: str) -> None:
-        """Take what `name` means in a module, and all that its definition uses."""
+        """Inline the definition of `name` in a module, and everything that it uses."""
         if name in self.file.definitions:
             return
         if name in source.imports:
@@ -87,18 +88,18 @@ class Inliner:
         if name in self.file.definitions or name in self.taken.get(module, ()):
             return
         if name not in source.definitions:
-            self._need(source, module, name)  # a package passes it on
+            self._need(source, module, name)  # a package re-exports it
             return
         if any(name in names for names in self.taken.values()):
             raise ValueError(f"two modules define {name}: one file can't hold both")
         self.taken.setdefault(module, set()).add(name)
         for used in _used(source.definitions[name]):
             self._need(source, module, used)
-        # Behind what it needs.
+        # After the definitions that it needs.
         self.taken[module] = self.taken.pop(module)
 
     def import_lines(self) -> str:
-        """Those of the standard library, a blank line, and the others."""
+        """Import lines: the standard library, a blank line, the others."""
         modules = [(name, module) for name, module, original in self.external if not original]
         lines = {f"import {module}" + (f" as {name}" if name != module else "") for name, module in modules}
         for module in {module for _, module, original in self.external if original}:
@@ -110,7 +111,7 @@ class Inliner:
         return "\n\n".join(map("\n".join, groups))
 
     def definitions(self) -> Iterator[str]:
-        """Text of what was taken, each module's behind what it needs, and then of the file itself."""
+        """The text of the inlined definitions, each after those that it needs, then of the file."""
         for module, names in self.taken.items():
             source = self.sources[module]
             nodes = [node for node in source.body if names & set(_names(node))]

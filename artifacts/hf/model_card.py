@@ -1,10 +1,11 @@
-"""The model card of an exported model: what it is, its data, how it was trained, how it did, how it is used."""
+"""The model card of an exported model: use, data, training, results."""
 
 import yaml
 from huggingface_hub import ModelCardData
 
 from artifacts.checkpoint import Checkpoint
 from artifacts.report import card_tables
+from artifacts.weights import count_parameters
 
 _CARD = """\
 ---
@@ -14,8 +15,8 @@ _CARD = """\
 # {name}
 
 A tiny recursive model (`{arch.name}`, [arXiv 2510.04871](https://arxiv.org/abs/2510.04871)) that answers messages:
-{parameters:,} parameters, a stack of blocks applied {calls} times in each of up to {arch.halt_max_steps} ACT steps a token. Trained
-with Instruct-TRM. A model of this size holds little knowledge: expect text in the form of an answer that is often wrong.
+{parameters:,} parameters, a stack of blocks applied {calls} times in each of up to {arch.halt_max_steps} ACT steps per token.
+Trained with Instruct-TRM. A model of this size holds little knowledge: expect text in the form of an answer that is often wrong.
 
 ## Use
 
@@ -27,9 +28,9 @@ messages = [{{"role": "user", "content": "What is 2 + 3?"}}]
 print(answer(messages, do_sample=False)[0]["generated_text"][-1]["content"])
 ```
 
-`act_steps` (1 to {arch.halt_max_steps}), of the model's or the generation's config or of a call, is the depth; with
-`halt_threshold` a token stops once its halting probability passes it. The context is {config.dataset.seq_len} tokens. Text can't
-become a role: what looks like a tag or `<s>` is text. Written for transformers 5.24.
+`act_steps` (1 to {arch.halt_max_steps}) is the depth; set it in the model's or generation config, or in a call. With
+`halt_threshold`, a token halts once its halting probability exceeds it. The context is {config.dataset.seq_len} tokens. Text in a
+message can't forge a role: a tag or `<s>` in it is plain text. Written for transformers 5.24.
 
 ## Data
 
@@ -58,7 +59,7 @@ Of the weights: {licence}. The data have licences of their own.
 
 
 def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
-    """README.md with the hub's header. licence: an identifier of the hub's, or None for one that wasn't stated."""
+    """README.md with the hub's header. licence: the hub's identifier; None if it wasn't stated."""
     config = checkpoint.config
     sources = config.all_sources.values()
     repos = list(dict.fromkeys(source.repo for source in sources if source.repo is not None))
@@ -78,7 +79,7 @@ def model_card(checkpoint: Checkpoint, licence: str | None) -> str:
         config=config,
         arch=config.arch,
         calls=config.arch.H_cycles * (config.arch.L_cycles + 1),
-        parameters=sum(tensor.numel() for tensor in checkpoint.weights(ema=True).values()),
+        parameters=count_parameters(checkpoint.folder),
         sources=", ".join(dict.fromkeys([*links, *kinds])),
         data_hash=checkpoint.data_hash[:16],
         data=data,

@@ -1,7 +1,9 @@
-"""What transformers needs in an exported modeling file: configuration, attention, language model.
+"""The classes for transformers in an exported modeling file: configuration, attention, language
+model.
 
-artifacts/hf/export.py puts the definitions that are imported from models/ here in place of the imports, so that the file stands
-alone; what is defined here comes before a definition of that name there. Shape suffixes as in models/layers.py.
+artifacts/hf/export.py replaces the imports from models/ by their definitions, so that the exported
+file is self-contained. A definition here overrides one with the same name there. Shape suffixes as
+in models/layers.py.
 """
 
 import itertools
@@ -24,7 +26,7 @@ from models.recursive_reasoning import build_recursion
 
 
 class TRMConfig(PreTrainedConfig):
-    """The architecture, as `arch` of the run that trained it (config/schema/arch.py), and the depth at use."""
+    """The architecture, as in `arch` of the run (config/schema/arch.py), and the depth to use."""
 
     model_type = "tiny_recursive_model"
 
@@ -54,11 +56,12 @@ class TRMConfig(PreTrainedConfig):
         tags: dict[str, Sequence[int]] | None = None,
         **others: Any,
     ) -> None:
-        """halt_scale, halt_shift: calibration of the halting logit after each ACT step; None: none.
+        """halt_scale, halt_shift: calibration of the halting logit at each ACT step; None:
+        uncalibrated.
 
-        act_steps: ACT steps a token takes; None: halt_max_steps. halt_threshold: a token of an answer stops for good when its
-        halting probability passes this; None: every token takes all steps. tags: ids of the tag that follows BOS in a turn of each
-        role.
+        act_steps: ACT steps per token; None: halt_max_steps. halt_threshold: a token of an answer
+        halts once its halting probability exceeds this; None: every token takes all steps. tags:
+        for each role, the ids of its tag after BOS.
         """
         self.name = name
         self.vocab_size = vocab_size
@@ -81,7 +84,7 @@ class TRMConfig(PreTrainedConfig):
         self.halt_threshold = halt_threshold
         self.tags = tags or {}
         super().__init__(**others)
-        # What a cache takes for layers: one for each ACT step, level call and block.
+        # The cache's layers: one for each ACT step, level call and block.
         recursion = build_recursion(self)
         self.num_hidden_layers = halt_max_steps * sum(recursion.levels[level] for level in recursion.calls)
 
@@ -90,10 +93,11 @@ ArchConfig = TRMConfig  # as models/layers.py and the recursions call it
 
 
 class LaneAttention:
-    """Attention of new positions to each lane: a block of a level call of an ACT step.
+    """Attention of new positions. Each call uses the next lane: one block of one level call of one
+    ACT step.
 
-    A lane is a layer to `cache`. visible: bool [B, 1, T, S], whether each of T new positions sees each
-    of S.
+    A lane is a layer of `cache`. visible: bool [B, 1, T, S], whether each of T new positions sees
+    each of S positions.
     """
 
     def __init__(self, cache: DynamicCache | None, visible: Tensor) -> None:
@@ -105,7 +109,7 @@ class LaneAttention:
         return F.scaled_dot_product_attention(q_BTHK.transpose(1, 2), k_BHSK, v_BHSK, attn_mask=self.visible).transpose(1, 2)
 
     def keep(self, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new positions' keys and values in the next lane; all of its [B, H, S, K]."""
+        """Add new positions' keys and values to the next lane; returns all of it, [B, H, S, K]."""
         k_BHTK, v_BHTK = k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
         if self.cache is None:
             return k_BHTK, v_BHTK
@@ -114,14 +118,15 @@ class LaneAttention:
 
 
 def prompt_segments(ids_BT: Tensor, config: TRMConfig, is_begun: bool) -> Tensor:
-    """The number of the prompt segment of each id [B, T], from 1: a run of turns up to an assistant's tag; 0 in an answer.
+    """The prompt segment of each id [B, T], from 1: a run of turns up to an assistant's tag; 0 in
+    an answer.
 
-    is_begun: the ids go on after others, up to the first BOS with an answer. What follows a BOS without a tag is raw text, which
-    counts as an answer.
+    is_begun: the ids continue earlier ones, with an answer up to the first BOS. A BOS without a tag
+    begins raw text, which counts as an answer.
     """
     positions = ids_BT.shape[1]
     is_bos_BT = ids_BT == config.bos_token_id
-    begins_BT = torch.zeros_like(is_bos_BT)  # where an answer's first id stands
+    begins_BT = torch.zeros_like(is_bos_BT)  # the first id of each answer
     begins_BT[:, 0] = is_begun
     is_raw_BT = is_bos_BT.clone()
     for role, tag in config.tags.items():
@@ -138,9 +143,11 @@ def prompt_segments(ids_BT: Tensor, config: TRMConfig, is_begun: bool) -> Tensor
 
 
 class TRMForCausalLM(PreTrainedModel, GenerationMixin):
-    """The recursion with its embedding and heads: next-token logits after a fixed number of ACT steps, or each token at its own.
+    """The recursion with its embedding and heads: next-token logits at a fixed depth, or with early
+    halting of each token.
 
-    Logits of a stablemax model are log p, as transformers takes a softmax of them. With attention "prefix", a prompt must be whole.
+    Logits of a stablemax model are log p, because transformers applies a softmax to them. With
+    attention "prefix", pass a prompt whole.
     """
 
     config_class = TRMConfig
@@ -173,7 +180,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         halt_threshold: float | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of `input_ids` [B, T], which stand behind what is in `cache`; `attention_mask` covers both, and is 0 at padding.
+        """Logits of `input_ids` [B, T], which follow the positions in `cache`. `attention_mask`
+        covers both, and is 0 at padding.
 
         act_steps, halt_threshold: None: the config's.
         """
@@ -191,7 +199,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         exact = torch.promote_types(self.dtype, torch.float32)
         rotary = None
         if config.pos_encodings == "rope":
-            # On the host, as not every device has float64.
+            # On the host: not every device has float64.
             table = rotary_table(position_ids.cpu(), config.head_dim, config.rope_theta, exact)
             rotary = Rotary(*(part.to(self.device) for part in table))
         present_BT = attention_mask[:, past:] != 0
@@ -231,7 +239,9 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.recursion.step(states, x_BTD, call)
 
     def _visible(self, attention_mask: Tensor, segments_BT: Tensor) -> Tensor:
-        """What new positions see: the past and, with attention "prefix", their whole prompt segment; of padding, itself alone."""
+        """What new positions see: the past and, with attention "prefix", their whole prompt
+        segment. Padding sees only itself.
+        """
         key_S = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         past = len(key_S) - segments_BT.shape[1]
         query_T1 = key_S[past:, None]
@@ -243,7 +253,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return (visible & (attention_mask != 0).unsqueeze(1) | (key_S == query_T1)).unsqueeze(1)
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
-        """The depth of a generation config goes to `forward`."""
+        """Pass the depth in a generation config on to `forward`."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in ("act_steps", "halt_threshold"):
             model_kwargs.setdefault(name, getattr(generation_config, name, None))

@@ -1,1 +1,1 @@
-"""The check-up on a CUDA device: python -m benchmarks.cuda."""
+"""Checks and benchmarks on a CUDA device: python -m benchmarks.cuda."""

@@ -1,14 +1,17 @@
-"""The check-up on a CUDA device: is it right there, how fast is it, what does training cost. One command, rehearsed on a CPU.
+"""Checks and benchmarks on a CUDA device: correctness, speed, cost of training. One command; a CPU
+can rehearse it.
 
     python -m benchmarks.cuda [--minutes 8 --only smoke train_step --data FOLDER --output FOLDER]
     python -m benchmarks.cuda --rehearse
 
-Parts run one after the other and share the minutes. Each consists of cases with a time limit of their own, which run in another
-process: where one crashes or hangs, its message is kept and a new process goes on with the next. After every part, `--output`
-(default: the environment variable OUT, else checkpoints/cuda) holds cuda.md, cuda.json, and what the processes wrote, reasons of
-recompilation and stacks at a time limit among it, as PART-NUMBER.log. `--data` is a folder of conversations, as dataset=jsonl takes
-them, and of Sudoku-Extreme's train.csv and test.csv under sudoku/; without it, data are generated. `--rehearse` runs the same code
-on a CPU with tiny sizes and without compiling; what only CUDA has says so.
+Parts run in turn and share the minutes. Each has cases with their own time limits, which run in
+another process: if one crashes or hangs, its message is recorded and a new process continues with
+the next. After every part, `--output` (default: the environment variable OUT, else
+checkpoints/cuda) has cuda.md, cuda.json, and the processes' output as PART-NUMBER.log, with reasons
+of recompilation and stacks at a time limit. `--data` is a folder of conversations, as for
+dataset=jsonl, and of Sudoku-Extreme's train.csv and test.csv under sudoku/; without it, data are
+generated. `--rehearse` runs the same code on a CPU with tiny sizes and without compiling, and
+reports parts that need CUDA.
 """
 
 import argparse
@@ -45,7 +48,7 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The tables: cases with the same figures share one, and a list of figures is one of its own."""
+    """The report's tables: one for cases with the same figures, and one for each list of figures."""
     lines = ["# CUDA check-up", "", *(f"- {key}: {value}" for key, value in report["machine"].items()), ""]
     for name, part in report["parts"].items():
         cases = part["cases"]
@@ -94,7 +97,7 @@ def said_by(*command: str) -> str:
 
 
 def machine(scale: Scale) -> dict[str, str]:
-    """What is measured on."""
+    """The machine and the versions."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "device": scale.device,
@@ -111,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=float, default=8.0, help="time for everything; what doesn't fit is reported as not run")
+    add("--minutes", type=float, default=8.0, help="time limit in all; remaining cases are reported as not run")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     add("--data", type=user_path, help="folder of conversations, and of puzzles under sudoku/; default: generated ones")
     add("--rehearse", action="store_true", help="tiny sizes on a CPU")
@@ -135,7 +138,7 @@ def main() -> None:
     parts = {name: part for name, part in PARTS.items() if name in arguments.only}
     waiting = sum(part.weight for part in parts.values())
     for name, part in parts.items():
-        # What a part leaves of its share goes to those after it.
+        # Time that a part leaves goes to the next ones.
         now = time.monotonic()
         timed = dataclasses.replace(scale, deadline=now + part.weight / waiting * (end - now))
         waiting -= part.weight

@@ -1,4 +1,4 @@
-"""What a training step and a decoded token cost, beside what the device can do and the naive way."""
+"""The cost of a training step and a decoded token, against device peaks and the naive way."""
 
 import argparse
 import contextlib
@@ -39,12 +39,12 @@ from generation.engine import cache_bytes
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Mean time of `work`, once it is warm; the device is waited for."""
+    """Mean time of `work` after a warm-up, with waiting for the device."""
     return float(Timer("work()", globals={"work": work}).timeit(10).mean)
 
 
 def device_peaks(scale: Scale) -> Figures:
-    """What the device can do: products of square bfloat16 matrices of random data, and copies, reads and writes counted."""
+    """The device's peaks: bfloat16 products of random matrices, and copies (read + write)."""
     a, b = (torch.randn(scale.matrix, scale.matrix, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
     matmul = 2 * scale.matrix**3 / seconds_of(lambda: torch.mm(a, b))
     source, target = a.float(), b.float()
@@ -53,7 +53,7 @@ def device_peaks(scale: Scale) -> Figures:
 
 
 def host_waits(scale: Scale, step: Callable[[], object]) -> str:
-    """How often the host waited for the device during `step` and where, as torch warns of it."""
+    """How often and where the host waited for the device during `step`, from torch's warnings."""
     if scale.device == "cpu":
         return "needs CUDA"
     torch.cuda.set_sync_debug_mode("warn")
@@ -68,12 +68,12 @@ def host_waits(scale: Scale, step: Callable[[], object]) -> str:
 
 
 def dearest_kernels(scale: Scale, step: Callable[[], object], most: int = 10) -> list[Figures]:
-    """The kernels (on a CPU: operators) that took most of the device's time in `step`."""
+    """The kernels (on a CPU: operators) that took the most device time in `step`."""
     on_cuda = scale.device == "cuda"
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profile:
         step()
         synchronize(scale)
-    # Ranges that torch marks on the device, an optimizer's step for one, aren't kernels.
+    # Ranges that torch marks on the device, such as an optimizer's step, aren't kernels.
     marked = ("Optimizer.", "Torch-Compiled", "##", "ProfilerStep")
     wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
     times = [
@@ -90,11 +90,11 @@ def dearest_kernels(scale: Scale, step: Callable[[], object], most: int = 10) ->
 
 
 def ratio(value: float | None, found: Found, case: str, figure: str) -> float | None:
-    """`value` over what an earlier case found, where there are both."""
+    """`value` divided by the figure of an earlier case, if both exist."""
     return None if value is None or case not in found else value / found[case][figure]
 
 
-# So that cases compare with each other and with earlier figures.
+# Fixed, so that cases are comparable with each other and with earlier figures.
 _ONE_ACT_STEP = "arch.halt_max_steps=1"
 
 
@@ -107,9 +107,9 @@ def training_cost(
     compiled: bool = False,
     varied: bool = False,
 ) -> Figures:
-    """The real Trainer's step. Rows are full, or varied in length as SlimOrca's are.
+    """The real Trainer's step. Rows are full, or vary in length like SlimOrca's.
 
-    FLOPs a token are counted here unless the uncompiled case `counted_in` has.
+    FLOPs per token are counted here, unless by the uncompiled case `counted_in`.
     """
     torch._dynamo.reset()
     config = training_config(scale, overrides, original)

@@ -1,4 +1,4 @@
-"""Has the cases of a part measured by other processes, so that one which crashes or hangs costs no other. Knows no part."""
+"""Measures a part's cases in other processes: a crash or hang affects one case. Knows no part."""
 
 import contextlib
 import faulthandler
@@ -21,27 +21,29 @@ from benchmarks.cuda.scale import Case, Figures, Found, Scale, free_memory
 from models.device import keep_freed_memory
 
 GRACE = 15.0
-"""Seconds that a process has to end by itself."""
+"""Seconds for a process to end by itself."""
 _START_SECONDS, _END_SECONDS = 90.0, 3.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """Cases, what they are about in the docstring of the function that gives them."""
+    """A function that yields cases; its docstring describes them."""
 
     cases: Callable[[Scale], Iterator[Case]]
     weight: float
-    """Seconds that it should take: parts share the time in proportion."""
+    """Expected seconds: parts share the time in proportion."""
     processes: int = 1
-    """Among which the cases are shared; where there are several, nothing is timed."""
+    """Number of processes that share the cases. With several, nothing is timed."""
 
 
 def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
-    """A process that measures the cases it is sent the name, the most seconds and the earlier figures of, until there are no more.
+    """The process that measures cases, given their name, time limit and earlier figures, until
+    there are no more.
 
-    What it writes goes to `log`. Where a case takes longer than it may, the process ends and writes where it was.
+    Its output goes to `log`. If a case exceeds its time limit, the process ends and writes its
+    stack.
     """
-    os.setsid()  # so that compilers which it starts can be ended with it
+    os.setsid()  # so that its compilers can be ended with it
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -63,7 +65,7 @@ def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
                 free_memory(scale)
                 figures = cases[name].measure(found)
             except torch.AcceleratorError:
-                raise  # the device answers this process no more
+                raise  # this process can't use the device any more
             except Exception as error:
                 traceback.print_exc()
                 figures = {"error": f"{type(error).__name__}: {tail(str(error))}"}
@@ -72,7 +74,7 @@ def serve(connection: Connection, part: Part, scale: Scale, log: Path) -> None:
 
 
 def tail(message: str) -> str:
-    """What a report shows of a message: its last lines, or where a process was that took too long."""
+    """The part of a message for the report: its last lines, or the stack at a time limit."""
     lines = [line for line in message.strip().splitlines() if "[__recompiles]" not in line]
     if any(line.startswith("Timeout (") for line in lines):
         last = max(place for place, line in enumerate(lines) if "most recent call first" in line)
@@ -81,7 +83,7 @@ def tail(message: str) -> str:
 
 
 class _Process:
-    """`serve` in a process of its own."""
+    """`serve` in its own process."""
 
     def __init__(self, part: Part, scale: Scale, log: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -92,12 +94,12 @@ class _Process:
         its_end.close()
 
     def measure(self, case: Case, found: Found) -> Figures:
-        """The figures of a case; where the process ends in place of them, or is ended, its last words."""
+        """The figures of a case; if the process ends or is ended first, its last output."""
         left = max(1.0, self._deadline - time.monotonic())
         written = self._log.stat().st_size if self._log.exists() else 0
         with contextlib.suppress(EOFError, OSError):
             self._connection.send((case.name, min(case.seconds, left), found))
-            # It ends by itself, unless it can't.
+            # Give it time to end by itself.
             if self._connection.poll(min(case.seconds + _START_SECONDS, left) + GRACE):
                 figures: Figures = self._connection.recv()
                 return figures
@@ -110,7 +112,7 @@ class _Process:
         return not self._process.is_alive()
 
     def end(self) -> None:
-        """End it, and what it has started."""
+        """End the process and its children."""
         self._connection.close()
         self._process.join(_END_SECONDS)
         self._process.kill()
@@ -120,12 +122,12 @@ class _Process:
 
 
 def has_failed(figures: Figures) -> bool:
-    """Whether a case has no figures, or such as it must not have."""
+    """Whether a case has no figures, or wrong ones."""
     return "error" in figures or figures.get("passed") is False
 
 
 def measure(name: str, part: Part, scale: Scale, folder: Path) -> Figures:
-    """Every case of a part until `scale.deadline`: what is kept of it. Processes write to NAME-NUMBER.log in the folder."""
+    """Measure a part's cases until `scale.deadline`. Processes write NAME-NUMBER.log."""
     started = time.monotonic()
     cases = list(part.cases(scale))
     figures: dict[str, Figures] = {case.name: {"error": "not run: no time left"} for case in cases}

@@ -35,7 +35,7 @@ from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 from training.task import Batch
 
-# Of SlimOrca, what an epoch has to train.
+# SlimOrca's training rows.
 _EPOCH_ROWS = 517_982
 
 
@@ -44,9 +44,11 @@ def _data_settings(scale: Scale) -> list[str]:
 
 
 def epoch(scale: Scale) -> Iterator[Case]:
-    """Training on conversations by each of two networks, and an epoch of SlimOrca's 517,982 rows at that pace.
+    """Training two networks on conversations, and the time of an epoch of SlimOrca's 517,982 rows
+    at that speed.
 
-    With `--data`, of as many rows like those. Loading: the host's time to read rows, lay out a batch and send it.
+    With `--data`, an epoch of the same number of its rows. Loading: the host's time to read rows,
+    lay out a batch and send it.
     """
 
     def training(original: Sequence[str], _: Found) -> Figures:
@@ -89,7 +91,9 @@ def epoch(scale: Scale) -> Iterator[Case]:
 
 
 def equal_flops(scale: Scale) -> Iterator[Case]:
-    """TRM for a minute, and a Transformer of eight blocks for as many FLOPs; then held-out rows. Code is not compiled."""
+    """TRM for a minute, and a Transformer of eight blocks for the same FLOPs; then held-out rows.
+    Code is not compiled.
+    """
 
     def training(name: str, found: Found) -> Figures:
         if name != "trm" and "trm" not in found:
@@ -111,7 +115,7 @@ def equal_flops(scale: Scale) -> Iterator[Case]:
 
 
 def sample_data(scale: Scale, folder: Path) -> list[str]:
-    """Make the bundled tasks with a tokenizer of their own: the settings."""
+    """Build the bundled tasks with their own tokenizer; returns the settings."""
     build_sample_dataset.build(folder, train_size=scale.sample_rows, test_per_family=20)
     place: dict[str, Any] = {"input": str(folder / "train.jsonl"), "model_prefix": str(folder / "tokenizer")}
     SentencePieceTrainer.train(**place, vocab_size=500, byte_fallback=True, minloglevel=2)
@@ -125,9 +129,11 @@ _SUDOKU_POINTS, _SUDOKU_RESERVE = 4, 20.0
 
 
 def sudoku(scale: Scale) -> Iterator[Case]:
-    """Preset sudoku_mlp for the time that is left: exact accuracy of the averaged weights on held-out puzzles.
+    """Preset sudoku_mlp for the remaining time: exact accuracy of the averaged weights on held-out
+    puzzles.
 
-    And how long the paper's 65,104 steps would take. Without puzzles in `--data`, 6x6 grids are generated: no reproduction.
+    Also the time of the paper's 65,104 steps. Without puzzles in `--data`, 6x6 grids are generated:
+    no reproduction.
     """
 
     def training(_: Found) -> Figures:
@@ -146,7 +152,7 @@ def sudoku(scale: Scale) -> Iterator[Case]:
         assert isinstance(model, RecursiveModel) and trainer.ema is not None
         model.compile_levels()
         warm_up, _steps = timed_steps(steps := trainer.steps(), 3, scale)
-        # Of what is left once all is ready, less what the evaluations take.
+        # The time left after the start, without the time of evaluations.
         left = scale.deadline - time.monotonic() - _SUDOKU_RESERVE
         seconds = scale.training_seconds if scale.device == "cpu" else max(5.0, left)
         spent, curve = 0.0, list[Figures]()

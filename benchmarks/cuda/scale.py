@@ -1,4 +1,4 @@
-"""What the parts of the check-up share: sizes, cases, and the workloads that more than one of them has. Knows no part."""
+"""Shared by the parts: sizes, cases, and common workloads. Knows no part."""
 
 import contextlib
 import gc
@@ -20,21 +20,23 @@ from models.device import peak_memory
 
 Figures = dict[str, Any]
 Found = Mapping[str, Figures]
-"""Figures of a part's earlier cases, by name; of those that failed, none."""
+"""Figures of a part's earlier cases, by name, without those of failed ones."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of what is measured, and where."""
+    """The sizes of the measurement, and its device."""
 
     device: str = "cuda"
     data: Path | None = None
-    """Conversations, and puzzles in its folder sudoku."""
+    """Folder of conversations, with puzzles in its folder sudoku."""
     deadline: float = math.inf
-    """When the part's time is over, as time.monotonic counts."""
+    """The end of the part's time, on the clock of time.monotonic."""
     smoke: tuple[str, ...] = ("arch.hidden_size=128", "arch.num_heads=4", "dataset.seq_len=160", "global_batch_size=6")
-    """Of the smoke part: a float64 reference on the CPU takes a second, rows are longer than a block of FlexAttention."""
+    """For the smoke part: a float64 reference on the CPU takes a second, and rows exceed a block of
+    FlexAttention.
+    """
     arch: tuple[str, ...] = ()
     puzzles: tuple[str, ...] = ()
     vocabulary: int = VOCABULARY
@@ -44,10 +46,10 @@ class Scale:
     """Optimizer steps of a timing, and on rows of varied lengths before nothing should compile any more."""
     epoch_steps: int = 200
     training_seconds: float = 60.0
-    """Of each network at equal FLOPs."""
+    """Seconds of each network at equal FLOPs."""
     measured_rows: int = 500
     sample_rows: int = 20_000
-    """To train on where no data are given."""
+    """Rows to generate without `--data`."""
     batches: tuple[int, ...] = (1, 8, 64)
     act_steps: tuple[int, ...] = (1, 4, 16)
     matrix: int = 8192
@@ -77,7 +79,7 @@ COMPILING_SECONDS = 150.0
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure, which fails alone, and the most seconds it may take."""
+    """An independent measurement, and its time limit in seconds."""
 
     name: str
     measure: Callable[[Found], Figures]
@@ -85,13 +87,13 @@ class Case:
 
 
 def synchronize(scale: Scale) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if scale.device == "cuda":
         torch.cuda.synchronize()
 
 
 def free_memory(scale: Scale) -> None:
-    """Give back what nothing refers to any more, and measure the peak anew from here."""
+    """Free unused memory, and reset the peak."""
     gc.collect()
     if scale.device == "cuda":
         torch.cuda.empty_cache()
@@ -99,7 +101,7 @@ def free_memory(scale: Scale) -> None:
 
 
 def peak_gigabytes(scale: Scale) -> float:
-    """Most memory of tensors on the device since `free_memory`; on a CPU of the process."""
+    """Peak memory of tensors on the device since `free_memory`; on a CPU, of the process."""
     peak = peak_memory(torch.device(scale.device))
     return peak.get("cuda_peak_bytes", peak["peak_rss_bytes"]) / 1e9
 
@@ -111,7 +113,7 @@ def training_config(scale: Scale, overrides: Sequence[str], original: Sequence[s
 
 
 def timed_steps(steps: Iterator[T], count: int, scale: Scale) -> tuple[list[float], list[T]]:
-    """Seconds and results of so many steps; the device has done each before the next begins."""
+    """Seconds and results of `count` steps, with waiting for the device after each."""
     seconds, results = list[float](), list[T]()
     for _ in range(count):
         started = time.perf_counter()
@@ -127,7 +129,9 @@ _LENGTH_SPREAD = math.sqrt(2 * math.log(340 / _MEDIAN_LENGTH))
 
 
 def varied_lengths(most: int) -> Callable[[int], int]:
-    """Positions of row i, spread as SlimOrca's are where `most`, at which rows are cut, is 512; in proportion elsewhere."""
+    """Positions of row i, distributed like SlimOrca's for `most` (the length at which rows are cut)
+    512, in proportion for others.
+    """
 
     def length(row: int) -> int:
         drawn = np.random.default_rng(row).lognormal(math.log(_MEDIAN_LENGTH), _LENGTH_SPREAD)
@@ -140,7 +144,8 @@ ENGINES = ("one kernel", "compiled graphs", "graphs", "eager")
 
 
 def engine_options(engine: str, scale: Scale) -> dict[str, Any]:
-    """How the engine decodes: as it does by itself, an ACT step of few rows in one kernel; by graphs alone; kernel by kernel.
+    """Options of the engine: its default, with an ACT step of few rows as one kernel; only CUDA
+    graphs; or neither.
 
     Without CUDA nothing is recorded.
     """
@@ -154,7 +159,7 @@ def engine_options(engine: str, scale: Scale) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def decoding_warnings(figures: Figures) -> Iterator[None]:
-    """Within the block, what the engine warns of is an error in `figures`: it didn't decode as it should have."""
+    """Within the block, the engine's warnings become errors in `figures`."""
     handler, log = logging.Handler(), logging.getLogger("generation.device_tick")
     handler.emit = lambda record: figures.update(error=record.getMessage())  # type: ignore[method-assign]
     log.addHandler(handler)

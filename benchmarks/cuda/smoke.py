@@ -1,4 +1,4 @@
-"""Whether a device computes what it should: training and decoding of every recursion, at small sizes."""
+"""Checks that a device computes correctly: training and decoding of every small recursion."""
 
 import functools
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ _RECURSIONS: dict[str, tuple[list[str], tuple[str, str]]] = {
     "trm_singlez": ([], ("causal", "off")),
     "trm_hier6": ([], ("causal", "packed")),
     "hrm": ([], ("prefix", "off")),
-    # As at its default size, a head has 42 channels.
+    # As at the default size, a head has 42 channels.
     "transformers_baseline": (["arch.hidden_size=168"], ("causal", "bucketed")),
 }
 _SMOKE_VOCABULARY = 300
@@ -44,7 +44,7 @@ _ALLOWED_CACHED, _ALLOWED_BFLOAT16 = 1e-4, 3.0
 
 
 class Network(NamedTuple):
-    """A small network, and how it is computed."""
+    """A small network and its computation."""
 
     recursion: str
     dtype: str
@@ -59,7 +59,7 @@ def _composed(scale: Scale, recursion: str) -> PretrainInstructConfig:
 
 
 def configured(network: Network, scale: Scale, device: str) -> PretrainInstructConfig:
-    """Its settings on this device."""
+    """The network's settings on this device."""
     config = _composed(scale, network.recursion)
     arch = config.arch.model_copy(update={"forward_dtype": network.dtype, "attention": network.attention})
     return config.model_copy(update={"device": device, "arch": arch, "packing": network.packing})
@@ -67,7 +67,7 @@ def configured(network: Network, scale: Scale, device: str) -> PretrainInstructC
 
 @functools.cache
 def two_steps(network: Network, scale: Scale, device: str, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses per token of two optimizer steps; all gradients of the first, and those of the levels alone."""
+    """Losses per token of two steps, and gradients of the first: all, and the levels' only."""
     torch._dynamo.reset()
     config = configured(network, scale, device)
     rows = SyntheticRows(config, _SMOKE_VOCABULARY, varied_lengths(config.dataset.seq_len))
@@ -81,7 +81,7 @@ def two_steps(network: Network, scale: Scale, device: str, compiled: bool = Fals
 
 
 def training_errors(network: Network, scale: Scale, compiled: bool, _: Found) -> Figures:
-    """Relative errors against float64 on the CPU; of compiled code, differences from the uncompiled besides."""
+    """Relative errors against float64 on the CPU, and for compiled code against eager code."""
     found = two_steps(network, scale, scale.device, compiled)
 
     def errors(reference: tuple[Tensor, Tensor, Tensor]) -> list[float]:

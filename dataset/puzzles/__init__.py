@@ -1,1 +1,1 @@
-"""Puzzles: the on-disk form that ARC, Sudoku and Maze share, its loader, and each puzzle's own rules."""
+"""Puzzles: the on-disk format of ARC, Sudoku and Maze, its loader, and each puzzle's rules."""

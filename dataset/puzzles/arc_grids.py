@@ -1,7 +1,7 @@
-"""ARC's grids: symmetries that keep a task a task, the 900-token canvas, and how both are undone.
+"""ARC's grids: augmentations, the 900-token canvas, and the inverses of both.
 
-A grid is uint8 [R, C] of colours 0..9, at most 30 x 30. On the canvas 0 is padding, 1 the end marker, colours are 2..11. This file
-must not know files.
+A grid is uint8 [R, C] of colours 0..9, at most 30 x 30. On the canvas 0 is padding, 1 the end
+marker, colours are 2..11. Knows no files.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ SEQ_LEN = MAX_SIDE * MAX_SIDE
 VOCAB_SIZE = FIRST_COLOUR + COLOURS
 NAME_SEPARATOR = "|||"
 
-# How many draws an augmentation may cost, on average, before a puzzle is left with fewer of them.
+# Draws per augmentation, on average, before a puzzle gets fewer of them.
 _DRAWS_PER_AUGMENTATION = 5
 
 Grid = npt.NDArray[np.uint8]
-# Augmentations as numbers: uint8 [A, 11], the form and then what each colour becomes.
+# Augmentations as numbers: uint8 [A, 11], the dihedral form and then the new value of each colour.
 Codes = npt.NDArray[np.uint8]
 
 
@@ -51,20 +51,20 @@ def parse_grid(value: Any) -> Grid:
 
 
 def grid_hash(grid: Grid) -> bytes:
-    """Equal for equal grids only, shape included."""
+    """A hash of a grid and its shape."""
     return hashlib.sha256(bytes(grid.shape) + grid.tobytes()).digest()
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A permutation of the colours, 0 fixed, and then a symmetry of the square."""
+    """A permutation of the colours except 0, followed by a symmetry of the square."""
 
     form: int
     colours: tuple[int, ...]
 
     @classmethod
     def of(cls, code: Codes) -> "Augmentation":
-        """The one that a row of `Codes` stands for."""
+        """The augmentation of a row of `Codes`."""
         form, *colours = code.tolist()
         return cls(form, tuple(colours))
 
@@ -73,7 +73,7 @@ class Augmentation:
         return dihedral(np.array(self.colours, np.uint8)[grid], self.form)
 
     def invert(self, grid: Grid) -> Grid:
-        """The grid that `apply` made this one of."""
+        """The inverse of `apply`."""
         return np.argsort(self.colours).astype(np.uint8)[dihedral(grid, INVERSE[self.form])]
 
     def name(self, puzzle: str) -> str:
@@ -85,7 +85,7 @@ IDENTITY = Augmentation(0, tuple(range(COLOURS)))
 
 
 def parse_name(name: str) -> tuple[str, Augmentation]:
-    """The puzzle behind an identifier's name, and what was done to it. Raises ValueError."""
+    """The puzzle and the augmentation in an identifier's name. Raises ValueError."""
     if NAME_SEPARATOR not in name:
         return name, IDENTITY
     puzzle, form, colours = name.split(NAME_SEPARATOR)
@@ -96,7 +96,7 @@ def parse_name(name: str) -> tuple[str, Augmentation]:
 
 
 def canonical_pair(pair: Pair) -> bytes:
-    """Equal for two pairs exactly if an augmentation turns one into the other."""
+    """A key that is equal for two pairs exactly if an augmentation maps one to the other."""
     forms = []
     for form in range(FORMS):
         turned = [dihedral(grid, form) for grid in pair]
@@ -111,7 +111,7 @@ def canonical_pair(pair: Pair) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class _FlatPairs:
-    """The cells of pairs one after the other, and where each cell of the turned grids is found among them."""
+    """The concatenated cells of pairs, and the source of each cell of the transformed grids."""
 
     cells: Grid = field(repr=False)
     sources: list[npt.NDArray[np.int64]] = field(repr=False)  # by form, [cells]
@@ -137,9 +137,9 @@ class _FlatPairs:
 
 
 def draw_augmentations(pairs: Sequence[Pair], count: int, seed: int, name: str) -> Codes:
-    """The identity and at most `count` augmentations under which a puzzle's pairs, as a set, all differ.
+    """The identity and at most `count` augmentations that give different sets of pairs.
 
-    Fewer if five draws for each of them don't suffice, as for a puzzle of one colour.
+    Fewer if five draws for each aren't enough, as for a puzzle with one colour.
     """
     flat = _FlatPairs.of(pairs)
     pair_ends = flat.ends[1::2].tolist()
@@ -166,7 +166,7 @@ def draw_augmentations(pairs: Sequence[Pair], count: int, seed: int, name: str) 
 
 
 def _as_set(cells: Grid, shapes: list[tuple[int, int]], pair_ends: list[int]) -> bytes:
-    """Equal for two puzzles exactly if they have the same pairs, in whatever order."""
+    """A key that is equal for two puzzles exactly if they have the same pairs, in any order."""
     raw = cells.tobytes()
     begins = [0, *pair_ends[:-1]]
     sides = [bytes((*shapes[2 * i], *shapes[2 * i + 1])) for i in range(len(pair_ends))]
@@ -178,8 +178,9 @@ def lay_out(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Every pair under every augmentation on its canvas: inputs and labels, uint8 [A, pairs, 900].
 
-    An output stands at the same place as its input: the top left corner, or, with `shift`, a place drawn evenly where both fit,
-    except for one pair of each augmented puzzle, drawn evenly, which stays in the corner.
+    An output has the same position as its input: the top left corner or, with `shift`, a uniformly
+    drawn position where both fit. One uniformly drawn pair of each augmented puzzle stays in the
+    corner.
     """
     flat = _FlatPairs.of(pairs)
     canvases = np.zeros((2, len(codes), len(pairs), MAX_SIDE, MAX_SIDE), np.uint8)
@@ -208,7 +209,9 @@ def lay_out(
 def _put(
     canvases: npt.NDArray[np.uint8], chosen: npt.NDArray[np.int64], pair: int, corners: npt.NDArray[np.int64], grids: Grid
 ) -> None:
-    """Lay grids [n, R, C] of tokens on `canvases`[chosen, pair] at `corners` [n, 2], with end markers below and to the right."""
+    """Write grids [n, R, C] of tokens to `canvases`[chosen, pair] at `corners` [n, 2], with end
+    markers below and to the right.
+    """
     _, height, width = grids.shape
     rows = corners[:, :1] + np.arange(height)
     columns = corners[:, 1:] + np.arange(width)
@@ -221,10 +224,12 @@ def _put(
 
 
 def crop(canvases: npt.NDArray[np.integer[Any]]) -> Iterator[Grid]:
-    """The grid on each canvas [B, 900]: the largest rectangle of colours from the top left, of several the least high; or none."""
+    """The grid on each canvas [B, 900]: the largest rectangle of colours from the top left (ties:
+    the lowest), or none.
+    """
     tokens = canvases.reshape(-1, MAX_SIDE, MAX_SIDE)
     is_colour = (tokens >= FIRST_COLOUR) & (tokens < VOCAB_SIZE)
-    # Width of the colours at the left of a row, and of the rectangle that ends with it.
+    # Number of colours at the left of a row, and width of the rectangle that ends at it.
     run = np.cumprod(is_colour, axis=2).sum(axis=2)
     width = np.minimum.accumulate(run, axis=1)
     height = 1 + np.argmax(width * np.arange(1, MAX_SIDE + 1), axis=1)

@@ -1,6 +1,7 @@
-"""Puzzles in CSV files with the columns source, question, answer, rating: found in a folder, else fetched from the hub.
+"""Puzzles in CSV files with the columns source, question, answer, rating: found in a folder, else
+downloaded from the hub.
 
-This file must not know what a question is.
+This file doesn't know what a question is.
 """
 
 import csv
@@ -21,7 +22,7 @@ COLUMNS = ["source", "question", "answer", "rating"]
 
 @dataclass(frozen=True, eq=False)
 class CsvPuzzles:
-    """The rows of a file: questions and answers as ASCII codes, uint8 [N, L]; lines int64 [N], where they stand in it."""
+    """The rows of a file: questions and answers (ASCII codes, uint8 [N, L]), lines int64 [N]."""
 
     path: Path
     questions: npt.NDArray[np.uint8]
@@ -29,7 +30,7 @@ class CsvPuzzles:
     lines: npt.NDArray[np.int64]
 
     def require(self, holds: npt.NDArray[np.bool_], what: str) -> None:
-        """Raise `UsageError` for the first row for which bool [N] `holds` isn't true."""
+        """Raise `UsageError` for the first row where `holds` (bool [N]) is false."""
         if not holds.all():
             raise UsageError(
                 f"{self.path}, line {self.lines[int(np.argmin(holds))]}: expected {what}; correct the row or remove it"
@@ -41,13 +42,15 @@ class CsvPuzzles:
 
 
 def locate(folder: str | Path, split: str, repo: str) -> Path:
-    """`<folder>/<split>.csv`, downloaded from the hub's data set `repo` if it isn't there. Raises `UsageError`."""
+    """`<folder>/<split>.csv`, downloaded from the hub's `repo` if missing. Raises `UsageError`."""
     path = Path(folder) / f"{split}.csv"
     return path if path.is_file() else Hub(repo).fetch(path.name, path)
 
 
 def read_csv(path: Path, min_rating: int | None = None) -> CsvPuzzles:
-    """All rows, or those with at least that rating. Raises `UsageError` for a row that is malformed or of another length."""
+    """All rows, or those with at least this rating. Raises `UsageError` for a row that is malformed
+    or of another length.
+    """
     questions, answers, lines = bytearray(), bytearray(), []
     length = 0
     try:

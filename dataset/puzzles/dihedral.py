@@ -1,4 +1,4 @@
-"""The eight symmetries of a square, numbered as the original numbers them. Knows no puzzle."""
+"""The eight symmetries of a square, numbered as in the original. Knows no puzzle."""
 
 from typing import Any, TypeVar
 
@@ -13,10 +13,10 @@ Cell = TypeVar("Cell", bound=np.generic)
 
 
 def dihedral(grids: npt.NDArray[Cell], form: int) -> npt.NDArray[Cell]:
-    """Turn or mirror grids [..., R, C], as a view where NumPy can.
+    """Rotate or mirror grids [..., R, C], as a view if possible.
 
-    form: 0 nothing; 1, 2, 3 quarter turns counter-clockwise; 4 left-right; 5 up-down; 6 transposed; 7 left-right after a quarter
-    turn.
+    form: 0 nothing; 1, 2, 3 quarter turns counter-clockwise; 4 left-right; 5 up-down; 6 transposed;
+    7 left-right after a quarter turn.
     """
     if not 0 <= form < FORMS:
         raise ValueError(f"no such symmetry: {form}")

@@ -1,6 +1,7 @@
-"""Random numbers keyed by what they are for, so that no order of work changes them.
+"""Random numbers keyed by their purpose, so that they don't depend on the order of work.
 
-Made of raw bits, because NumPy keeps their streams over versions and not those of a Generator's methods.
+Built from raw bits: NumPy keeps their streams across versions, but not those of a Generator's
+methods.
 """
 
 import hashlib
@@ -10,14 +11,14 @@ import numpy.typing as npt
 
 
 def raw_bits(seed: int, *purpose: object) -> np.random.Philox:
-    """A stream of raw bits that depends on nothing but the seed and `purpose`."""
+    """A stream of raw bits that depends only on the seed and `purpose`."""
     digest = hashlib.blake2b("/".join(map(str, (seed, *purpose))).encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, np.uint64))
 
 
 def uniform(bits: np.random.Philox, *shape: int) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1) of that shape."""
-    # The upper 53 bits: as many as the number has.
+    """Uniform numbers in [0, 1) of the given shape."""
+    # The upper 53 bits: the precision of float64.
     return (bits.random_raw(int(np.prod(shape))) >> np.uint64(11)).reshape(shape).astype(np.float64) / 2**53
 
 

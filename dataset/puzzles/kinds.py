@@ -1,6 +1,7 @@
-"""What kind of puzzle a data set holds; a person's own puzzles of that kind read from a file, shown as text, judged by rule.
+"""The kinds of puzzles: each reads a user's puzzles from a file, prints them as text, and checks
+answers by its rules.
 
-Which kind follows from the number of tokens and the length of a row. This file must not know models.
+A data set's kind follows from the number of tokens and the length of a row. Knows no models.
 """
 
 import csv
@@ -32,21 +33,22 @@ class Kind(ABC):
 
     @abstractmethod
     def parse(self, text: str) -> Tokens:
-        """The questions [N, cells] in a text. Raises ValueError that says what is wrong with it."""
+        """Parse the questions [N, cells] in a text. Raises ValueError that says what is wrong."""
 
     @abstractmethod
     def text(self, tokens: Tokens) -> str:
-        """A row of tokens [cells] as lines, a cell that holds none of the puzzle's signs as `?`."""
+        """A row of tokens [cells] as lines of text, with `?` for an unknown token."""
 
     def solves(self, questions: Tokens, answers: Tokens) -> npt.NDArray[np.bool_]:
         """Which answers [N, cells] solve their questions by the puzzle's rules, for a kind that `has_rules`."""
         raise NotImplementedError
 
     def symmetries(self, bits: np.random.Philox, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """`count` ways to make another puzzle of one, the first of which changes nothing, for a kind that `has_rules`.
+        """`count` symmetries of the puzzle, the first of which is the identity, for a kind that
+        `has_rules`.
 
-        Returns cells [count, cells] and tokens [count, vocabulary]: `tokens[i][puzzle[cells[i]]]` is the other puzzle, and its
-        solution is the solution's other form.
+        Returns cells [count, cells] and tokens [count, vocabulary]: `tokens[i][puzzle[cells[i]]]`
+        is the transformed puzzle. Its solution is the solution, transformed likewise.
         """
         raise NotImplementedError
 
@@ -80,7 +82,7 @@ class Sudoku(Kind):
         return _lines(" ".join(signs[token] for token in row) for row in tokens.reshape(self.side, -1).tolist())
 
     def solves(self, questions: Tokens, answers: Tokens) -> npt.NDArray[np.bool_]:
-        # A padding token becomes no digit at all.
+        # A padding token isn't a digit.
         digits = [(tokens.astype(np.int64) - 1).astype(np.uint8) for tokens in (questions, answers)]
         return sudoku.are_solutions(digits[1], self.shape) & sudoku.agree(*digits)
 
@@ -93,7 +95,7 @@ class Sudoku(Kind):
 
 
 class Maze(Kind):
-    """`#` wall, blank, `S` start, `G` goal; a solution marks a shortest path with `o`, and there may be several."""
+    """`#` wall, space, `S` start, `G` goal. A solution marks one of the shortest paths with `o`."""
 
     name = "maze"
 
@@ -104,7 +106,7 @@ class Maze(Kind):
         lines = text.splitlines()
         if len(lines) == 1 and len(lines[0]) == self.side**2:
             lines = [lines[0][start : start + self.side] for start in range(0, self.side**2, self.side)]
-        lines = [line.rstrip(" ").ljust(self.side) for line in lines]  # an editor may have cut blanks off
+        lines = [line.rstrip(" ").ljust(self.side) for line in lines]  # an editor may have removed trailing spaces
         while len(lines) > self.side and not lines[-1].strip():
             lines.pop()
         if len(lines) != self.side or any(len(line) != self.side for line in lines):
@@ -120,7 +122,7 @@ class Maze(Kind):
             if (question == token).sum() != 1:
                 raise ValueError(f"expected one {sign} in a maze, found {(question == token).sum()}")
         if maze.shortest_paths(question)[0] < 0:
-            raise ValueError("no way leads from S to G")
+            raise ValueError("no path leads from S to G")
         return question.reshape(1, -1)
 
     def text(self, tokens: Tokens) -> str:
@@ -141,7 +143,7 @@ class Maze(Kind):
 
 
 class Arc(Kind):
-    """Colours 0 to 9 on a canvas; what a solution is, only the task's demonstrations say."""
+    """Colours 0 to 9 on a canvas. Without rules: the demonstrations define a solution."""
 
     name = "ARC"
     side = arc_grids.MAX_SIDE
@@ -156,7 +158,7 @@ class Arc(Kind):
 
     @staticmethod
     def grid_text(grid: arc_grids.Grid) -> str:
-        """A grid as lines of colours; a single `?` where there is none."""
+        """A grid as lines of colours; `?` for an empty one."""
         return _lines(" ".join(map(str, row)) for row in grid.tolist()) or _NO_CELL
 
 
@@ -191,7 +193,7 @@ def read_questions(path: Path, kind: Kind) -> Tokens:
 
 
 def kind_of(metadata: PuzzleMetadata) -> Kind:
-    """What kind of puzzle a data set with this description holds. Raises `UsageError` for none that is known here."""
+    """The kind of puzzle with this description. Raises `UsageError` for an unknown kind."""
     side = math.isqrt(metadata.seq_len)
     if (metadata.seq_len, metadata.vocab_size) == (arc_grids.SEQ_LEN, arc_grids.VOCAB_SIZE):
         return Arc()

@@ -1,7 +1,9 @@
-"""Batches of puzzles: the original's order and choice of augmented forms in training, every row once in testing.
+"""Batches of puzzles: in training the original's order and choice of augmented forms, in testing
+every row once.
 
-Everything drawn is keyed by (seed, number of the iteration and data path), so a position is three integers. Ranks draw the same
-batch and take their part of it. This file must not know models, slots, or what a token means.
+Random numbers are keyed by (seed, number of the iteration and data path), so a position is three
+integers. All ranks draw the same batch and take their part of it. This file doesn't know models,
+slots, or the meaning of tokens.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from config.errors import UsageError
 from dataset.puzzles.storage import BLANK_IDENTIFIER, PuzzleMetadata, PuzzleSet, Split, open_sets, read_identifiers
 
 IGNORE_LABEL_ID = -100
-# Rows whose content goes into `data_hash`; all of them would mean reading gigabytes at every start.
+# Rows of each set in `data_hash`; hashing all of them would read gigabytes at every start.
 _HASHED_ROWS = 1024
 
 
@@ -24,8 +26,9 @@ _HASHED_ROWS = 1024
 class PuzzleBatch:
     """This rank's B rows of a batch.
 
-    inputs int32 [B, T]; labels int64 [B, T], -100 where not supervised; puzzle_identifiers int32 [B]; rows int64 [B], where they
-    stand in their set. Rows of padding: the padding token, -100, the blank identifier, -1. set_name: which set of which data path.
+    inputs int32 [B, T]; labels int64 [B, T], -100 where not supervised; puzzle_identifiers int32
+    [B]; rows int64 [B], their indices in the set. Padding rows: the padding token, -100, the blank
+    identifier, -1. set_name: the set and its data path.
     """
 
     set_name: str
@@ -36,15 +39,16 @@ class PuzzleBatch:
 
 
 class PuzzleData:
-    """One split of one or several data paths, taken one after the other.
+    """One split of one or more data paths, in order.
 
-    metadata: of all together; `num_puzzle_identifiers`, `total_groups` and `total_puzzles` are sums, `mean_puzzle_examples` the
-    mean weighted by puzzles, as in the original. sets: by name; from the second path on the name ends with the path's number.
-    data_hash: hex SHA-256 over metadata, indices, identifiers, and up to 1,024 evenly spaced rows of each set.
+    metadata: of all paths; `num_puzzle_identifiers`, `total_groups` and `total_puzzles` are sums,
+    `mean_puzzle_examples` is the mean weighted by puzzles, as in the original. sets: by name; from
+    the second path on, the name ends with the path's number. data_hash: hex SHA-256 of metadata,
+    indices, identifiers, and up to 1,024 evenly spaced rows of each set.
     """
 
     def __init__(self, data_paths: Sequence[str | Path], split: Split) -> None:
-        """Open it. Raises `UsageError`: a file is missing, or the paths don't fit together."""
+        """Raises `UsageError` if a file is missing or the paths don't fit together."""
         if not data_paths:
             raise UsageError("data_paths names no folder: give at least one puzzle data set")
         opened = [open_sets(path, split) for path in data_paths]
@@ -64,7 +68,7 @@ class PuzzleData:
         self.data_hash: str = digest.hexdigest()
 
     def batch(self, set_name: str, rows: npt.NDArray[np.int64], size: int) -> PuzzleBatch:
-        """The batch of these rows (at most `size`) of a set, padded to `size` rows."""
+        """A batch of these rows of a set (at most `size`), padded to `size` rows."""
         puzzles, meta = self.sets[set_name], self.metadata
         inputs = np.full((size, meta.seq_len), meta.pad_id, np.int32)
         labels = np.full((size, meta.seq_len), IGNORE_LABEL_ID, np.int64)
@@ -87,7 +91,7 @@ def _merged(parts: Sequence[PuzzleMetadata], data_paths: Sequence[str | Path]) -
             if getattr(part, field) != getattr(first, field):
                 raise UsageError(
                     f"data_paths: expected the same kind of puzzles in all, found {field} {getattr(first, field)!r} in "
-                    f"{str(data_paths[0])!r} and {getattr(part, field)!r} in {str(path)!r}; train on them apart"
+                    f"{str(data_paths[0])!r} and {getattr(part, field)!r} in {str(path)!r}; train on them separately"
                 )
     puzzles = sum(part.total_puzzles for part in parts)
     return first.model_copy(
@@ -101,7 +105,7 @@ def _merged(parts: Sequence[PuzzleMetadata], data_paths: Sequence[str | Path]) -
 
 
 def _check_identifiers(data_paths: Sequence[str | Path]) -> None:
-    """Two puzzles must not share a row of the embedding. Identifiers aren't shifted, so builders must have kept them apart."""
+    """Check that no two puzzles share an identifier: paths don't shift them."""
     names: dict[int, tuple[str, str | Path]] = {}
     for path in data_paths:
         listed = read_identifiers(path)
@@ -126,11 +130,13 @@ def _rank_size(global_batch_size: int, rank: int, ranks: int) -> int:
 
 
 class TrainBatches:
-    """Training batches of one rank. An iteration passes `epochs_per_iteration` times over the groups of each data path in turn.
+    """Training batches of one rank. An iteration makes `epochs_per_iteration` passes over the
+    groups of each data path in turn.
 
-    In every pass each group gives one of its puzzles, drawn evenly, and of that as many examples as still fit into the batch. A
-    last batch that isn't full is dropped. Order of groups and choice of puzzles are the original's, draw for draw: NumPy's Philox
-    seeded with seed + n, n the number of (iteration, data path) pairs begun.
+    In every pass, each group gives one uniformly drawn puzzle, and as many of its examples as fit
+    into the batch. A last batch that isn't full is dropped. Order of groups and choice of puzzles
+    equal the original's, draw for draw: NumPy's Philox with seed + n, n the number of (iteration,
+    data path) pairs begun.
     """
 
     def __init__(
@@ -149,7 +155,7 @@ class TrainBatches:
         self._drawn: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None = None
 
     def iteration(self) -> Iterator[PuzzleBatch]:
-        """The batches from where the stream stands to the end of the iteration; then it stands where the next one begins."""
+        """The batches from the current position to the end of the iteration."""
         while self._path < len(self._names):
             if self._drawn is None:
                 self._begun += 1
@@ -164,7 +170,7 @@ class TrainBatches:
         self._path = 0
 
     def state(self) -> dict[str, int | str]:
-        """Where the stream stands, after the batch handed out last; plain values for a checkpoint. The same on every rank."""
+        """The position after the last returned batch, as JSON values. The same on every rank."""
         return {
             "begun": self._begun,
             "path": self._path,
@@ -174,12 +180,14 @@ class TrainBatches:
         }
 
     def restore(self, state: Mapping[str, int | str]) -> None:
-        """Stand where `state` was taken; the number of ranks may differ. Raises `UsageError` for another stream's state."""
+        """Move to the position of `state`; the number of ranks may differ. Raises `UsageError` for
+        another stream's state.
+        """
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UsageError(
-                    f"the checkpoint's place in the data is for {name} {state.get(name)!r}, this run has {value!r}: go on with "
-                    "the same data and settings, or start anew"
+                    f"the checkpoint's position in the data is for {name} {state.get(name)!r}, this run has {value!r}: resume with "
+                    "the same data and settings, or start a new run"
                 )
         self._begun, self._path, self._group = (int(state[name]) for name in ("begun", "path", "group"))
         self._drawn = None
@@ -187,7 +195,7 @@ class TrainBatches:
             self._draw()
 
     def _identity(self) -> dict[str, int | str]:
-        """What a place in the stream depends on."""
+        """Everything that a position in the stream depends on."""
         return {
             "data_hash": self._data.data_hash,
             "seed": self._seed,
@@ -196,20 +204,20 @@ class TrainBatches:
         }
 
     def _draw(self) -> None:
-        """The puzzles of the whole pair in their order, and how many examples come before each of them."""
+        """Draw the puzzles of the whole pair, in order, and count the examples before each of them."""
         puzzles = self._data.sets[self._names[self._path]]
         groups = len(puzzles.group_indices) - 1
         generator = np.random.Generator(np.random.Philox(seed=self._seed + self._begun))
         order = np.empty(groups * self._epochs, np.int32)
         for epoch in range(self._epochs):
             order[epoch * groups : (epoch + 1) * groups] = generator.permutation(groups)
-        # One call gives the numbers that one call for each group would give; a test holds NumPy to it.
+        # One call gives the same numbers as one call for each group; a test checks that.
         drawn = generator.integers(puzzles.group_indices[order], puzzles.group_indices[order + 1])
         sizes = np.diff(puzzles.puzzle_indices)[drawn]
         self._drawn = drawn.astype(np.int32), np.concatenate([[0], np.cumsum(sizes)])
 
     def _next_rows(self) -> npt.NDArray[np.int64] | None:
-        """The rows of the next whole batch; None if there is none left."""
+        """The rows of the next full batch; None if there is none left."""
         assert self._drawn is not None
         drawn, before = self._drawn
         begin = self._group
@@ -220,7 +228,7 @@ class TrainBatches:
         sizes = np.diff(before[begin : end + 1])
         starts = self._data.sets[self._names[self._path]].puzzle_indices[chosen]
         rows = np.repeat(starts - first, sizes) + np.arange(before[begin], before[end])
-        # Shuffled within each puzzle, so that the one that doesn't fit gives any of its examples.
+        # Shuffle within each puzzle, so that a puzzle that doesn't fit gives random examples.
         key = np.array([self._seed % 2**64, self._begun], np.uint64)
         keys = np.random.Philox(key=key, counter=np.array([0, 0, begin, 0], np.uint64)).random_raw(len(rows))
         self._group = end
@@ -229,7 +237,7 @@ class TrainBatches:
 
 
 def evaluation_batches(data: PuzzleData, *, global_batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[PuzzleBatch]:
-    """This rank's part of every row of every set once, in order; the last batch of a set is padded."""
+    """This rank's part of all rows of all sets, in order; the last batch of a set is padded."""
     local_size = _rank_size(global_batch_size, rank, ranks)
     for name, puzzles in data.sets.items():
         for start in range(0, len(puzzles), global_batch_size):
@@ -240,5 +248,5 @@ def evaluation_batches(data: PuzzleData, *, global_batch_size: int, rank: int = 
 
 
 def evaluation_batch_count(data: PuzzleData, global_batch_size: int) -> int:
-    """How many batches `evaluation_batches` gives."""
+    """The number of batches from `evaluation_batches`."""
     return sum(-(-len(puzzles) // global_batch_size) for puzzles in data.sets.values())

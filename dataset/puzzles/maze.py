@@ -1,7 +1,7 @@
 """Mazes: characters, tokens, and shortest paths of many mazes at once. Knows no files.
 
-A maze is a square of `#` wall, blank, `S` start and `G` goal; in an answer `o` marks a shortest path between them. Tokens are 1 to
-5 in the order of CHARACTERS, 0 is padding.
+A maze is a square of `#` wall, space, `S` start and `G` goal; in an answer `o` marks a shortest
+path between them. Tokens are 1 to 5 in the order of CHARACTERS, 0 is padding.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _SEVERAL = 2
 
 
 def to_tokens(codes: npt.NDArray[np.uint8]) -> Mazes:
-    """Tokens of ASCII codes; 0 for a character that isn't a maze's."""
+    """Tokens of ASCII codes; 0 for any other character."""
     tokens = np.zeros(256, np.uint8)
     tokens[np.frombuffer(CHARACTERS.encode(), np.uint8)] = np.arange(1, VOCAB_SIZE)
     return tokens[codes]
@@ -28,10 +28,11 @@ def to_tokens(codes: npt.NDArray[np.uint8]) -> Mazes:
 def distances(is_open: npt.NDArray[np.bool_], origin: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
     """Breadth-first search in many mazes at once, in steps up, down, left and right.
 
-    is_open, origin: bool [N, R, C], origins are open. Returns int16 [N, R, C], steps from an origin, -1 where none leads, and
-    uint8 [N, R, C], the number of shortest ways: 0, 1, or 2 for two and more.
+    is_open, origin: bool [N, R, C]; origins are open. Returns int16 [N, R, C], the steps from an
+    origin, -1 if unreachable, and uint8 [N, R, C], the number of shortest paths: 0, 1, or 2 for two
+    and more.
     """
-    # A rim of walls, so that a step off the maze ends there.
+    # A border of walls, so that steps off the maze end there.
     rim = ((0, 0), (1, 1), (1, 1))
     front = np.pad(origin & is_open, rim).astype(np.uint8)
     free = np.pad(is_open, rim) & (front == 0)
@@ -52,16 +53,18 @@ def distances(is_open: npt.NDArray[np.bool_], origin: npt.NDArray[np.bool_]) -> 
 
 
 def shortest_paths(questions: Mazes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
-    """Of mazes [N, R, C]: steps from start to goal [N], -1 if no way leads there, and the shortest ways [N], 2 for two and more."""
+    """For mazes [N, R, C]: steps from start to goal [N], -1 if unreachable, and number of shortest
+    paths [N], 2 for two and more.
+    """
     steps, ways = distances(questions != WALL, questions == START)
     goal = questions == GOAL
     return steps[goal], ways[goal]
 
 
 def are_shortest(questions: Mazes, answers: Mazes) -> npt.NDArray[np.bool_]:
-    """Which answers [N, R, C] mark one shortest path and nothing else; start and goal are there once each."""
+    """Which answers [N, R, C] mark exactly one shortest path, with one start and one goal."""
     steps, _ = shortest_paths(questions)
-    # Only the cells marked: as many as a shortest path has, and enough to arrive as fast.
+    # The marked cells alone: as many as a shortest path has, and the goal in as many steps.
     along, _ = distances((answers == PATH) | (answers == START) | (answers == GOAL), answers == START)
     marked = (answers == PATH).sum(axis=(1, 2))
     result: npt.NDArray[np.bool_] = (steps > 0) & (along[answers == GOAL] == steps) & (marked == steps - 1)
@@ -69,7 +72,7 @@ def are_shortest(questions: Mazes, answers: Mazes) -> npt.NDArray[np.bool_]:
 
 
 def path_cells(questions: Mazes) -> npt.NDArray[np.bool_]:
-    """The cells on any shortest path of mazes [N, R, C], start and goal included; none where no way leads."""
+    """The cells on any shortest path of mazes [N, R, C], ends included; none without a path."""
     from_start, _ = distances(questions != WALL, questions == START)
     from_goal, _ = distances(questions != WALL, questions == GOAL)
     total = from_start[questions == GOAL][:, None, None]

@@ -1,4 +1,4 @@
-"""Small mazes made here: random walls, a start, and a goal that one shortest path alone leads to. Knows no files."""
+"""Generates small mazes: walls, a start, and a goal with a unique shortest path. Knows no files."""
 
 from collections.abc import Iterator
 
@@ -11,18 +11,20 @@ from dataset.puzzles.draws import raw_bits, uniform
 from dataset.puzzles.maze import BLANK, GOAL, PATH, START, WALL, Mazes, distances, path_cells
 
 WALLS = 0.35
-# Share of all mazes that is held out.
+# Fraction of mazes held out.
 HELD_OUT = 0.1
 _DRAWN_AT_ONCE = 4096
-# Draws without one fit maze, after which there are none.
+# Stop after this many draws without a suitable maze.
 _MOST_VAIN_DRAWS = 20
 
 
 def draw_puzzles(counts: dict[str, int], side: int, min_steps: int, seed: int) -> dict[str, tuple[Mazes, Mazes]]:
-    """Questions and answers [count, side, side] of the splits "train" and "test", no maze twice, turned or mirrored either.
+    """Questions and answers [count, side, side] of the splits "train" and "test", distinct up to
+    symmetry.
 
-    A maze is a test maze by a hash of the seed and what its eight symmetric forms have in common. The goal is an even draw from the
-    cells that only one shortest path leads to, of at least `min_steps` steps. Raises `UsageError` if there are too few such mazes.
+    A hash of the seed and of the class of symmetric forms decides which mazes are test mazes. The
+    goal is drawn uniformly from the cells with a unique shortest path of at least `min_steps`
+    steps. Raises `UsageError` if there are too few such mazes.
     """
     found: dict[str, list[Mazes]] = {split: [] for split in counts}
     seen: set[bytes] = set()
@@ -42,7 +44,7 @@ def draw_puzzles(counts: dict[str, int], side: int, min_steps: int, seed: int) -
         if vain == _MOST_VAIN_DRAWS:
             missing = ", ".join(f"{len(found[split])} of {count} {split} mazes" for split, count in counts.items())
             raise UsageError(
-                f"found only {missing} of side {side} with a single shortest path of {min_steps} steps or more: ask for shorter "
+                f"found only {missing} of side {side} with a single shortest path of {min_steps} steps or more: use shorter "
                 "paths (--min-steps), a larger --side or fewer mazes"
             )
     puzzles = {}
@@ -53,7 +55,7 @@ def draw_puzzles(counts: dict[str, int], side: int, min_steps: int, seed: int) -
 
 
 def _drawn(side: int, min_steps: int, seed: int) -> Iterator[Mazes]:
-    """Fit mazes, some at a time, without end."""
+    """An endless stream of suitable mazes, in batches."""
     block = 0
     while True:
         bits = raw_bits(seed, "mazes", side, block)
@@ -69,7 +71,7 @@ def _drawn(side: int, min_steps: int, seed: int) -> Iterator[Mazes]:
 
 
 def _one_of(cells: npt.NDArray[np.bool_], keys: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """In each maze, the one of these cells with the largest key: bool, of the same shape; nothing where there is none."""
+    """In each maze, the one of these cells with the largest key, if any: bool, same shape."""
     keys = np.where(cells, keys, -1.0)
     largest: npt.NDArray[np.bool_] = keys == keys.max(axis=(1, 2), keepdims=True)
     return cells & largest

@@ -1,4 +1,5 @@
-"""6x6 Sudoku made here: every solution grid there is, their classes under symmetry, and questions that deduction alone answers.
+"""Generates 6x6 Sudoku: all solution grids, their symmetry classes, and questions that deduction
+alone can solve.
 
 Knows no files.
 """
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from dataset.puzzles.draws import permutations, raw_bits
 from dataset.puzzles.sudoku import SIX, Grids, draw_symmetries, symmetric_forms
 
-# Share of the solution grids that is held out, at least.
+# Least fraction of solution grids held out.
 HELD_OUT = 0.1
 
 _UNITS = SIX.units()
@@ -21,7 +22,7 @@ _ALL_DIGITS = (1 << SIX.side) - 1
 
 @functools.cache
 def solution_grids() -> Grids:
-    """All solution grids whose first row is 1 to 6, [39168, 36]; the others are these with digits renamed."""
+    """All solution grids with first row 1 to 6, [39168, 36]; others have renamed digits."""
     side = SIX.side
     earlier_peers = [
         [c for c in range(cell) if np.intersect1d(_UNITS_OF_CELL[c], _UNITS_OF_CELL[cell]).size] for cell in range(SIX.cells)
@@ -45,7 +46,7 @@ def solution_grids() -> Grids:
 
 @functools.cache
 def symmetry_classes() -> npt.NDArray[np.int64]:
-    """The first grid of each grid's class, int64 [39168]: a class is what symmetries of Sudoku turn into each other."""
+    """The first grid of each grid's symmetry class, int64 [39168]."""
     grids = solution_grids()
     codes = _codes(grids)
     order = np.argsort(codes)
@@ -59,7 +60,7 @@ def symmetry_classes() -> npt.NDArray[np.int64]:
 
 
 def _generators() -> list[npt.NDArray[np.int64]]:
-    """Exchanges of neighbouring rows of a band, of bands, of columns of a stack and of stacks, each its own inverse: cells [36]."""
+    """Swaps of adjacent rows, bands, columns and stacks, each its own inverse: cells [36]."""
     grid = np.arange(SIX.cells).reshape(SIX.side, SIX.side)
     moved = []
     for block, lines in ((SIX.box_height, grid), (SIX.box_width, grid.T)):
@@ -81,13 +82,17 @@ def _first_row_in_order(grids: Grids) -> Grids:
 
 
 def _codes(grids: Grids) -> npt.NDArray[np.int64]:
-    """A number for each grid of `solution_grids`. First and last row and last column follow from the rest."""
+    """A unique number for each grid of `solution_grids`. The other cells determine first row, last
+    row and last column.
+    """
     free = grids.reshape(-1, SIX.side, SIX.side)[:, 1:-1, :-1].reshape(len(grids), -1).astype(np.int64)
     return free @ (SIX.side + 1) ** np.arange(free.shape[1])
 
 
 def held_out_grids(seed: int) -> npt.NDArray[np.bool_]:
-    """Which of `solution_grids` are for testing: whole classes in an order drawn by seed, until they are a tenth of the grids."""
+    """Which of `solution_grids` are for testing: whole classes, in random order by seed, until a
+    tenth of the grids is held out.
+    """
     classes = symmetry_classes()
     names, sizes = np.unique(classes, return_counts=True)
     [order] = permutations(raw_bits(seed, "classes"), 1, len(names))
@@ -96,10 +101,11 @@ def held_out_grids(seed: int) -> npt.NDArray[np.bool_]:
 
 
 def draw_puzzles(split: str, count: int, clues: int, seed: int) -> tuple[Grids, Grids]:
-    """Questions and answers [count, 36] of one split; answers are even draws from all grids that are (test) or aren't held out.
+    """Questions and answers [count, 36] of one split. Answers are drawn uniformly from the grids
+    that are (test) or aren't held out.
 
-    clues: digits that a question keeps at least. A clue is taken away only if deduction still leads to the end, so the answer is
-    the only one.
+    clues: least number of digits in a question. A clue is removed only if deduction still solves
+    the question, so the answer is unique.
     """
     bits = raw_bits(seed, "puzzles", split)
     own = np.flatnonzero(held_out_grids(seed) == (split == "test"))
@@ -116,7 +122,9 @@ def draw_puzzles(split: str, count: int, clues: int, seed: int) -> tuple[Grids, 
 
 
 def deduced(questions: Grids) -> npt.NDArray[np.bool_]:
-    """Which questions [N, 36] two rules alone answer: a cell with one digit left, and a digit with one cell left in a unit."""
+    """Which questions [N, 36] two rules can solve: a cell with one digit left, and a digit with one
+    cell left in a unit.
+    """
     left = np.where(questions > 0, 1 << (questions.astype(np.int64) - 1).clip(0), _ALL_DIGITS).astype(np.uint8)
     answered = np.zeros(len(questions), bool)
     working = np.arange(len(questions))
@@ -140,6 +148,6 @@ def deduced(questions: Grids) -> npt.NDArray[np.bool_]:
 
 
 def _of_cells(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Digits of units [N, 18] as digits of each cell's three units together [N, 36]."""
+    """Combine the digits of units [N, 18] over each cell's three units: [N, 36]."""
     result: npt.NDArray[np.uint8] = np.bitwise_or.reduce(masks[:, _UNITS_OF_CELL], axis=2)
     return result

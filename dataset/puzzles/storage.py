@@ -1,14 +1,16 @@
-"""The on-disk form of a puzzle data set, the original TRM's: written into a folder that appears whole, read by memory map.
+"""The on-disk format of a puzzle data set, as in the original TRM: written atomically, read by
+memory map.
 
     <dir>/<split>/dataset.json               PuzzleMetadata
-    <dir>/<split>/<set>__inputs.npy          uint8 [examples, seq_len]; labels alike
+    <dir>/<split>/<set>__inputs.npy          uint8 [examples, seq_len]; the same for labels
     <dir>/<split>/<set>__puzzle_indices.npy  int32 [puzzles + 1], where a puzzle's examples begin
     <dir>/<split>/<set>__group_indices.npy   int32 [groups + 1], where a group's puzzles begin
     <dir>/<split>/<set>__puzzle_identifiers.npy  int32 [puzzles], rows of the puzzle embedding
-    <dir>/identifiers.json                   list: the name of each identifier; of ARC `<id>|||t<form>|||<ten digits>`
-    <dir>/test_puzzles.json                  of ARC: the test puzzles as they were read, outputs included
+    <dir>/identifiers.json                   list: the name of each identifier; for ARC `<id>|||t<form>|||<ten digits>`
+    <dir>/test_puzzles.json                  for ARC: the test puzzles as read, with outputs
 
-A group is a puzzle with its augmented forms. This file must not know batches, or what a token means.
+A group is a puzzle with its augmented forms. This file doesn't know batches or the meaning of
+tokens.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from config.errors import UsageError
 
 Split = Literal["train", "test"]
 
-# What every builder here, and every one of the original, calls its one set.
+# The name of the only set that the builders here and in the original write.
 SET_NAME = "all"
 PAD_ID = 0
 BLANK_IDENTIFIER_ID = 0
@@ -39,38 +41,40 @@ TEST_PUZZLES_FILE = "test_puzzles.json"
 _METADATA_FILE = "dataset.json"
 _IDENTIFIERS_FILE = "identifiers.json"
 _NPY_FORMAT: Any = np.lib.format
-# Left free on the disk beside what a data set takes.
+# Disk space to leave free.
 _SPARE_BYTES = 64 << 20
 
 
 class PuzzleMetadata(BaseModel):
-    """What dataset.json says of one split."""
+    """dataset.json of one split."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     pad_id: int = Field(ge=0)
-    """Token that fills rows of padding."""
+    """Token of padding rows."""
     ignore_label_id: int | None
-    """Label that is not supervised."""
+    """Label of positions that are not supervised."""
     blank_identifier_id: int = Field(ge=0)
-    """Puzzle identifier of rows of padding, and of puzzles that have none of their own."""
+    """Puzzle identifier of padding rows, and of puzzles without their own."""
     vocab_size: int = Field(ge=1)
-    """Tokens, padding included."""
+    """Number of tokens, including padding."""
     seq_len: int = Field(ge=1)
     """Positions of a row."""
     num_puzzle_identifiers: int = Field(ge=1)
     """Rows of the puzzle embedding."""
     total_groups: int = Field(ge=0)
-    """Puzzles without their augmented forms: what an epoch passes over once."""
+    """Puzzles, not counting augmented forms; an epoch is one pass over them."""
     mean_puzzle_examples: float = Field(ge=0)
-    """Examples of a puzzle, on average."""
+    """Mean number of examples per puzzle."""
     total_puzzles: int = Field(ge=0)
-    """Puzzles with their augmented forms (ARC), or without (Sudoku and Maze): each builder counts as the original's."""
+    """Puzzles with augmented forms (ARC) or without (Sudoku, Maze), as each builder of the original
+    counts them.
+    """
     sets: tuple[str, ...] = Field(min_length=1)
     """Names of the sets, files' prefixes."""
 
     def total_steps(self, epochs: int, global_batch_size: int) -> int:
-        """Optimizer steps of a run, as the original estimates them for its schedule."""
+        """Optimizer steps of a run, estimated for the schedule as in the original."""
         return int(epochs * self.total_groups * self.mean_puzzle_examples / global_batch_size)
 
 
@@ -96,12 +100,12 @@ class PuzzleSet:
 
 
 def read_metadata(data_path: str | Path, split: Split) -> PuzzleMetadata:
-    """dataset.json of one split. Raises `UsageError` if there is none, or it isn't one."""
+    """Read dataset.json of one split. Raises `UsageError` if it is missing or invalid."""
     path = Path(data_path) / split / _METADATA_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and "total_puzzles" not in values and values.get("sets"):
-            # Data sets older than that key: what it would say.
+            # Older data sets don't have this key.
             indices = _load(path.parent / f"{values['sets'][0]}__puzzle_indices.npy")
             values["total_puzzles"] = len(indices) - 1
         return PuzzleMetadata.model_validate(values)
@@ -124,7 +128,7 @@ def read_identifiers(data_path: str | Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises `UsageError` that names the file."""
+    """The content of a JSON file. Raises `UsageError` that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -161,29 +165,30 @@ def _open_set(folder: Path, name: str, metadata: PuzzleMetadata) -> PuzzleSet:
     }
     for rule, holds in fits.items():
         if not holds:
-            raise UsageError(f"{folder}, set '{name}': expected that {rule}, and it isn't so; build the data set again")
+            raise UsageError(f"{folder}, set '{name}': expected that {rule}, which is false; build the data set again")
     return PuzzleSet(inputs, labels, identifiers, puzzles, groups)
 
 
 def _divides(indices: npt.NDArray[np.int64], total: int, parts: int) -> bool:
-    """Whether `indices` divides 0..total into that many parts, none of them empty."""
+    """Whether `indices` divides 0..total into `parts` non-empty parts."""
     return indices.shape == (parts + 1,) and indices[0] == 0 and indices[-1] == total and bool(np.all(np.diff(indices) > 0))
 
 
 @contextlib.contextmanager
 def new_dataset(output_dir: str | Path) -> Iterator[Path]:
-    """A hidden folder to write a data set into; it becomes `output_dir` at the end of the block, or vanishes if that fails.
+    """A temporary folder for a data set. It is renamed to `output_dir` at the end of the block, or
+    removed after an error.
 
-    Raises `UsageError` when `output_dir` is there already with something in it, or can't be written to.
+    Raises `UsageError` if `output_dir` exists and isn't empty, or can't be written.
     """
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} is there already and is not overwritten: name another --output-dir, or delete it")
+        raise UsageError(f"{target} exists already and is not overwritten: name another --output-dir, or delete it")
     partial = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        # An empty folder of that name gives way.
+        # Replace an empty folder of that name.
         os.replace(partial, target)
     except OSError as error:
         raise UsageError(f"the data set can't be written to {str(target)!r}: {error}") from error
@@ -193,16 +198,17 @@ def new_dataset(output_dir: str | Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The two large arrays of a split that is being written; several processes may write different rows of them."""
+    """The two large arrays of a split, to write; several processes may write different rows."""
 
     folder: Path
     seq_len: int
 
     def write(self, first: int, inputs: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]) -> None:
-        """Put rows [n, seq_len] of both arrays in their place, from row `first` on."""
+        """Write rows [n, seq_len] of both arrays, from row `first` on."""
         for field, rows in (("inputs", inputs), ("labels", labels)):
             assert rows.dtype == np.uint8 and rows.shape[1:] == (self.seq_len,)
-            # Written, not through a map: a full disk is then an error and no signal, and the pages don't count as this process's.
+            # write(), not a memory map: a full disk is then an error, not a signal, and the pages
+            # don't count as this process's.
             with (self.folder / f"{SET_NAME}__{field}.npy").open("r+b") as handle:
                 _NPY_FORMAT.read_magic(handle)
                 _NPY_FORMAT.read_array_header_1_0(handle)
@@ -221,9 +227,10 @@ def create_split(
     puzzle_identifiers: Sequence[int] | npt.NDArray[np.int64],
     total_puzzles: int,
 ) -> SplitFiles:
-    """Write everything of a split but its rows, whose files get their full size; their rows are then written in any order.
+    """Write a split without its rows, with files of full size; the rows can then be written in any
+    order.
 
-    total_puzzles: see `PuzzleMetadata`. Raises `UsageError` when the disk has too little room.
+    total_puzzles: see `PuzzleMetadata`. Raises `UsageError` if the disk has too little room.
     """
     folder.mkdir()
     puzzle_indices = np.concatenate([[0], np.cumsum(examples_per_puzzle)])
@@ -234,7 +241,7 @@ def create_split(
     if needed + _SPARE_BYTES > free:
         raise UsageError(
             f"the split '{folder.name}' needs {needed / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free: "
-            "make room, or ask for fewer augmentations"
+            "free space, or use fewer augmentations"
         )
     for field, values in (
         ("puzzle_identifiers", puzzle_identifiers),
@@ -264,7 +271,7 @@ def create_split(
 
 
 def create_plain_split(folder: Path, *, groups: int, forms: int, seq_len: int, vocab_size: int) -> SplitFiles:
-    """`create_split` for puzzles of one example each and no identifier of their own: groups of `forms` puzzles."""
+    """`create_split` for puzzles of one example without identifier: groups of `forms` puzzles."""
     puzzles = groups * forms
     return create_split(
         folder,
@@ -279,5 +286,5 @@ def create_plain_split(folder: Path, *, groups: int, forms: int, seq_len: int, v
 
 
 def write_identifiers(folder: Path, names: Sequence[str]) -> None:
-    """identifiers.json: the name of each puzzle identifier, by its number."""
+    """Write identifiers.json: the name of each puzzle identifier, by its number."""
     (folder / _IDENTIFIERS_FILE).write_text(json.dumps(list(names)), encoding="utf-8")

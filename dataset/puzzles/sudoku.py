@@ -1,4 +1,4 @@
-"""Sudoku: what a solution is, the symmetries that keep it one, and tokens. Knows no files.
+"""Sudoku: its rules, its symmetries, and tokens. Knows no files.
 
 A grid is uint8 [R * R] of digits 0 (blank) to R, R 9 or 6; a token is the digit + 1, 0 is padding.
 """
@@ -14,7 +14,7 @@ Grids = npt.NDArray[np.uint8]
 
 
 class Shape(NamedTuple):
-    """Height and width of a box; a side is their product."""
+    """Height and width of a box; the grid's side is their product."""
 
     box_height: int
     box_width: int
@@ -57,10 +57,11 @@ def agree(questions: Grids, answers: Grids) -> npt.NDArray[np.bool_]:
 
 
 def draw_symmetries(bits: np.random.Philox, count: int, shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Even draws of what keeps a solution one: cells int64 [count, cells], digits uint8 [count, side + 1].
+    """Uniformly drawn symmetries of Sudoku: cells int64 [count, cells], digits uint8 [count, side +
+    1].
 
-    `digits[i][grid[cells[i]]]` is the new grid. Digits are renamed, bands and the rows in them permuted, stacks and their columns
-    too, and where boxes are square half of the grids is transposed.
+    `digits[i][grid[cells[i]]]` is the new grid. Symmetries rename digits and permute bands, the
+    rows in them, stacks and the columns in them; if boxes are square, half of them also transpose.
     """
     digits = np.zeros((count, shape.side + 1), np.uint8)
     digits[:, 1:] = 1 + permutations(bits, count, shape.side)
@@ -74,14 +75,16 @@ def draw_symmetries(bits: np.random.Philox, count: int, shape: Shape) -> tuple[n
 
 
 def _lines(bits: np.random.Philox, count: int, blocks: int, size: int) -> npt.NDArray[np.int64]:
-    """An order of the lines, [count, blocks * size], that keeps the lines of a block together."""
+    """A random order of the lines, [count, blocks * size], that keeps blocks together."""
     block = permutations(bits, count, blocks)
     line = permutations(bits, count * blocks, size).reshape(count, blocks, size)
     return (block[:, :, None] * size + line).reshape(count, blocks * size)
 
 
 def symmetric_forms(grids: Grids, cells: npt.NDArray[np.int64], digits: npt.NDArray[np.uint8]) -> Grids:
-    """One grid [cells] or as many as there are symmetries [count, cells] under what `draw_symmetries` drew: [count, cells]."""
+    """One grid [cells], or one for each symmetry [count, cells], transformed by the results of
+    `draw_symmetries`: [count, cells].
+    """
     moved = np.take_along_axis(np.broadcast_to(grids, cells.shape), cells, axis=1)
     return np.take_along_axis(digits, moved, axis=1)
 

@@ -1,7 +1,8 @@
-"""Conversations, their template, and the ids and masks they become (contract 1).
+"""Conversations, their template, and their ids and masks (contract 1).
 
-Training and generation both build their sequences here, so a prompt is always an exact prefix of what was
-trained on. This file must not know where conversations come from, nor what a model does with the ids.
+Training and generation both build their sequences here, so a prompt is always an exact prefix of a
+training sequence. This file doesn't know where conversations come from, or what a model does with
+the ids.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from dataset.text.tokenizer import Tokenizer
 
 TaggedRole = Literal["system", "user", "assistant"]
 Role = TaggedRole | Literal["text"]
-# The roles whose text is a target, ends with EOS and is causal, however attention treats prompts.
+# The roles whose text is a target and ends with EOS. Their attention is always causal.
 _LEARNED: tuple[Role, ...] = ("assistant", "text")
 
 TEMPLATE_VERSION = 1
@@ -24,9 +25,9 @@ TEMPLATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Turn:
-    """One message, or (role `text`) a row of raw text, which stands alone and has no tag line.
+    """One message, or (role `text`) a row of raw text, which is alone and has no tag line.
 
-    `supervised` matters for the assistant's turns and raw text only: False makes the turn context.
+    `supervised` matters only for the assistant's turns and raw text: False makes the turn context.
     """
 
     role: Role
@@ -39,7 +40,7 @@ Conversation = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class Template:
-    """The tag line that opens a turn of each role. It travels with the checkpoint."""
+    """The tag line that begins a turn of each role. It is saved in the checkpoint."""
 
     system: str = "[SYSTEM]\n"
     user: str = "[USER]\n"
@@ -57,7 +58,7 @@ class Template:
             raise UsageError(f"template tags must be three different, non-empty strings, found {tags}")
 
     def tag(self, role: TaggedRole) -> str:
-        """The tag line of `role`, newline included."""
+        """The tag line of `role`, including the newline."""
         return {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Template:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Template":
-        """Raises `UsageError` when a field is missing or unknown, or the version is another one."""
+        """Raises `UsageError` if a field is missing or unknown, or the version differs."""
         expected = {"system", "user", "assistant", "version"}
         if set(values) != expected:
             raise UsageError(f"a template has the fields {sorted(expected)}, found {sorted(values)}")
@@ -77,12 +78,12 @@ class Template:
 class Encoded:
     """A conversation as ids; all arrays have the same length L.
 
-    ids: int32 [L]. supervised: bool [L], True where the id is a target when it is the label.
-    segment: int32 [L], 0 for an assistant's text and EOS, k = 1, 2, ... for the k-th prompt segment. Raw text is an
-    assistant's text whose prompt segment is the BOS alone.
-    turn_bytes: UTF-8 bytes of the decoded supervised ids (EOS left out) of each turn, summed.
-    full_length: ids before anything was cut; L where nothing was.
-    prompt_cut, end_cut: what was: turns and text before the first answer, the end of the row.
+    ids: int32 [L]. supervised: bool [L], whether the id is a target when it is the label. segment:
+    int32 [L], 0 for an assistant's text and EOS, k = 1, 2, ... for the k-th prompt segment. Raw
+    text counts as an assistant's text with only the BOS as prompt segment.
+    turn_bytes: UTF-8 bytes of the decoded supervised ids (without EOS) of each turn, summed.
+    full_length: number of ids before truncation.
+    prompt_cut, end_cut: whether text before the first answer, or the end of the row, was cut.
     """
 
     ids: npt.NDArray[np.int32]
@@ -95,7 +96,7 @@ class Encoded:
 
 
 def with_default_system(turns: Sequence[Turn], default_system_prompt: str | None) -> Conversation:
-    """Drop empty system turns; if no system turn is left, open with the default one (if there is one). Raw text gets none."""
+    """Drop empty system turns. If none is left, begin with the default one, except for raw text."""
     kept = tuple(turn for turn in turns if turn.role != "system" or turn.text.strip())
     if default_system_prompt and not any(turn.role in ("system", "text") for turn in kept):
         return (Turn("system", default_system_prompt), *kept)
@@ -103,7 +104,8 @@ def with_default_system(turns: Sequence[Turn], default_system_prompt: str | None
 
 
 def question(turns: Sequence[Turn], default_system_prompt: str | None) -> Conversation:
-    """Turns to answer, opened by the default system turn if they have none; an empty system turn is a wish for none.
+    """Turns to answer, after the default system turn if they have none. An empty system turn means
+    none.
 
     Raises `UsageError` unless the last turn is the user's and has text.
     """
@@ -119,7 +121,7 @@ def encode_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, template: T
 
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
-    """Ids of the history followed by the opening of the next assistant turn (BOS and tag, no EOS)."""
+    """Ids of the history and the beginning of the next assistant turn (BOS and tag)."""
     return encode_batch([turns], tokenizer, template, open_assistant=True)[0]
 
 
@@ -133,11 +135,11 @@ def encode_batch(
 ) -> list[Encoded]:
     """Encode many conversations at once: every assistant turn, and raw text, ends with EOS.
 
-    max_ids: longer sequences are cut to it, at their end; `turn_bytes` counts what is kept.
-    keep_prompt_end: before that, a longer sequence loses what is oldest in its prompt (see `_shorten_prompt`).
-    open_assistant: append the BOS and tag of an assistant turn that is still to be written.
+    max_ids: longer sequences are cut to it, at their end; `turn_bytes` counts the rest.
+    keep_prompt_end: before that, cut the oldest part of a longer sequence's prompt
+    (`_shorten_prompt`). open_assistant: append the BOS and tag of the next assistant turn.
     """
-    # Tag and text are encoded apart, so the ids of a tag don't depend on the text that follows.
+    # Encode tag and text separately, so that a tag's ids don't depend on the text after it.
     openings: dict[Role, list[int]] = {
         role: [tokenizer.bos_id, *tokenizer.encode(template.tag(role))] for role in get_args(TaggedRole)
     }
@@ -185,10 +187,12 @@ def _size(pieces: Sequence[_Piece]) -> int:
 
 
 def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
-    """Shorten what stands before the first supervised answer until the rest fits, but not below half of `max_ids`.
+    """Shorten the part before the first supervised answer until the sequence fits, but not below
+    half of `max_ids`.
 
-    The oldest turns go first and whole, the system turn excepted. Then the system turn and the turn that is answered lose the
-    beginnings of their texts, the longer one first; the system turn goes where there is no room for both.
+    First removes the oldest turns except the system turn. Then cuts the beginnings of the system
+    turn and the turn to answer, the longer one first, and removes the system turn if there is no
+    room for both.
     """
     answer = next((index for index, piece in enumerate(pieces) if piece.supervised), 0)
     if not answer or _size(pieces) <= max_ids:
@@ -201,7 +205,7 @@ def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
     is_gone = False
     for oldest in pieces[: answer - 1]:
         if oldest is not system:
-            # An answer goes with its question.
+            # Remove an answer together with its question.
             is_gone = _size(prompt) > budget or (is_gone and oldest.role == "assistant")
             if is_gone:
                 prompt = [piece for piece in prompt if piece is not oldest]
@@ -233,7 +237,7 @@ def _join(pieces: Sequence[_Piece]) -> tuple[npt.NDArray[np.int32], npt.NDArray[
 
 
 def _turn_bytes(rows: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]], tokenizer: Tokenizer) -> list[int]:
-    """Bytes of each row's decoded answers, turn by turn: a turn is a run of supervised ids."""
+    """Bytes of each row's decoded answers. Decodes by turn: a turn is a run of supervised ids."""
     runs: list[list[int]] = []
     owner: list[int] = []
     for row, (ids, supervised) in enumerate(rows):

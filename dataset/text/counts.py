@@ -1,16 +1,17 @@
-"""What became of a data set's rows, in words: the lines at the start of a run, and what its user should know before it goes on.
+"""The report on a data set's rows at the start of a run: counts, and warnings about cut or lost
+rows.
 
-Knows no files and no tokens, only the counts that reading has left (`TextDataset.counts`).
+Knows no files and no tokens, only counts (`TextDataset.counts`).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Above these shares a run says that its data may not be what its user thinks.
+# Above these fractions a run warns that its data may not be as intended.
 TRUNCATED_SHARE = 0.5
-"""Of the rows in the split."""
+"""Fraction of the split's rows."""
 DROPPED_SHARE = 0.2
-"""Of the rows read, blank lines left out."""
+"""Fraction of the rows read, without blank lines."""
 
 _FILES_NAMED = 8
 _NOT_A_ROW = "blank_line"
@@ -18,7 +19,7 @@ _TOO_LONG = ("too_long", "answer_beyond_seq_len")
 
 
 def describe_counts(counts: Mapping[str, Any]) -> list[str]:
-    """One line for each kind of count that isn't zero; kinds that aren't known here stand at the end under their own names."""
+    """One line for each count that isn't zero; unknown counts at the end, by their keys."""
     named = dict(counts)
     read, kept, truncated = (named.pop(key, 0) for key in ("read", "kept", "truncated"))
     cut = {"in the prompt": named.pop("prompt_cut", 0), "at the end": named.pop("answer_cut", 0)}
@@ -40,13 +41,13 @@ def describe_counts(counts: Mapping[str, Any]) -> list[str]:
 
 
 def describe_files(names: Sequence[str]) -> str:
-    """The names of files, of many the first ones."""
+    """The names of files; of many, only the first."""
     more = len(names) - _FILES_NAMED
     return ", ".join(names[:_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def warnings_about(counts: Mapping[str, Any]) -> list[str]:
-    """What to tell of data most of whose rows are cut, or many of whose rows are lost: how many, and what to do."""
+    """Warnings if most rows are cut or many are lost: how many, and what to do."""
     warnings = []
     kept, truncated = counts["kept"], counts["truncated"]
     if truncated > TRUNCATED_SHARE * kept:

@@ -1,6 +1,8 @@
-"""The order of a run's examples: stages one after the other, each a mix of sources. Numbers only; must not know files or tokens.
+"""The order of a run's examples: consecutive stages, each a mix of sources. Numbers only; knows no
+files or tokens.
 
-The n-th example is a function of n, the seed, the stages and the sources' sizes, so a run resumes from n alone.
+The n-th example depends only on n, the seed, the stages and the sources' sizes, so a run resumes
+from n.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from config.errors import UsageError
 from config.schema import StageConfig
 
-# Two kinds of draws share (seed, round, stage): the order of a source's rows, and the order of the sources.
+# Two random orders share (seed, round, stage): that of a source's rows, that of the sources.
 _ORDER_OF_ROWS, _ORDER_OF_SOURCES = 0, 1
 _DRAWS_AT_ONCE = 4096
 
@@ -25,14 +27,14 @@ class Draw(NamedTuple):
 
     stage: int
     epoch: int
-    """Pass over the source, counted within the stage."""
+    """Pass over the source, within the stage."""
     example_id: int
-    """Row, counted through all sources in their order."""
+    """Row number, over all sources in order."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`rounds` times quotas[s] examples of each source s, each time in another order."""
+    """`rounds` rounds of quotas[s] examples of each source s, each round in another order."""
 
     rounds: int
     quotas: tuple[int, ...]
@@ -50,10 +52,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What a run is trained on, in order. sizes: rows of each source.
+    """The order of a run's examples. sizes: rows of each source.
 
-    In a stage, a source's rows come in one permutation after the other, keyed by (seed, stage, source, pass): no row comes twice
-    before every row has come once. A further permutation mixes the sources of a stage.
+    In a stage, a source's rows come in consecutive permutations, keyed by (seed, stage, source,
+    pass): no row repeats before all rows have come. Another permutation mixes the sources of a
+    stage.
     """
 
     seed: int
@@ -67,7 +70,9 @@ class Curriculum:
 
     @classmethod
     def of_stages(cls, stages: Sequence[StageConfig], sizes: Mapping[str, int], seed: int) -> "Curriculum":
-        """`stages` over sources of these sizes, by name. Raises `UsageError` if a stage takes no example of one of its sources."""
+        """`stages` over sources of these sizes, by name. Raises `UsageError` if a stage has no
+        example of one of its sources.
+        """
         return cls(seed, tuple(sizes.values()), tuple(_stage(number, stage, sizes) for number, stage in enumerate(stages)))
 
     @property
@@ -85,7 +90,7 @@ class Curriculum:
         return sum(earlier.total for earlier in self.stages[:stage])
 
     def rounds_before(self, position: int) -> int:
-        """Whole rounds, of all stages, within the first `position` examples: the epochs that evaluation counts."""
+        """Whole rounds in the first `position` examples; evaluation counts them as epochs."""
         rounds = 0
         for stage in self.stages:
             if position < stage.total:
@@ -100,7 +105,7 @@ class Curriculum:
             first = min(stage.rounds, max(0, start - begin) // stage.per_round) if stage.per_round else stage.rounds
             for taken in range(first, stage.rounds):
                 epochs, ids = self._round(number, taken)
-                # A part at a time: as Python's integers, millions of rows would take more memory than their order itself.
+                # In parts: as Python integers, millions of rows would take much memory.
                 for at in range(max(0, start - begin - taken * stage.per_round), stage.per_round, _DRAWS_AT_ONCE):
                     part = slice(at, at + _DRAWS_AT_ONCE)
                     for epoch, example_id in zip(epochs[part].tolist(), ids[part].tolist(), strict=True):
@@ -114,7 +119,7 @@ class Curriculum:
         epochs, ids = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         if np.count_nonzero(stage.quotas) < 2:
             return epochs, ids
-        # The order of the sources is drawn. Each takes its own next row.
+        # The order of the sources is random. Each source gives its next row.
         order = np.repeat(np.arange(len(stage.quotas)), stage.quotas)
         order = order[permutation(len(order), self.seed, taken, stage=number, kind=_ORDER_OF_SOURCES)]
         place = np.empty(len(order), np.int64)
@@ -122,7 +127,7 @@ class Curriculum:
         return epochs[place], ids[place]
 
     def _rows(self, stage: int, source: int, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Epoch and example id of the `count` examples of one source that come after its first `first` in a stage."""
+        """Epoch and example id of `count` examples of a source, after its first `first`."""
         size = self.sizes[source]
         numbers = np.arange(first, first + count)
         epochs = numbers // max(1, size)
@@ -139,21 +144,21 @@ def permutation(
 ) -> npt.NDArray[np.int64]:
     """A permutation of n, int64 [n], keyed by all arguments and the same on every machine."""
     bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64), counter=np.array([0, kind, source, stage], np.uint64))
-    # Raw bits, because NumPy keeps their stream over versions and not that of Generator.permutation.
+    # Raw bits: NumPy keeps their stream across versions, but not that of Generator.permutation.
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
 def _stage(number: int, stage: StageConfig, sizes: Mapping[str, int]) -> Stage:
-    # Exact fractions: the binary 0.1 would ask for one row more than 0.1 does.
+    # Exact fractions: the binary 0.1 would need one row more than 0.1.
     weights = {name: Fraction(sizes[name]) if weight is None else Fraction(str(weight)) for name, weight in stage.mix.items()}
     shares = [weights.get(name, Fraction(0)) / sum(weights.values()) for name in sizes]
     if stage.examples is not None:
         rounds, wanted = 1, stage.examples
     else:
-        # As many as it takes to finish the slowest source.
+        # As many rounds as the slowest source needs.
         rounds = stage.epochs or 1
         wanted = max(-(-size // share) for size, share in zip(sizes.values(), shares, strict=True) if share)
-    # The largest-remainder method: whole examples of each source, as close to the shares as possible.
+    # Largest-remainder method: whole examples of each source, closest to the weights.
     quotas = [int(share * wanted) for share in shares]
     rest = sorted(range(len(quotas)), key=lambda source: quotas[source] - shares[source] * wanted)
     for source in rest[: wanted - sum(quotas)]:

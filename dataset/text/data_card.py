@@ -1,6 +1,7 @@
-"""What a data set holds, measured from its token cache alone, and as a page with a picture: the data card.
+"""The data card: measures a data set from its token cache, and writes a page with a histogram.
 
-This file must not know configuration files or models. It needs requirements-data.txt, so only scripts/prepare_data.py imports it.
+This file doesn't know configuration files or models. It needs requirements-data.txt, so only
+scripts/prepare_data.py imports it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from dataset.text.row_encoder import ROLES
 from dataset.text.splits import questions
 from dataset.text.tokenizer import Tokenizer
 
-# Two rows' questions are called near when their sets of five consecutive ids overlap this much (Jaccard), as estimated.
+# Questions are near if the estimated Jaccard similarity of their sets of five consecutive ids is at
+# least this.
 NEAR_SIMILARITY = 0.8
 _SHINGLE_IDS = 5
 _PERMUTATIONS = 128
@@ -29,9 +31,10 @@ _TEXT_SHOWN = 100
 
 @dataclass(frozen=True)
 class NearOverlap:
-    """How many of `test_rows` test rows have questions near those of one of `train_rows` training rows.
+    """How many of `test_rows` test rows have questions near those of one of `train_rows` training
+    rows.
 
-    The totals say what was sampled.
+    The totals are of the whole splits.
     """
 
     test_rows: int
@@ -45,7 +48,7 @@ class NearOverlap:
 
 @dataclass(frozen=True)
 class DataCard:
-    """The figures of a data card, of both splits together unless it says otherwise."""
+    """The figures of a data card, of both splits together unless stated otherwise."""
 
     files: list[tuple[str, int, str]]
     """Name, bytes, SHA-256."""
@@ -69,9 +72,10 @@ class DataCard:
 
 
 def measure(train: TextDataset, test: TextDataset | None, tokenizer: Tokenizer, template: Template, near_rows: int) -> DataCard:
-    """The card of a data set. near_rows: test rows looked at for near overlap, with five times as many training rows; 0: none.
+    """Measure a data set. near_rows: test rows to check for near overlap, against five times as
+    many training rows; 0: none.
 
-    Memory grows with a few numbers a row, and with `near_rows`.
+    Memory grows by a few numbers per row, and with `near_rows`.
     """
     splits = [train, *([test] if test is not None else [])]
     lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
@@ -114,7 +118,7 @@ _HASHES = ("conversation_hash", "prompt_hash", "question_hash")
 
 
 def _by_source(splits: Sequence[TextDataset]) -> list[TextDataset]:
-    """One split of all those that are parts of the same files."""
+    """One split of those from the same files."""
     return list({tuple(split.loaded.sha256): split for split in reversed(splits)}.values())[::-1]
 
 
@@ -130,11 +134,12 @@ def _counts(splits: Sequence[TextDataset]) -> dict[str, Any]:
 
 
 def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, template: Template, rows: int) -> NearOverlap:
-    """Test rows whose questions are near those of a training row, by MinHash over shingles of five ids (Broder 1997).
+    """Test rows whose questions are near those of a training row, by MinHash over shingles of five
+    ids (Broder 1997).
 
-    Looks at `rows` test rows and five times as many training rows, evenly spaced over each split, so a share measured on a part is
-    a lower bound. A row's questions are all of its user turns, or of raw text all, as they are cached: of a prompt that was cut,
-    what is left.
+    Checks `rows` test rows against five times as many training rows, evenly spaced over each split,
+    so a fraction measured on a part is a lower bound. A row's questions are all of its user turns,
+    or all raw text, as cached, so possibly cut.
     """
     opening = np.array([tokenizer.bos_id, *tokenizer.encode(template.user)], np.int32)
 
@@ -143,7 +148,7 @@ def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, te
         turns = np.split(row, np.flatnonzero(row == tokenizer.bos_id))
         asked = [turn[len(opening) :] for turn in turns if np.array_equal(turn[: len(opening)], opening)]
         ids = np.concatenate(asked or [row])
-        # Questions shorter than a shingle are one shingle, and near only to themselves.
+        # A question shorter than a shingle is one shingle.
         shingles = {ids[at : at + _SHINGLE_IDS].tobytes() for at in range(max(1, len(ids) - _SHINGLE_IDS + 1))}
         minhash = MinHash(_PERMUTATIONS)
         minhash.update_batch(shingles)
@@ -179,7 +184,7 @@ def _shown_pairs(
 
 
 def markdown(card: DataCard, title: str, picture: str | None) -> str:
-    """The card as a page. picture: name of the histogram's file beside it."""
+    """The card as Markdown. picture: file name of the histogram."""
     rows = card.train_rows + card.test_rows
     counts = card.counts
 
@@ -250,7 +255,7 @@ def _cell(value: object) -> str:
 
 
 def draw(card: DataCard, path: Path) -> None:
-    """The histogram of lengths as a PNG."""
+    """Draw the histogram of lengths as a PNG."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     edges, whole, cut = map(np.array, (card.lengths.edges, card.lengths.whole, card.lengths.cut))

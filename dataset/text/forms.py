@@ -1,7 +1,7 @@
-"""The forms of conversation rows, in one table, and how a row of each becomes turns.
+"""The formats of conversation rows, in one table, and how a row of each becomes turns.
 
-Every key of a row is read, or known to be no part of the conversation, or told as `BadRow`: no text is lost without a sign.
-This file must not know files, tokens or caches.
+Every key of a row is read, known as metadata, or reported as `BadRow`: no text is lost silently.
+Knows no files, tokens or caches.
 """
 
 import functools
@@ -15,9 +15,9 @@ from config.schema import SourceConfig
 from dataset.text.conversation import Conversation, Role, Turn
 from dataset.text.rows import BadRow, NothingToLearn, shown
 
-# Each flag, and whether "true" or 1 under it means that the turn is trained on. A mask hides from the loss what it covers.
+# Each flag, and whether "true" or 1 means that the turn is trained on. A mask means the opposite.
 FLAGS = {"weight": True, "train": True, "loss": True, "mask": False}
-# What a key of a row or of a message is for, and the names it usually has. `FormOptions.fields` replaces them.
+# Fields of a row or message, and the usual keys for them. `FormOptions.fields` replaces these.
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
     "prompt": ("prompt", "question", "query", "instruction"),
@@ -39,18 +39,18 @@ ROLES: dict[str, MessageRole] = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
     **dict.fromkeys(("tool_call", "function_call"), "tool_call"),
 }
-# With `tool_turns=as_user`, what a tool says is the user's, and a call is what the assistant says.
+# With `tool_turns=as_user`, a tool's turn becomes the user's, and a call the assistant's.
 _TURN_ROLES: dict[MessageRole, Role] = {
     "system": "system", "user": "user", "assistant": "assistant", "tool": "user", "tool_call": "assistant",
 }  # fmt: skip
-# Names of keys whose values are labels, never content, if they are short; and so are all names that end in `_id`.
+# Keys whose values, if short, are metadata, never content. So are all names that end in `_id`.
 METADATA = frozenset(
     {
         "id", "idx", "index", "uid", "uuid", "guid", "hash", "name", "source", "dataset", "subset", "split", "task", "category",
         "language", "lang", "model", "license", "timestamp", "created_at", "score", "rating",
     }
 )  # fmt: skip
-# What the turns after the last answer, of which nothing can be learned, are counted as among the ignored keys.
+# Ignored turns after the last answer, which can't be trained on, are counted under this name.
 UNANSWERED = "turns after the last answer"
 _LABEL_CHARS = 200
 _TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
@@ -62,9 +62,11 @@ ToolTurns = Literal["error", "drop", "as_user"]
 
 @dataclass(frozen=True)
 class FormOptions:
-    """What a source's rows have of their own; see `config.schema.SourceConfig`. Plain values that a cache key can hold.
+    """A source's options for its rows; see `config.schema.SourceConfig`. JSON values, as part of a
+    cache key.
 
-    fields: pairs of a name in `FIELDS` and the row's own name for it. roles: pairs of a role's name and what it is.
+    fields: pairs of a name in `FIELDS` and the row's key for it. roles: pairs of a role's name and
+    its meaning.
     """
 
     fields: tuple[tuple[str, str], ...] = ()
@@ -78,11 +80,11 @@ class FormOptions:
 
 
 USUAL = FormOptions()
-"""Rows that have nothing of their own."""
+"""No options."""
 
 
 def form_options(config: SourceConfig) -> FormOptions:
-    """The options that a source's settings state; in an order of their own, so that equal settings are equal options."""
+    """The options in a source's settings, sorted, so that equal settings give equal options."""
     return FormOptions(
         tuple(sorted(config.fields.items())), tuple(sorted(config.roles.items())), config.tool_turns, tuple(sorted(config.ignore))
     )
@@ -92,8 +94,9 @@ def form_options(config: SourceConfig) -> FormOptions:
 class ParsedRow:
     """A row's turns, in order.
 
-    form: its form's name, to count by. columns: the row's keys that the turns were read from.
-    ignored: keys that hold text which was left out, as metadata or by `FormOptions`; those of a message as `messages[].name`.
+    form: the form's name, to count. columns: the row's keys that the turns come from. ignored: keys
+    with text that was left out, as metadata or by `FormOptions`; those of a message as
+    `messages[].name`.
     """
 
     turns: Conversation
@@ -103,9 +106,10 @@ class ParsedRow:
 
 
 def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedRow:
-    """All turns of a row, whether there is something to learn or not.
+    """All turns of a row, trainable or not.
 
-    Raises `BadRow` for a row of no known form, for values of the wrong type, and for text that would be lost.
+    Raises `BadRow` for a row of unknown form, for values of the wrong type, and for text that would
+    be lost.
     """
     try:
         return _RowReader(row, _vocabulary(options)).parse()
@@ -114,11 +118,12 @@ def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedR
 
 
 def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tuple[Conversation, ParsedRow]:
-    """The conversation to train on, and the parsed row; empty system turns and a tail without an answer are left out.
+    """The conversation to train on, and the parsed row. Leaves out empty system turns and turns
+    after the last answer.
 
-    `ParsedRow.ignored` names such a tail as `UNANSWERED`. An empty answer is context, never a target. Raises `BadRow`, or
-    `NothingToLearn` for a row without a user turn or with an empty one, without an answer, or without a supervised one; for raw
-    text that is empty or not supervised.
+    `ParsedRow.ignored` counts the latter as `UNANSWERED`. An empty answer is context, never a
+    target. Raises `BadRow`, and `NothingToLearn` for a row without a user turn, with an empty one,
+    or without a supervised answer, and for raw text that is empty or not supervised.
     """
     parsed = parse_turns(row, options)
     turns = list(parsed.turns)
@@ -156,7 +161,7 @@ def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tup
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """`FIELDS` and `ROLES` under some options: a name of the user's own is no other field's, and an ignored name is none's."""
+    """`FIELDS` and `ROLES` with options: a named key is no other field's, an ignored one none's."""
 
     names: dict[str, tuple[str, ...]]
     roles: dict[str, MessageRole]
@@ -181,7 +186,7 @@ def _vocabulary(options: FormOptions) -> _Vocabulary:
 
 
 class _Unread(NamedTuple):
-    """A key that no turn was read from: its place in the row, the name it is counted under, itself and its value."""
+    """An unread key: its place in the row, its name for counts, the key, and its value."""
 
     where: str
     counted_as: str
@@ -190,7 +195,7 @@ class _Unread(NamedTuple):
 
 
 class _RowReader:
-    """Reads one row, and remembers what of it has been read."""
+    """Reads one row, and records what it has read."""
 
     def __init__(self, row: Mapping[str, Any], vocabulary: _Vocabulary) -> None:
         self._row = row
@@ -224,14 +229,14 @@ class _RowReader:
     # The forms.
 
     def read_chat(self) -> tuple[str, list[Turn]]:
-        """A list of messages, which a system text may stand beside."""
+        """A list of messages, with an optional system text."""
         key, value = self._column("messages") or ("", [])
         messages = _as_list(value, key)
         turns = self._with_system(self._messages(messages, key))
         return "sharegpt" if messages and messages[0].get("from") is not None else "openai", turns
 
     def read_prompt(self) -> tuple[str, list[Turn]]:
-        """A prompt with what belongs to it, and a response; either may be a list of messages, too."""
+        """A prompt with its other fields, and a response; either may also be a list of messages."""
         prompt = self._column("prompt") or self._column("input")
         response = self._column("response")
         if any(found is not None and _is_list(found[1]) for found in (prompt, response)):
@@ -241,7 +246,7 @@ class _RowReader:
         else:
             name = "pair"
         if prompt is not None and _is_list(prompt[1]):
-            # The answers in such a prompt are context: what is learned is the response.
+            # Answers in such a prompt are context: the response is the target.
             asked = [Turn(turn.role, turn.text, supervised=False) for turn in self._messages(prompt[1], prompt[0])]
         else:
             asked = self._paragraphs(prompt)
@@ -259,13 +264,13 @@ class _RowReader:
     # Their parts.
 
     def _paragraphs(self, prompt: tuple[str, Any] | None) -> list[Turn]:
-        """The user's turn: what is asked, then its input, then its context, with a blank line between."""
+        """The user's turn: the question, its input and its context, separated by blank lines."""
         parts = dict(found for found in (prompt, self._column("input"), self._column("context")) if found is not None)
         texts = [_text(value, key) for key, value in parts.items()]
         return [Turn("user", "\n\n".join([text for text in texts if text.strip()] or texts[:1]))] if texts else []
 
     def _column(self, field: str) -> tuple[str, Any] | None:
-        """The key and value that a row has for a field. Raises `BadRow` for a second one with text, which would be lost."""
+        """A field's key and value in a row. Raises `BadRow` for a second one with text."""
         names = [key for key in self._names[field] if self._row.get(key) is not None]
         with_text = [key for key in names if _holds_text(self._row[key])]
         if len(with_text) > 1:
@@ -297,7 +302,7 @@ class _RowReader:
         return turns
 
     def _history(self) -> list[Turn]:
-        """Earlier turns: messages, or pairs of a question and its answer."""
+        """Earlier turns: messages, or pairs of question and answer."""
         found = self._column("history")
         if found is None:
             return []
@@ -327,7 +332,7 @@ class _RowReader:
         return turns
 
     def _message(self, message: Mapping[str, Any], where: str, column: str) -> Turn | None:
-        """The turn in a message; None if it is dropped because it is a tool's. Raises `BadRow`."""
+        """The turn of a message; None if it is a dropped tool turn. Raises `BadRow`."""
         role_key, role_name = self._member(message, "role", where)
         role = self._role(role_name, f"{where}.{role_key}")
         supervised = self._flags(message, f"{where}.")
@@ -345,7 +350,7 @@ class _RowReader:
         if is_tool and tool_turns == "drop":
             self._ignored.add(f"{column}[].{role_key}={role_name}")
             return None
-        # What calls a tool may say nothing.
+        # A message with a tool call may have no text.
         content_key, content = self._member(message, "content", where, default="" if calls else None)
         text = self._content(content, f"{where}.{content_key}", column)
         if tool_turns == "as_user":
@@ -392,7 +397,7 @@ class _RowReader:
         return keys[0], message[keys[0]]
 
     def _content(self, content: Any, where: str, column: str) -> str:
-        """A text, or the texts of a list of parts, joined without anything between."""
+        """A text, or the concatenated texts of a list of parts."""
         if not isinstance(content, list | tuple):
             return _text(content, where)
         texts = []
@@ -410,7 +415,7 @@ class _RowReader:
         return "".join(texts)
 
     def _flags(self, values: Mapping[str, Any], where: str) -> bool:
-        """Whether a turn (or a row) is trained on, by its flags."""
+        """Whether to train on a turn or row, by its flags."""
         said: dict[str, bool] = {}
         for key, trained_if in self._vocabulary.flags.items():
             value = values.get(key)
@@ -429,10 +434,10 @@ class _RowReader:
             raise BadRow("wrong_type", f"{where}{'/'.join(said)}: expected flags that agree, found {shown(said)} for trained on")
         return all(said.values())
 
-    # What nobody has read.
+    # Unread keys.
 
     def _leave(self, values: Mapping[str, Any], read: Set[str], where: str, counted_as: str) -> None:
-        """Note the keys of a message or a part that aren't read. One without text is told, too: it could be a flag."""
+        """Record unread keys of a message or part. Raises for one without text, maybe a flag."""
         for key, value in values.items():
             if key in read or value is None or _is_empty(value):
                 continue
@@ -446,7 +451,7 @@ class _RowReader:
             self._rest.append(_Unread(f"{where}.{key}", f"{counted_as}.{key}", key, value))
 
     def _check_rest(self, turns: list[Turn]) -> None:
-        """Raise `BadRow` for text that stands neither in the turns nor under a key that is known to be no part of them."""
+        """Raise `BadRow` for text that is neither in the turns nor under a metadata key."""
         read = self._columns.union(self._vocabulary.flags)
         said: set[str] | None = None
         of_row = (_Unread(key, key, key, value) for key, value in self._row.items() if key not in read)
@@ -456,8 +461,8 @@ class _RowReader:
             for where, text in self._unknown_texts(unread.where, unread.key, unread.value):
                 said = {turn.text.strip() for turn in turns} if said is None else said
                 if text.strip() not in said:
-                    # Not the key nearest to the text: `fields` names keys of rows and messages, and `role` or `text` may be
-                    # read elsewhere in the row.
+                    # Report the unread key, not the one nearest to the text: `fields` names keys of
+                    # rows and messages, and `role` or `text` may be read elsewhere in the row.
                     raise BadRow(
                         "unread_text",
                         f"{where}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
@@ -467,7 +472,9 @@ class _RowReader:
             self._ignored.add(unread.counted_as)
 
     def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str]]:
-        """Place and text of every string in a value that isn't a label or ignored. key: the nearest one around the value."""
+        """Place and text of every string in a value that isn't metadata or ignored. key: the
+        innermost key around the value.
+        """
         if key in self._ignore:
             return
         if isinstance(value, str):
@@ -486,13 +493,13 @@ class _RowReader:
 
 @dataclass(frozen=True)
 class _Form:
-    """told_by: the field of FIELDS whose presence says that a row is of this form."""
+    """told_by: the field of FIELDS whose presence identifies the form."""
 
     told_by: str
     read: Callable[[_RowReader], tuple[str, list[Turn]]]
 
 
-# In this order: a row is of the first form whose field it has. Documented as a table in docs/data.md.
+# A row is of the first form whose field it has. docs/data.md has the table.
 FORMS = (
     _Form("messages", _RowReader.read_chat),
     _Form("prompt", _RowReader.read_prompt),
@@ -510,7 +517,7 @@ def _holds_text(value: Any) -> bool:
 
 
 def _is_phrase(key: object) -> bool:
-    """Whether a key within a value is text rather than a name."""
+    """Whether a key inside a value is text, not a name."""
     return " " in str(key).strip()
 
 
@@ -527,7 +534,7 @@ def _is_label_name(key: str) -> bool:
 
 
 def _given(key: str) -> str:
-    """A key as an override has to spell it: in quotes, if it holds what means something to Hydra."""
+    """A key as written in an override: in quotes if it has characters that are special to Hydra."""
     return key if re.fullmatch(r"[\w-]+( [\w-]+)*", key) else "'" + key.replace("'", r"\'") + "'"
 
 
@@ -536,7 +543,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_list(value: Any, where: str) -> list[Any]:
-    """A list, or one that is written as JSON, as a CSV file must; an empty text is an empty list."""
+    """A list, or its JSON text (as in a CSV file); an empty text is an empty list."""
     if _is_empty(value) and not _is_list(value):
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -554,6 +561,6 @@ def _text(value: Any, where: str) -> str:
         raise BadRow("wrong_type", f"{where}: expected a string, found {shown(value)}")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no text encoding can
+    except UnicodeEncodeError as error:  # JSON can contain a lone surrogate; no text encoding can
         raise BadRow("bad_unicode", f"{where}: expected Unicode text, found half of a surrogate pair") from error
     return value

@@ -1,7 +1,7 @@
-"""Files from the Hugging Face hub: which ones a data set has, each fetched whole, checked and resumed where it stopped.
+"""Downloads files from the Hugging Face hub: resumes interrupted transfers, and checks hashes.
 
-Addresses, credentials, retries and mirrors are huggingface_hub's; `datasets` decides which files make a split. Every failure is a
-`UsageError` that says what to do.
+huggingface_hub handles addresses, credentials, retries and mirrors; `datasets` decides which files
+make a split. Every failure is a `UsageError` that says what to do.
 """
 
 import contextlib
@@ -25,18 +25,21 @@ def download(
     repo_type: str = "model",
     expected_sha256: str | None = None,
 ) -> Path:
-    """Fetch `filename` of a hub repository to `destination`, unless it is there with the expected hash.
+    """Download `filename` of a hub repository to `destination`, unless it exists with the expected
+    hash.
 
-    An interrupted transfer leaves `.<name>.<version>.part` beside `destination` and resumes from there when called again, even in
-    another process. repo_type: "model" or "dataset". Without `expected_sha256`, the hash is checked that the hub states for files
-    in its large-file storage. Raises `UsageError`: offline, no network, no access, not found, wrong size or checksum.
+    An interrupted transfer leaves `.<name>.<version>.part` beside `destination`; the next call
+    resumes it, also in another process. repo_type: "model" or "dataset". Without `expected_sha256`,
+    checks the hub's hash for files in its large-file storage. Raises `UsageError`: offline, no
+    network, no access, not found, wrong size or checksum.
     """
     from filelock import FileLock
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    # Its own downloader begins again when another process was interrupted; a file of 1 GB over a slow line needs to resume.
+    # huggingface_hub's downloader doesn't resume the transfer of another process; 1 GB over a slow
+    # line needs that.
     target = Path(destination)
     what = f"{filename} of {repo} (revision {revision})"
     if _is_complete(target, expected_sha256):
@@ -48,7 +51,7 @@ def download(
             raise UsageError(f"{what}: the hub states no version of it, so a transfer can't resume; is HF_ENDPOINT a hub?")
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{hashlib.sha256(about.etag.encode()).hexdigest()[:16]}.part")
-        with FileLock(target.with_name(f".{target.name}.lock")):  # a second process waits, and finds the file
+        with FileLock(target.with_name(f".{target.name}.lock")):  # a second process waits, then finds the file
             if not _is_complete(target, expected_sha256):
                 with part.open("ab") as handle:
                     headers = {**build_hf_headers(token=get_token()), "Accept-Encoding": "identity"}
@@ -69,10 +72,11 @@ def download(
 
 
 def split_files(repo: str, config: str | None, split: str, revision: str, cache_dir: Path) -> list[Path]:
-    """The files of a hub data set's split, in order, fetched to `cache_dir`. Raises `UsageError`.
+    """The files of a hub data set's split, in order, downloaded to `cache_dir`. Raises
+    `UsageError`.
 
-    What was found is noted, so that later runs find it without a network. Data sets of other kinds than rows in files of known
-    formats are converted to Arrow by `datasets`.
+    The result is recorded, so that later runs need no network. `datasets` converts data sets that
+    aren't files of known formats to Arrow.
     """
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
@@ -82,14 +86,14 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
     name = json.dumps([repo, config, split, revision])
     note = cache_dir / "hub" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
     known: list[Path] = []
-    with contextlib.suppress(OSError, ValueError):  # not written yet, or cut off by a full disk
+    with contextlib.suppress(OSError, ValueError):  # not written yet, or truncated by a full disk
         known = [Path(path) for path in json.loads(note.read_text("utf-8"))]
     if known and constants.HF_HUB_OFFLINE and all(path.is_file() for path in known):
         return known
     what = f"the data set {repo} (revision {revision})"
     by_hand = "or fetch its files by hand and name them: dataset=jsonl dataset.data_dir=FOLDER"
     otherwise = "or use what was fetched before: HF_HUB_OFFLINE=1" if known else by_hand
-    with _as_usage_error(what, otherwise, DatasetsError, RuntimeError):  # RuntimeError: it has code of its own, which isn't run
+    with _as_usage_error(what, otherwise, DatasetsError, RuntimeError):  # RuntimeError: the data set has code, which isn't run
         builder = load_dataset_builder(repo, config, revision=revision, cache_dir=str(cache_dir / "converted"))
         splits = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
         if split not in splits:
@@ -109,9 +113,10 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
 
 @contextlib.contextmanager
 def _as_usage_error(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[None]:
-    """Turn every error of a transfer into a `UsageError` about `what` that ends with `otherwise`, another way to get it.
+    """Turn every transfer error into a `UsageError` about `what` that ends with `otherwise`,
+    another way to get it.
 
-    wrong_use: errors, besides ValueError, that say that `what` can't be used as asked.
+    wrong_use: errors, besides ValueError, for a `what` that can't be used as requested.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -119,7 +124,7 @@ def _as_usage_error(what: str, otherwise: str, *wrong_use: type[Exception]) -> I
     offline = f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}"
 
     of_use: tuple[type[Exception], ...] = (ValueError, *wrong_use)
-    # HfHubHTTPError is an error of the HTTP library that huggingface_hub uses, and an OSError.
+    # HfHubHTTPError belongs to huggingface_hub's HTTP library, and is an OSError.
     of_the_network: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     try:
         yield
@@ -131,7 +136,7 @@ def _as_usage_error(what: str, otherwise: str, *wrong_use: type[Exception]) -> I
     except of_the_network as error:
         if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise UsageError(f"{what} can't be written: {error}") from error
-        if constants.HF_HUB_OFFLINE:  # `datasets` has an error of its own for it
+        if constants.HF_HUB_OFFLINE:  # `datasets` has its own error for it
             raise UsageError(offline) from error
         raise UsageError(
             f"{what}: {first_line(error)}: check names, network and proxy and start again (what has arrived is kept), name a "

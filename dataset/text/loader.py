@@ -1,6 +1,7 @@
-"""Examples of one split or several, read in the order of a curriculum, and collated into padded batches.
+"""Examples of one or more splits, read from the token cache in the order of a curriculum, and
+collated into padded batches.
 
-This file reads the token cache. It must not know row forms or models.
+Knows no row forms and no models.
 """
 
 import hashlib
@@ -53,10 +54,12 @@ class TextDataset:
     """The examples of one split, in the order of their files.
 
     data_hash: hex SHA-256 of the contents of this split's rows, in order.
-    counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut". Over all rows read of the
-    files: "read", "dropped" and "bad" by reason, "beyond_subset" (usable rows that `subset_size` left out), "forms" (rows by
-    form), and "ignored" (rows by each key whose text was left out).
-    loaded: the split in the token cache. left_out: files that its source doesn't read, because of their names.
+    counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut".
+    For all rows read from the files: "read", "dropped" and "bad" by reason, "beyond_subset" (usable
+    rows left out by `subset_size`), "forms" (rows by form), and "ignored" (rows by key whose text
+    was left out).
+    loaded: the split in the token cache. left_out: files that the source doesn't read, because of
+    their names.
     """
 
     def __init__(self, loaded: LoadedSplit, left_out: Sequence[Path] = ()) -> None:
@@ -91,35 +94,37 @@ class TextDataset:
         return int(self._rows[index])
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A column of numbers of `row_encoder.token_schema`, [examples]."""
+        """A numeric column of `row_encoder.token_schema`, [examples]."""
         values: npt.NDArray[Any] = self.loaded.tokens.column(name)[self._rows]
         return values
 
     def report(self) -> dict[str, Any]:
-        """Names of files, counts and `Lengths`, as plain values."""
+        """Names of files, counts and `Lengths`, as JSON values."""
         left_out = {"left_out": [path.name for path in self.left_out]} if self.left_out else {}
         files = [file.path.name for file in self.loaded.files]
         return {"files": files, **left_out, "counts": self.counts, "lengths": asdict(Lengths.of([self]))}
 
     def row(self, index: int) -> dict[str, Any]:
-        """The row of the source behind an example, with all its fields."""
+        """The source row of an example, with all its fields."""
         return parse_row(self.loaded.raw.value("row", self._row_number(index)))
 
     def place(self, index: int) -> str:
-        """The example's file, and its line or row there, counted from 1."""
+        """The example's file, and its line or row there, from 1."""
         raw, row = self.loaded.raw, self._row_number(index)
         file: RowFile = self.loaded.files[raw.value("file", row)]
         return file.where(raw.value("number", row))
 
     def conversation(self, index: int) -> Conversation:
-        """The conversation before it was cut, with the default system prompt."""
+        """The uncut conversation, with the default system prompt."""
         recipe = self.loaded.recipe
         return with_default_system(to_conversation(self.row(index), recipe.forms)[0], recipe.default_system_prompt)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Ids a row: rows for each bin of `edges` (a bin reaches up to the next edge), of rows whole and cut; percentiles of all."""
+    """Ids per row: numbers of whole and cut rows for each bin of `edges` (up to the next edge), and
+    percentiles of all rows.
+    """
 
     edges: list[int]
     whole: list[int]
@@ -128,7 +133,7 @@ class Lengths:
 
     @classmethod
     def of(cls, splits: Sequence[TextDataset]) -> Self:
-        """Of the rows of all `splits` together, as they were kept."""
+        """The lengths of all rows of `splits`, after cutting."""
         lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
         is_cut = np.concatenate([split.column("cut") for split in splits]) > 0
         longest = int(lengths.max(initial=1))
@@ -144,9 +149,10 @@ class Lengths:
 
 
 class TextCorpus:
-    """The splits of a run's sources, concatenated. Reads like a `TextDataset`.
+    """The concatenated splits of a run's sources. Reads like a `TextDataset`.
 
-    parts: the splits by the sources' names. data_hash: of all of them, in order; a single split keeps its own.
+    parts: the splits, by source. data_hash: of all splits, in order; that of a single split is its
+    own.
     """
 
     def __init__(self, parts: Mapping[str, TextDataset]) -> None:
@@ -174,7 +180,7 @@ class TextCorpus:
         return np.concatenate([split.column(name) for split in self._splits])
 
     def first_rows(self, count: int | None) -> list[int]:
-        """Numbers of the first `count` examples of each source; None: of all."""
+        """Numbers of the first `count` examples of each source; None: all."""
         begins = [0, *self._ends]
         return [begin + row for begin, split in zip(begins, self._splits, strict=False) for row in range(len(split))[:count]]
 
@@ -190,7 +196,9 @@ class TextCorpus:
 
 
 def overlap(train: TextDataset | TextCorpus, test: TextDataset | TextCorpus) -> dict[str, int]:
-    """How many test rows ask what a training row asks ("questions"), and how many equal a training row ("conversations")."""
+    """How many test rows have the questions of a training row ("questions"), and how many equal one
+    ("conversations").
+    """
     columns = {"questions": "question_hash", "conversations": "conversation_hash"}
     return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in columns.items()}
 
@@ -198,9 +206,9 @@ def overlap(train: TextDataset | TextCorpus, test: TextDataset | TextCorpus) -> 
 class ExampleStream:
     """Iterates (draw, Example) in the order of a curriculum.
 
-    workers: background threads that read ahead; 0 reads inline. The order is the same either way.
-    start: examples to leave out: the `position` of the stream to resume.
-    position: examples returned so far, `start` included. Use as a context manager, or `close` it.
+    workers: prefetching threads; 0 reads inline. The order is the same.
+    start: examples to skip: the `position` of the stream to resume.
+    position: examples returned so far, including `start`. Use as a context manager, or `close` it.
     """
 
     def __init__(self, dataset: Examples, curriculum: Curriculum, workers: int, start: int = 0) -> None:
@@ -221,7 +229,7 @@ class ExampleStream:
         self._pending: deque[tuple[Draw, Future[Example]]] = deque()
 
     def __len__(self) -> int:
-        """Examples still to come."""
+        """Remaining examples."""
         return self.total - self.position
 
     def __iter__(self) -> Self:
@@ -254,8 +262,8 @@ class ExampleStream:
     def skip(self, count: int) -> None:
         """Skip the next `count` examples without reading them: those that other ranks take.
 
-        All ranks have the same order, so together they read each example once. Threads can't read ahead of a skip, so such a
-        stream has none (workers=0).
+        All ranks have the same order, so together they read each example once. Threads can't
+        prefetch over a skip, so such a stream needs workers=0.
         """
         if not 0 <= count <= len(self):
             raise ValueError(f"can't skip {count} of {len(self)} examples")

@@ -1,7 +1,8 @@
-"""How conversations stand in rows for attention: one a row, in groups of like length, or several a row. Knows numbers only.
+"""Packing: the layout of conversations in rows for attention: one per row, in groups of similar
+length, or several per row.
 
-Everything but attention works on tokens side by side, so a layout changes what attention costs and nothing else. Shape suffixes: R
-documents, N tokens.
+Everything but attention works on concatenated tokens, so a layout affects only the cost of
+attention. Knows only numbers. Shape suffixes: R documents, N tokens.
 """
 
 from bisect import bisect_left, insort
@@ -14,14 +15,14 @@ import numpy.typing as npt
 Packing = Literal["off", "bucketed", "packed"]
 Integers = npt.NDArray[np.int64]
 
-# A document shorter than this share of its group's longest opens the next group, as long as there may be more: short rows cost
-# little however they are padded.
+# A document shorter than this fraction of its group's longest begins the next group, up to a number
+# of groups: padding of short rows costs little.
 _LEAST_FILL = 0.7
 _MOST_GROUPS = 4
 
 
 class Rows(NamedTuple):
-    """Rows of equal width. `index_N`: row * positions + position of each of their tokens."""
+    """Rows of equal width. `index_N`: row * positions + position, for each token."""
 
     index_N: Integers
     rows: int
@@ -30,11 +31,11 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of R documents stand.
+    """The places of the tokens of R documents.
 
-    place_N: of each token in the documents one a row, right-padded to `width`: document * width + position. position_N: in its
-    document. document_N: which one, R for the few padding positions that count as tokens. groups: the rows that attention works on;
-    the tokens of the first come first.
+    place_N: each token's place in documents right-padded to `width`: document * width + position.
+    position_N: position in its document. document_N: its document, R for the few padding positions
+    that count as tokens. groups: the rows for attention; the tokens are in the order of the groups.
     """
 
     place_N: Integers
@@ -45,7 +46,7 @@ class Layout:
 
     @property
     def starts(self) -> Integers:
-        """Where the tokens of each document begin, those of padding among them, and at the end N."""
+        """Offset of each document's first token, including padding as a document, and N at the end."""
         return np.flatnonzero(np.diff(self.document_N, prepend=-1, append=-1))
 
     @property
@@ -57,9 +58,10 @@ class Layout:
 def row_layout(lengths_R: Integers, packing: Packing, multiple: int = 1, token_multiple: int = 1) -> Layout:
     """The layout of documents of these lengths (each at least 1).
 
-    off: one a row, as wide as the longest. bucketed: one a row, rows of like length in groups. packed: best fit of several into
-    rows as wide as the longest. Widths are multiples of `multiple`. Some padding positions count as tokens, so that N is a multiple
-    of `token_multiple`; they are a document of their own.
+    off: one per row, padded to the longest. bucketed: one per row, in groups of similar length.
+    packed: several per row, best fit into rows as wide as the longest. Widths are multiples of
+    `multiple`. Some padding positions count as tokens, so that N is a multiple of `token_multiple`;
+    they form their own document.
     """
     index_N, width = tokens_in_rows(lengths_R, multiple, token_multiple)
     if packing == "off":
@@ -87,10 +89,12 @@ def row_layout(lengths_R: Integers, packing: Packing, multiple: int = 1, token_m
 
 
 def tokens_in_rows(lengths_R: Integers, multiple: int = 1, token_multiple: int = 1) -> tuple[Integers, int]:
-    """Where the tokens of right-padded rows of these lengths stand, row * positions + position, ascending; and how many positions.
+    """Places of the tokens of right-padded rows, row * positions + position, ascending; and the
+    number of positions.
 
-    Positions are a multiple of `multiple`. Some padding positions count as tokens, so that there is a multiple of `token_multiple`
-    of them; for their sake rows may be up to that much wider than the longest one.
+    Positions are a multiple of `multiple`. Some padding positions count as tokens, so that the
+    number of tokens is a multiple of `token_multiple`; rows may be up to that much wider than the
+    longest one to hold them.
     """
     real = int(lengths_R.sum())
     rounded = -(-real // token_multiple) * token_multiple
@@ -102,10 +106,10 @@ def tokens_in_rows(lengths_R: Integers, multiple: int = 1, token_multiple: int =
 
 
 def best_fit(lengths_R: Integers, positions: int) -> tuple[Integers, Integers]:
-    """Row and first position of each document: the longest first, each where it leaves the least room, or in a new row.
+    """Row and first position of each document, by best fit decreasing.
 
-    Best fit decreasing needs at most 11/9 of the fewest possible rows, and a few more (Johnson et al. 1974). No document may be
-    longer than `positions`.
+    Needs at most 11/9 of the fewest possible rows, plus a few (Johnson et al. 1974). No document
+    may be longer than `positions`.
     """
     if lengths_R.max(initial=0) > positions:
         raise ValueError(f"a document of {lengths_R.max()} tokens doesn't fit a row of {positions}")
@@ -121,7 +125,7 @@ def best_fit(lengths_R: Integers, positions: int) -> tuple[Integers, Integers]:
 
 
 def _by_length(lengths_R: Integers) -> list[Integers]:
-    """The documents in groups, long ones first."""
+    """Groups of documents, longest first."""
     order = np.argsort(-lengths_R, kind="stable")
     groups: list[Integers] = []
     while len(order) and len(groups) < _MOST_GROUPS - 1:
@@ -133,7 +137,7 @@ def _by_length(lengths_R: Integers) -> list[Integers]:
 
 
 def _runs(begins: Integers, lengths: Integers) -> Integers:
-    """begin, begin + 1, ... for each run, one behind the other."""
+    """begin, begin + 1, ... for each run, concatenated."""
     before = np.cumsum(lengths) - lengths
     runs: Integers = np.repeat(begins - before, lengths) + np.arange(int(lengths.sum()))
     return runs

@@ -1,8 +1,10 @@
-"""A tokenizer and a template as one tokenizer.json and a chat template, which give transformers the ids that training saw.
+"""Exports a tokenizer and a template as tokenizer.json and chat template: transformers then gets
+the ids of training.
 
-In training, tags and texts are encoded apart, and text never gives BOS or EOS (dataset/text/conversation.py). Transformers encodes
-one string for a whole conversation, so the pieces that mark a turn are found in it: BOS and EOS are spelled with a character that
-text doesn't have, or has escaped, and the tag after a BOS is cut off before the text is encoded. Knows no files or models.
+Training encodes tags and texts separately, and text never gives BOS or EOS
+(dataset/text/conversation.py). Transformers encodes one string for a whole conversation. So BOS and
+EOS are spelled with a character that text doesn't have, or that is escaped in it, and the tag after
+a BOS is split off before the text is encoded. Knows no files or models.
 """
 
 import json
@@ -19,14 +21,17 @@ from config.errors import UsageError
 from dataset.text.conversation import TaggedRole, Template, Turn, encode_conversation
 from dataset.text.tokenizer import Tokenizer
 
-# Unicode keeps these two from all text that is exchanged (section 23.7, noncharacters). The template writes the first as both.
+# Unicode noncharacters (section 23.7), which exchanged text doesn't contain. The template escapes
+# the first by writing both.
 _MARK, _ESCAPE = "\ufdd0", "\ufdd1"
 BOS, EOS = f"{_MARK}<s>", f"{_MARK}</s>"
-"""How the two are spelled."""
+"""The spelling of BOS and EOS."""
 _CUT = f"{_MARK}|"
-"""Stands for nothing, at the end of a prompt: some programs move blanks, such as a tag's newline, from there to the answer."""
+"""An empty marker at the end of a prompt: some programs move white space, such as a tag's newline,
+from there to the answer.
+"""
 _HIDDEN = f"{_MARK}file's "
-"""Begins the names of special tokens that a tokenizer.json has of its own, which are plain text here."""
+"""Prefix of a tokenizer.json's own special tokens, which are plain text here."""
 _BLANK = "\u2581"
 _Proto: Any = sentencepiece_model_pb2
 _PROBES = (
@@ -45,9 +50,11 @@ _RANDOM_PROBES = 300
 
 
 def chat_template(template: Template, default_system: str | None) -> str:
-    """Jinja source that writes messages (system, user, assistant) as the string that `portable_tokenizer` takes apart.
+    """Jinja source that renders messages (system, user, assistant) as the string that
+    `portable_tokenizer` splits.
 
-    Empty system messages are left out. Where there is no system message, `default_system` opens the conversation.
+    Empty system messages are left out. Without a system message, the conversation begins with
+    `default_system`.
     """
     tags = json.dumps({role: template.tag(role) for role in get_args(TaggedRole)})
     escaped = f"| replace({json.dumps(_MARK)}, {json.dumps(_MARK + _ESCAPE)})"
@@ -75,16 +82,18 @@ def chat_template(template: Template, default_system: str | None) -> str:
 
 
 def portable_tokenizer(tokenizer: Tokenizer, template: Template) -> str:
-    """tokenizer.json with the ids of `tokenizer`, in which `BOS` and `EOS` are special and the tag after a BOS stands apart.
+    """tokenizer.json with the ids of `tokenizer`: `BOS` and `EOS` are special, and the tag after a
+    BOS is encoded separately.
 
-    Raises UsageError for a tokenizer whose ids it can't give: a SentencePiece model that isn't BPE with byte fallback as
-    scripts/train_tokenizer.py trains it, or a tokenizer.json that is taken apart otherwise by its own rules.
+    Raises UsageError for a tokenizer whose ids it can't reproduce: a SentencePiece model other than
+    BPE with byte fallback, as from scripts/train_tokenizer.py, or a tokenizer.json whose own rules
+    split text in another way.
     """
     backend = _from_sentencepiece(tokenizer) if tokenizer.file_name == "tokenizer.model" else _from_json(tokenizer)
     own = backend.normalizer
     tags = [template.tag(role) for role in get_args(TaggedRole)]
     normal = {tag: own.normalize_str(tag) if own is not None else tag for tag in tags}
-    # What the normalizer puts before a text, the text after a tag must get, too.
+    # The text after a tag needs the normalizer's prefix too.
     before = own.normalize_str("a").removesuffix("a") if own is not None else ""
     after_tag = [normalizers.Replace(Regex(rf"\A{re.escape(tag)}(?!\z)"), tag + before) for tag in normal.values() if before]
     backend.normalizer = normalizers.Sequence(
@@ -143,14 +152,15 @@ def _from_json(tokenizer: Tokenizer) -> Backend:
     content["model"]["dropout"] = None
     vocabulary = content["model"]["vocab"]
     pieces = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, *_ in vocabulary}
-    # Special tokens are plain text in training. Those that aren't the model's keep their ids, out of reach.
+    # Special tokens are plain text in training. Those outside the model keep their ids, but text
+    # can't produce them.
     content["added_tokens"] = [token for token in content["added_tokens"] if not (token["special"] and token["content"] in pieces)]
     for token in content["added_tokens"]:
         if token["special"]:
             token["content"] = _HIDDEN + token["content"]
     for part in _parts(content["pre_tokenizer"]):
         if part.get("prepend_scheme") == "first":
-            part["prepend_scheme"] = "always"  # each text is the first one of its own
+            part["prepend_scheme"] = "always"  # each text is a first one
     return Backend.from_str(json.dumps(content))
 
 
@@ -163,7 +173,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check(backend: Backend, tokenizer: Tokenizer, template: Template) -> None:
-    """Raise UsageError unless ids are equal: of all pieces of the vocabulary, of mixtures of them, of known trouble."""
+    """Raise UsageError unless ids equal: of all pieces, random mixtures and difficult texts."""
     pieces = [tokenizer.piece(token).replace(_BLANK, " ") for token in range(tokenizer.vocab_size)]
     rng = np.random.default_rng(0)
     mixtures = ["".join(rng.choice(pieces, 12)) for _ in range(_RANDOM_PROBES)]

@@ -1,6 +1,6 @@
-"""From raw rows to ids: what one process does with a part of the rows, called by `datasets`' map.
+"""Encodes raw rows to ids: the function that `datasets`' map runs in each process.
 
-This file must not know files, caches, or how many processes there are.
+Knows no files, caches, or number of processes.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from dataset.text.tokenizer import Tokenizer
 
 LongRows = Literal["keep_prompt_end", "truncate", "drop"]
 ROLES: tuple[TaggedRole, ...] = get_args(TaggedRole)
-"""In the order of the bits of the column "tags"."""
+"""In the order of the bits in the column "tags"."""
 PROMPT_CUT, ANSWER_CUT = 1, 2
 PER_ID = ("ids", "supervised", "segment")
-# Text that is encoded at once, in characters.
+# Characters of text to encode at once.
 _TEXT_AT_ONCE = 1 << 20
 _TEXTS = ("outcome", "reason", "message", "form", "ignored")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that ids depend on besides the rows; see `config.schema.DatasetConfig`."""
+    """Everything that ids depend on besides the rows; see `config.schema.DatasetConfig`."""
 
     tokenizer_model: bytes
     template: Template
@@ -42,7 +42,7 @@ class Recipe:
     forms: FormOptions
 
     def key(self) -> dict[str, Any]:
-        """All but the tokenizer, as plain values."""
+        """Everything but the tokenizer, as JSON values."""
         return {
             "template": self.template.to_dict(),
             "default_system_prompt": self.default_system_prompt,
@@ -53,19 +53,20 @@ class Recipe:
 
 
 RAW_SCHEMA = pa.schema({"file": pa.int32(), "number": pa.int64(), "row": pa.large_binary(), "bad": pa.string()})
-"""Of the rows that are encoded: number of the file, number in it (`rows.RowFile`), the row as JSON, or why it can't be read."""
+"""Raw rows: file number, number in the file (`rows.RowFile`), and the row as JSON or its error."""
 
 
 def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
     """Columns of encoded rows.
 
-    outcome: "" for a row that was encoded, "dropped", "bad", or "unread" after a bad row; reason: why, as a short name; message:
-    what was found; form: of a row that was understood, its form; ignored: its keys whose text was left out, as JSON. Of encoded
-    rows: PER_ID, a list each; length: ids; targets: those that are supervised; full_length: ids before anything was cut; cut:
-    PROMPT_CUT | ANSWER_CUT; tags: a bit for each of ROLES whose tag stands in a text; turn_bytes; content_hash: 64 bits over what
-    is learned from the row; the other hashes are those of `splits`.
+    outcome: "" for an encoded row, "dropped", "bad", or "unread" after a bad row; reason: a short
+    name; message: the error; form: the form of a parsed row; ignored: its keys whose text was left
+    out, as JSON. For encoded rows: PER_ID, a list each; length: number of ids; targets: number of
+    supervised ids; full_length: number of ids before truncation; cut: PROMPT_CUT | ANSWER_CUT;
+    tags: a bit for each of ROLES whose tag occurs in a text; turn_bytes; content_hash: 64 bits over
+    the trained content; the other hashes are those of `splits`.
     """
-    # A prompt segment and its answer take three ids or more, so there are fewer segments than this.
+    # A prompt segment and its answer take at least three ids, so this is enough.
     segment = pa.uint8() if seq_len // 2 < 1 << 8 else pa.uint16()
     return pa.schema(
         {
@@ -92,10 +93,10 @@ def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
 
 
 class RowEncoder:
-    """Encodes tables of RAW_SCHEMA by one recipe into tables of `token_schema`, row by row. It can be pickled.
+    """Encodes tables of RAW_SCHEMA to tables of `token_schema` by a recipe. It can be pickled.
 
-    stop_at: a file in which encoders of several processes tell each other of bad rows, so that none works on behind one; None:
-    bad rows are results like others.
+    stop_at: a file in which the processes share the first bad row, so that none encodes rows after
+    it; None: a bad row is a result like others.
     """
 
     def __init__(self, recipe: Recipe, vocab_size: int, stop_at: Path | None = None) -> None:
@@ -108,7 +109,7 @@ class RowEncoder:
         return {**self.__dict__, "_tokenizer": None}
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
-        """Encode the rows of these numbers."""
+        """Encode the rows with these numbers."""
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.from_bytes(self._recipe.tokenizer_model)
             self._tags = [self._recipe.template.tag(role).strip() for role in ROLES]
@@ -142,7 +143,7 @@ class RowEncoder:
         yield part
 
     def _convert(self, data: bytes) -> "_Result":
-        """The conversation in a row, not yet encoded, or why there is none."""
+        """Parse the conversation of a row, or the reason why there is none."""
         try:
             conversation, parsed = to_conversation(parse_row(data), self._recipe.forms)
             if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
@@ -203,7 +204,7 @@ class RowEncoder:
 
 @dataclass(frozen=True)
 class _Result:
-    """What became of a row."""
+    """The result for a row."""
 
     outcome: str
     reason: str = ""

@@ -1,7 +1,9 @@
-"""Rows of local files, as a stream: JSON lines, JSON arrays, CSV, parquet and Arrow, each also compressed.
+"""Streams rows of local files: JSON lines, JSON arrays, CSV, parquet and Arrow, each also
+compressed.
 
-A row that can't be read is handed on as a `BadRow`; a file that can't is a `UsageError`. This file must not know what a row should
-hold. Why JSON and CSV aren't read by `datasets`: docs/architecture.md.
+An unreadable row is passed on as a `BadRow`; an unreadable file is a `UsageError`. This file
+doesn't know the content of rows. docs/architecture.md says why `datasets` doesn't read JSON and
+CSV.
 """
 
 import contextlib
@@ -20,24 +22,25 @@ import pyarrow as pa
 
 from config.errors import UsageError
 
-# No context takes a millionth of such a row in; held and tokenized, a few of them would take all memory.
+# Far beyond any context; a few such rows would fill the memory.
 MAX_ROW_BYTES = 4 << 20
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-# A longer row is passed over up to this length; a quote or bracket that is never closed would swallow the rest of the file.
+# A longer row is skipped up to this length; without a limit, an unclosed quote or bracket would
+# swallow the rest of the file.
 _MOST_READ_FOR_A_ROW = 16 * MAX_ROW_BYTES
 _BLOCK = 1 << 20
-# Where the bracket of an array is looked for.
+# Bytes in which to look for the bracket of an array.
 _OPENING = 1 << 16
 _ROWS_AT_ONCE = 256
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 class BadRow(Exception):
-    """A malformed row. `reason` is a short name to count by, the message says what was found."""
+    """A malformed row. `reason` is a short name for counts; the message says what was found."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)  # both, or the exception couldn't travel between processes
+        super().__init__(reason, message)  # both, so that the exception can be pickled
         self.reason = reason
 
     def __str__(self) -> str:
@@ -45,7 +48,7 @@ class BadRow(Exception):
 
 
 class NothingToLearn(Exception):
-    """A well-formed row without anything to train on; `reason` is a short name to count by."""
+    """A well-formed row without anything to train on. `reason` is a short name for counts."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -53,20 +56,20 @@ class NothingToLearn(Exception):
 
 
 def too_large() -> BadRow:
-    """What becomes of a row beyond MAX_ROW_BYTES."""
+    """The error for a row beyond MAX_ROW_BYTES."""
     return BadRow("too_large", f"expected a row of at most {MAX_ROW_BYTES >> 20} MiB, found a longer one")
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """A file of rows. format: one of FORMATS. Raises `UsageError` where it is damaged."""
+    """A file of rows. format: one of FORMATS. Reading raises `UsageError` if it is damaged."""
 
     path: Path
     format: str
     compression: str
 
     def rows(self) -> Iterator[tuple[int, bytes | dict[str, Any] | BadRow]]:
-        """Each row with its number, from 1: its undecoded JSON, or its values, or why it can't be read."""
+        """Each row with its number, from 1: its JSON bytes, its values, or its error."""
         try:
             yield from _READERS[self.format](self)
         except UnicodeDecodeError as error:
@@ -81,20 +84,20 @@ class RowFile:
             ) from error
 
     def where(self, number: int) -> str:
-        """A row's place, as error messages name it."""
+        """A row's place, for error messages."""
         counts_lines = self.format in (".jsonl", ".csv", ".tsv")
         return f"{self.path}:{number}" if counts_lines else f"{self.path}, row {number}"
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """The bytes of the file, uncompressed. An end that comes too soon is an error, and frames may follow each other."""
+        """The uncompressed bytes, of all frames. A truncated file is an error."""
         if self.compression and self.path.stat().st_size == 0:
             raise EOFError("no bytes at all")
         if self.compression == ".xz":
             with lzma.open(self.path) as handle:
                 yield handle
             return
-        # pyarrow's, because other readers of zstd take a cut-off file for a complete one, and the first of several frames for all.
+        # Other zstd readers accept a truncated file, and read only the first of several frames.
         codec = {"": None, ".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[self.compression]
         with (
             pa.input_stream(str(self.path), compression=codec, buffer_size=None) as source,
@@ -104,7 +107,7 @@ class RowFile:
 
     @contextlib.contextmanager
     def seekable(self) -> Iterator[Path]:
-        """A path to the uncompressed file, for formats that are read from their end."""
+        """A path to the uncompressed file, for formats with a footer."""
         if not self.compression:
             yield self.path
             return
@@ -115,7 +118,9 @@ class RowFile:
 
 
 def open_row_file(path: str | Path) -> RowFile:
-    """A file of rows, by its suffix. Raises `UsageError` when it is missing, unreadable, or of no format that can be read."""
+    """Open a file of rows, by its suffix. Raises `UsageError` if it is missing, unreadable, or of
+    an unknown format.
+    """
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "none"
@@ -133,12 +138,12 @@ def open_row_file(path: str | Path) -> RowFile:
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error}") from error
     file = RowFile(path, format_, compression)
-    # A .json file that doesn't open with [ holds JSON lines.
+    # A .json file that doesn't begin with [ has JSON lines.
     return RowFile(path, ".jsonl", compression) if format_ == ".json" and not _is_array(file) else file
 
 
 def format_of(path: Path) -> tuple[str, str] | None:
-    """Format and compression ("" if none) that a file's name states; None where it states none that is known."""
+    """Format and compression ("" if none) by a file's name; None for an unknown one."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1], compression) if suffixes and suffixes[-1] in FORMATS else None
@@ -147,7 +152,8 @@ def format_of(path: Path) -> tuple[str, str] | None:
 def to_json(values: bytes | dict[str, Any]) -> bytes:
     """A row of `RowFile.rows` as JSON, for `parse_row`.
 
-    Bytes that are text count as text; other values that JSON lacks become {name of their type: true}.
+    Bytes that are UTF-8 become text; other values without a JSON type become {name of their type:
+    true}.
     """
     if isinstance(values, bytes):
         return values
@@ -158,12 +164,12 @@ def _plain(value: object) -> str | dict[str, bool]:
     with contextlib.suppress(UnicodeDecodeError):
         if isinstance(value, bytes):
             return value.decode()
-    # Neither text nor null, which would be absent: where text belongs it is told, elsewhere it is metadata.
+    # Neither text nor null, which means absent: an error in place of text, metadata elsewhere.
     return {type(value).__name__: True}
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `object_pairs_hook`. Python would keep the last of two equal keys and lose the other in silence."""
+    """A JSON object, for `object_pairs_hook`. Python would keep only the last of equal keys."""
     members = dict(pairs)
     if len(members) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -190,18 +196,18 @@ def parse_row(data: bytes) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says first; its name if it says nothing."""
+    """The first line of an error's message, or its class name if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def shown(value: Any) -> str:
-    """A value as messages quote it: its first 60 characters, as ASCII."""
+    """A value to quote in a message: its first 60 characters, as ASCII."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return ascii(text if len(text) <= 60 else text[:60] + "...")
 
 
 def _lines(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
-    # Lines end at \n only: JSON strings may hold U+2028 and other separators unescaped.
+    # Lines end only at \n: JSON strings may contain U+2028 and other separators.
     with file.stream() as handle:
         number = 0
         while line := handle.readline(MAX_ROW_BYTES + 2):
@@ -219,7 +225,7 @@ def _is_array(file: RowFile) -> bool:
         with file.stream() as handle:
             return handle.read(_OPENING).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     except (OSError, EOFError, lzma.LZMAError):
-        return False  # told when it is read
+        return False  # reported when it is read
 
 
 def _elements(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
@@ -250,7 +256,9 @@ def _elements(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
 
 
 def _next_element(decoder: json.JSONDecoder, buffer: str, at: int, is_first: bool) -> tuple[int, Any, int] | str:
-    """Begin, value and end of an array's next element, begin -1 at the array's end; or what stands there, perhaps only so far."""
+    """Begin, value and end of an array's next element, begin -1 at the array's end. Or an error,
+    which more text may resolve.
+    """
     at = _past_blanks(buffer, at)
     if buffer[at : at + 1] == "]":
         return -1, None, at + 1
@@ -258,16 +266,16 @@ def _next_element(decoder: json.JSONDecoder, buffer: str, at: int, is_first: boo
         if buffer[at : at + 1] != ",":
             return f"{buffer[at : at + 40]!a} where a comma or ] should be"
         at = _past_blanks(buffer, at + 1)
-        if buffer[at : at + 1] == "]":  # a comma behind the last element: told apart from a missing one by nobody
+        if buffer[at : at + 1] == "]":  # also accepts a comma after the last element
             return -1, None, at + 1
     try:
         value, end = decoder.raw_decode(buffer, at)
     except BadRow as bad:
-        # What is wrong was found before the element's end: once more, to find that.
+        # The error came before the element's end: parse again, to find the end.
         value, (_, end) = bad, json.JSONDecoder().raw_decode(buffer, at)
     except (ValueError, RecursionError) as error:
         return f"{buffer[at : at + 40]!a} ({error})"
-    # A number at the buffer's end may go on.
+    # A number at the end of the buffer may continue.
     return (at, value, end) if _past_blanks(buffer, end) < len(buffer) else "an array that doesn't end"
 
 
@@ -278,10 +286,10 @@ def _past_blanks(text: str, at: int) -> int:
 
 
 def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Rows of CSV or TSV; all values are text, as they stand. A row's number is the line that it ends on."""
+    """Rows of CSV or TSV, with all values as text. A row's number is the line that it ends on."""
     with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter="\t" if file.format == ".tsv" else ",", strict=True)
-        csv.field_size_limit(_MOST_READ_FOR_A_ROW)  # of the whole process, and never lowered: another file may be open
+        csv.field_size_limit(_MOST_READ_FOR_A_ROW)  # global to the process, and never lowered: another file may be open
         try:
             header = next(reader, None)
             if header is None:
@@ -314,7 +322,7 @@ def _parquet(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
 
 
 def _arrow(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Both forms of Arrow's files: the stream, which `datasets` writes, and the one with a footer (Feather)."""
+    """Both Arrow formats: the stream that `datasets` writes, and the file (Feather)."""
     with file.seekable() as path, pa.memory_map(str(path)) as source:
         is_footed = source.read(6) == b"ARROW1"
         source.seek(0)
@@ -322,7 +330,7 @@ def _arrow(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
             reader = pa.ipc.open_file(source)
             batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
         else:
-            # Without its end mark a stream is cut off, perhaps just between two batches.
+            # A stream without its end marker is truncated, possibly between two batches.
             source.seek(max(0, source.size() - len(_END_OF_STREAM)))
             if source.read() != _END_OF_STREAM:
                 raise EOFError("the stream doesn't end")
@@ -336,7 +344,7 @@ def _numbered(file: RowFile, batches: Iterable[Any]) -> Iterator[tuple[int, dict
     number = 0
     for batch in batches:
         names = batch.schema.names
-        if len(set(names)) < len(names):  # a row as a dict would keep the last of two equal names
+        if len(set(names)) < len(names):  # a dict would keep only the last of two equal names
             raise UsageError(f"{file.path}: expected each column once, found {names}; rename one of them")
         for values in _values(batch):
             number += 1

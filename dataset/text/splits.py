@@ -1,4 +1,4 @@
-"""Hashes of conversations: which are test rows, and which are equal. This file must not know files, row forms or tokens."""
+"""Hashes of conversations, to split them and find duplicates. Knows no files, forms or tokens."""
 
 import hashlib
 
@@ -9,23 +9,23 @@ from dataset.text.conversation import Conversation
 
 
 def prompt_hash(conversation: Conversation) -> int:
-    """64 bits over system text and first question, surrounding blanks ignored: what the split goes by."""
+    """64 bits over system text and first question, stripped: the key of the split."""
     system = next((turn.text for turn in conversation if turn.role == "system"), "")
     return _hash(system, next(iter(questions(conversation)), ""))
 
 
 def question_hash(conversation: Conversation) -> int:
-    """64 bits over all questions: equal where the same is asked, whatever the system prompt and the answers."""
+    """64 bits over all questions, whatever the system prompt and the answers."""
     return _hash(*questions(conversation))
 
 
 def conversation_hash(conversation: Conversation) -> int:
-    """64 bits over all turns, for finding rows that are there more than once."""
+    """64 bits over all turns, to find duplicate rows."""
     return _hash(*(part for turn in conversation for part in (turn.role, turn.text)))
 
 
 def questions(conversation: Conversation) -> list[str]:
-    """The texts of all user turns; of raw text, all of it."""
+    """The texts of all user turns; for raw text, all of it."""
     return [turn.text for turn in conversation if turn.role in ("user", "text")]
 
 
@@ -38,12 +38,13 @@ def _hash(*texts: str) -> int:
 
 
 def are_test_hashes(hashes: npt.NDArray[np.uint64], seed: int, test_ratio: float) -> npt.NDArray[np.bool_]:
-    """For each `prompt_hash`: whether it stands in the test split of (seed, test_ratio).
+    """For each `prompt_hash`: whether it is in the test split of (seed, test_ratio).
 
-    Equal prompts always stand on the same side; a larger `test_ratio`, from 0 to below 1, only adds test rows.
+    Equal prompts are always in the same split; a larger `test_ratio`, from 0 to below 1, only adds
+    test rows.
     """
     salt = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "<u8")
-    # Finaliser of SplitMix64 (Steele et al. 2014): a cached hash can be split anew in one pass, for any seed.
+    # Finaliser of SplitMix64 (Steele et al. 2014): one pass splits cached hashes by any seed.
     mixed = hashes ^ salt
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,8 @@
-"""The tokens of a source on disk: made once by `datasets`, in bounded memory, then memory-mapped Arrow.
+"""The token cache: tokenizes a source once by `datasets`, in bounded memory, to memory-mapped Arrow
+files.
 
-Two steps, each cached under a hash of all that it depends on: the rows of the source's files in one table, and what became of them.
-This file must not know epochs, batches or configuration files.
+There are two steps, each cached under a hash of everything it depends on: one table of the rows of
+all files, and one of the encoded rows. Knows no epochs, batches or configuration files.
 """
 
 import contextlib
@@ -42,29 +43,29 @@ FORMAT_VERSION = 3
 Split = Literal["train", "test"]
 
 _ROWS_AT_ONCE = 512
-# What starting processes costs only pays for more rows than this.
+# Starting processes pays off only for more rows than this.
 _ROWS_BEFORE_PROCESSES = 4096
-# One process joins the others' work, and about so many keep it busy.
+# One process collects the others' results; about this many keep it busy.
 _MOST_PROCESSES = 16
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class HashSplit:
-    """Train and test rows, told apart by `splits.are_test_hashes`."""
+    """A split into train and test rows by `splits.are_test_hashes`."""
 
     seed: int
     test_ratio: float
 
 
 class ArrowRows:
-    """A memory-mapped table, read by row numbers in microseconds."""
+    """A memory-mapped table with random access by row, in microseconds."""
 
     def __init__(self, dataset: "Dataset") -> None:
         self._table = dataset.data.table
         self._batches = self._table.to_batches()
         self._ends = list(accumulate(map(len, self._batches)))
-        # Of each list column and batch: where rows' values begin, and the values.
+        # For each list column and batch: the offsets of the rows' values, and the values.
         self._lists = {
             field.name: [(batch[field.name].offsets.to_numpy(), batch[field.name].values.to_numpy()) for batch in self._batches]
             for field in self._table.schema
@@ -104,10 +105,11 @@ class ArrowRows:
 class LoadedSplit:
     """The rows of one split.
 
-    tokens: columns of `row_encoder.token_schema`, raw: of RAW_SCHEMA; a row has the same number in both. rows: int64 [m], those of
-    the split, in the order of `files`, whose contents have these sha256. recipe: what rows were encoded by. counts: rows "read"
-    of the files, of these "dropped" and "bad" by reason, those "beyond_subset", "forms" (rows by their form), and "ignored" (rows
-    by each key whose text was left out).
+    tokens: columns of `row_encoder.token_schema`; raw: of RAW_SCHEMA; a row has the same number in
+    both. rows: int64 [m], the rows of the split, in the order of `files`, with their sha256.
+    recipe: how the rows were encoded. counts: rows "read" from the files, of these "dropped" and
+    "bad" by reason, "beyond_subset", "forms" (rows by form), and "ignored" (rows by key whose text
+    was left out).
     """
 
     tokens: ArrowRows
@@ -137,21 +139,22 @@ def load_split(
     alone: bool = False,
     processes: int | None = None,
 ) -> LoadedSplit:
-    """Open the tokens of `source` (a file, or several read one after the other), making them if they aren't there; take one split.
+    """Open one split of the tokens of `source` (a file, or several in order), tokenizing it if
+    needed.
 
-    seq_len: input positions, so a row keeps at most seq_len + 1 ids. long_rows: what becomes of a longer row. "keep_prompt_end":
-    it loses the oldest of its prompt, then the end of its answer (`conversation.encode_batch`); "truncate": its end; "drop": all.
-    A row is left out if nothing supervised is left of it. on_bad_row: "error" stops at the first malformed row and says where it
-    is, "skip" counts it. forms: what the rows have of their own. processes: how many tokenize; null: one for each CPU. The tokens
-    are the same.
-    hash_split: None when the files are one split by themselves. subset_size: None takes every row. Otherwise
-    reading stops when train has its first `subset_size` rows and test its first
-    `min(subset_size, ceil(subset_size * r / (1 - r)))`, r the test ratio: the same proportion, and
-    a large file isn't read to its end to fill a small test split. `alone`: only `split` is wanted, with
-    `subset_size` rows of its own.
+    seq_len: input positions; a row keeps at most seq_len + 1 ids. long_rows: for a longer row,
+    "keep_prompt_end" cuts the oldest part of its prompt, then the end of its answer
+    (`conversation.encode_batch`); "truncate" cuts its end; "drop" drops it. A row without
+    supervised ids left is dropped. on_bad_row: "error" stops at the first malformed row and names
+    its place, "skip" counts it. forms: options for the rows' forms. processes: number of tokenizing
+    processes; null: one for each CPU. The tokens are the same for any number.
+    hash_split: None if the files are a single split. subset_size: None takes every row. Otherwise
+    reading stops once train has its first `subset_size` rows and test its first `min(subset_size,
+    ceil(subset_size * r / (1 - r)))`, r the test ratio: the same proportion, and a small test split
+    doesn't need the whole of a large file. alone: load only `split`, with `subset_size` rows.
     Raises `UsageError`.
     """
-    import datasets  # half a second, which answering a message doesn't need
+    import datasets  # takes half a second, and answering a message doesn't need it
 
     wanted = wanted_rows(subset_size, hash_split, split if alone else None)
     files = tuple(open_row_file(path) for path in ([source] if isinstance(source, Path) else source))
@@ -159,10 +162,10 @@ def load_split(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _as_usage_error(cache_dir):
-        # Taken before the content is hashed: a cache must hold what its key was made of.
+        # Before hashing the content: the cache must have the content of its key.
         stamps = [_stamp(file.path) for file in files]
         content = [[file.format, file_sha256(file.path, cache_dir)] for file in files]
-        # Of a subset as many rows as are likely to do, and four times as many until they do.
+        # For a subset, read a probable number of rows, then four times as many until it is enough.
         limit = _likely_rows(wanted, hash_split)
         while True:
             key = _key("rows", format=FORMAT_VERSION, files=content, limit=limit)
@@ -201,7 +204,7 @@ def load_split(
 
 
 def wanted_rows(subset_size: int | None, hash_split: HashSplit | None, alone: Split | None = None) -> dict[Split, float]:
-    """How many rows of each split to keep; see `load_split`. Files that are one split count as "train"."""
+    """How many rows of each split to keep; see `load_split`. A single split counts as "train"."""
     test_ratio = hash_split.test_ratio if hash_split else 0.0
     if subset_size is None:
         return {"train": math.inf, "test": math.inf}
@@ -222,14 +225,14 @@ def processes_to_use(processes: int | None) -> int:
 
 
 def default_cache_dir() -> Path:
-    """A folder where `datasets` keeps what it makes of data (HF_HOME, HF_DATASETS_CACHE)."""
+    """A folder in the cache of `datasets` (HF_HOME, HF_DATASETS_CACHE)."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "instruct-trm"
 
 
 def file_sha256(path: Path, memo_dir: Path) -> str:
-    """SHA-256 of a file, remembered under `memo_dir` for its path, size and times of change."""
+    """SHA-256 of a file, cached in `memo_dir` by its path, size and times of change."""
     stamp = _stamp(path)
     memo = memo_dir / f"source-{hashlib.sha256(str(stamp[0]).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -238,7 +241,7 @@ def file_sha256(path: Path, memo_dir: Path) -> str:
             return str(known["sha256"])
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    # A file changed again within the clock's grain keeps its stamp, so a fresh one isn't remembered.
+    # Don't cache a recent file: a change within the clock's resolution would keep its stamp.
     if time.time_ns() - int(stamp[2]) > 2_000_000_000:
         temporary = _unused_name(memo)
         temporary.write_text(json.dumps({"stamp": stamp, "sha256": digest}), encoding="utf-8")
@@ -247,13 +250,13 @@ def file_sha256(path: Path, memo_dir: Path) -> str:
 
 
 def _stamp(path: Path) -> list[str | int]:
-    """What a file is known by. The time of its inode's change can't be set back, as that of its content can."""
+    """The stamp that identifies a file's content. Unlike mtime, ctime can't be set back."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _unused_name(path: Path) -> Path:
-    """A hidden name beside `path`. `tempfile` would keep what is made there from other users of a shared folder."""
+    """A hidden name beside `path`. `tempfile`'s would be unreadable for other users."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
@@ -263,12 +266,10 @@ def _as_usage_error(cache_dir: Path) -> Iterator[None]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         yield
     except pa.ArrowInvalid as error:
-        raise UsageError(
-            f"what is kept of the data in {str(cache_dir)!r} is damaged ({error}): delete it, then start again"
-        ) from error
+        raise UsageError(f"the cached data in {str(cache_dir)!r} is damaged ({error}): delete it, then start again") from error
     except OSError as error:
         raise UsageError(
-            f"tokens can't be kept in {str(cache_dir)!r} ({error}): free space, make it writable, or name another folder with "
+            f"tokens can't be cached in {str(cache_dir)!r} ({error}): free space, make it writable, or name another folder with "
             "dataset.cache_dir"
         ) from error
 
@@ -282,7 +283,7 @@ def _likely_rows(wanted: dict[Split, float], hash_split: HashSplit | None) -> in
 def _taken(
     is_usable: npt.NDArray[np.bool_], in_test: npt.NDArray[np.bool_], wanted: dict[Split, float]
 ) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which rows are kept, and how many were read for them: up to the one that filled the last split."""
+    """Which rows to keep, and how many are read for them: up to the row that fills the last split."""
     taken, read = np.zeros(len(is_usable), np.bool_), 0
     sides: tuple[tuple[Split, npt.NDArray[np.bool_]], ...] = (("train", is_usable & ~in_test), ("test", is_usable & in_test))
     for split, is_here in sides:
@@ -312,19 +313,19 @@ def _key(kind: str, **parts: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """Let one process fill a folder. Others, such as ranks of the same run, wait and find it filled."""
+    """Let one process fill a folder. Others, such as other ranks, wait and find it filled."""
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        # Without locks in the file system, several processes do the same work, which is slower but not wrong.
+        # Without locks, several processes do the same work: slower but correct.
         with contextlib.suppress(NotImplementedError):
             stack.enter_context(FileLock(folder / "lock"))
         yield folder
 
 
 def _raw_rows(files: Sequence[RowFile], stamps: Sequence[Any], limit: int | None, key: str, cache_dir: Path) -> "Dataset":
-    """The first `limit` rows of files, or all, as a table of RAW_SCHEMA."""
+    """The first `limit` rows of the files, or all, as a table of RAW_SCHEMA."""
     from datasets import Dataset, Features
     from datasets.exceptions import DatasetGenerationError
 
@@ -358,10 +359,10 @@ def _rows_of(files: Sequence[RowFile], stamps: Sequence[Any], limit: int | None)
 
 
 def _encoded(raw: "Dataset", encoder: RowEncoder, stops: bool, processes: int, folder: Path) -> "Dataset":
-    """What became of each row; with `stops`, of those behind a bad one nothing."""
+    """Encode all rows; with `stops`, those up to the first bad one."""
     from datasets import Features
 
-    for leftover in folder.glob("tmp*"):  # of a process that was killed
+    for leftover in folder.glob("tmp*"):  # left by a killed process
         leftover.unlink()
     with tempfile.TemporaryDirectory() as scratch, _children_end_with_us():
         encoder.stop_at = Path(scratch) / "stop" if stops else None
@@ -384,7 +385,7 @@ _ends_with_its_parent = False
 
 @contextlib.contextmanager
 def _children_end_with_us() -> Iterator[None]:
-    """Processes forked within the block end when this one does, however it ends; else those of a killed run would wait for ever."""
+    """Processes forked within the block end with this one, even if it is killed."""
     global _ends_with_its_parent
     _ends_with_its_parent = True
     try:
@@ -398,5 +399,5 @@ def _after_fork() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-if sys.platform == "linux":  # the one that can say so
+if sys.platform == "linux":  # only Linux has this option
     os.register_at_fork(after_in_child=_after_fork)

@@ -1,7 +1,7 @@
-"""The tokenizer: its file, its hash, ids that text alone can't forge, and whether text survives it.
+"""The tokenizer: its file, its hash, special ids that text can't forge, and a check that it is
+lossless.
 
-Which tokenizer file is used is decided in `resolve_tokenizer_path`. This file must not know templates,
-conversations or models.
+`resolve_tokenizer_path` decides which file is used. Knows no templates, conversations or models.
 """
 
 import codecs
@@ -24,10 +24,11 @@ _HOW_TO_GET_ONE = "run `python scripts/fetch_tokenizer.py`, or name a SentencePi
 
 
 def resolve_tokenizer_path(explicit: str | None) -> Path:
-    """The tokenizer file: `explicit`, else $LLAMA_TOKENIZER, else tokenizers/llama-32k/tokenizer.model.
+    """The tokenizer file: `explicit`, else $LLAMA_TOKENIZER, else
+    tokenizers/llama-32k/tokenizer.model.
 
-    A named file that is missing is an error and is never replaced by the next choice: other ids would
-    train or read a model without a sign. Raises `UsageError`.
+    A named file that is missing is an error, not a reason for the next choice: the ids would
+    silently be wrong. Raises `UsageError`.
     """
     from_environment = os.environ.get(TOKENIZER_VARIABLE)
     if explicit is not None and explicit != from_environment:
@@ -46,9 +47,10 @@ def resolve_tokenizer_path(explicit: str | None) -> Path:
 
 
 class Tokenizer:
-    """A SentencePiece model or a tokenizer.json, with BOS and EOS. `encode` never yields these two, whatever the text.
+    """A SentencePiece model or a tokenizer.json, with BOS and EOS, which `encode` never returns.
 
-    Raises `UsageError` when the file is missing or neither of the two, and for a SentencePiece model without BOS or EOS.
+    Raises `UsageError` if the file is missing or neither of the two, and for a SentencePiece model
+    without BOS or EOS.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer bytes") -> "Tokenizer":
-        """A tokenizer from a file's content held in memory (a checkpoint keeps one); its `path` is None."""
+        """A tokenizer from the content of a file, as in a checkpoint; its `path` is None."""
         tokenizer = cls.__new__(cls)
         tokenizer.path = None
         tokenizer._load(model_bytes, name)
@@ -82,29 +84,30 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as `encode`. One thread: a caller decides how many cores tokenization may take."""
+        """Ids of each text, like `encode`. One thread: the caller decides how many cores to use."""
         return self._backend.encode_batch(texts) if texts else []
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; BOS and EOS are left out, incomplete UTF-8 becomes U+FFFD."""
+        """Text of the ids, without BOS and EOS; incomplete UTF-8 becomes U+FFFD."""
         return self.decode_batch([[int(token) for token in ids]])[0]
 
     def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        """Text of each row, as `decode`."""
+        """Text of each row, like `decode`."""
         return self._backend.decode_batch(rows) if rows else []
 
     def piece(self, token: int) -> str:
-        """The piece behind an id, for showing a token to a person."""
+        """The piece of an id, for display."""
         return self._backend.piece(int(token))
 
     def raw_bytes(self, token: int) -> bytes | None:
-        """The bytes of an id that may hold part of a character; None for an id that stands for whole characters."""
+        """The bytes of an id that may be part of a character; None for an id of whole characters."""
         return self._backend.raw_bytes(int(token))
 
     def unsettled(self, ids: Sequence[int]) -> int:
-        """How many of the last ids may become other text when more follow, because they hold part of a character.
+        """How many of the last ids may decode to other text once more ids follow, because they end
+        within a character.
 
-        ids: those since `unsettled` last gave 0, or since the last ones that it counted.
+        ids: those since `unsettled` last returned 0, or since the last ones that it counted.
         """
         raw = [self.raw_bytes(token) for token in ids]
         run = raw[len(raw) - next((back for back, piece in enumerate(reversed(raw)) if piece is None), len(raw)) :]
@@ -116,7 +119,8 @@ class Tokenizer:
         if not lacking:
             return 0
         sizes = [len(piece) for piece in run if piece is not None]
-        # A character may begin within an id, which then waits with all before it that ended within one, too.
+        # A character may begin within an id. That id waits too, with all ids before it that end
+        # within a character.
         return next((count for count in range(1, len(sizes)) if sum(sizes[-count:]) == lacking), len(sizes))
 
 
@@ -138,13 +142,14 @@ class _SentencePiece:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        # Both are control pieces (SentencePiece reports any other kind as missing), which text never matches.
+        # Both are control pieces, which text never matches; SentencePiece rejects other kinds.
         for kind, token in (("BOS", self.bos_id), ("EOS", self.eos_id)):
             if token < 0:
                 raise UsageError(f"{name}: the model has no {kind} piece; use one trained with both BOS and EOS")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One by one: the library's batches start a thread for each call, which for a few texts takes longer than their encoding.
+        # One by one: the library's batches start a thread for each call, which takes longer than
+        # encoding a few texts.
         return [self._processor.encode(text) for text in texts]
 
     def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
@@ -161,8 +166,8 @@ class _SentencePiece:
 class _TokenizerJson:
     """A tokenizer.json of Hugging Face `tokenizers`.
 
-    BOS and EOS are two ids of our own behind the file's. Those in the file, if it names any, can be out of reach of text in one
-    kind of model and within it in another; some files have only one of the two, and most don't say which token it is.
+    BOS and EOS are two new ids after the file's. Text can produce those of the file in some kinds
+    of model; some files have only one of the two, and most don't say which token it is.
     """
 
     file_name = "tokenizer.json"
@@ -174,7 +179,8 @@ class _TokenizerJson:
             raise UsageError(
                 f"{name}: expected a tokenizer.json of Hugging Face tokenizers, found something else: {error}"
             ) from error
-        # Nothing is added to text and nothing taken from it; special tokens in it are plain text; the same text has the same ids.
+        # Add nothing to text and remove nothing from it; treat special tokens as plain text; make
+        # encoding deterministic.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
@@ -185,17 +191,18 @@ class _TokenizerJson:
         self.vocab_size = self.eos_id + 1
         decoder = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b""
         self._is_byte_level = b'"ByteLevel"' in decoder
-        # The library decodes a run of byte pieces as one: a byte that makes it invalid takes its whole characters away, too.
+        # The library decodes a run of byte pieces at once: an invalid byte would remove its valid
+        # characters too.
         self.bytes_stay_open = b'"ByteFallback"' in decoder
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # The library's batches take all cores.
+        # The library's batches use all cores.
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # some models have no id for what they don't know
+        except Exception as error:  # some models have no id for unknown text
             raise UsageError(
                 f"the tokenizer.json has no ids for the text {_excerpt(text, 0)}: {error}; use another: {_REVERSIBLE}"
             ) from error
@@ -211,17 +218,17 @@ class _TokenizerJson:
 
     def raw_bytes(self, token: int) -> bytes | None:
         if token >= self.bos_id:
-            return b""  # decoding joins what stands around it
+            return b""  # decoding joins the text around it
         piece = self.piece(token)
         if self._is_byte_level:
-            # An added token may be spelled in other characters than the 256; it stands for itself.
+            # An added token may have characters outside the 256: it is its own text.
             return bytes(_BYTE_OF[char] for char in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
         byte = re.fullmatch("<0x([0-9A-F]{2})>", piece) if self.bytes_stay_open else None
         return bytes.fromhex(byte[1]) if byte else None
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each character that a byte-level BPE spells its pieces with: visible ones of Latin-1 stand for themselves."""
+    """The byte of each character of byte-level BPE; visible Latin-1 characters are themselves."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
@@ -229,14 +236,16 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 TOKENIZER_FILES = (_SentencePiece.file_name, _TokenizerJson.file_name)
-"""What a tokenizer is called where it is kept."""
+"""File names of a stored tokenizer."""
 
 
 def check_reversible(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
-    """Raise `UsageError` if a text doesn't come back from its ids, with what was lost; a model can't learn to say it.
+    """Raise `UsageError` if decoding a text's ids doesn't return the text, with the loss; a model
+    couldn't learn the text.
 
-    Two changes are no loss, because the text reads the same: U+2581, which is SentencePiece's sign for a blank, comes back as a
-    blank, and characters come back in another canonical form (NFC). Returns how many texts changed so.
+    Two changes are allowed, because the text reads the same: U+2581, SentencePiece's space, may
+    become a space, and characters may change to another canonical form (NFC). Returns the number of
+    texts with such changes.
     """
     changed = 0
     for text, found in zip(texts, tokenizer.decode_batch(tokenizer.encode_batch(texts)), strict=True):

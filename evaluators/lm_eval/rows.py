@@ -1,7 +1,9 @@
-"""Documents for lm-evaluation-harness from a local file of conversations; docs/export.md has the commands.
+"""Documents for lm-evaluation-harness from a local file of conversations; docs/export.md has the
+commands.
 
-The harness imports this file by its path, so it knows nothing of the project. A row has `messages` (role, content), or, as
-inference_instruct.py --generate writes them, the messages of a `prompt` and its `reference`.
+The harness imports this file by its path, so it must not import the project. A row has `messages`
+(role, content), or messages in `prompt` and a `reference`, as written by inference_instruct.py
+--generate.
 """
 
 import json
@@ -16,24 +18,24 @@ Doc = dict[str, Any]
 
 
 def every_answer(rows: str, pretrained: str, **_: Any) -> dict[str, Dataset]:
-    """A document for each assistant's message of each row, with what comes before it in the chat template of `pretrained`."""
+    """A document for each assistant message, after its history in `pretrained`'s chat template."""
     docs = [doc for messages in _conversations(rows) for doc in _documents(messages, pretrained)]
     return {"test": Dataset.from_list(docs)}
 
 
 def last_answer(rows: str, pretrained: str, **_: Any) -> dict[str, Dataset]:
-    """The same for the last message of each row alone."""
+    """A document for only the last message of each row."""
     return {"test": Dataset.from_list([_documents(messages, pretrained)[-1] for messages in _conversations(rows)])}
 
 
 def bits_per_byte(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-    """Log-likelihood in nats and UTF-8 bytes, which the harness sums up and divides once."""
+    """Log-likelihood in nats, and UTF-8 bytes; the harness divides their sums."""
     [(log_likelihood, _)] = results
     return {"bits_per_byte": (log_likelihood, len(doc["answer"].encode()))}
 
 
 def exact(doc: Doc, results: list[str]) -> dict[str, bool]:
-    """Whether the answer is the reference, blanks around both stripped."""
+    """Whether the answer equals the reference, after stripping both."""
     return {"exact": results[0].strip() == doc["answer"].strip()}
 
 

@@ -1,4 +1,4 @@
-"""The recursions, one short file each, by the name that `arch.name` gives them."""
+"""The recursions, one short file each, by their name in `arch.name`."""
 
 from config.schema import ArchConfig
 from models.recursive_reasoning.base import Recursion
@@ -20,5 +20,5 @@ _RECURSIONS: dict[str, type[Recursion]] = {
 
 
 def build_recursion(config: ArchConfig) -> Recursion:
-    """The recursion that `config.name` names."""
+    """The recursion named `config.name`."""
     return _RECURSIONS[config.name](config)

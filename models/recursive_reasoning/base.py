@@ -1,4 +1,4 @@
-"""What a recursion must say of itself. It holds no weights: `models/act.py` owns them and hands `call` to it."""
+"""The interface of a recursion. It holds no weights: `models/act.py` owns them and passes `call`."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ States = tuple[Tensor, ...]
 
 
 class LevelCall(Protocol):
-    """Apply the block stack named `level` to `h_BTD`; the wrapper counts calls and cuts gradients."""
+    """Apply the block stack `level` to `h_BTD`. Counts calls and stops gradients."""
 
     def __call__(self, level: str, h_BTD: Tensor) -> Tensor: ...
 
@@ -34,7 +34,7 @@ class Recursion(ABC):
 
     @functools.cached_property
     def calls(self) -> tuple[str, ...]:
-        """The level of every call of one ACT step, in order: those of a step of empty tuples, which add up as vectors do."""
+        """The levels of all calls of one ACT step, from a dry run with empty tuples as vectors."""
         levels: list[str] = []
 
         def call(level: str, terms: Any) -> Any:
@@ -52,7 +52,8 @@ class Recursion(ABC):
 
     @abstractmethod
     def step(self, states: States, x_BTD: Tensor, call: LevelCall) -> tuple[States, Tensor]:
-        """One ACT step from `states` and the input embedding: the new states, and the output [B, T, D] that the heads read.
+        """One ACT step from `states` and the input embedding: the new states, and the output [B, T,
+        D] for the heads.
 
-        It does nothing with vectors but add them up and pass them to `call`.
+        It must only add vectors and pass them to `call`.
         """

@@ -16,7 +16,8 @@ class HRM(Recursion):
 
     @property
     def default_grad_calls(self) -> int:
-        # One of each level: the gradient at the fixed point, approximated to first order (section 2 of the paper).
+        # One call of each level: the first-order approximation of the gradient at the fixed point
+        # (section 2 of the paper).
         return 2
 
     def step(self, states: States, x_BTD: Tensor, call: LevelCall) -> tuple[States, Tensor]:

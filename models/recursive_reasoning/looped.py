@@ -1,4 +1,4 @@
-"""A looped Transformer: one state, into which every call of the stack gets the input again."""
+"""A looped Transformer: one state, and every call of the stack gets the input again."""
 
 from torch import Tensor
 

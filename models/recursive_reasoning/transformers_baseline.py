@@ -1,4 +1,4 @@
-"""A plain Transformer under the same ACT wrapper, to hold the recursions against: no recursion within an ACT step."""
+"""A plain Transformer with the same ACT wrapper, as a baseline: no recursion in an ACT step."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from models.recursive_reasoning.base import LevelCall, Recursion, States
 
 
 class TransformerBaseline(Recursion):
-    """Once per ACT step z = f(z + x), all of it with gradient. The output is z."""
+    """One call per ACT step, with gradient: z = f(z + x). The output is z."""
 
     initial_states = ("H_init",)
 

@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, and files of JSON lines that may still grow. Knows nothing of what is in them."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from config.errors import UsageError
+
+_REMEDY = "free space, or write to another place"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, remedy: str = _REMEDY, *, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield a new path beside `path`. What the block writes there replaces `path` at its end, unless the block raises.
+
+    Several processes may write the same file: the last one wins, or with `keep_existing` the first. Raises UsageError, which ends
+    with `remedy`, where the file can't be written.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        try:
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            if keep_existing:
+                _rename_if_new(partial, path)
+            else:
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} can't be written: {error}; {remedy}") from error
+
+
+def _rename_if_new(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            partial.replace(path)
+
+
+def write_whole(path: Path, content: bytes, remedy: str = _REMEDY) -> None:
+    """Write `content` in place of what is there, as `whole_file` does."""
+    with whole_file(path, remedy) as partial:
+        partial.write_bytes(content)
+
+
+def json_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file's lines, up to one that is still being written. Raises UsageError for a line without `key`."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            # What a process is writing just now, or was when it was killed, isn't a line yet.
+            if not line.endswith(b"\n"):
+                return
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number} is damaged: {error}; mend or delete that line") from error
+            if not isinstance(found, dict) or key not in found:
+                raise UsageError(f"{path}, line {number} is damaged: expected an object with {key!r}; mend or delete that line")
+            yield found
