@@ -593,14 +593,14 @@ def test_a_door_that_cannot_share_its_work_refuses_several_ranks(door: str, argu
 def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, sample_dir: Path, tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint), "--output-dir", "out")
     run_well("inference_instruct.py", *arguments, "--act-steps", "1", "--subset-size", "4", folder=tmp_path)
-    metrics = metrics_of(tmp_path / "out")
+    metrics = metrics_of(tmp_path / "out", "metrics_test")
     assert metrics["mean_act_steps"] == 1
     assert metrics["counts"]["conversations"] == 4
 
     # With a threshold, a prompt position takes all steps and an answer's may stop; there is then one depth to report.
     threshold = ("--halt-threshold", "0.0001", "--subset-size", "4")
     run_well("inference_instruct.py", *arguments, *threshold, folder=tmp_path)
-    halting = metrics_of(tmp_path / "out")
+    halting = metrics_of(tmp_path / "out", "metrics_test")
     assert 1 < halting["mean_act_steps"] < 2
     assert halting["by_act_step"] == []
 
@@ -609,7 +609,7 @@ def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, s
     other = jsonl(tmp_path / "other/SlimOrca.jsonl", rows)
     slimorca = ("--overrides", "dataset.source=slimorca", "dataset.test_ratio=0.5", "--data-dir", str(other), "--seq-len", "96")
     run_well("inference_instruct.py", *arguments, *slimorca, "--save-outputs", "inputs", folder=tmp_path)
-    plain = metrics_of(tmp_path / "out")
+    plain = metrics_of(tmp_path / "out", "metrics_test")
     assert "answers" not in plain
     assert 0 < plain["counts"]["conversations"] < 40
     assert load_file(tmp_path / "out/outputs_test.safetensors")["inputs"].shape[1] == 96
@@ -617,7 +617,7 @@ def test_inference_flags_choose_rows_data_depth_and_settings(checkpoint: Path, s
     # A config by name replaces all but the architecture.
     named = ("--config-name", "cfg_pretrain_instruct", "--data-dir", str(other), "--seq-len", "96", "--subset-size", "2")
     run_well("inference_instruct.py", *arguments, *named, folder=tmp_path)
-    assert metrics_of(tmp_path / "out")["counts"]["conversations"] == 2
+    assert metrics_of(tmp_path / "out", "metrics_test")["counts"]["conversations"] == 2
 
 
 @pytest.mark.parametrize(
