@@ -97,9 +97,9 @@ def answer_message(responder: Responder, conversation: Conversation, arguments: 
     if samples > 1 and arguments.verbose:
         raise UsageError(f"-V shows the steps of one answer: leave it or --samples {samples} out")
     if arguments.json or samples > 1:
-        responder.prompt(conversation)  # raises for a message that is too long
-        _, positions = positions_needed(responder, [conversation])
-        inputs = (InputRow(conversation, sample=sample) for sample in range(samples))
+        prompt = responder.prompt(conversation)  # raises for a message that is too long
+        _, positions = positions_needed(responder, [len(prompt.ids)])
+        inputs = (InputRow(conversation, sample=sample, prompt=prompt) for sample in range(samples))
         records = answers_in_order(responder, inputs, rows=min(responder.rows, samples), positions=positions, block=samples)
         for number, record in enumerate(records, 1):
             print(json.dumps(record) if arguments.json else f"[{number} of {samples}]\n{record['answer']}", flush=True)

@@ -170,12 +170,14 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.tokenizer_path)
     config = settings(checkpoint.config, arguments)
     logs_to = wandb_mode(config)
-    try:
-        with stopped_by_sigterm(), joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+    with stopped_by_sigterm(), joined_ranks(config.device, config.dist_timeout_minutes) as ranks:
+        try:
             measure(checkpoint, config, arguments, logs_to, ranks)
-    except StoppedBySignal as stop:
-        print(f"stopped by {stop}, which torchrun sends when a rank has died: run the same command again", file=sys.stderr)
-        raise
+        except StoppedBySignal as stop:
+            if ranks.is_first:
+                reason = ", which torchrun sends when a rank has died" if ranks.size > 1 else ""
+                print(f"stopped by {stop}{reason}: run the same command again", file=sys.stderr)
+            raise
 
 
 if __name__ == "__main__":

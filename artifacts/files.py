@@ -16,11 +16,11 @@ _REMEDY = "free space, or write to another place"
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
+def whole_file(path: Path, remedy: str = _REMEDY, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield a new path beside `path`. What the block writes there replaces `path` at its end, unless the block raises.
 
-    Several processes may write the same file: the last one wins. Raises UsageError, which ends with `remedy`, where the file can't
-    be written.
+    Several processes may write the same file: the last one wins, or with `keep_existing` the first. Raises UsageError, which ends
+    with `remedy`, where the file can't be written.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -28,11 +28,24 @@ def whole_file(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
             yield partial
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
-            partial.replace(path)
+            if keep_existing:
+                _rename_if_new(partial, path)
+            else:
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} can't be written: {error}; {remedy}") from error
+
+
+def _rename_if_new(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            partial.replace(path)
 
 
 def write_whole(path: Path, content: bytes, remedy: str = _REMEDY) -> None:

@@ -41,9 +41,9 @@ class SavedOutputs:
 
     def gather(self, ranks: Ranks) -> None:
         """Move the batches of all ranks to the first one."""
-        of_ranks = ranks.gather((self._rows, self._batches))
+        of_ranks = ranks.gather_at_first((self._rows, self._batches))
         self._rows, self._batches = [], []
-        for rows, batches in of_ranks if ranks.is_first else ():
+        for rows, batches in of_ranks:
             self._rows += rows
             self._batches += batches
 

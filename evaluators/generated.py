@@ -5,13 +5,14 @@ Knows no training or flags.
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from artifacts.files import whole_file
+from config.errors import UsageError
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
@@ -35,11 +36,18 @@ def evaluate_generated(
     dependent steps, the result of `score_answers` at each of these depths (`by_act_step`) and
     `mean_act_steps`. Raises UsageError if no row is left.
     """
-    exchanges = list(_exchanges(split, rows))
-    fitting = [exchange for exchange in exchanges if responder.fits(exchange[1])]
-    inputs = [InputRow(history) for _, history, _ in fitting]
-    references = [reference for _, _, reference in fitting]
-    rows_asked = [split.row(i) for i, _, _ in fitting]
+    inputs, lengths, references, rows_asked = list[InputRow](), list[int](), list[str](), list[Mapping[str, Any]]()
+    longer = 0
+    for i, history, reference in _exchanges(split, rows):
+        try:
+            prompt = responder.prompt(history)
+        except UsageError:
+            longer += 1
+        else:
+            inputs.append(InputRow(history, prompt=prompt))
+            lengths.append(len(prompt.ids))
+            references.append(reference)
+            rows_asked.append(split.row(i))
     families = [str(row.get("task", "no task")) for row in rows_asked]
     hops = [row["hops"] if isinstance(row.get("hops"), int) else None for row in rows_asked]
     options = responder.options
@@ -47,7 +55,7 @@ def evaluate_generated(
     by_depth, by_hops = [], []
     for depth in depths:
         at_depth = responder.at_depth(depth, options.halt_threshold)
-        answered = list(_answered(at_depth, lambda: inputs, f"answers at {depth} ACT steps", ranks))
+        answered = list(_answered(at_depth, inputs, lengths, f"answers at {depth} ACT steps", ranks))
         texts = [record["answer"] for record in answered]
         act_steps = [record["act_steps"] for record in answered]
         by_depth.append(score_answers(families, references, texts))
@@ -56,7 +64,7 @@ def evaluate_generated(
         **by_depth[-1],
         "by_act_step": [scores["overall"]["accuracy"] for scores in by_depth],
         "mean_act_steps": _mean_act_steps(act_steps),
-        "longer_than_context": len(exchanges) - len(fitting),
+        "longer_than_context": longer,
         "by_hops": {
             str(number): {
                 "by_act_step": [scores[number] for scores in by_hops],
@@ -90,13 +98,14 @@ def write_generated(
         for i, history, reference in _exchanges(split, rows):
             yield InputRow(history, reference, sample=i, extra={"index": i})
 
+    lengths = (responder.prompt_length(one.history) for one in inputs())
     longer = count = exact = tokens = steps = 0
     log_probability = 0.0
     with contextlib.ExitStack() as files:
         lines = None
         if ranks is None or ranks.is_first:
             lines = files.enter_context(files.enter_context(whole_file(path)).open("w", encoding="utf-8"))
-        for record in _answered(responder, inputs, "generated", ranks):
+        for record in _answered(responder, inputs(), lengths, "generated", ranks):
             if lines is not None:
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             if "error" in record:
@@ -117,16 +126,18 @@ def write_generated(
 
 
 def _answered(
-    responder: Responder, inputs: Callable[[], Iterable[InputRow]], name: str, ranks: Ranks | None
+    responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks | None
 ) -> Iterator[dict[str, Any]]:
     """The records of `answers_in_order`. Ranks take turns at the blocks, and each gets all records.
     `name` is shown.
+
+    lengths: tokens of each input's prompt.
     """
     ranks = ranks or Ranks()
-    count, positions = positions_needed(responder, (one.history for one in inputs()))
+    count, positions = positions_needed(responder, lengths)
     rows = min(responder.rows, max(1, count))
     block = block_size(count, rows)
-    own = (one for number, one in enumerate(inputs()) if number // block % ranks.size == ranks.rank)
+    own = (one for number, one in enumerate(inputs) if number // block % ranks.size == ranks.rank)
     records = answers_in_order(responder, own, rows=rows, positions=positions, block=block)
     total = sum(min(block, count - begin) for begin in range(ranks.rank * block, count, ranks.size * block))
     shown = iter(tqdm(records, desc=name, unit="answer", total=total, disable=not ranks.is_first))

@@ -5,15 +5,11 @@ Rows are processed in blocks, so memory doesn't grow with the file, and several 
 it. Knows nothing of training, flags or Hydra.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +19,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from artifacts.files import whole_file
 from config.errors import StoppedBySignal, UsageError
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
 from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
 from generation.answers import Responder, Speaker
-from generation.engine import cache_bytes, rows_that_fit
+from generation.engine import Prompt, cache_bytes, rows_that_fit
 
 # The keys of an answered row; the row's own keys must not replace them.
 _RECORD_KEYS = frozenset(
@@ -53,7 +50,7 @@ class InputRow:
 
     extra: the row's other keys, renamed if an answer has the same key. ignored_settings: generation
     settings in the row, which aren't used. error: why the row can't be answered; its history is
-    then empty.
+    then empty. prompt: the encoded history, if it has been encoded already.
     """
 
     history: Conversation
@@ -62,16 +59,16 @@ class InputRow:
     extra: Mapping[str, Any] = field(default_factory=dict)
     ignored_settings: tuple[str, ...] = ()
     error: str | None = None
+    prompt: Prompt | None = None
 
 
-def positions_needed(responder: Responder, histories: Iterable[Conversation]) -> tuple[int, int]:
-    """The number of histories, and the most positions that answering one of them takes (0: none
-    fits the context).
+def positions_needed(responder: Responder, lengths: Iterable[int]) -> tuple[int, int]:
+    """The number of prompts, of `lengths` tokens, and the most positions that answering one of them
+    takes (0: none fits the context).
     """
     count, positions = 0, 0
-    for history in histories:
+    for length in lengths:
         count += 1
-        length = responder.prompt_length(history)
         if length <= responder.context:
             positions = max(positions, min(length + responder.options.max_output_tokens - 1, responder.context))
     return count, positions
@@ -132,7 +129,7 @@ def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[i
     if one.reference is not None:
         record["reference"] = one.reference
     try:
-        request = responder.request(one.history, responder.options, one.sample)
+        request = responder.request(one.prompt or one.history, responder.options, one.sample)
     except UsageError as error:
         length = responder.prompt_length(one.history)
         return None, {**record, "prompt_tokens": length, "error": str(error), "context": responder.context}
@@ -208,8 +205,10 @@ def _without_record_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 # Resumable files of answers, written by one process or several.
 
-# The file, in the folder of finished blocks, with everything that they depend on.
-_ABOUT = "about.json"
+# There are no locks, which some file systems lack. Every file appears whole, and whoever writes it
+# writes the same bytes. The record is written before the first block, the last block before the
+# target, and the target before blocks are removed. So checks go the other way round: first whether
+# a block is missing, then whether the target exists; first the target, then its record.
 
 
 @dataclass(frozen=True)
@@ -238,9 +237,10 @@ def answer_file(
     """Answer each row of `source` in a row of `target`, in the same order.
 
     A row that can't be answered becomes a row with an error. Finished blocks of rows (`block_size`)
-    are files in the folder `target`.partial. The same call resumes with the other blocks; a call
-    with another model, input or settings is refused. `target` is written atomically; an existing
-    one is refused.
+    are files in the folder `target`.partial. The same call resumes with the other blocks. `target`
+    is written atomically. `target`.about.json, which stays, has everything that the answers depend
+    on: with the same model, input and settings nothing is left to do; a call with others is
+    refused, and so is one where `target` has no such record.
 
     shard: take turns at the blocks with other processes that have the same files and settings. The
     last to finish writes `target`, the same bytes as a single process would. The first reports what
@@ -249,10 +249,10 @@ def answer_file(
     `tell` gets lines on size and progress, on rows that can't be answered, and on settings in rows
     that are ignored. Raises UsageError if no row of the file can be answered.
     """
-    if target.exists():
-        if shard.index > 0:  # Other shards may have finished all blocks already.
-            return
-        raise UsageError(f"{target} exists already and is not overwritten: name another output file, or delete it")
+    folder = _folder(target)
+    if (target.exists() or any(folder.glob("*.jsonl"))) and not _record(target).exists():
+        found = target if target.exists() else folder
+        raise UsageError(f"{found} exists already and is not overwritten: name another output file, or delete it")
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
@@ -273,39 +273,44 @@ def answer_file(
     model, options = responder.model, responder.options
     rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
-    folder = target.with_name(target.name + ".partial")
-    # A resumed call keeps the block size, though rows at a time and the budget may change.
-    block = _begun_with(folder).get("block") or block_size(count, rows)
+    block = _begin(target, _identity(responder, source, forms), block_size(count, rows))
     own = range(shard.index * block, count, shard.count * block)
-    if not own:
-        return
-    with _locked(folder, shard):
-        _begin(folder, {"block": block, **_identity(responder, source, forms)})
-        missing = deque(begin for begin in own if not _block_file(folder, begin).exists())
-        total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
-        if is_first:
-            begun = f", resuming after {total - left} finished rows" if left < total else ""
-            tell(f"{rows} answers at a time, {positions} positions each: a KV cache of {size:.3f} GB{begun}")
-        numbered = enumerate(read_inputs(file, responder.system, forms))
-        begins = set(missing)
-        inputs = (one for number, one in numbered if number - number % block in begins)
-        records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
-        lines: list[str] = []
-        try:
-            for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
-                index = missing[0] + len(lines)
-                # The row's own values may have any type.
-                lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
-                if len(lines) == block or index + 1 == count:
-                    _write_block(folder, missing.popleft(), lines)
-                    left -= len(lines)
-                    lines.clear()
-        except (KeyboardInterrupt, StoppedBySignal):
-            of_shard = "" if shard == WHOLE else f" of shard {shard}"
-            tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command resumes from there")
-            raise
-        is_whole = _join(folder, target, range(0, count, block))
-    tell(f"{count} rows: {target}" if is_whole else f"shard {shard} is finished; the last one to finish makes {target}")
+    missing = deque(begin for begin in own if not _block_file(target, begin).exists())
+    if target.exists():  # it has the blocks that are missing
+        missing.clear()
+    total, left = (sum(min(block, count - begin) for begin in begins) for begins in (own, missing))
+    if is_first:
+        begun = f", resuming after {total - left} finished rows" if left < total else ""
+        tell(f"{rows} answers at a time, {positions} positions each: a KV cache of {size:.3f} GB{begun}")
+    numbered = enumerate(read_inputs(file, responder.system, forms))
+    begins = set(missing)
+    inputs = (one for number, one in numbered if number - number % block in begins)
+    records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
+    lines: list[str] = []
+    try:
+        for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
+            index = missing[0] + len(lines)
+            # The row's own values may have any type.
+            lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
+            if len(lines) == block or index + 1 == count:
+                # A lone surrogate in the row's own values is written as a JSON escape.
+                content = "".join(lines).encode(errors="backslashreplace")
+                _write_new(_block_file(target, missing.popleft()), target, [content])
+                left -= len(lines)
+                lines.clear()
+    except (KeyboardInterrupt, StoppedBySignal):
+        of_shard = "" if shard == WHOLE else f" of shard {shard}"
+        tell(f"stopped after {total - left} of {total} rows{of_shard}: the same command resumes from there")
+        raise
+    blocks = [_block_file(target, begin) for begin in range(0, count, block)]
+    if not target.exists() and all(path.exists() for path in blocks):
+        _write_new(target, target, (path.read_bytes() for path in blocks))
+    if target.exists():
+        # A network mount may keep a file that another process has open.
+        shutil.rmtree(folder, ignore_errors=True)
+        tell(f"{count} rows: {target}")
+    else:
+        tell(f"shard {shard} is finished; the last one to finish makes {target}")
 
 
 @dataclass(frozen=True)
@@ -325,16 +330,16 @@ def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
     bad, first_error = 0, ""
     ignored_settings: set[str] = set()
 
-    def histories() -> Iterator[Conversation]:
+    def lengths() -> Iterator[int]:
         nonlocal bad, first_error
         for asked in rows:
             ignored_settings.update(asked.ignored_settings)
             if asked.error is None:
-                yield asked.history
+                yield responder.prompt_length(asked.history)
             else:
                 bad, first_error = bad + 1, first_error or asked.error
 
-    asking, positions = positions_needed(responder, histories())
+    asking, positions = positions_needed(responder, lengths())
     return _Overview(asking, positions, bad, first_error, sorted(ignored_settings))
 
 
@@ -363,102 +368,59 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
     return plain
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into a UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"{path} can't be written ({error.strerror}): fix that and run the same command again, which resumes after the "
-            f"finished rows, or name another output file"
-        ) from error
+def _folder(target: Path) -> Path:
+    """The folder of finished blocks."""
+    return target.with_name(f"{target.name}.partial")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, shard: Shard) -> Iterator[None]:
-    """Within the block, the folder exists and no other process answers this shard."""
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / f"{shard.index}-of-{shard.count}.lock").open("a")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"{folder} is being written by another process: wait for it, or name another file") from error
-        yield
+def _record(target: Path) -> Path:
+    """The file with everything that the answers depend on."""
+    return target.with_name(f"{target.name}.about.json")
 
 
-def _begun_with(folder: Path) -> dict[str, Any]:
-    """Everything that the answers in a folder depend on; empty if it can't be read."""
-    try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _begin(folder: Path, about: dict[str, Any]) -> None:
-    """Begin `folder` with `about`. Raises UsageError if it was begun with something else."""
-    if not (folder / _ABOUT).exists() and not any(folder.glob("*.jsonl")):
-        with _writing(folder):
-            _write_whole(folder / _ABOUT, json.dumps(about, indent=2).encode())
-    begun_with = _begun_with(folder)
-    changed = sorted(key for key in about.keys() | begun_with.keys() if about.get(key) != begun_with.get(key))
-    if changed:
-        told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(about.get(key))} now" for key in changed[:3])
-        raise UsageError(
-            f"{folder} was begun with other settings or files ({told}): use the old ones, name another output file, or delete it "
-            f"to start over"
-        )
-
-
-def _block_file(folder: Path, begin: int) -> Path:
+def _block_file(target: Path, begin: int) -> Path:
     # Enough digits for names to sort in the order of the rows: `cat` joins them.
-    return folder / f"{begin:012}.jsonl"
+    return _folder(target) / f"{begin:012}.jsonl"
 
 
-def _write_block(folder: Path, begin: int, lines: Iterable[str]) -> None:
-    with _writing(folder):
-        # A lone surrogate in the row's own values is written as a JSON escape.
-        _write_whole(_block_file(folder, begin), "".join(lines).encode(errors="backslashreplace"))
+def _begin(target: Path, identity: dict[str, Any], block: int) -> int:
+    """Record `identity` and `block` unless `target` has a record. Returns the recorded block size: a
+    resumed call keeps it, though rows at a time and the budget may change.
 
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically, even if other processes write the same one."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _join(folder: Path, target: Path, begins: range) -> bool:
-    """Join the blocks that begin at these rows to `target` and remove `folder`, if all exist.
-    Returns whether `target` exists.
+    Raises UsageError if another identity is recorded.
     """
+    record = _record(target)
+    if not record.exists():
+        _write_new(record, target, [json.dumps({"block": block, **identity}, indent=2).encode()])
     try:
-        lock = (folder / "join.lock").open("a")
-    except FileNotFoundError:  # joined and removed by another shard
-        return target.exists()
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        blocks = [_block_file(folder, begin) for begin in begins]
-        if target.exists() or not all(block.exists() for block in blocks):
-            return target.exists()
-        with _writing(target), (folder / "whole").open("wb") as whole:
-            for block in blocks:
-                with block.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
-            whole.flush()
-            os.fsync(whole.fileno())
-            Path(whole.name).rename(target)
-        shutil.rmtree(folder)
-    return True
+        begun_with = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        begun_with = {}
+    block = begun_with.pop("block", block)
+    changed = sorted(key for key in identity.keys() | begun_with.keys() if identity.get(key) != begun_with.get(key))
+    if changed:
+        told = ", ".join(f"{key} {_short(begun_with.get(key))} then, {_short(identity.get(key))} now" for key in changed[:3])
+        raise UsageError(
+            f"{target} was begun with other settings or files ({told}): use the old ones, name another output file, or delete "
+            f"{target.name}, {record.name} and {_folder(target).name} (those that exist) to start over"
+        )
+    return block
+
+
+def _write_new(path: Path, target: Path, parts: Iterable[bytes]) -> None:
+    """Write `path` atomically, unless it exists by then.
+
+    Raises UsageError if it can't be written, unless `target` exists: then nothing is left to do.
+    """
+    remedy = "fix that and run the same command again, which resumes after the finished rows, or name another output file"
+    try:
+        with whole_file(path, remedy, keep_existing=True) as partial:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.writelines(parts)
+    except UsageError:
+        if not target.exists():
+            raise
 
 
 def _short(value: object) -> str:

@@ -5,6 +5,7 @@ Reads and writes the streams it is given. Knows nothing of flags, terminals or t
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -45,7 +46,7 @@ class Chat:
         self.history: Conversation = ()
         """Turns that the model sees, without the system turn."""
         self._said: Conversation = ()
-        """All turns so far."""
+        """All turns so far. `supervised` is False for those from before the last /system."""
         self._tokens: list[tuple[str, int]] = []
         """Text and ACT steps of each token of the last answer."""
         self._transcript = transcript
@@ -74,8 +75,13 @@ class Chat:
         if line.strip() != _QUOTES:
             return line
         lines = list[str]()
-        while (line := self._read(". ")).strip() != _QUOTES:
-            lines.append(line)
+        try:
+            while (line := self._read(". ")).strip() != _QUOTES:
+                lines.append(line)
+        except (EOFError, KeyboardInterrupt):
+            self._write("\n")
+            self._say(f"the message isn't sent: no line of {_QUOTES} ended it")
+            raise
         return " " + "\n".join(lines)
 
     def _keep(self) -> None:
@@ -83,13 +89,23 @@ class Chat:
             self._save(self._transcript)
 
     def _save(self, path: Path) -> None:
-        """Append the conversation, unless it is empty, to `path` as a row. Raises UsageError."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in self._with_system(self._said)]
+        """Append the conversation, if anything was said since the last /system, to `path` as a row.
+        Raises UsageError.
+
+        Answers from before it have weight 0: they had another system turn.
+        """
+        messages = [
+            {"role": turn.role, "content": turn.text} | ({} if turn.supervised else {"weight": 0})
+            for turn in self._with_system(self._said)
+        ]
         try:
             with path.open("a", encoding="utf-8") as rows:
-                rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" if self._said else "")
+                rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" if self._has_news() else "")
         except OSError as error:
             raise UsageError(f"{path} can't be written: {error.strerror}; name another file") from error
+
+    def _has_news(self) -> bool:
+        return any(turn.supervised for turn in self._said)
 
     def _take(self, line: str) -> bool:
         """Run a command or answer a message. Returns whether the chat continues."""
@@ -112,11 +128,13 @@ class Chat:
             self.history = self._said = ()
             self._say("a new conversation")
         elif command == "/system":
+            self._keep()
+            self._said = tuple(replace(turn, supervised=False) for turn in self._said)
             self._system = rest
             self._say("a new system turn" if rest else "no system turn")
         elif command == "/depth":
             self._depth(rest)
-        elif command == "/save" and rest and self._said:
+        elif command == "/save" and rest and self._has_news():
             try:
                 self._save(Path(rest).expanduser())
                 self._say(f"saved {len(self._said)} turns to {rest}")

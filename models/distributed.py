@@ -80,6 +80,17 @@ class Ranks:
                 dist.all_gather_object(values, value)
         return values
 
+    def gather_at_first(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order, at the first one; an empty list elsewhere. Tensors in
+        them are on the host.
+        """
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_first else None
+        with lost_ranks_reported(self.rank):
+            dist.gather_object(value, values)
+        return values or []
+
     def agree(self, value: Any) -> Any:
         """Rank 0's `value` on all ranks; tensors in it are on the host."""
         values = [value]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-import fcntl
+import errno
 import json
 import os
 import resource
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dataset.text.conversation import Template, Turn
 from dataset.text.forms import FormOptions
 from dataset.text.rows import open_row_file
 from dataset.text.tokenizer import Tokenizer
-from generation import load
+from generation import batch, load
 from generation.answers import Options, Piece, Responder, Speaker
 from generation.batch import InputRow, Shard, answer_file, answers_in_order, positions_needed, read_inputs
 from generation.engine import Engine, Request
@@ -88,7 +89,7 @@ def test_every_row_gets_the_answer_it_gets_alone_in_the_order_of_the_input(
         assert row["mean_act_steps"] == pytest.approx(sum(alone.act_steps) / len(alone.act_steps))
         assert row["prompt_tokens"] == len(one.prompt(history).ids) and row["answer_tokens"] == len(alone.act_steps)
         assert "".join(row["tokens"]) == row["answer"] and len(row["tokens"]) == len(row["act_steps"])
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.jsonl", "out.jsonl.about.json"]
     size, end = told
     assert "3 answers at a time" in size and "a KV cache of " in size and end == f"11 rows: {tmp_path / 'new/out.jsonl'}"
 
@@ -125,7 +126,7 @@ def test_memory_is_bounded_by_a_block(responder: Callable[..., Responder], rows:
             pulled += 1
             yield InputRow(user(("Red " * 200) if number % 7 == 0 else f"blue {number}"), sample=number)
 
-    _, positions = positions_needed(one, (asked.history for asked in coming()))
+    _, positions = positions_needed(one, (one.prompt_length(asked.history) for asked in coming()))
     pulled, given = 0, 0
     for given, record in enumerate(answers_in_order(one, coming(), rows=rows, positions=positions, block=8), 1):
         assert pulled - given < 8
@@ -362,16 +363,16 @@ def test_a_full_disk_says_how_to_go_on(responder: Callable[..., Responder], tmp_
     answer_file(responder(), source, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Blocks fit, and the whole doesn't; then not even a block does.
-    for limit, file in ((len(whole) - 10, r"out\.jsonl"), (1000, r"small\.jsonl\.partial")):
+    # Blocks fit, and the whole doesn't; then not even the record does.
+    for limit, file in ((len(whole) - 10, r"out\.jsonl"), (1000, r"small\.jsonl\.about\.json")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
-            with pytest.raises(UsageError, match=rf"{file} can't be written \(File too large\).* same command"):
+            with pytest.raises(UsageError, match=rf"{file} can't be written: .*File too large.* same command"):
                 answer_file(responder(), source, tmp_path / ("out.jsonl" if limit > 1000 else "small.jsonl"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert b"".join(finished(tmp_path / "out.jsonl.partial").values()) == whole
-    assert {path.name for path in (tmp_path / "small.jsonl.partial").iterdir()} <= {"about.json", "0-of-1.lock"}
+    assert not list(tmp_path.glob("*small.jsonl*"))
     answer_file(responder(), source, target)
     assert target.read_bytes() == whole
 
@@ -397,12 +398,9 @@ def test_shards_give_the_bytes_of_one_process(
         assert not target.exists()
         answer_file(one, source, target, shard=Shard(index, count), tell=told.append)
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert told[0] == f"shard {min(count, 4) - 1}/{count} is finished; the last one to finish makes {target}"
+    assert told[0] == f"shard {count - 1}/{count} is finished; the last one to finish makes {target}"
     assert told[-1] == f"24 rows: {target}" and sum("can't be answered" in line for line in told) == 1
     assert not list(tmp_path.glob("*.partial*"))
-    answer_file(one, source, target, shard=Shard(1, count))  # started after all is done
-    with pytest.raises(UsageError, match="exists already"):
-        answer_file(one, source, target, shard=Shard(0, count))
 
 
 def test_finished_blocks_serve_any_number_of_shards(responder: Callable[..., Responder], tmp_path: Path) -> None:
@@ -438,9 +436,10 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
         (responder(), "Be blue.", 'system null then, "Be blue." now'),
         (dataclasses.replace(responder(), model=other_weights), None, "weights"),
     ):
-        with pytest.raises(UsageError, match=r"out\.jsonl\.partial was begun with other settings or files") as told:
+        with pytest.raises(UsageError, match=r"out\.jsonl was begun with other settings or files") as told:
             answer_file(dataclasses.replace(changed, system=system), source, target)
-        assert fragment in str(told.value) and "delete it to start over" in str(told.value)
+        assert fragment in str(told.value)
+        assert "delete out.jsonl, out.jsonl.about.json and out.jsonl.partial (those that exist)" in str(told.value)
     with pytest.raises(UsageError, match="forms"):
         answer_file(responder(), source, target, forms=FormOptions(ignore=("notes",)))
     assert finished(partial) == before
@@ -449,19 +448,165 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(
         answer_file(responder(), source, target)
     assert finished(partial) == before and not target.exists()
     write(source, prompts(20))
-    (partial / "about.json").unlink()
+    record = tmp_path / "out.jsonl.about.json"
+    record.write_text("{")
     with pytest.raises(UsageError, match="begun with other settings or files"):
         answer_file(responder(), source, target)
+    record.unlink()
+    with pytest.raises(UsageError, match=r"out\.jsonl\.partial exists already and is not overwritten"):
+        answer_file(responder(), source, target)
+    assert finished(partial) == before
 
 
-def test_two_processes_do_not_write_one_file(responder: Callable[..., Responder], tmp_path: Path) -> None:
-    source, partial = write(tmp_path / "in.jsonl", prompts(2)), tmp_path / "out.jsonl.partial"
-    partial.mkdir()
-    with (partial / "0-of-1.lock").open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another process"):
-            answer_file(responder(), source, tmp_path / "out.jsonl")
-    answer_file(responder(), source, tmp_path / "out.jsonl")
+@pytest.mark.parametrize("shard", [Shard(0, 1), Shard(0, 2), Shard(1, 2), Shard(6, 7)], ids=str)
+def test_a_file_that_is_there_is_done_if_it_is_of_the_same_and_refused_otherwise(
+    responder: Callable[..., Responder], tmp_path: Path, shard: Shard
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", prompts(8)), tmp_path / "out.jsonl"
+    answer_file(responder(), source, target)
+    before = target.read_bytes()
+    told: list[str] = []
+    answer_file(responder(), source, target, shard=shard, tell=told.append)
+    assert told[-1] == f"8 rows: {target}" and not list(tmp_path.glob("*.partial*"))
+    with pytest.raises(UsageError, match="was begun with other settings or files"):
+        answer_file(responder(act_steps=1), source, target, shard=shard)
+    (tmp_path / "out.jsonl.about.json").unlink()
+    with pytest.raises(UsageError, match=r"out\.jsonl exists already and is not overwritten"):
+        answer_file(responder(), source, target, shard=shard)
+    assert target.read_bytes() == before
+
+
+def once_before(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+    """Something another process does just before the next call of a function of generation/batch.py."""
+    real = getattr(batch, name)
+
+    def call(*given: Any) -> Any:
+        monkeypatch.setattr(batch, name, real)
+        act()
+        return real(*given)
+
+    monkeypatch.setattr(batch, name, call)
+
+
+@pytest.mark.parametrize("moment", ["_scan", "_identity", "_begin", "_block_file"])
+def test_a_shard_whose_blocks_another_joins_meanwhile_answers_none_again(
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl"
+    answer_file(responder(), source, target, shard=Shard(1, 2))
+
+    def join() -> None:
+        answer_file(responder(), source, target, shard=Shard(0, 2))
+        stop_after(monkeypatch, ticks=0)  # nothing more is answered
+
+    once_before(monkeypatch, moment, join)
+    told: list[str] = []
+    answer_file(responder(), source, target, shard=Shard(1, 2), tell=told.append)
+    assert told == [f"24 rows: {target}"] and len(read(target)) == 24
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_block_that_another_process_writes_and_joins_meanwhile_leaves_nothing(
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Also where another one removes the folder under this one's hands."""
+    source, target = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl"
+    answer_file(responder(), source, tmp_path / "whole.jsonl")
+    write_new, written = batch._write_new, 0
+
+    def overtaken(path: Path, *rest: Any) -> None:
+        nonlocal written
+        written += path.suffix == ".jsonl" and path != target
+        if written == block + 1 and not target.exists():
+            monkeypatch.setattr(batch, "_write_new", write_new)
+            answer_file(responder(), source, target)
+            monkeypatch.setattr(batch, "_write_new", overtaken)
+            mkdir = Path.mkdir
+            # The folder is gone once more before a file is made in it.
+            monkeypatch.setattr(Path, "mkdir", lambda path, **how: (mkdir(path, **how), shutil.rmtree(path)))
+            write_new(path, *rest)
+            monkeypatch.setattr(Path, "mkdir", mkdir)
+        write_new(path, *rest)
+
+    monkeypatch.setattr(batch, "_write_new", overtaken)
+    answer_file(responder(), source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_shard_that_joins_what_another_joins_leaves_the_file(
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl"
+    real = Path.read_bytes
+
+    def joined_by_another(path: Path) -> bytes:
+        monkeypatch.setattr(Path, "read_bytes", real)
+        answer_file(responder(), source, target)
+        return path.read_bytes()
+
+    monkeypatch.setattr(Path, "read_bytes", joined_by_another)
+    answer_file(responder(), source, target)
+    assert [row["index"] for row in read(target)] == list(range(24)) and not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_folder_that_stays_when_the_file_is_there_is_removed_by_the_next(
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after the file has appeared, and a network mount that keeps a file which another process has open."""
+    source, target, folder = write(tmp_path / "in.jsonl", prompts(8)), tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with monkeypatch.context() as patched:
+
+        def busy(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        patched.setattr(os, "rmdir", busy)
+        answer_file(responder(), source, target, shard=Shard(0, 1))
+    assert target.exists() and folder.exists()
+    answer_file(responder(), source, target, shard=Shard(6, 7))
+    assert not folder.exists()
+
+
+def test_of_two_settings_that_begin_at_the_same_time_one_is_refused(
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl"
+    other = responder(sampling=DRAWN)
+    once_before(monkeypatch, "_write_new", lambda: answer_file(other, source, target, shard=Shard(1, 2)))
+    with pytest.raises(UsageError, match="was begun with other settings or files"):
+        answer_file(responder(), source, target, shard=Shard(0, 2))
+    answer_file(other, source, target, shard=Shard(0, 2))
+    answer_file(other, source, tmp_path / "whole.jsonl")
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_file_system_without_hard_links_will_do(
+    responder: Callable[..., Responder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", prompts(24)), tmp_path / "out.jsonl"
+    answer_file(responder(), source, tmp_path / "whole.jsonl")
+
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for index in (1, 0, 1):
+        answer_file(responder(), source, target, shard=Shard(index, 2))
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_shards_that_overlap_in_time_write_one_file(responder: Callable[..., Responder], tmp_path: Path) -> None:
+    """Each is started twice, and all at once."""
+    source, target = write(tmp_path / "in.jsonl", prompts(40)), tmp_path / "out.jsonl"
+    one = responder(sampling=DRAWN)
+    answer_file(one, source, tmp_path / "whole.jsonl")
+    with ThreadPoolExecutor(6) as threads:
+        started = [threads.submit(answer_file, one, source, target, shard=Shard(i % 3, 3)) for i in range(6)]
+    for shard in started:
+        shard.result()
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(
@@ -518,23 +663,24 @@ DYING = """
 import os, runpy, signal, time
 import generation.batch
 
-write = generation.batch._write_block
+write = generation.batch._write_new
 written = 0
 
 
-def dying(*block):
+def dying(path, target, parts):
     global written
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and written == 2:
+    is_block = path.parent != target.parent
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and is_block and written == 2:
         if os.environ["RANK"] == "0":
             time.sleep(100)
-        while not (block[0] / "000000000048.jsonl").exists():
+        while not (path.parent / "000000000048.jsonl").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    written += 1
-    write(*block)
+    written += is_block
+    write(path, target, parts)
 
 
-generation.batch._write_block = dying
+generation.batch._write_new = dying
 runpy.run_path("generate_instruct.py", run_name="__main__")
 """
 

@@ -13,6 +13,7 @@ import pytest
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, Template, Turn, encode_prompt
+from dataset.text.forms import parse_turns
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Piece, Responder
 from generation.chat import HELP, Chat
@@ -250,6 +251,24 @@ def test_conversations_are_saved_as_rows(responder: Callable[..., Responder], tm
     first, second = read_rows(tmp_path / "kept.jsonl")
     assert saved == first and first["messages"][0] == {"role": "system", "content": "Be blue."}
     assert [message["content"] for message in second["messages"][1::2]] == messages and len(chat.history) < 12
+
+
+def test_a_row_of_a_transcript_has_the_system_turn_that_its_answers_had(
+    responder: Callable[..., Responder], tmp_path: Path
+) -> None:
+    coming = iter(["/system Be red.", "Red", "/system", "blue", "plus", "/system Be blue.", "/quit"])
+    path = tmp_path / "kept.jsonl"
+    Chat(dataclasses.replace(responder(), system="Be blue."), lambda _: next(coming), io.StringIO(), path).run()
+    first, second = [parse_turns(row).turns for row in read_rows(path)]
+    assert [turn.text for turn in first[:2]] == ["Be red.", "Red"] and all(turn.supervised for turn in first)
+    assert [turn.text for turn in second[::2]] == ["Red", "blue", "plus"] and second[1].text == first[2].text
+    assert [turn.supervised for turn in second[1::2]] == [False, True, True]
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_a_message_that_is_not_ended_is_told(responder: Callable[..., Responder], end: type[BaseException]) -> None:
+    shown, chat = talk(responder(), '"""', "blue", end)
+    assert 'no line of """ ended it' in shown and chat.history == ()
 
 
 def test_a_transcript_that_cannot_be_written_is_told(responder: Callable[..., Responder], tmp_path: Path) -> None:

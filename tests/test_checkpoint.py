@@ -394,7 +394,7 @@ def test_a_failure_leaves_the_calibration_that_was_there(tmp_path: Path, save: S
         raise OSError(28, "no space left")
 
     monkeypatch.setattr("artifacts.files.os.fsync", full)
-    with pytest.raises(UsageError, match="can't be written: .*no space left"):
+    with pytest.raises(UsageError, match=r"can't be written: .*no space left"):
         write_halting_calibration(checkpoint, HaltingCalibration((1.0,) * 4, (0.0,) * 4))
     assert read_halting_calibration(checkpoint) == CALIBRATION
     assert sorted((tmp_path / "step_7").iterdir()) == files

@@ -229,7 +229,7 @@ def test_one_process_gives_back_what_it_is_given() -> None:
     ranks, rows = Ranks(), torch.arange(6).view(3, 2)
     ranks.sum_([rows])
     assert torch.equal(rows, torch.arange(6).view(3, 2))
-    assert ranks.gather({"a": 7}) == [{"a": 7}]
+    assert ranks.gather({"a": 7}) == ranks.gather_at_first({"a": 7}) == [{"a": 7}]
     assert ranks.agree({"a": [1]}) == {"a": [1]} and ranks.sum_numbers([0.5, 2]) == [0.5, 2.0]
     with joined_ranks("cpu", 1.0) as alone:
         assert alone == ranks and alone.is_first

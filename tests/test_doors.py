@@ -23,10 +23,13 @@ import torch
 from hydra.errors import ConfigCompositionException
 from safetensors.torch import load_file
 
+import inference_instruct
+from config.errors import StoppedBySignal
 from dataset.build_sample_dataset import build
 from dataset.text.tokenizer import TOKENIZER_VARIABLE, Tokenizer
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
+from models.distributed import Ranks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAMILIES = 15
@@ -831,8 +834,12 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     assert [row["index"] for row in rows] == list(range(6)) and rows[0]["reference"] == "0."
     once = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), "--message", "What is 4?", folder=tmp_path)
     assert rows[4]["answer"] + "\n" == once.out
-    again = run_door("generate_instruct.py", "--checkpoint", str(checkpoint), *files, folder=tmp_path)
-    assert_told(again, "new/out.jsonl exists already and is not overwritten")
+    again = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), *files, folder=tmp_path)
+    assert again.err.splitlines()[-1] == "6 rows: new/out.jsonl"
+    other = run_door(
+        "generate_instruct.py", "--checkpoint", str(checkpoint), *files, "--shard", "1/2", "--seed", "7", folder=tmp_path
+    )
+    assert_told(other, "new/out.jsonl was begun with other settings or files (sampling")
 
     # Processes that know each other by the flag alone.
     files = ("--input", str(folder / "in.jsonl"), "--output", "shared.jsonl", "--overrides", "generation.batch_size=1")
@@ -857,6 +864,26 @@ def test_inference_writes_generated_answers_of_any_data(checkpoint: Path, sample
     run_well("inference_instruct.py", *arguments, *slimorca, folder=tmp_path)
     metrics = metrics_of(tmp_path / "out")
     assert "answers" not in metrics and metrics["generated"]["count"] == metrics["counts"]["conversations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (Ranks(), "stopped by SIGTERM: run the same command again\n"),
+        (Ranks(0, 2), "stopped by SIGTERM, which torchrun sends when a rank has died: run the same command again\n"),
+        (Ranks(1, 2), ""),
+    ],
+    ids=["alone", "first", "other"],
+)
+def test_inference_says_once_why_it_was_stopped(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: Ranks, said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inference_instruct.py", "--checkpoint", str(checkpoint)])
+    monkeypatch.setattr(inference_instruct, "joined_ranks", lambda *_: contextlib.nullcontext(ranks))
+    monkeypatch.setattr(inference_instruct, "measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedBySignal):
+        inference_instruct.main()
+    assert capsys.readouterr().err == said
 
 
 def test_two_ranks_measure_as_one_process(checkpoint: Path, tmp_path: Path) -> None:

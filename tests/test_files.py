@@ -1,6 +1,8 @@
 """A file appears whole or not at all, whoever else writes it; damaged lines are reported with their place."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,21 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         write_whole(path, b"second")
         assert path.read_bytes() == b"second"
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_appeared_meanwhile_is_kept_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "file"
+    with whole_file(path, keep_existing=True) as first:
+        first.write_bytes(b"first")
+        with whole_file(path, keep_existing=True) as second:
+            second.write_bytes(b"second")
+    assert path.read_bytes() == b"second" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

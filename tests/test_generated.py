@@ -11,7 +11,7 @@ from config.compose import compose_config
 from config.errors import UsageError
 from dataset.build_sample_dataset import build
 from dataset.instruct import Source
-from dataset.text.conversation import Conversation, Template
+from dataset.text.conversation import Conversation, Template, encode_prompt
 from dataset.text.tokenizer import Tokenizer
 from evaluators.generated import evaluate_generated, write_generated
 from generation.answers import Options, Responder
@@ -172,3 +172,21 @@ def test_raw_text_among_the_rows_is_left_out(
     assert measured["count"] == 2 and measured["longer_than_context"] == 0
     scored = evaluate_generated(responder, split, rows=range(4))
     assert scored["overall"]["count"] == 2 and scored["longer_than_context"] == 0
+
+
+def test_a_question_is_encoded_once_for_all_depths(
+    text_dataset: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    responder = Responder(model, tiny_tokenizer, Template(), 64, Options(4, 3), rows=2, kv_budget_gb=1.0)
+    split = text_dataset([{"prompt": f"blue {number}", "response": "gives"} for number in range(5)])
+    encoded = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal encoded
+        encoded += 1
+        return encode_prompt(*given)
+
+    monkeypatch.setattr("generation.answers.encode_prompt", counted)
+    assert len(evaluate_generated(responder, split, rows=range(5))["by_act_step"]) == 3
+    assert encoded == 5

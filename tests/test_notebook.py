@@ -1,5 +1,8 @@
 """docs/quickstart.ipynb: its cells run from top to bottom, on data and a network of toy size."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -51,3 +54,9 @@ def test_the_cells_run_in_their_order(tmp_path: Path, tiny_tokenizer: Tokenizer,
     assert cells["curves"].outputs[0].data["image/png"]
     assert open_checkpoint(checkpoints / "Sample-ACT/notebook").config.arch.hidden_size == 32
     assert (exported / "config.json").is_file()
+
+    # The other cells reuse what is there, or only read.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+    subprocess.run(["bash", "-c", cells["data"].source.removeprefix("%%bash")], cwd=DOCS.parent, check=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()} == before

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from artifacts.outputs import OUTPUT_FILL, SavedOutputs, write_json
 from config.errors import UsageError
+from models.distributed import Ranks
 
 
 def test_batches_of_any_order_and_width_become_one_table(tmp_path: Path) -> None:
@@ -30,6 +32,26 @@ def test_batches_of_any_order_and_width_become_one_table(tmp_path: Path) -> None
     for row, values in full.items():
         for key, fill in (("preds", -100), ("labels", -100), ("nll", 0)):
             assert tensors[key][row].tolist() == [*values.tolist(), *[fill] * (6 - len(values))]
+
+
+def test_only_the_first_rank_gets_the_batches_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def gather(value: Any, values: list[Any] | None) -> None:
+        """The others have come first."""
+        sent.append(value)
+        if values is not None:
+            values[:] = [value, *sent[:-1]]
+
+    monkeypatch.setattr("torch.distributed.gather_object", gather)
+    first, second = SavedOutputs(["preds"]), SavedOutputs(["preds"])
+    first.add(torch.tensor([0]), {"preds": torch.tensor([[5]])})
+    second.add(torch.tensor([1]), {"preds": torch.tensor([[7]])})
+    second.gather(Ranks(1, 2))
+    first.gather(Ranks(0, 2))
+    assert first.has_rows and not second.has_rows
+    first.write(tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["preds"].tolist() == [[5], [7]]
 
 
 def test_what_is_kept_does_not_change_with_the_batch(tmp_path: Path) -> None:
