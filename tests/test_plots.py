@@ -82,11 +82,11 @@ def test_a_line_that_is_being_written_is_no_line_yet(run: Path, drawn: dict[str,
 
 
 def test_a_name_is_text_not_mathematics(run: Path, tmp_path: Path) -> None:
-    odd = run.rename(tmp_path / "$\\frac{$ and $x")
+    odd = run.rename(tmp_path / "$\\frac{$ costs")
     draw_runs([odd], tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(PNG)
     log = read_log(odd)
-    assert ">$\\frac{$ and $x, process<" in svg(
+    assert ">$\\frac{$ costs, process<" in svg(
         lambda axes: draw_panel(axes, panels_of([log])[-1], [(odd.name, log), ("other", log)])
     )
 
