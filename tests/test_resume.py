@@ -331,7 +331,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(
     said: list[str] = []
     with find_resume_point(config, Ranks()) as resume_point:
         resume_point.check(config.model_copy(update={"lr_schedule": "stage"}), {}, said.append)
-    assert len(said) == 1 and said[0].endswith("begun: lr_schedule was run, now stage")
+    assert len(said) == 1 and said[0].endswith("same run: lr_schedule was run, now stage")
     run_instruct(config)
     assert "other settings" not in capsys.readouterr().out
     assert_the_same_run(killed, undisturbed)

@@ -205,7 +205,7 @@ def train_step(scale: Scale) -> Iterator[Case]:
 
 
 def decoding(scale: Scale) -> Iterator[Case]:
-    """Greedy decoding where so many positions are known; ms of a token of every row.
+    """Greedy decoding after a number of known positions; ms per token of every row.
 
     The limit: bytes of weights and cache that a token reads, over the copy bandwidth. Recomputation: every position anew for each
     token, one row. First s: prompts and the first tokens, with what is compiled and recorded then.
@@ -220,7 +220,7 @@ def decoding(scale: Scale) -> Iterator[Case]:
         return made
 
     def cost(engine: str, batch: int, act_steps: int, found: Found) -> Figures:
-        rows, warm_up, timed = setting(batch), 4, 4  # warm beyond 512 positions, where graphs are made anew
+        rows, warm_up, timed = setting(batch), 4, 4  # warm up beyond 512 positions, where graphs are recorded again
         rows.engine_options = engine_options(engine, scale)
         figures: Figures = {}
         started = time.perf_counter()

@@ -39,7 +39,7 @@ _SMOKE_VOCABULARY = 300
 # Largest relative errors of an untrained model's loss and gradients. Recursion amplifies rounding: on a CPU the largest are 5e-7
 # and 9e-6 in float32, 2e-3 and 0.2 in bfloat16.
 _ALLOWED = {"float32": (1e-5, 2e-4), "bfloat16": (1e-2, 0.4)}
-# Decoding: nats in float32 by contract 5; bfloat16 may be so many times as far from float32 as recomputation in bfloat16 is.
+# Decoding: nats in float32 by contract 5; in bfloat16 at most this many times the error of recomputation.
 _ALLOWED_CACHED, _ALLOWED_BFLOAT16 = 1e-4, 3.0
 
 
