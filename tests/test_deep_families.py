@@ -155,7 +155,8 @@ def test_it_trains_measures_and_leaves_checkpoints(
     load_weights(RecursiveModel(saved.config.arch, saved.tokenizer.vocab_size), saved.weights(ema=False), tmp_path)
 
 
-def test_missing_rows_are_reported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rows_are_reported(folder: Path, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["--data", str(folder), "--output", str(tmp_path), "--overrides", f"dataset.tokenizer_path={tokenizer_path}"]
     with pytest.raises(SystemExit):
-        main(["--data", str(folder), "--families", "deep_order", "--steps", "1", "--output", str(tmp_path), "--processes", "1"])
+        main([*places, "--families", "deep_order", "--steps", "1", "--processes", "1"])
     assert "has no row of deep_order: build it with --families deep_order" in capsys.readouterr().err
