@@ -217,7 +217,7 @@ def _data(runs: Sequence[_Run]) -> Section:
     tables, lengths = [], []
     for run in runs:
         of_run = f"{run.name}: " if len(runs) > 1 else ""
-        for source, splits in run.about.get("data", {}).get("sources", {}).items():
+        for source, splits in (run.about.get("data") or {}).get("sources", {}).items():
             found = [
                 dict(_flat(split["counts"] | {"tokens a row, percentile": split.get("lengths", {}).get("percentiles", {})}))
                 for split in splits.values()

@@ -22,6 +22,7 @@ from artifacts.checkpoint import (
     save_checkpoint,
 )
 from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
+from artifacts.hf.model_card import model_card
 from artifacts.weights import load_weights, read_weights
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
@@ -398,3 +399,9 @@ def test_a_failure_leaves_the_calibration_that_was_there(tmp_path: Path, save: S
         write_halting_calibration(checkpoint, HaltingCalibration((1.0,) * 4, (0.0,) * 4))
     assert read_halting_calibration(checkpoint) == CALIBRATION
     assert sorted((tmp_path / "step_7").iterdir()) == files
+
+
+def test_a_model_card_needs_no_report_of_the_data(tmp_path: Path, save: Save) -> None:
+    save(tmp_path / "run/step_7")
+    card = model_card(open_checkpoint(tmp_path / "run/step_7"), "MIT")
+    assert "## Data" in card and "7 optimizer steps" in card

@@ -231,8 +231,7 @@ def test_the_commands_run_in_the_readmes_order(tmp_path: Path) -> None:
 @in_venv
 def test_quickstart_runs_and_then_reuses_what_is_there(tmp_path: Path) -> None:
     folder = fresh_copy(tmp_path / "clone")
-    # The preset's recursion has no reasoning state.
-    script = f"scripts/quickstart.sh {TINY} arch.L_layers=0 arch.L_cycles=0 dataset.subset_size=64 epochs=1"
+    script = f"scripts/quickstart.sh {TINY} dataset.subset_size=64 epochs=1"
     first = run_bash(script, folder)
     assert "== done in" in first.stdout
     [checkpoint] = (folder / "checkpoints/Sample-ACT/quickstart").glob("step_*")
