@@ -2,11 +2,8 @@
 
 import datetime
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +23,7 @@ from models.distributed import Ranks, _unused_part, joined_ranks
 from tests.children import start_ranks
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
+from tests.torchrun import run_two_ranks
 from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
 
@@ -180,23 +178,9 @@ runpy.run_path("pretrain_instruct.py", run_name="__main__")
 def test_torchrun_starts_the_ranks_again_and_they_go_on(alone: Path, short_run_data: Path, tmp_path: Path) -> None:
     """Packed, too: of which rows share a row of attention nothing may depend."""
     (tmp_path / "dying.py").write_text(DYING)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(tmp_path / "dying.py"))
     places = (f"dataset.data_dir={short_run_data}", f"dataset.tokenizer_path={short_run_data / 'tokenizer.model'}")
     settings = (*TINY, *SHORT_RUN, *EXACT, *places, f"checkpoint_dir={tmp_path}", "packing=packed", "resume=auto")
-    root = Path(__file__).resolve().parents[1]
-    with subprocess.Popen(
-        [sys.executable, *torchrun, *settings],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            said, _ = process.communicate(timeout=300)
-        finally:
-            process.terminate()  # it ends its ranks
-    assert process.returncode == 0, said
+    said = run_two_ranks(tmp_path / "dying.py", settings)
     run = tmp_path / "SlimOrca-ACT/run"
     assert "rank 0 has lost another rank" in said and f"resuming from {run / 'step_4'}" in said
     assert_equal(run, alone)

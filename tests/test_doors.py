@@ -880,7 +880,7 @@ def test_inference_says_once_why_it_was_stopped(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["inference_instruct.py", "--checkpoint", str(checkpoint)])
     monkeypatch.setattr(inference_instruct, "joined_ranks", lambda *_: contextlib.nullcontext(ranks))
-    monkeypatch.setattr(inference_instruct, "measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(inference_instruct, "measure_split", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StoppedBySignal):
         inference_instruct.main()
     assert capsys.readouterr().err == said

@@ -5,7 +5,7 @@ of what is trained.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from artifacts.metrics_log import MetricsLog
 from config.errors import UsageError
@@ -68,6 +68,17 @@ def wandb_mode(config: TrainingConfig) -> str:
     if mode not in _WANDB_MODES:
         raise UsageError(f"{WANDB_VARIABLE}={mode}: expected one of {', '.join(_WANDB_MODES)}")
     return mode
+
+
+def log_measurement(metrics: dict[str, Any], project: str, run: str, folder: Path, mode: str) -> None:
+    """Log the numbers among a split's `metrics` to a W&B run of their own. mode: from `wandb_mode`."""
+    if mode == "disabled":
+        return
+    import wandb
+
+    online: Literal["online", "offline"] = "online" if mode == "online" else "offline"
+    with wandb.init(project=project, name=run, job_type="inference", dir=str(folder), mode=online) as logged:
+        logged.log({f"{metrics['split']}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
 
 
 def _numbers(group: str, values: Mapping[str, Any]) -> dict[str, float]:
