@@ -215,7 +215,7 @@ COMPARISONS = {"alone": alone, "batch": batch, "flat": flat}
 
 def main() -> None:
     """Parse, compare, print."""
-    flags = parser(__doc__)
+    flags = parser(__doc__, "dtype", "threads", "repeats", "seed", "vocabulary", "overrides")
     flags.set_defaults(repeats=3)
     flags.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="some of the comparisons")
     flags.add_argument(
