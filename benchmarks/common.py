@@ -4,7 +4,7 @@ counting. Knows neither side of a comparison.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -118,9 +118,11 @@ def use_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    return ["| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles), *rows)]
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a table with a column for each key, empty where a row lacks it."""
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    cells = [[row.get(title, "") for title in titles] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in (titles, ["---"] * len(titles), *cells)]
 
 
 def flop_counter() -> FlopCounterMode:

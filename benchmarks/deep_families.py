@@ -274,15 +274,15 @@ class Network:
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A table per family: exact answers at the first and last ACT step, in %, by hops."""
     lines = []
-    titles = ["network", "ACT step", *(f"k = {hops}" for hops in range(1, MOST_HOPS + 1))]
     for family in dict.fromkeys(result["family"] for result in results.values()):
         rows = []
         for name, result in results.items():
             if result["family"] == family:
                 for step in sorted({0, len(result["exact"][0]) - 1}):
-                    shares = (steps[step] for steps in result["exact"])
-                    rows.append([name, str(step + 1), *("" if share is None else f"{100 * share:.1f}" for share in shares)])
-        lines += [f"\n{family}\n", *markdown_table(titles, rows)]
+                    exact = {f"k = {hops}": steps[step] for hops, steps in enumerate(result["exact"], 1)}
+                    cells = {title: "" if share is None else f"{100 * share:.1f}" for title, share in exact.items()}
+                    rows.append({"network": name, "ACT step": str(step + 1), **cells})
+        lines += [f"\n{family}\n", *markdown_table(rows)]
     return "\n".join(lines)
 
 

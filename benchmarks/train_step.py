@@ -35,14 +35,14 @@ from torch import Tensor
 import models.layers
 import training.text
 from benchmarks.common import SyntheticRows, benchmark_config, parser, peak_memory_bytes, timed_calls, trainer_on, use_threads
-from benchmarks.naive import NaiveTRM, check_arch, stablemax_cross_entropy, train_step
+from benchmarks.naive import NaiveTRM, check_arch, dense_loss, stablemax_cross_entropy, train_step
 from config.errors import one_clear_message
 from config.schema import PretrainInstructConfig
 from dataset.text.loader import collate
 from models.act import DTYPES, RecursiveModel
 from models.device import keep_freed_memory, pick_device
 from models.layers import Linear
-from models.losses import TokenLoss, linear_cross_entropy
+from models.losses import linear_cross_entropy
 from training.optimizer import AdamATan2
 
 # The changes that can be removed from ours, one at a time, and their replacements.
@@ -71,18 +71,6 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_
     if q.requires_grad:
         q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal).to(dtype)
-
-
-def dense_loss(
-    output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str, compiled: bool
-) -> TokenLoss:
-    """A naive models.losses.token_loss: all logits at once, stablemax in float64, never compiled."""
-    logits_NV = output_ND @ head_VD.to(output_ND.dtype).T
-    nll_N = stablemax_cross_entropy(logits_NV, labels_N)
-    argmax_N = logits_NV.argmax(-1)
-    right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
-    bce_N = F.binary_cross_entropy_with_logits(halt_logits_N, right_N, reduction="none")
-    return TokenLoss((nll_N * weights_N).sum() + 0.5 * (bce_N * weights_N).sum(), nll_N.detach(), argmax_N, bce_N.detach())
 
 
 def taken_away(change: str) -> contextlib.AbstractContextManager[Any]:

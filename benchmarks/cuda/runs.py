@@ -10,7 +10,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
-from benchmarks.common import ORIGINAL, SyntheticRows, trainer_on
+from benchmarks.common import ORIGINAL, SyntheticRows, timed_calls, trainer_on
 from benchmarks.cuda.scale import (
     COMPILING_SECONDS,
     Case,
@@ -33,7 +33,6 @@ from dataset.text.loader import ExampleStream
 from evaluators.puzzles import evaluate_puzzles
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
-from training.task import Batch
 
 # SlimOrca's training rows.
 _EPOCH_ROWS = 517_982
@@ -61,28 +60,19 @@ def epoch(scale: Scale) -> Iterator[Case]:
             vocabulary = tokenizer.vocab_size
         trainer = trainer_on(config, rows, vocabulary, compiled=True)
         task, loading = trainer.task, list[float]()
-        next_batch = task.next_batch
-
-        def timed_next_batch(step: int) -> Batch:
-            started = time.perf_counter()
-            batch = next_batch(step)
-            loading.append(time.perf_counter() - started)
-            return batch
-
-        task.next_batch = timed_next_batch  # type: ignore[method-assign]
         warm_up, _steps = timed_steps(steps := trainer.steps(), scale.steps, scale)
         done, begun = task.done.examples, time.perf_counter()
-        results = [next(steps) for _step in range(scale.epoch_steps)]
+        with timed_calls(task, "next_batch", loading):
+            results = [next(steps) for _step in range(scale.epoch_steps)]
         synchronize(scale)
         seconds = time.perf_counter() - begun
-        loaded = sum(loading[-scale.epoch_steps :])
         return {
             "data": "generated" if scale.data is None else scale.data.name,
             "ms a step": 1e3 * seconds / scale.epoch_steps,
             "tokens/s": sum(int(result.sums["tokens"]) for result in results) / seconds,
             "epoch, minutes": _EPOCH_ROWS * seconds / (task.done.examples - done) / 60,
-            "loading, ms a step": 1e3 * loaded / scale.epoch_steps,
-            "loading, share": loaded / seconds,
+            "loading, ms a step": 1e3 * sum(loading) / scale.epoch_steps,
+            "loading, share": sum(loading) / seconds,
             "first steps, s": sum(warm_up),
         }
 

@@ -85,6 +85,10 @@ class Case:
     measure: Callable[[Found], Figures]
     seconds: float = 30
 
+    def limit(self, scale: Scale) -> float:
+        """Seconds that it has now."""
+        return min(self.seconds, max(1.0, scale.deadline - time.monotonic()))
+
 
 def synchronize(scale: Scale) -> None:
     """Wait until the device has finished all its work."""
@@ -150,11 +154,10 @@ def engine_options(engine: str, scale: Scale) -> dict[str, Any]:
     Without CUDA nothing is recorded.
     """
 
-    def unrecorded(function: Callable[[], None]) -> Callable[[], None]:
-        return function
-
-    record: Recorder = graph_recorder() if scale.device == "cuda" and engine != "eager" else unrecorded
-    return {} if engine == "one kernel" else {"record": record, "compiled": engine == "compiled graphs"}
+    if engine == "one kernel":
+        return {}
+    record: Recorder = graph_recorder() if scale.device == "cuda" and engine != "eager" else lambda function: function
+    return {"record": record, "compiled": engine == "compiled graphs"}
 
 
 @contextlib.contextmanager
