@@ -5,12 +5,13 @@ counting. Knows neither side of a comparison.
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import unwrap
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from config.compose import CHECKPOINT_HELP, compose_config
 from config.schema import PretrainInstructConfig, user_path
@@ -126,19 +127,12 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of matrix products and attention in a block. Adds attention on CPUs, which
-    torch's counter lacks.
+    """Counts the FLOPs of matrix products and attention in a block, also those of attention on
+    CPUs, which torch's counter lacks.
     """
-
-    def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-        return int(sdpa_backward_flop_count(gradient, q, k, v))
-
     aten = torch.ops.aten
     of_cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: unwrap(sdpa_flop),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: unwrap(sdpa_backward_flop),
     }
     return FlopCounterMode(display=False, custom_mapping=of_cpu)

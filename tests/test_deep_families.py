@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from dataset.text.loader import Example
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 from models.device import resolve_arch
+from models.layers import Block
+from tests.fake_device import fake_device
 from training.optimizer import ModelOptimizer
 from training.text import TextTask
 
@@ -152,3 +155,17 @@ def test_missing_rows_are_reported(folder: Path, tokenizer_path: Path, tmp_path:
     with pytest.raises(SystemExit):
         main([*places, "--families", "deep_order", "--steps", "1", "--processes", "1"])
     assert "has no row of deep_order: build it with --families deep_order" in capsys.readouterr().err
+
+
+def test_the_host_waits_nowhere_in_a_step_on_a_gpu(rows_of: dict[str, list[Row]]) -> None:
+    """Or no CUDA graph could be recorded of it."""
+    rows = rows_of["deep_boolean"]
+    with fake_device() as device, mock.patch("torch.cuda.Stream"), mock.patch.object(Block, "compile"):
+        bins = fill_bins(rows, 256, device.device)
+        network = Network(config_of("global_batch_size=4", "arch.forward_dtype=bfloat16"), 512, "deep_boolean", bins, grows=True)
+        network._work()
+        device.waits.clear()
+        network._work()
+        assert device.waits == []
+        network.look(0.5)
+        assert device.waits == ["benchmarks/deep_families.py:look"]

@@ -31,7 +31,6 @@ from dataset import build_sample_dataset, build_small_puzzles, build_sudoku_data
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.loader import ExampleStream
 from evaluators.puzzles import evaluate_puzzles
-from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch
 
 # SlimOrca's training rows.
@@ -127,7 +126,7 @@ def sudoku(scale: Scale) -> Iterator[Case]:
     """
 
     def training(_: Found) -> Figures:
-        source = None if scale.data is None or not (scale.data / "sudoku").is_dir() else scale.data / "sudoku"
+        source = scale.data / "sudoku" if scale.data is not None and (scale.data / "sudoku").is_dir() else None
         with tempfile.TemporaryDirectory() as temporary:
             folder = f"{temporary}/sudoku"
             if source is None:
@@ -138,9 +137,7 @@ def sudoku(scale: Scale) -> Iterator[Case]:
             config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
             config = config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
             trainer, test = trainer_of(config, _PAPER_STEPS), PuzzleData([folder], "test")
-        model = trainer.model
-        assert isinstance(model, RecursiveModel) and trainer.ema is not None
-        model.compile_levels()
+        trainer.model.compile_levels()
         warm_up, _steps = timed_steps(steps := trainer.steps(), 3, scale)
         # The time left after the start, without the time of evaluations.
         left = scale.deadline - time.monotonic() - _SUDOKU_RESERVE
@@ -149,8 +146,8 @@ def sudoku(scale: Scale) -> Iterator[Case]:
         while len(curve) < _SUDOKU_POINTS:
             spent += timed_steps(steps, 1, scale)[0][0]
             if spent >= seconds * (len(curve) + 1) / _SUDOKU_POINTS:
-                with trainer.ema.swapped_in(model):
-                    result = evaluate_puzzles(model, test, batch_size=config.global_batch_size, max_batches=1).report()
+                with trainer.averaged_weights():
+                    result = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size, max_batches=1).report()
                 kept = {key: result[key] for key in ("exact_accuracy", "accuracy", "lm_loss")}
                 curve.append({"seconds": spent, "step": trainer.progress.step, **kept})
         pace = (trainer.progress.step - len(warm_up)) / spent
