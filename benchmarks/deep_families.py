@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +67,8 @@ _CONSTANT = 0.7
 _GROW_AT = 0.9
 # More tokens than any row of these families has.
 _LONGEST = 4096
-# Then a step is recorded as a graph. A graph repeats numbers of the host, and AdamATan2's corrections
-# of its averages for their number of steps are 1 by then.
+# Steps before one is recorded as a graph, which repeats numbers of the host: by then AdamATan2's corrections
+# of its averages for the number of steps are 1.
 _STEPS_BEFORE_GRAPH = 200
 # Steps between updates of the schedule, which wait for the device.
 _STEPS_AT_ONCE = 50
@@ -79,12 +78,14 @@ def read_rows(config: DatasetConfig, split: MeasuredSplit, tokenizer: Tokenizer,
     """The whole rows of each of `families` in a split. Raises UsageError if one has none."""
     whole = config.model_copy(update={"seq_len": _LONGEST})
     data = Source(whole).open_split(split, tokenizer, Template())
-    found = defaultdict[str, list[Row]](list)
+    found: dict[str, list[Row]] = {family: [] for family in families}
     for index in range(len(data)):
         row = data.row(index)
-        found[row["task"]].append((row["hops"] if isinstance(row["hops"], list) else [row["hops"]], data[index]))
-    for family in families:
-        if family not in found:
+        if row.get("task") in found:
+            hops = row["hops"]
+            found[row["task"]].append((hops if isinstance(hops, list) else [hops], data[index]))
+    for family, rows in found.items():
+        if not rows:
             raise UsageError(f"{config.data_dir}/{split}.jsonl has no row of {family}: build it with --families {family}")
     return found
 
@@ -210,7 +211,8 @@ class Network:
     def _work(self) -> None:
         self._optimizer.zero_grad()
         self.loss(self._train[self._index_B], self.answered).backward()
-        # An update is proportional to the learning rate, which a graph reads from the device.
+        # An update is proportional to the learning rate: take all of it at the peak, and go the part
+        # of the way that a number on the device says, which a graph reads each time.
         before = [p.detach().clone() for p in self.model.parameters()]
         self._optimizer.step(1.0)
         with torch.no_grad():

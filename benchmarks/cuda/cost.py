@@ -25,9 +25,9 @@ from benchmarks.cuda.scale import (
     Figures,
     Found,
     Scale,
-    decoding_warnings,
     engine_options,
     free_memory,
+    no_engine_warnings,
     peak_gigabytes,
     synchronize,
     timed_steps,
@@ -220,9 +220,8 @@ def decoding(scale: Scale) -> Iterator[Case]:
     def cost(engine: str, batch: int, act_steps: int, found: Found) -> Figures:
         rows, warm_up, timed = setting(batch), 4, 4  # warm up beyond 512 positions, where graphs are recorded again
         rows.engine_options = engine_options(engine, scale)
-        figures: Figures = {}
         started = time.perf_counter()
-        with decoding_warnings(figures):
+        with no_engine_warnings():
             under_way = rows.decoding(1 + warm_up + 3 * timed, act_steps=act_steps)
             for _ in range(warm_up):
                 under_way.next()
@@ -230,7 +229,7 @@ def decoding(scale: Scale) -> Iterator[Case]:
             seconds = statistics.median(under_way.seconds(timed) for _ in range(3))
         read = sum(rows.bytes_per_token(act_steps))
         alone = batch / seconds if batch == 1 else None
-        return figures | {
+        return {
             "engine": engine,
             "batch": batch,
             "ACT steps": act_steps,
