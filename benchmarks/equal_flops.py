@@ -264,10 +264,10 @@ def generated(
         for depth in (*depths, *([2 * config.depth] if has_hops else []))
     }
     exact = {depth: [int(is_exact(*pair)) for pair in zip(references, texts, strict=True)] for depth, texts in answers.items()}
-    by_hops = {
-        depth: {number: score["overall"]["accuracy"] for number, score in score_by_hops(hops, families, references, texts).items()}
-        for depth, texts in (answers.items() if has_hops else ())
-    }
+    by_hops = dict[int, dict[int, float]]()
+    for depth, texts in answers.items() if has_hops else ():
+        found = score_by_hops(hops, families, references, texts)
+        by_hops[depth] = {number: score["overall"]["accuracy"] for number, score in found.items()}
     by_family = score_answers(families, references, answers[config.depth])["families"]
     return {
         "exact_by_act_step": [statistics.fmean(exact[depth]) for depth in depths],

@@ -36,14 +36,19 @@ RECURSIONS = {
 }
 
 
+def puzzle_config(settings: list[str]) -> PretrainPuzzleConfig:
+    """cfg_pretrain with these settings, forward_dtype resolved."""
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
+    return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
+
+
 def configured(name: str, data_path: str, overrides: list[str], steps: int) -> PretrainPuzzleConfig:
     """The preset with recursion `name`, with enough passes over the data for `steps` batches."""
     settings = [f"arch={name}", "experiment=sudoku_small", f"data_paths=[{data_path}]", *RECURSIONS[name], *overrides]
-    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
+    config = puzzle_config(settings)
     data = PuzzleData([data_path], "train")
     epochs = 1 + math.ceil(steps / max(1, data.metadata.total_steps(1, config.global_batch_size)))
-    arch = resolve_arch(config.arch, pick_device(config.device))
-    return config.model_copy(update={"epochs": epochs, "eval_interval": epochs, "arch": arch})
+    return config.model_copy(update={"epochs": epochs, "eval_interval": epochs})
 
 
 def trainer_of(config: PretrainPuzzleConfig, steps: int) -> Trainer:

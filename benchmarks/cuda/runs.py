@@ -24,14 +24,11 @@ from benchmarks.cuda.scale import (
     varied_lengths,
 )
 from benchmarks.equal_flops import Budget, compose_arm, measure, open_data
-from benchmarks.recursions import trainer_of
-from config.compose import compose_as
-from config.schema import PretrainPuzzleConfig
+from benchmarks.recursions import puzzle_config, trainer_of
 from dataset import build_sample_dataset, build_small_puzzles, build_sudoku_dataset
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.loader import ExampleStream
 from evaluators.puzzles import evaluate_puzzles
-from models.device import pick_device, resolve_arch
 
 # SlimOrca's training rows.
 _EPOCH_ROWS = 517_982
@@ -134,8 +131,7 @@ def sudoku(scale: Scale) -> Iterator[Case]:
             else:
                 build_sudoku_dataset.build(folder, source, subsample_size=1000, num_aug=100)
             settings = ["experiment=sudoku_mlp", f"data_paths=[{folder}]", f"device={scale.device}", *scale.puzzles]
-            config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
-            config = config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
+            config = puzzle_config(settings)
             trainer, test = trainer_of(config, _PAPER_STEPS), PuzzleData([folder], "test")
         trainer.model.compile_levels()
         warm_up, _steps = timed_steps(steps := trainer.steps(), 3, scale)
