@@ -35,7 +35,7 @@ from config.compose import compose_config
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig
 from dataset.deep_tasks import DEEP_FAMILIES, MOST_HOPS
-from dataset.text.conversation import Encoded, Template, Turn, encode_batch
+from dataset.text.conversation import Encoded, Template, Turn, encode_conversation
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path
 from models.act import RecursiveModel
 from models.device import pick_device, resolve_arch, set_matmul_precision
@@ -70,7 +70,8 @@ def _encode(lines: Sequence[str], tokenizer: Path) -> list[tuple[list[int], Enco
         [Turn("user" if turn["from"] == "human" else "assistant", turn["value"]) for turn in row["conversations"]] for row in rows
     ]
     hops = [row["hops"] if isinstance(row["hops"], list) else [row["hops"]] for row in rows]
-    return list(zip(hops, encode_batch(conversations, Tokenizer(tokenizer), Template()), strict=True))
+    opened = Tokenizer(tokenizer)
+    return [(asked, encode_conversation(turns, opened, Template())) for asked, turns in zip(hops, conversations, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The conversations of a config, as data sets. Knows no command line and no model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset, overlap
 from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, to_json
 from dataset.text.splits import are_test_hashes, prompt_hash
-from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
+from dataset.text.token_cache import Split, cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
 
 # Splits to measure: test_deeper has questions of the deep families with more hops.
@@ -129,24 +129,10 @@ class Source:
     def _load(
         self, split: Split, files: SourceFiles, tokenizer: Tokenizer, template: Template, *, alone: bool = False
     ) -> TextDataset:
-        config, paths = self.config, files.of(split)
-        loaded = load_split(
-            source=paths,
-            split=split,
-            alone=alone,
-            tokenizer=tokenizer,
-            template=template,
-            seq_len=config.seq_len,
-            subset_size=config.subset_size,
-            hash_split=None if files.validation else HashSplit(config.seed, config.test_ratio),
-            default_system_prompt=config.default_system_prompt,
-            long_rows=config.long_rows,
-            on_bad_row=config.on_bad_row,
-            cache_dir=self._cache_dir,
-            forms=form_options(config),
-            processes=config.processes,
-        )
-        dataset = TextDataset(loaded, files.left_out if split == "train" else ())
+        paths = files.of(split)
+        dataset = load_split(self.config, paths, split, tokenizer, template, by_hash=not files.validation, alone=alone)
+        if split == "train":
+            dataset = replace(dataset, left_out=files.left_out)
         if len(dataset) == 0:
             remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
             if split == "train":
@@ -155,17 +141,13 @@ class Source:
             raise UsageError(f"the {split} split of {names} is empty ({'; '.join(describe_counts(dataset.counts))}): {remedy}")
         return dataset
 
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(self.config.cache_dir) if self.config.cache_dir else default_cache_dir()
-
     def _split_files(self, split: str) -> list[Path]:
         config = self.config
         if config.source != "hub":
             return saved_split(Path(config.data_dir), split)
         if config.repo is None:
             raise UsageError("dataset=hub needs a data set of the hub: set dataset.repo=OWNER/NAME")
-        return split_files(config.repo, config.config, split, config.revision, self._cache_dir)
+        return split_files(config.repo, config.config, split, config.revision, cache_dir(config))
 
 
 def sources_of(config: PretrainInstructConfig) -> dict[str, Source]:

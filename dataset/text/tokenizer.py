@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -71,6 +72,9 @@ class Tokenizer:
         tokenizer._load(model_bytes, name)
         return tokenizer
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_bytes, (self.model_bytes,)
+
     def _load(self, model_bytes: bytes, name: str) -> None:
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
@@ -81,19 +85,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, like `encode`. One thread: the caller decides how many cores to use."""
-        return self._backend.encode_batch(texts) if texts else []
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without BOS and EOS; incomplete UTF-8 becomes U+FFFD."""
-        return self.decode_batch([[int(token) for token in ids]])[0]
-
-    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        """Text of each row, like `decode`."""
-        return self._backend.decode_batch(rows) if rows else []
+        return self._backend.decode([int(token) for token in ids])
 
     def piece(self, token: int) -> str:
         """The piece of an id, for display."""
@@ -147,13 +143,12 @@ class _SentencePiece:
             if token < 0:
                 raise UsageError(f"{name}: the model has no {kind} piece; use one trained with both BOS and EOS")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One by one: the library's batches start a thread for each call, which takes longer than
-        # encoding a few texts.
-        return [self._processor.encode(text) for text in texts]
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
-    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        return [self._processor.decode(row) for row in rows]
+    def decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode(ids))
 
     def piece(self, token: int) -> str:
         return str(self._processor.id_to_piece(token))
@@ -195,11 +190,7 @@ class _TokenizerJson:
         # characters too.
         self.bytes_stay_open = b'"ByteFallback"' in decoder
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # The library's batches use all cores.
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # some models have no id for unknown text
@@ -208,9 +199,8 @@ class _TokenizerJson:
             ) from error
         return ids
 
-    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        known = [[token for token in row if token < self.bos_id] for row in rows]
-        return [self._backend.decode(row, skip_special_tokens=False) for row in known]
+    def decode(self, ids: list[int]) -> str:
+        return str(self._backend.decode([token for token in ids if token < self.bos_id], skip_special_tokens=False))
 
     def piece(self, token: int) -> str:
         controls = {self.bos_id: "<s>", self.eos_id: "</s>"}
@@ -248,7 +238,8 @@ def check_reversible(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
     texts with such changes.
     """
     changed = 0
-    for text, found in zip(texts, tokenizer.decode_batch(tokenizer.encode_batch(texts)), strict=True):
+    for text in texts:
+        found = tokenizer.decode(tokenizer.encode(text))
         if text == found:
             continue
         if _as_read(text) != _as_read(found):
