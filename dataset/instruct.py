@@ -76,12 +76,9 @@ class Source:
         return SourceFiles(found.train, left_out=[*found.validation, *found.left_out])
 
     def open_splits(self, tokenizer: Tokenizer, template: Template) -> tuple[TextDataset, TextDataset | None]:
-        """Train and test split for a training run; test is None with `test_ratio=0`.
-
-        `subset_size` limits each split that has its own files to its first rows. With a split by
-        hash it counts training rows, and the test split is proportional: see
-        `token_cache.load_split`. Also raises `UsageError` for a tokenizer that loses text of the
-        first 1,000 training rows.
+        """Train and test split for a training run, with `subset_size` as in `token_cache.load_split`; test is
+        None with `test_ratio=0`. Also raises `UsageError` for a tokenizer that loses text of the first
+        1,000 training rows.
         """
         first_rows = islice(self.conversations("train"), _ROWS_TRIED)
         inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
@@ -104,10 +101,8 @@ class Source:
         return self._load(split, self.files, tokenizer, template, alone=True)
 
     def conversations(self, split: Split) -> Iterator[Conversation]:
-        """The conversations of a split in the order of the files, not tokenized. Skips unusable
-        rows.
-
-        `subset_size` limits the train split.
+        """The usable conversations of a split, in the order of the files, not tokenized. `subset_size`
+        limits the train split.
         """
         config, found = self.config, 0
         for path in self.files.of(split):
@@ -165,9 +160,7 @@ class RunData:
     curriculum: Curriculum
 
     def report(self) -> dict[str, Any]:
-        """The record of a run's data, as JSON values: files and counts of each source's splits, and
-        the splits' overlap.
-        """
+        """Files and counts of each source's splits, and the splits' overlap, as JSON values."""
         splits = {"train": self.train, "test": self.test}
         sources = {
             name: {split: corpus.parts[name].report() for split, corpus in splits.items() if corpus is not None}
@@ -177,9 +170,7 @@ class RunData:
 
 
 def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template) -> RunData:
-    """The data of a training run. Raises `UsageError` like `Source.open_splits`, and for a stage
-    without examples.
-    """
+    """The data of a training run. Raises `UsageError` like `Source.open_splits`, and for a stage without examples."""
     opened = {name: source.open_splits(tokenizer, template) for name, source in sources_of(config).items()}
     held_out = {name: test for name, (_, test) in opened.items() if test is not None}
     return RunData(

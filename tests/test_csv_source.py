@@ -24,7 +24,6 @@ def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
     assert [bytes(question).decode() for question in rows.questions] == [" # ", "123"]
     assert [bytes(answer).decode() for answer in rows.answers] == ["o#,", "456"]
     assert rows.lines.tolist() == [2, 3]
-    assert rows.take(np.array([1])).lines.tolist() == [3]
 
 
 def test_the_least_rating(tmp_path: Path) -> None:

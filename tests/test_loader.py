@@ -217,8 +217,6 @@ def test_a_stream_that_can_not_be_is_told(source: Path) -> None:
     dataset = open_dataset(source)
     with pytest.raises(UsageError, match="can't start at"):
         passes(dataset, 0, 1, 0, start=len(dataset) + 1)
-    with pytest.raises(UsageError, match="dataloader_workers"):
-        passes(dataset, 0, 1, -1)
     with pytest.raises(ValueError, match="doesn't fit"):
         ExampleStream(dataset, Curriculum.of_epochs(3, 0, 1), 0)
 

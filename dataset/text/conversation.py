@@ -60,7 +60,7 @@ class Template:
 
     def tag(self, role: TaggedRole) -> str:
         """The tag line of `role`, including the newline."""
-        return {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
+        return str(getattr(self, role))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's JSON; `from_dict` reads them back."""

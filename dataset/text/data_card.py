@@ -5,10 +5,11 @@ scripts/prepare_data.py imports it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from matplotlib.figure import Figure
@@ -27,6 +28,9 @@ _PERMUTATIONS = 128
 _TRAIN_ROWS_PER_TEST_ROW = 5
 _PAIRS_SHOWN = 5
 _TEXT_SHOWN = 100
+_SUMS = ("length", "full_length", "targets")
+_HASHES = ("conversation_hash", "prompt_hash", "question_hash")
+_BY_NAME = ("forms", "ignored", "dropped", "bad")
 
 
 def data_card(
@@ -39,7 +43,7 @@ def data_card(
     title: str,
     picture: str,
 ) -> str:
-    """The card of both splits, as Markdown.
+    """The card of both splits, as Markdown (data_card.md.jinja).
 
     near_rows: test rows to check for near overlap, against five times as many training rows; 0:
     none. picture: file name of the histogram. Memory grows by a few numbers per row, and with
@@ -47,131 +51,38 @@ def data_card(
     """
     splits = [train, *([test] if test is not None else [])]
     by_source = list({split.sha256: split for split in reversed(splits)}.values())[::-1]
-    read, beyond_subset = (sum(split.counts[name] for split in by_source) for name in ("read", "beyond_subset"))
-    rows, truncated, prompt_cut, answer_cut = (
-        sum(split.counts[name] for split in splits) for name in ("kept", "truncated", "prompt_cut", "answer_cut")
+    files = [(file.path, sha256) for split in by_source for file, sha256 in zip(split.files, split.sha256, strict=True)]
+    columns = {name: np.concatenate([split.column(name) for split in splits]) for name in (*_SUMS, *_HASHES, "tags")}
+    tokens, whole_tokens, targets = (int(columns[name].sum(dtype=np.int64)) for name in _SUMS)
+    pages = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=pages, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"share": _share, "number": "{:,}".format, "cell": _cell}
+    return environment.get_template("data_card.md.jinja").render(
+        title=title,
+        picture=picture,
+        files=[(path.name, path.stat().st_size, sha256) for path, sha256 in files],
+        settings=train.settings,
+        counts={
+            **{name: sum(split.counts[name] for split in by_source) for name in ("read", "beyond_subset")},
+            **{name: sum((Counter(split.counts[name]) for split in by_source), Counter()) for name in _BY_NAME},
+            **{name: sum(split.counts[name] for split in splits) for name in ("kept", "truncated", "prompt_cut", "answer_cut")},
+        },
+        train_rows=len(train),
+        test_rows=len(test) if test is not None else 0,
+        tokens=tokens,
+        whole_tokens=whole_tokens,
+        targets=targets,
+        lengths=lengths_of(splits),
+        repeated={name: len(columns[name]) - len(np.unique(columns[name])) for name in _HASHES},
+        seen=overlap(train, test) if test is not None else {"questions": 0, "conversations": 0},
+        near=near_overlap(train, test, tokenizer, template, near_rows) if test is not None and near_rows else None,
+        tags={template.tag(role).strip(): int(np.count_nonzero(columns["tags"] & (1 << bit))) for bit, role in enumerate(ROLES)},
     )
-    test_rows = len(test) if test is not None else 0
-    tokens, whole_tokens, targets = (
-        sum(int(split.column(name).sum(dtype=np.int64)) for split in splits) for name in ("length", "full_length", "targets")
-    )
-    lengths, tags = lengths_of(splits), np.concatenate([split.column("tags") for split in splits])
-    in_train = overlap(train, test) if test is not None else {"questions": 0, "conversations": 0}
-
-    def reasons(name: str, title: str) -> list[tuple[str, str]]:
-        total: Counter[str] = sum((Counter(split.counts[name]) for split in by_source), Counter())
-        return [(title.format(key), _share(count, read)) for key, count in sorted(total.items())]
-
-    def repeated(name: str) -> str:
-        hashes = np.concatenate([split.column(name) for split in splits])
-        return _share(len(hashes) - len(np.unique(hashes)), rows)
-
-    files = [(file, sha256) for split in by_source for file, sha256 in zip(split.files, split.sha256, strict=True)]
-    bins = zip(lengths["edges"], lengths["edges"][1:], lengths["whole"], lengths["cut"], strict=False)
-    lines = [
-        f"# Data card: {title}",
-        *_table(
-            ["file", "bytes", "SHA-256"], [(file.path.name, f"{file.path.stat().st_size:,}", sha256) for file, sha256 in files]
-        ),
-        *_table(["setting", "value"], train.settings.items()),
-        "\n## Rows",
-        *_table(
-            ["rows", "number (share of those read)"],
-            [
-                ("read", f"{read:,}"),
-                ("kept for training", _share(len(train), read)),
-                ("kept for testing", _share(test_rows, read)),
-                *reasons("forms", "of the form {}"),
-                *reasons("ignored", "with text ignored under `{}`"),
-                *reasons("dropped", "dropped: {}"),
-                *reasons("bad", "malformed: {}"),
-                *([("beyond subset_size", _share(beyond_subset, read))] if beyond_subset else []),
-            ],
-        ),
-        "\n## Tokens",
-        *_table(
-            ["of the rows kept", ""],
-            [
-                ("tokens", f"{tokens:,}"),
-                ("supervised tokens", _share(targets, tokens)),
-                ("tokens a row, mean", f"{tokens / max(1, rows):.1f}"),
-                *((f"tokens a row, percentile {percentile}", f"{value:,}") for percentile, value in lengths["percentiles"].items()),
-                ("rows cut", _share(truncated, rows)),
-                ("of these, in the prompt", _share(prompt_cut, rows)),
-                ("of these, at the end", _share(answer_cut, rows)),
-                ("tokens cut off (share of all)", _share(whole_tokens - tokens, whole_tokens)),
-            ],
-        ),
-        f"\n![Tokens a row]({picture})",
-        *_table(
-            ["tokens a row", "rows whole", "rows cut"],
-            [(f"{low} to {high - 1}", f"{whole:,}", f"{cut:,}") for low, high, whole, cut in bins if whole or cut],
-        ),
-        "\n## Rows that repeat",
-        *_table(
-            ["", "rows beyond the first of their kind (share of those kept)"],
-            [
-                ("same conversation", repeated("conversation_hash")),
-                ("same system text and first question, which are held out together", repeated("prompt_hash")),
-                ("same questions, in all turns", repeated("question_hash")),
-            ],
-        ),
-        "\n## Test rows that training has seen",
-        *_table(
-            ["", "test rows"],
-            [
-                ("same conversation in training", _share(in_train["conversations"], test_rows)),
-                ("same questions in training, in all turns", _share(in_train["questions"], test_rows)),
-            ],
-        ),
-        *(
-            _near(train, test, tokenizer, template, near_rows)
-            if test is not None and near_rows
-            else ["\nNear questions were not looked for."]
-        ),
-        "\n## Role tags in texts",
-        *_table(
-            ["tag", "rows that contain it"],
-            [
-                (f"`{template.tag(role).strip()}`", _share(int(np.count_nonzero(tags & (1 << bit))), rows))
-                for bit, role in enumerate(ROLES)
-            ],
-        ),
-        "\nSuch a text forges no turn: what opens one is an id that text can't produce.\n",
-    ]
-    return "\n".join(lines)
 
 
-def _near(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, template: Template, rows: int) -> list[str]:
-    """Lines on test rows whose questions are near those of a training row."""
-    pairs, seen_test, seen_train = near_overlap(train, test, tokenizer, template, rows)
-    is_sample = seen_test < len(test) or seen_train < len(train)
-    shown = pairs[:: max(1, len(pairs) // _PAIRS_SHOWN)][:_PAIRS_SHOWN]
-
-    def asked(split: TextDataset, index: int) -> str:
-        return f"{split.place(index)}: " + " ".join(" / ".join(questions(split.conversation(index))).split())[:_TEXT_SHOWN]
-
-    return [
-        f"| near questions in training | {_share(len(pairs), seen_test)} |",
-        f"\nNear: at least {NEAR_SIMILARITY:.0%} of the questions' {_SHINGLE_IDS}-id shingles agree, as MinHash estimates. "
-        f"Looked at: {seen_test:,} of {len(test):,} test rows, {seen_train:,} of {len(train):,} training rows."
-        + (" That is a sample: all rows together have more." if is_sample else ""),
-        *(
-            _table(
-                ["test row", "training row", "similarity"],
-                [(asked(test, a), asked(train, b), f"{similarity:.2f}") for a, b, similarity in shown],
-            )
-            if shown
-            else []
-        ),
-    ]
-
-
-def near_overlap(
-    train: TextDataset, test: TextDataset, tokenizer: Tokenizer, template: Template, rows: int
-) -> tuple[list[tuple[int, int, float]], int, int]:
+def near_overlap(train: TextDataset, test: TextDataset, tokenizer: Tokenizer, template: Template, rows: int) -> dict[str, Any]:
     """Test rows whose questions are near those of a training row, by MinHash over shingles of five
-    ids (Broder 1997): (test row, training row, similarity), and how many rows of each were checked.
+    ids (Broder 1997): "pairs" (test row, training row, similarity), and some of them "shown".
 
     Checks `rows` test rows against five times as many training rows, evenly spaced over each split,
     so a fraction measured on a part is a lower bound. A row's questions are all of its user turns,
@@ -205,18 +116,27 @@ def near_overlap(
             similarity = float(minhash.jaccard(sketches[candidate]))
             if similarity >= NEAR_SIMILARITY and similarity > found.get(candidate, (0, 0.0))[1]:
                 found[candidate] = (number, similarity)
-    return [(a, b, similarity) for a, (b, similarity) in sorted(found.items())], len(test_indices), len(train_indices)
+    pairs = [(a, b, similarity) for a, (b, similarity) in sorted(found.items())]
+
+    def shown(split: TextDataset, index: int) -> str:
+        return f"{split.place(index)}: " + " ".join(" / ".join(questions(split.conversation(index))).split())[:_TEXT_SHOWN]
+
+    return {
+        "pairs": pairs,
+        "shown": [(shown(test, a), shown(train, b), c) for a, b, c in pairs[:: max(1, len(pairs) // _PAIRS_SHOWN)][:_PAIRS_SHOWN]],
+        "test_rows": len(test_indices),
+        "train_rows": len(train_indices),
+        "similarity": NEAR_SIMILARITY,
+        "shingle": _SHINGLE_IDS,
+    }
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.2%})" if whole else f"{part:,}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table, after an empty one."""
-    cells = [[str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    first, *others = ("".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in (head, *cells))
-    return ["", first, "|" + "---|" * len(head), *others]
+def _cell(value: object) -> str:
+    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
 def draw(splits: Sequence[TextDataset], path: Path) -> None:

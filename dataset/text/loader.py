@@ -9,11 +9,11 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
@@ -207,11 +207,11 @@ def overlap(train: TextDataset | TextCorpus, test: TextDataset | TextCorpus) -> 
     """How many test rows have the questions of a training row ("questions"), and how many equal one
     ("conversations").
     """
-    columns = {"questions": "question_hash", "conversations": "conversation_hash"}
-    return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in columns.items()}
+    hashes = {"questions": "question_hash", "conversations": "conversation_hash"}
+    return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in hashes.items()}
 
 
-class ExampleStream:
+class ExampleStream(AbstractContextManager["ExampleStream"]):
     """Iterates (draw, Example) in the order of a curriculum.
 
     workers: prefetching threads; 0 reads inline. The order is the same.
@@ -220,8 +220,6 @@ class ExampleStream:
     """
 
     def __init__(self, dataset: Examples, curriculum: Curriculum, workers: int, start: int = 0) -> None:
-        if workers < 0:
-            raise UsageError(f"dataloader_workers: expected 0 or more, found {workers}")
         self.total = curriculum.total
         if not 0 <= start <= self.total:
             raise UsageError(
@@ -281,10 +279,7 @@ class ExampleStream:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

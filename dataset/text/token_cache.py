@@ -17,6 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,10 +116,7 @@ def wanted_rows(subset_size: int | None, test_ratio: float, alone: Split | None 
         return {"train": math.inf, "test": math.inf}
     if alone is not None:
         return {split: subset_size if split == alone else 0 for split in ("train", "test")}
-    return {
-        "train": subset_size,
-        "test": min(subset_size, math.ceil(subset_size * test_ratio / (1.0 - test_ratio))),
-    }
+    return {"train": subset_size, "test": min(subset_size, math.ceil(subset_size * test_ratio / (1.0 - test_ratio)))}
 
 
 def processes_to_use(processes: int | None) -> int:
@@ -139,7 +137,7 @@ def cache_dir(config: DatasetConfig) -> Path:
 def file_sha256(path: Path, memo_dir: Path) -> str:
     """SHA-256 of a file, cached in `memo_dir` by its path, size and times of change."""
     stamp = _stamp(path)
-    memo = memo_dir / f"source-{hashlib.sha256(str(stamp[0]).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.json"
+    memo = memo_dir / f"source-{hashlib.sha256(os.fsencode(str(stamp[0]))).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memo.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
@@ -148,7 +146,7 @@ def file_sha256(path: Path, memo_dir: Path) -> str:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     # Don't cache a recent file: a change within the clock's resolution would keep its stamp.
     if time.time_ns() - int(stamp[2]) > 2_000_000_000:
-        temporary = _unused_name(memo)
+        temporary = memo.with_name(f".{memo.name}-{uuid.uuid4().hex}")  # readable for others, unlike those of `tempfile`
         temporary.write_text(json.dumps({"stamp": stamp, "sha256": digest}), encoding="utf-8")
         os.replace(temporary, memo)
     return digest
@@ -158,11 +156,6 @@ def _stamp(path: Path) -> list[str | int]:
     """The stamp that identifies a file's content. Unlike mtime, ctime can't be set back."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _unused_name(path: Path) -> Path:
-    """A hidden name beside `path`. `tempfile`'s would be unreadable for other users."""
-    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
 @contextlib.contextmanager
@@ -189,31 +182,29 @@ def _taken(
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """Which rows to keep, and how many are read for them: up to the row that fills the last split."""
     taken, read = np.zeros(len(is_usable), np.bool_), 0
-    sides: tuple[tuple[Split, npt.NDArray[np.bool_]], ...] = (("train", is_usable & ~in_test), ("test", is_usable & in_test))
-    for split, is_here in sides:
+    for count, is_here in ((wanted["train"], is_usable & ~in_test), (wanted["test"], is_usable & in_test)):
         rank = np.cumsum(is_here)
-        taken |= is_here & (rank <= wanted[split])
-        full_at = int(np.searchsorted(rank, wanted[split])) + 1 if wanted[split] else 0
-        read = max(read, min(full_at, len(taken)))
+        taken |= is_here & (rank <= count)
+        read = max(read, min(int(np.searchsorted(rank, count)) + 1 if count else 0, len(taken)))
     return taken, read
 
 
 def _counts(tokens: Columns, taken: npt.NDArray[np.bool_], read: int) -> dict[str, Any]:
-    dropped, bad, forms, ignored = (tokens[name][:read] for name in ("dropped", "bad", "form", "ignored"))
-    reasons = {"dropped": _counted(dropped), "bad": _counted(bad)}
-    usable = read - sum(sum(of_reason.values()) for of_reason in reasons.values())
+    def counted(column: str) -> dict[str, int]:
+        names = tokens[column][:read]
+        pairs = pc.value_counts(pc.list_flatten(names) if column == "ignored" else names).to_pylist()
+        return {pair["values"]: pair["counts"] for pair in pairs if pair["values"]}
+
+    dropped, bad = counted("dropped"), counted("bad")
+    left = read - sum(dropped.values()) - sum(bad.values()) - int(np.count_nonzero(taken))
     return {
         "read": read,
-        "beyond_subset": usable - int(np.count_nonzero(taken)),
-        **reasons,
-        "forms": _counted(forms),
-        "ignored": _counted(pc.list_flatten(ignored)),
+        "beyond_subset": left,
+        "dropped": dropped,
+        "bad": bad,
+        "forms": counted("form"),
+        "ignored": counted("ignored"),
     }
-
-
-def _counted(names: pa.ChunkedArray) -> dict[str, int]:
-    """How often each name occurs, in the order of the first."""
-    return {str(pair["values"]): pair["counts"].as_py() for pair in pc.value_counts(names) if pair["values"].as_py()}
 
 
 def _key(kind: str, **parts: Any) -> str:
@@ -252,18 +243,15 @@ def _raw_rows(files: Sequence[RowFile], stamps: Sequence[Any], limit: int | None
 
 def _rows_of(files: Sequence[RowFile], stamps: Sequence[Any], limit: int | None) -> Iterator[dict[str, Any]]:
     rows = ((number, place, data) for number, file in enumerate(files) for place, data in file.rows())
-    count = -1
-    for count, (number, place, data) in enumerate(rows):
-        if count == limit:
-            break
-        if isinstance(data, BadRow):
-            yield {"file": number, "number": place, "row": None, "bad": json.dumps([data.reason, str(data)])}
-        else:
-            yield {"file": number, "number": place, "row": to_json(data), "bad": None}
+    is_empty = True
+    for number, place, data in islice(rows, limit):
+        is_empty = False
+        row, bad = (None, json.dumps(data.args)) if isinstance(data, BadRow) else (to_json(data), None)
+        yield {"file": number, "number": place, "row": row, "bad": bad}
     for file, stamp in zip(files, stamps, strict=True):
         if _stamp(file.path) != stamp:
             raise UsageError(f"{file.path} was changed while it was read: start again when it is complete")
-    if count < 0:
+    if is_empty:
         raise UsageError(f"expected rows in {', '.join(str(file.path) for file in files)}, found none: empty files; use others")
 
 

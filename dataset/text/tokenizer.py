@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -25,11 +25,8 @@ _HOW_TO_GET_ONE = "run `python scripts/fetch_tokenizer.py`, or name a SentencePi
 
 
 def resolve_tokenizer_path(explicit: str | None) -> Path:
-    """The tokenizer file: `explicit`, else $LLAMA_TOKENIZER, else
-    tokenizers/llama-32k/tokenizer.model.
-
-    A named file that is missing is an error, not a reason for the next choice: the ids would
-    silently be wrong. Raises `UsageError`.
+    """The tokenizer file: `explicit`, else $LLAMA_TOKENIZER, else `DEFAULT_TOKENIZER`. Raises `UsageError`
+    for a named file that is missing: with the next choice, ids would silently be wrong.
     """
     from_environment = os.environ.get(TOKENIZER_VARIABLE)
     if explicit is not None and explicit != from_environment:
@@ -65,7 +62,7 @@ class Tokenizer:
         self._load(model_bytes, str(path))
 
     @classmethod
-    def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer bytes") -> "Tokenizer":
+    def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer bytes") -> Self:
         """A tokenizer from the content of a file, as in a checkpoint; its `path` is None."""
         tokenizer = cls.__new__(cls)
         tokenizer.path = None
@@ -121,8 +118,6 @@ class Tokenizer:
 
 
 class _SentencePiece:
-    """A SentencePiece model."""
-
     file_name = "tokenizer.model"
     bytes_stay_open = False
 
@@ -230,8 +225,7 @@ TOKENIZER_FILES = (_SentencePiece.file_name, _TokenizerJson.file_name)
 
 
 def check_reversible(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
-    """Raise `UsageError` if decoding a text's ids doesn't return the text, with the loss; a model
-    couldn't learn the text.
+    """Raise `UsageError` if decoding a text's ids doesn't return the text, with the loss.
 
     Two changes are allowed, because the text reads the same: U+2581, SentencePiece's space, may
     become a space, and characters may change to another canonical form (NFC). Returns the number of
