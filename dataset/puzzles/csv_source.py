@@ -84,23 +84,20 @@ def read_csv(path: Path, min_rating: int | None = None) -> CsvPuzzles:
             if header != COLUMNS:
                 raise UsageError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(header) or 'nothing'}")
             for row in reader:
+                where = f"{path}, line {reader.line_num}"
                 if len(row) != len(COLUMNS):
-                    raise UsageError(f"{path}, line {reader.line_num}: expected {len(COLUMNS)} columns, found {len(row)}")
+                    raise UsageError(f"{where}: expected {len(COLUMNS)} columns, found {len(row)}")
                 _, question, answer, rating = row
                 if min_rating is not None:
                     try:
                         if int(rating) < min_rating:
                             continue
                     except ValueError:
-                        raise UsageError(
-                            f"{path}, line {reader.line_num}: expected a whole number as rating, found {rating!r}"
-                        ) from None
+                        raise UsageError(f"{where}: expected a whole number as rating, found {rating!r}") from None
                 length = length or len(question)
                 if len(question) != length or len(answer) != length:
-                    raise UsageError(
-                        f"{path}, line {reader.line_num}: expected a question and an answer of {length} characters, found "
-                        f"{len(question)} and {len(answer)}"
-                    )
+                    found = f"{len(question)} and {len(answer)}"
+                    raise UsageError(f"{where}: expected a question and an answer of {length} characters, found {found}")
                 questions += question.encode()
                 answers += answer.encode()
                 lines.append(reader.line_num)

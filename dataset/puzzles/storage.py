@@ -46,32 +46,29 @@ _SPARE_BYTES = 64 << 20
 
 
 class PuzzleMetadata(BaseModel):
-    """dataset.json of one split."""
+    """dataset.json of one split.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    pad_id, blank_identifier_id: token and puzzle identifier of padding rows; the latter also of
+    puzzles without their own. ignore_label_id: label of positions that are not supervised.
+    vocab_size: tokens, including padding. seq_len: positions of a row. num_puzzle_identifiers: rows
+    of the puzzle embedding. total_groups: puzzles, not counting augmented forms; an epoch is one
+    pass over them. mean_puzzle_examples: examples per puzzle. total_puzzles: puzzles with augmented
+    forms (ARC) or without (Sudoku, Maze), as each builder of the original counts them. sets: names
+    of the sets, files' prefixes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     pad_id: int = Field(ge=0)
-    """Token of padding rows."""
     ignore_label_id: int | None
-    """Label of positions that are not supervised."""
     blank_identifier_id: int = Field(ge=0)
-    """Puzzle identifier of padding rows, and of puzzles without their own."""
     vocab_size: int = Field(ge=1)
-    """Number of tokens, including padding."""
     seq_len: int = Field(ge=1)
-    """Positions of a row."""
     num_puzzle_identifiers: int = Field(ge=1)
-    """Rows of the puzzle embedding."""
     total_groups: int = Field(ge=0)
-    """Puzzles, not counting augmented forms; an epoch is one pass over them."""
     mean_puzzle_examples: float = Field(ge=0)
-    """Mean number of examples per puzzle."""
     total_puzzles: int = Field(ge=0)
-    """Puzzles with augmented forms (ARC) or without (Sudoku, Maze), as each builder of the original
-    counts them.
-    """
     sets: tuple[str, ...] = Field(min_length=1)
-    """Names of the sets, files' prefixes."""
 
     def total_steps(self, epochs: int, global_batch_size: int) -> int:
         """Optimizer steps of a run, estimated for the schedule as in the original."""

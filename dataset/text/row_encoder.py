@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pyarrow as pa
 
 from config.schema import DatasetConfig
-from dataset.text.conversation import Encoded, TaggedRole, Template, encode_conversation, with_default_system
+from dataset.text.conversation import Conversation, Encoded, TaggedRole, Template, encode_conversation, with_default_system
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.rows import MAX_ROW_BYTES, BadRow, NothingToLearn, parse_row, too_large
 from dataset.text.splits import conversation_hash, prompt_hash, question_hash
@@ -90,38 +90,39 @@ class RowEncoder:
             stops = map(int, self._stop_at.read_text("ascii").split())
             if min(stops) < indices[0]:
                 return pa.Table.from_pylist([{**self._empty, "bad": "unread"}] * len(indices), self.schema)
-        rows = [self._encoded(row.as_py(), bad.as_py()) for row, bad in zip(table["row"], table["bad"], strict=True)]
+        # One after the other, each in all rows: the tokenizer then stays in the processor's cache.
+        parsed = [self._parsed(row.as_py(), bad.as_py()) for row, bad in zip(table["row"], table["bad"], strict=True)]
+        rows = [self._encoded(row, conversation) if conversation else row for row, conversation in parsed]
         bad_rows = [index for index, row in zip(indices, rows, strict=True) if row["bad"]]
         if bad_rows and self._stop_at is not None:
             with self._stop_at.open("a", encoding="ascii") as handle:
                 handle.write(f"{bad_rows[0]}\n")
         return pa.Table.from_pylist(rows, self.schema)
 
-    def _encoded(self, data: bytes | None, bad: str) -> dict[str, Any]:
-        config, row = self._config, dict(self._empty)
+    def _parsed(self, data: bytes | None, bad: str) -> tuple[dict[str, Any], Conversation]:
+        """A row's columns as far as they are known without ids, and its conversation, if any."""
+        row = dict(self._empty)
         try:
             if data is None:
                 raise BadRow(*json.loads(bad))
             conversation, parsed = to_conversation(parse_row(data), self._forms)
             if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
                 raise too_large()
-            row.update(form=parsed.form, ignored=parsed.ignored)
-            conversation = with_default_system(conversation, config.default_system_prompt)
-            encoded = encode_conversation(
-                conversation,
-                self._tokenizer,
-                self._template,
-                config.seq_len + 1,
-                keep_prompt_end=config.long_rows == "keep_prompt_end",
-            )
-            if config.long_rows == "drop" and encoded.end_cut:
-                raise NothingToLearn("too_long")
-            if not encoded.supervised.any():
-                raise NothingToLearn("answer_beyond_seq_len")
         except BadRow as error:
-            return {**row, "bad": error.reason, "message": str(error)}
+            return {**row, "bad": error.reason, "message": str(error)}, ()
         except NothingToLearn as nothing:
-            return {**row, "dropped": nothing.reason}
+            return {**row, "dropped": nothing.reason}, ()
+        conversation = with_default_system(conversation, self._config.default_system_prompt)
+        return {**row, "form": parsed.form, "ignored": parsed.ignored}, conversation
+
+    def _encoded(self, row: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+        long_rows, max_ids = self._config.long_rows, self._config.seq_len + 1
+        keep_prompt_end = long_rows == "keep_prompt_end"
+        encoded = encode_conversation(conversation, self._tokenizer, self._template, max_ids, keep_prompt_end=keep_prompt_end)
+        if long_rows == "drop" and encoded.end_cut:
+            return {**row, "dropped": "too_long"}
+        if not encoded.supervised.any():
+            return {**row, "dropped": "answer_beyond_seq_len"}
         text = "\n".join(turn.text for turn in conversation)
         return {
             **row,
