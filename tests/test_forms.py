@@ -344,6 +344,7 @@ def test_an_empty_answer_among_others_is_context() -> None:
         ({"conversations": {"from": "human"}}, "wrong_type"),
         ({"conversations": "human: a"}, "wrong_type"),
         ({"conversations": "[human: a"}, "wrong_type"),
+        ({"conversations": '[{"from": "human", "value": "a", "value": "b"}]'}, "duplicate_key"),
         ({"conversations": ["hello"]}, "wrong_type"),
         (chat({"from": "human"}), "missing_key"),
         (chat({"value": "x"}), "missing_key"),
