@@ -28,6 +28,7 @@ from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from artifacts.files import whole_file  # noqa: E402
 from config.compose import compose_config  # noqa: E402
 from config.errors import UsageError, one_clear_message  # noqa: E402
 from config.schema import PretrainInstructConfig, user_path  # noqa: E402
@@ -36,7 +37,6 @@ from dataset.text.conversation import TaggedRole, Template  # noqa: E402
 from dataset.text.token_cache import Split  # noqa: E402
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path  # noqa: E402
 from models.act import RecursiveModel  # noqa: E402
-from scripts.fetch_tokenizer import write_atomically  # noqa: E402
 from training.estimate import count_parameters  # noqa: E402
 
 _HELD_OUT_ROWS = 2000
@@ -219,10 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokenizer = trim_tokenizer(Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path)), rows)
         else:
             tokenizer = train_tokenizer(rows, options.vocab_size)
-        try:
-            write_atomically(output, tokenizer.model_bytes)
-        except OSError as error:
-            raise UsageError(f"{output} can't be written: {error}; use another --output") from error
+        with whole_file(output, "use another --output") as partial:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(tokenizer.model_bytes)
         print(f"{'trimmed to the pieces of' if options.trim else 'trained on'} {len(rows):,} rows")
         report(config, output)
 
