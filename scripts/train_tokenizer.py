@@ -47,21 +47,19 @@ _NO_ROWS = "expected training rows, found none: check the data and dataset.test_
 _Proto: Any = sentencepiece_model_pb2
 
 
-def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
+def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Tokenizer:
     """Train a lossless BPE model (except for U+2581). The same rows give the same model, byte for
     byte.
 
     rows: texts of the turns. Rare characters are encoded as bytes. BOS and EOS are control pieces.
     Raises `UsageError` for no text, and for a vocabulary that is too large or too small for it.
     """
-    sentences = (part for row in rows for text in row for part in _RESERVED.split(text) if part)
-    first = next(sentences, None)
-    if first is None:
+    if not any(map(any, rows)):
         raise UsageError(_NO_ROWS)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=chain([first], sentences),
+            sentence_iterator=(part for row in rows for text in row for part in _RESERVED.split(text) if part),
             model_writer=model,
             vocab_size=vocab_size,
             # A unigram model took 20 times as long to train, and gave no fewer tokens.
@@ -88,7 +86,7 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(model.getvalue())
 
 
-def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
+def trim_tokenizer(tokenizer: Tokenizer, rows: Sequence[Row]) -> Tokenizer:
     """The tokenizer without the pieces that neither `rows`, the template nor ASCII characters need.
 
     rows: texts of the turns. They keep their pieces, with other ids; other text is encoded in
@@ -106,14 +104,12 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
             f"--trim: {tokenizer.path} isn't a SentencePiece model of the kind BPE with byte fallback: name one by "
             "dataset.tokenizer_path"
         )
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
+    if not rows:
         raise UsageError(_NO_ROWS)
     template = Template()
     always = (*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))
     used = set[int]()
-    for row in chain([always, first], rows):
+    for row in chain([always], rows):
         used.update(*tokenizer.encode_batch(row))
     rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
