@@ -354,12 +354,10 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
 
 
 def _folder(target: Path) -> Path:
-    """The folder of finished blocks."""
     return target.with_name(f"{target.name}.partial")
 
 
 def _record(target: Path) -> Path:
-    """The file with everything that the answers depend on."""
     return target.with_name(f"{target.name}.about.json")
 
 

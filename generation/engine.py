@@ -255,7 +255,7 @@ class Engine:
             done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
             if not done_slots:
                 return []
-            return self._give(done_slots, self.model.logits(tick.outputs(on_device(done_slots, self.model.device))))
+            return self._give(done_slots, self.model.logits(self._vectors[-1, on_device(done_slots, self.model.device), 0]))
         ids, logps, ready = tick.choose(slots[-1] + 1)
         done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
         return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
@@ -395,9 +395,7 @@ class Engine:
         return refined.output_BTD[last_B], refined.steps_BT[last_B]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
-        """The running rows in these slots."""
         return [row for slot in slots if (row := self._rows[slot]) is not None]
 
     def _rotary_at(self, positions: Sequence[int]) -> Rotary | None:
-        """Rotary tables for one position of each row."""
         return None if self._rotary is None else self._rotary.at(on_device(positions, self.model.device).unsqueeze(1))

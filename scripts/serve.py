@@ -98,13 +98,7 @@ def make_app(service: Service, access: Access) -> Starlette:
         ],
         # A browser's preflight request has no key.
         middleware=[Middleware(metrics.middleware), *([foreign_pages] if access.origins else []), Middleware(_gate, access=access)],
-        exception_handlers={
-            ApiError: _on_error,
-            ServiceError: _on_error,
-            HTTPException: _on_error,
-            Exception: _on_error,
-            ClientDisconnect: _on_disconnect,
-        },
+        exception_handlers=dict.fromkeys((ApiError, ServiceError, HTTPException, ClientDisconnect, Exception), _on_error),
     )
 
 
@@ -343,6 +337,8 @@ def _as_api_error(error: Exception) -> ApiError:
 
 
 def _error_response(error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # Only for the access log: nginx's status for a client that left.
     told = _as_api_error(error)
     # There is room again as soon as an answer ends.
     headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(told.status)
@@ -353,20 +349,16 @@ async def _on_error(_: Request, error: Exception) -> Response:
     return _error_response(error)
 
 
-async def _on_disconnect(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # Only for the access log: nginx's status for a client that left.
-
-
 # The page.
 
 
 def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The page with its settings, and headers that allow only its script and this server."""
     html = PAGE.read_text(encoding="utf-8")
-    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    parts = [part for tag in ("script", "style") for part in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)]
+    script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
     policy = (
-        f"default-src 'none'; script-src {_source_of(script)}; style-src {_source_of(style)}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {
@@ -377,10 +369,6 @@ def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
     }
     # "<" could end the script element.
     return html.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c")), headers
-
-
-def _source_of(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 # The command.
