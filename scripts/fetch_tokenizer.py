@@ -53,7 +53,7 @@ def copy_from_package(output: Path) -> None:
 def existing(output: str | None) -> Path | None:
     """The existing tokenizer: --output, else $LLAMA_TOKENIZER, else the default place."""
     default = REPOSITORY / DEFAULT_TOKENIZER
-    path = Path(output or os.environ.get(TOKENIZER_VARIABLE, default)).expanduser()
+    path = Path(output or os.environ.get(TOKENIZER_VARIABLE, str(default))).expanduser()
     if path.is_file():
         return path
     # The default place is often exported before the first fetch; others must exist.
