@@ -256,22 +256,20 @@ def answer_file(
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
-    overview = _scan(responder, read_inputs(file, responder.system, forms))
-    count, positions = overview.asking + overview.bad, overview.positions
+    asking, positions, bad, first_error, ignored = _scan(responder, read_inputs(file, responder.system, forms))
+    count = asking + bad
     if not count:
         raise UsageError(f"{source} has no rows: there is nothing to answer")
-    if not overview.asking:
-        raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {overview.first_error}")
+    if not asking:
+        raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {first_error}")
     is_first = shard.index == 0
-    if overview.bad and is_first:
-        tell(
-            f"{overview.bad} of {count} rows can't be answered: they become lines with an error; the first: {overview.first_error}"
-        )
-    if overview.ignored_settings and is_first:
-        names = ", ".join(overview.ignored_settings)
+    if bad and is_first:
+        tell(f"{bad} of {count} rows can't be answered: they become lines with an error; the first: {first_error}")
+    if ignored and is_first:
+        names = ", ".join(sorted(ignored))
         tell(f"rows have settings of their own ({names}): ignored, this command's settings are used")
     model, options = responder.model, responder.options
-    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
+    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
     block = _begin(target, _identity(responder, source, forms), block_size(count, rows))
     own = range(shard.index * block, count, shard.count * block)
@@ -313,34 +311,21 @@ def answer_file(
         tell(f"shard {shard} is finished; the last one to finish makes {target}")
 
 
-@dataclass(frozen=True)
-class _Overview:
-    """Counts of a file: rows that can be answered, and the most positions that one takes; rows that
-    can't, and the first error; settings in rows that are ignored.
+def _scan(responder: Responder, rows: Iterable[InputRow]) -> tuple[int, int, int, str, set[str]]:
+    """The number of rows that can be answered, and the most positions that one takes; the number of
+    the others, and the first error; settings in rows that are ignored.
     """
-
-    asking: int
-    positions: int
-    bad: int
-    first_error: str
-    ignored_settings: list[str]
-
-
-def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
-    bad, first_error = 0, ""
-    ignored_settings: set[str] = set()
-
-    def lengths() -> Iterator[int]:
-        nonlocal bad, first_error
-        for asked in rows:
-            ignored_settings.update(asked.ignored_settings)
-            if asked.error is None:
-                yield responder.prompt_length(asked.history)
-            else:
-                bad, first_error = bad + 1, first_error or asked.error
-
-    asking, positions = positions_needed(responder, lengths())
-    return _Overview(asking, positions, bad, first_error, sorted(ignored_settings))
+    asking = positions = bad = 0
+    first_error = ""
+    ignored: set[str] = set()
+    for asked in rows:
+        ignored.update(asked.ignored_settings)
+        if asked.error is None:
+            _, own = positions_needed(responder, [responder.prompt_length(asked.history)])
+            asking, positions = asking + 1, max(positions, own)
+        else:
+            bad, first_error = bad + 1, first_error or asked.error
+    return asking, positions, bad, first_error, ignored
 
 
 def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[str, Any]:
@@ -369,12 +354,10 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
 
 
 def _folder(target: Path) -> Path:
-    """The folder of finished blocks."""
     return target.with_name(f"{target.name}.partial")
 
 
 def _record(target: Path) -> Path:
-    """The file with everything that the answers depend on."""
     return target.with_name(f"{target.name}.about.json")
 
 

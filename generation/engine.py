@@ -31,6 +31,9 @@ from models.layers import Rotary, TokenRows
 # Like models/layers.TOKEN_MULTIPLE, but finer: prompts are short, and more padding would cost more
 # than new kernels.
 _PROMPT_TOKEN_MULTIPLE = 8
+# Where rows are at different ACT steps, requests enter when this part of the rows is free, or when
+# all that wait have a row. At batch 16 that took 36 prompt forwards in place of 128 for 160 requests.
+_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ class Engine:
             done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
             if not done_slots:
                 return []
-            return self._give(done_slots, self.model.logits(tick.outputs(on_device(done_slots, self.model.device))))
+            return self._give(done_slots, self.model.logits(self._vectors[-1, on_device(done_slots, self.model.device), 0]))
         ids, logps, ready = tick.choose(slots[-1] + 1)
         done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
         return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
@@ -321,12 +324,15 @@ class Engine:
     def _admit(self) -> list[Token]:
         """Admit waiting requests: prefill their prompts and choose their first tokens."""
         running = [row for row in self._rows if row is not None]
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
         same_depth = len({row.depth for row in running}) == 1 and all(row.request.halt_threshold is None for row in running)
         if same_depth and running[0].act_step > 0:
             # Waiting a few ticks keeps all rows at the same ACT step, so the vocabulary head runs
             # once for all of them.
             return []
-        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        if running and not same_depth and len(free) < min(len(self._waiting), len(self._rows) // _GROUPS):
+            # Rows become free one by one, and prompts cost less together.
+            return []
         entering: dict[tuple[int, float | None], list[tuple[int, _Row]]] = {}
         for slot in free[: len(self._waiting)]:
             number, request = self._waiting.popitem(last=False)
@@ -389,9 +395,7 @@ class Engine:
         return refined.output_BTD[last_B], refined.steps_BT[last_B]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
-        """The running rows in these slots."""
         return [row for slot in slots if (row := self._rows[slot]) is not None]
 
     def _rotary_at(self, positions: Sequence[int]) -> Rotary | None:
-        """Rotary tables for one position of each row."""
         return None if self._rotary is None else self._rotary.at(on_device(positions, self.model.device).unsqueeze(1))

@@ -28,6 +28,7 @@ from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from artifacts.files import whole_file  # noqa: E402
 from config.compose import compose_config  # noqa: E402
 from config.errors import UsageError, one_clear_message  # noqa: E402
 from config.schema import PretrainInstructConfig, user_path  # noqa: E402
@@ -36,7 +37,6 @@ from dataset.text.conversation import TaggedRole, Template  # noqa: E402
 from dataset.text.token_cache import Split  # noqa: E402
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path  # noqa: E402
 from models.act import RecursiveModel  # noqa: E402
-from scripts.fetch_tokenizer import write_atomically  # noqa: E402
 from training.estimate import count_parameters  # noqa: E402
 
 _HELD_OUT_ROWS = 2000
@@ -47,21 +47,19 @@ _NO_ROWS = "expected training rows, found none: check the data and dataset.test_
 _Proto: Any = sentencepiece_model_pb2
 
 
-def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
+def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Tokenizer:
     """Train a lossless BPE model (except for U+2581). The same rows give the same model, byte for
     byte.
 
     rows: texts of the turns. Rare characters are encoded as bytes. BOS and EOS are control pieces.
     Raises `UsageError` for no text, and for a vocabulary that is too large or too small for it.
     """
-    sentences = (part for row in rows for text in row for part in _RESERVED.split(text) if part)
-    first = next(sentences, None)
-    if first is None:
+    if not any(map(any, rows)):
         raise UsageError(_NO_ROWS)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=chain([first], sentences),
+            sentence_iterator=(part for row in rows for text in row for part in _RESERVED.split(text) if part),
             model_writer=model,
             vocab_size=vocab_size,
             # A unigram model took 20 times as long to train, and gave no fewer tokens.
@@ -88,7 +86,7 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(model.getvalue())
 
 
-def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
+def trim_tokenizer(tokenizer: Tokenizer, rows: Sequence[Row]) -> Tokenizer:
     """The tokenizer without the pieces that neither `rows`, the template nor ASCII characters need.
 
     rows: texts of the turns. They keep their pieces, with other ids; other text is encoded in
@@ -106,14 +104,12 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
             f"--trim: {tokenizer.path} isn't a SentencePiece model of the kind BPE with byte fallback: name one by "
             "dataset.tokenizer_path"
         )
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
+    if not rows:
         raise UsageError(_NO_ROWS)
     template = Template()
     always = (*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))
     used = set[int]()
-    for row in chain([always, first], rows):
+    for row in chain([always], rows):
         used.update(*map(tokenizer.encode, row))
     rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
@@ -219,10 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokenizer = trim_tokenizer(Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path)), rows)
         else:
             tokenizer = train_tokenizer(rows, options.vocab_size)
-        try:
-            write_atomically(output, tokenizer.model_bytes)
-        except OSError as error:
-            raise UsageError(f"{output} can't be written: {error}; use another --output") from error
+        with whole_file(output, "use another --output") as partial:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(tokenizer.model_bytes)
         print(f"{'trimmed to the pieces of' if options.trim else 'trained on'} {len(rows):,} rows")
         report(config, output)
 
