@@ -2,7 +2,7 @@
 pieces that they use.
 
     python scripts/train_tokenizer.py --vocab-size 4096 --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
-    python scripts/train_tokenizer.py --trim --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
+    python scripts/train_tokenizer.py --trim [--min-count N] --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
 
 Settings are those of a training run (dataset=slimorca, dataset.seed=1, ...); with the same ones,
 held-out rows aren't used. --data is short for dataset=jsonl with this folder or file. A run uses
@@ -17,8 +17,8 @@ import itertools
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,11 +86,11 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(model.getvalue())
 
 
-def trim_tokenizer(tokenizer: Tokenizer, rows: Sequence[Row]) -> Tokenizer:
+def trim_tokenizer(tokenizer: Tokenizer, rows: Sequence[Row], min_count: int = 1) -> Tokenizer:
     """The tokenizer without the pieces that neither `rows`, the template nor ASCII characters need.
 
-    rows: texts of the turns. They keep their pieces, with other ids; other text is encoded in
-    smaller pieces or bytes, and decodes as before. Raises `UsageError` for no rows, and unless the
+    rows: texts of the turns. They keep the pieces that occur at least `min_count` times, with other
+    ids; other text is encoded in smaller pieces or bytes, and decodes as before. Raises `UsageError` for no rows, and unless the
     tokenizer is a SentencePiece BPE model with byte fallback: with another kind, fewer pieces could
     change the encoding of the rows, or make text unknown.
     """
@@ -108,9 +108,8 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Sequence[Row]) -> Tokenizer:
         raise UsageError(_NO_ROWS)
     template = Template()
     always = (*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))
-    used = set[int]()
-    for row in chain([always], rows):
-        used.update(*map(tokenizer.encode, row))
+    counts = Counter(token for row in rows for text in row for token in tokenizer.encode(text))
+    used = {token for token, count in counts.items() if count >= min_count}.union(*map(tokenizer.encode, always))
     rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
     for token in used:
@@ -197,14 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--vocab-size", type=int, help="train one with this many pieces, of which 256 are bytes and 3 no text")
     kind.add_argument("--trim", action="store_true", help="trim dataset.tokenizer_path to the pieces that the data uses")
+    parser.add_argument("--min-count", type=int, help="with --trim: keep pieces that occur this often, default 1")
     parser.add_argument("--data", type=user_path, help="folder or file of conversations; default: the data of the settings")
     parser.add_argument("--output", type=user_path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
     parser.add_argument("--max-rows", type=int, default=100_000, help="use at most this many rows, drawn by `seed`")
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():
-        for flag, value in (("--max-rows", options.max_rows), ("--vocab-size", options.vocab_size)):
+        if options.min_count is not None and not options.trim:
+            raise UsageError("--min-count trims: give it with --trim, or leave it out")
+        for flag in ("max_rows", "vocab_size", "min_count"):
+            value = getattr(options, flag)
             if value is not None and value < 1:
-                raise UsageError(f"{flag}: expected 1 or more, found {value}")
+                raise UsageError(f"--{flag.replace('_', '-')}: expected 1 or more, found {value}")
         config = settings(options.data, options.overrides)
         kind_name = "trimmed" if options.trim else options.vocab_size
         output = options.output or REPOSITORY / f"tokenizers/{config.dataset.source}-{kind_name}/tokenizer.model"
@@ -212,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UsageError(f"{output} exists already, and what was trained with it needs it: use another --output, or delete it")
         rows = draw_rows(rows_of(config, "train"), options.max_rows, config.seed)
         if options.trim:
-            tokenizer = trim_tokenizer(Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path)), rows)
+            whole = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
+            tokenizer = trim_tokenizer(whole, rows, options.min_count or 1)
         else:
             tokenizer = train_tokenizer(rows, options.vocab_size)
         with whole_file(output, "use another --output") as partial:
