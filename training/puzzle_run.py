@@ -89,17 +89,8 @@ def _evaluate(
     measurement: PuzzleMeasurement, config: PretrainPuzzleConfig, model: RecursiveModel, folder: Path, ranks: Ranks, step: int
 ) -> dict[str, Any]:
     """Measure every row of the test split, shared by the ranks."""
-    report: dict[str, Any] = ranks.agree(
-        measurement.measure(
-            model,
-            folder,
-            f"test_step_{step}",
-            save=config.eval_save_outputs,
-            rank=ranks.rank,
-            ranks=ranks.size,
-            sum_over_ranks=ranks.sum_numbers,
-        )
-    )
+    name, save = f"test_step_{step}", config.eval_save_outputs
+    report: dict[str, Any] = ranks.agree(measurement.measure(model, folder, name, save=save, ranks=ranks))
     if ranks.is_first:
         show_evaluation(step, report)
         curve = " ".join(f"{share:.3f}" for share in report["exact_accuracy_by_act_step"])
