@@ -80,7 +80,7 @@ _PANELS = (
             *_by_act_step("test.exact_accuracy_by_act_step.*"),
         ),
     ),
-    Panel("mean ACT steps of a row", (_Curve(METRICS, "mean_act_steps"),)),
+    Panel("mean ACT steps of a row", (_Curve(METRICS, "steps"),)),
     Panel(
         "loss of the halting head, nats",
         (_Curve(METRICS, "halt_loss_per_token", "training"), _Curve(METRICS, "q_halt_loss", "training")),

@@ -140,7 +140,7 @@ def test_two_processes_of_torch_distributed(folder: Path) -> None:
         rank.start()
     for rank in ranks:
         rank.join(timeout=120)
-    assert [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)] == [BY_HAND, None]
+    assert [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)] == [BY_HAND, {}]
     assert json.loads((folder / "submission.json").read_text()) == SUBMISSION
 
 

@@ -55,11 +55,11 @@ class Console:
         """Show that `done` examples are trained."""
         self._bar.update(done - self._bar.n)
 
-    def line(self, step: int, done: int, figures: Mapping[str, float | None], memory: Mapping[str, int]) -> None:
+    def line(self, step: int, done: int, figures: Mapping[str, float], memory: Mapping[str, int]) -> None:
         """Show a part of a log line. memory: the peaks so far in bytes, by name."""
         if not self._shown:
             return
-        texts = {name: "-" if value is None else f"{value:.3f}" for name, value in figures.items()}
+        texts = {name: f"{value:.3f}" for name, value in figures.items()}
         self._bar.set_postfix(texts)
         now = time.perf_counter()
         elapsed = now - self._started

@@ -155,15 +155,13 @@ class Run:
     def _log(self, console: Console | None = None) -> None:
         """Write a log line for the steps since the last one, and show a part of it on `console`."""
         progress, task, now = self.trainer.progress, self.task, self._seconds()
-        window = progress.window.over_ranks(self.ranks, self.config.arch.halt_max_steps)
-        rows, sums = sum(window.halted_at.values()), window.sums
+        window = progress.window.over_ranks(self.ranks)
+        sums = window.sums
         metrics: dict[str, Any] = {
             "step": progress.step,
             "examples": task.done.examples,
             "lr": window.lr,
             **(task.report(sums) if window.steps else {}),
-            "mean_act_steps": sum(depth * count for depth, count in window.halted_at.items()) / rows if rows else None,
-            "halted_at": {str(depth): count for depth, count in window.halted_at.items()},
             "grad_norm": window.grad_norm / window.steps if window.steps else None,
             "skipped_steps": window.skipped,
         }
@@ -182,7 +180,8 @@ class Run:
             self._warn(window.skipped, loss)
         progress.window, progress.seconds_at_line = Window(), now
         if console is not None:
-            figures = {"loss": loss, "act_steps": metrics["mean_act_steps"]}
+            shown = (("loss", task.loss_name), ("act_steps", "steps"))
+            figures = {name: metrics[key] for name, key in shown if key in metrics}
             console.line(progress.step, task.done.examples, figures, memory)
 
     def _warn(self, skipped: int, loss: float | None) -> None:
@@ -323,12 +322,11 @@ class Trainer:
         # Forward and backward, a micro-batch at a time.
         batch = self.task.next_batch(progress.step)
         self.optimizer.zero_grad()
-        losses, weight, sums, depths = list[Tensor](), 0, dict[str, Tensor | int](), list[Tensor]()
+        losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
         for micro_batch in batch.micro_batches:
             micro_batch.loss.backward()
             losses.append(micro_batch.loss.detach())
             weight += micro_batch.weight
-            depths.append(micro_batch.finished_depths)
             for name, value in micro_batch.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
 
@@ -363,7 +361,6 @@ class Trainer:
             self.optimizer.step(batch.lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
-        finished_depths = torch.cat(depths).tolist() if depths else []
         return StepResult(
             step=progress.step,
             lr=config.lr * batch.lr_factor,
@@ -371,7 +368,6 @@ class Trainer:
             grad_norm=grad_norm,
             skipped=skipped,
             sums=sums,
-            finished_depths=[depth for depth in finished_depths if depth],
         )
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
@@ -384,7 +380,7 @@ class Trainer:
         """
         task = self.task.state()
         tensors = {**task.tensors, **{_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}}
-        return TrainerState(tensors, {**self.progress.values(self.ranks, self.config.arch.halt_max_steps), **task.values})
+        return TrainerState(tensors, {**self.progress.values(self.ranks), **task.values})
 
     def load_state(self, state: TrainerState, average: Mapping[str, Tensor] | None = None) -> None:
         """Resume from `state` and the weights' moving `average`, if the run keeps one.
@@ -401,5 +397,5 @@ class Trainer:
         self.progress = RunProgress.from_values(state.values)
         if not self.ranks.is_first:
             # The saved sums of all ranks continue on the first one.
-            self.progress.window = replace(self.progress.window, sums={}, halted_at={})
+            self.progress.window = replace(self.progress.window, sums={})
         self.task.load_state(state)

@@ -215,7 +215,7 @@ class PuzzleTask:
                 "q_continue_loss": loss.continue_bce_B.sum(),
                 **{name: (value_B * counted_B).sum() for name, value_B in of_halted.items()},
             }
-        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums, finished_depths=steps_B * halted_B)
+        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums)
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Means by the original's names: losses over all rows, others over halted, labelled ones."""
@@ -228,8 +228,10 @@ class PuzzleTask:
         return {**losses, **(measures if sums["halted"] else {}), "halted_rows": sums["halted"]}
 
     def state(self) -> TrainerState:
-        """Carry of all ranks, and the position in the data: the same for any number of ranks."""
-        tensors = {name: torch.cat(self.ranks.gather(part.cpu())) for name, part in self.carry.tensors().items()}
+        """Carry of all ranks, at the first one, and the position in the data: the same for any number of ranks."""
+        own = {name: part.cpu() for name, part in self.carry.tensors().items()}
+        of_ranks = self.ranks.gather_at_first(own)
+        tensors = {name: torch.cat([parts[name] for parts in of_ranks]) for name in own} if of_ranks else {}
         return TrainerState(tensors, {"steps_done": self.steps_done, "place_in_data": self._place})
 
     def load_state(self, state: TrainerState) -> None:

@@ -37,8 +37,6 @@ class MicroBatch:
     They include the counts "tokens" and "supervised" and, if attention computes padding,
     "attended": its positions.
     """
-    finished_depths: Tensor
-    """int64, for each row: its number of ACT steps if it finishes with this one, else 0."""
 
 
 @dataclass(frozen=True)

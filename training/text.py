@@ -72,14 +72,10 @@ class TextTask:
     def _position(self, examples: int) -> Position:
         return Position(examples, self._curriculum.rounds_before(examples))
 
-    @property
-    def expected(self) -> float:
-        """Examples of the whole run, at which its schedules end."""
-        return expected_examples(self.config, self._curriculum.total)
-
     def _lr_factor(self) -> float:
         """Fraction of the peak learning rate after the examples admitted so far."""
-        config, admitted, begin, end = self.config, self.admitted, 0, self.expected
+        config, admitted, begin = self.config, self.admitted, 0
+        end: float = expected_examples(config, self._curriculum.total)
         if config.lr_schedule == "stage":
             stage = self._curriculum.stage_of(admitted - 1)
             begin = self._curriculum.begin_of(stage)
@@ -188,6 +184,7 @@ class TextTask:
             loss=loss.total,
             weight=len(supervised),
             sums={
+                "rows": len(examples),
                 "tokens": int(batch["lengths"].sum()) * act_steps,
                 "attended": (len(inputs_M) if model.needs_no_rows else layout.attended) * act_steps,
                 "supervised": len(supervised),
@@ -197,5 +194,4 @@ class TextTask:
                 "supervised_first": len(supervised) if has_first else 0,
                 "nll_first": nll_SN[0].sum() if has_first else 0,
             },
-            finished_depths=torch.full((len(examples),), act_steps),
         )
