@@ -5,9 +5,10 @@ The modeling file consists of the network's own definitions, so there is no seco
 Doesn't need transformers.
 """
 
+import ast
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,13 +17,24 @@ from safetensors.torch import save_file
 
 from artifacts.checkpoint import Checkpoint
 from artifacts.halting import read_halting_calibration
-from artifacts.hf.inline import Inliner
 from artifacts.hf.model_card import model_card
 from config.errors import UsageError
 from dataset.text.conversation import TaggedRole
 from dataset.text.portable_tokenizer import BOS, EOS, chat_template, portable_tokenizer
 
-_TEMPLATE = Path(__file__).with_name("modeling_trm.py")
+# What of the project's own files the modeling file takes the place of imports with, each after what it needs; none: all of it.
+_INLINED: dict[str, tuple[str, ...]] = {
+    **{f"models/recursive_reasoning/{name}.py": () for name in ("base", "trm", "looped", "trm_singlez", "trm_hier6", "hrm")},
+    "models/recursive_reasoning/transformers_baseline.py": (),
+    "models/recursive_reasoning/__init__.py": (),
+    "models/initialization.py": (),
+    "models/cache.py": ("StatefulAttention", "HeldAttention"),
+    "models/layers.py": (
+        "RMS_EPS", "_SWIGLU_MULTIPLE", "Rotary", "rotary_table", "rotate", "Attend", "Linear", "Embedding", "rms_norm", "Attention",
+        "SwiGLU", "Block", "BlockStack",
+    ),
+    "models/losses.py": ("log_probs",),
+}  # fmt: skip
 _OF_ARCH = (
     "name", "hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles", "norm", "qk_norm", "attention",
     "pos_encodings", "rope_theta", "loss", "halt_max_steps",
@@ -35,6 +47,22 @@ H heads, K channels of a head, S positions attended to, V vocabulary.
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.versions import require_version
 
 '''
 
@@ -129,6 +157,28 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def modeling_file() -> str:
-    """The text of the exported modeling_trm.py, with its imports from this project inlined."""
-    inliner = Inliner(_TEMPLATE)
-    return _HEAD + inliner.import_lines() + "\n\n" + "\n\n\n".join(inliner.definitions()) + "\n"
+    """The text of the exported modeling_trm.py, with definitions in place of its imports from this project."""
+    parts = []
+    for path, names in _INLINED.items():
+        parts += [f"# From {path}.", *_definitions(path, names)]
+    return (
+        "\n\n\n".join([_HEAD + parts[0], *parts[1:], "# The model of transformers.", *_definitions("artifacts/hf/modeling_trm.py")])
+        + "\n"
+    )
+
+
+def _definitions(path: str, names: Sequence[str] = ()) -> Iterator[str]:
+    """The text of a file's definitions of `names`, or of all, with decorators, comments above and docstrings below."""
+    text = (Path(__file__).parents[2] / path).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    nodes = [node for node in ast.parse(text).body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
+    starts = []
+    for node in nodes:
+        start = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))]) - 1
+        while lines[start - 1].startswith("#"):
+            start -= 1
+        starts.append(start)
+    for node, start, end in zip(nodes, starts, [*starts[1:], len(lines)], strict=True):
+        name = node.name if isinstance(node, ast.ClassDef | ast.FunctionDef) else lines[node.lineno - 1].split()[0].rstrip(":")
+        if not names or name in names:
+            yield "\n".join(lines[start:end]).rstrip()
