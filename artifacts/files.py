@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ _REMEDY = "free space, or write to another place"
 
 
 @contextlib.contextmanager
+def _written(path: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} can't be written: {error}; {remedy}") from error
+
+
+@contextlib.contextmanager
 def whole_file(path: Path, remedy: str = _REMEDY, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield a new path beside `path`. What the block writes there replaces `path` at its end, unless the block raises.
 
@@ -23,7 +31,7 @@ def whole_file(path: Path, remedy: str = _REMEDY, *, keep_existing: bool = False
     with `remedy`, where the file can't be written.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with _written(path, remedy):
         try:
             yield partial
             with partial.open("rb") as written:
@@ -34,8 +42,6 @@ def whole_file(path: Path, remedy: str = _REMEDY, *, keep_existing: bool = False
                 partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} can't be written: {error}; {remedy}") from error
 
 
 def _rename_if_new(partial: Path, path: Path) -> None:
@@ -68,3 +74,32 @@ def json_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
             if not isinstance(found, dict) or key not in found:
                 raise UsageError(f"{path}, line {number} is damaged: expected an object with {key!r}; mend or delete that line")
             yield found
+
+
+class JsonLines:
+    """A file that JSON lines are appended to, readable while it grows. Its `length` in bytes is known, to cut it back to later.
+
+    Raises UsageError if the file can't be written.
+    """
+
+    _REMEDY = "free space, make the folder writable, or choose another checkpoint_dir"
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        """keep: bytes of an existing file to keep."""
+        with _written(path, self._REMEDY):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self.length = min(keep, self._file.tell())
+            self._file.truncate(self.length)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append a line."""
+        line = (json.dumps(values) + "\n").encode()
+        with _written(Path(self._file.name), self._REMEDY):
+            self._file.write(line)
+            self._file.flush()
+        self.length += len(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
