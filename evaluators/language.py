@@ -85,7 +85,7 @@ class LanguageResult(NamedTuple):
     """`by_depth` ends with the requested depth; with a halting threshold it has only that one."""
 
     by_depth: list[LanguageSums]
-    by_source: dict[str, "LanguageResult"] = {}
+    by_source: "dict[str, LanguageResult] | None" = None
     """The result of each source, if there are several."""
 
     def worse_steps(self) -> list[int]:
