@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from artifacts.files import read_json
 from artifacts.weights import load_tensors, read_weights, save_weights, weights_file
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
@@ -241,7 +242,7 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
         near = checkpoints_of(place) or runs
         found = f"; found nearby: {', '.join(map(str, near[:5]))}{', ...' if len(near) > 5 else ''}" if near else ""
         raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json, or that of a run{found}")
-    about = _read_json(folder / "checkpoint.json")
+    about = read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     if missing := sorted(keys - about.keys()):
         for key, door in _DOOR_OF_KIND.items():
@@ -290,13 +291,13 @@ class SavedRun:
 
 def read_saved_run(folder: Path) -> SavedRun:
     """Read a whole checkpoint folder before using any of it. Raises UsageError if it is damaged."""
-    about = _read_json(folder / "checkpoint.json")
+    about = read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     settings = read_settings(folder)
     averaged = folder / "ema.safetensors"
     if settings.get("ema") and not averaged.exists():
         raise UsageError(f"the checkpoint {folder} is damaged: it has no {averaged.name}")
-    values = _read_json(folder / "trainer/state.json")
+    values = read_json(folder / "trainer/state.json")
     return SavedRun(
         folder=folder,
         about=about,
@@ -319,21 +320,11 @@ def step_of(folder: Path) -> int:
 
 def read_train_metrics(checkpoint: Path) -> dict[str, Any]:
     """The run's metrics at this checkpoint. Raises UsageError if they can't be read."""
-    return _read_json(checkpoint / "train_metrics.json")
+    return read_json(checkpoint / "train_metrics.json")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"the checkpoint file {path} is damaged: expected a JSON object")
-    return values
 
 
 def _sync(path: Path) -> None:

@@ -60,6 +60,17 @@ def write_whole(path: Path, content: bytes, remedy: str = _REMEDY) -> None:
         partial.write_bytes(content)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UsageError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can't be read: {error}; put an intact one there") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: expected a JSON object; put an intact one there")
+    return found
+
+
 def json_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file's lines, up to one that is still being written. Raises UsageError for a line without `key`."""
     with path.open("rb") as lines:

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 
 from artifacts.checkpoint import checkpoints_of, read_about, read_settings
-from artifacts.files import json_lines, write_whole
-from artifacts.plots import METRICS, TIMING, Log, distinct_names, draw_panel, panels_of, read_log, set_logarithmic, svg
+from artifacts.files import json_lines, read_json, write_whole
+from artifacts.plots import Log, distinct_names, draw_panel, label_axes, panels_of, read_log, set_logarithmic, svg
 from artifacts.weights import count_parameters, weights_file
-from config.errors import UsageError
 from config.upgrade import shipped_settings
 
 if TYPE_CHECKING:
@@ -91,12 +90,12 @@ class _Run:
         is_checkpoint = (path / "checkpoint.json").is_file()
         folder = path.absolute().parent if is_checkpoint else path
         self.name = folder.absolute().name
-        is_run = not is_checkpoint or (folder / METRICS).is_file()
+        is_run = not is_checkpoint or (folder / "metrics.jsonl").is_file()
         last = read_about(path, {"step"})["step"] if is_checkpoint else math.inf
-        whole = read_log(folder) if is_run else {METRICS: {}, TIMING: {}}
-        self.log: Log = {file: {step: line for step, line in lines.items() if step <= last} for file, lines in whole.items()}
+        self.log: Log = {step: line for step, line in (read_log(folder) if is_run else {}).items() if step <= last}
         self.checkpoint = path if is_checkpoint else next(reversed(checkpoints_of(path)), None)
         self.settings = {} if self.checkpoint is None else read_settings(self.checkpoint, say=lambda _: None)
+        self.flat = dict(_flat(self.settings))
         self.about, self.puzzles, self.halting, self.depths = (
             self._json(name) for name in ("checkpoint.json", "dataset.json", "halting.json", "depth.json")
         )
@@ -104,23 +103,15 @@ class _Run:
         # A measurement of the first batches only is a trial.
         found = [(name, of) for name, of in measured.items() if of and of.get("max_batches") is None]
         # A checkpoint is described by the evaluation of its own step only.
-        lines = {step: line for step, line in self.log[METRICS].items() if step == last or not is_checkpoint}
-        found += [(f"training, step {step}", lines[step]["test"]) for step in sorted(lines, reverse=True) if "test" in lines[step]]
+        tests = {step: line["test"] for step, line in self.log.items() if "test" in line and (step == last or not is_checkpoint)}
+        found += [(f"training, step {step}", test) for step, test in reversed(tests.items())]
         found += [("train_metrics.json", line["test"]) for line in [self._json("train_metrics.json")] if "test" in line]
         nothing: tuple[str | None, Mapping[str, Any]] = (None, {})
         self.measured_by, self.measured = next(iter(found), nothing)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = None if self.checkpoint is None else self.checkpoint / name
-        if path is None or not path.is_file():
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged: {error}; write it again, or delete it") from error
-        if not isinstance(found, dict):
-            raise UsageError(f"{path} is damaged: expected a JSON object; write it again, or delete it")
-        return found
+        return {} if path is None or not path.is_file() else read_json(path)
 
     def samples(self) -> list[dict[str, Any]]:
         """The first generated answers to the test split."""
@@ -129,13 +120,9 @@ class _Run:
             return []
         return [record for record in islice(json_lines(path, "prompt"), _ANSWERS_SHOWN) if "answer" in record]
 
-    def setting(self, key: str) -> Any:
-        """A setting by its dotted key, None if there is none."""
-        return dict(_flat(self.settings)).get(key)
-
-    def last(self, file: str, key: str) -> Any:
-        """The last value of a key in a log, None if there is none."""
-        return next((line[key] for line in reversed(list(self.log[file].values())) if line.get(key) is not None), None)
+    def last(self, key: str) -> Any:
+        """The last value of a key in the log, None if there is none."""
+        return next((line[key] for line in reversed(list(self.log.values())) if line.get(key) is not None), None)
 
     def by_act_step(self) -> list[Mapping[str, Any]]:
         """The metrics at 1, 2, ... ACT steps; empty with a halting threshold."""
@@ -190,17 +177,17 @@ def _sections(runs: Sequence[_Run]) -> Iterator[Section]:
 def _overview(runs: Sequence[_Run]) -> Section:
     facts: list[tuple[str, Callable[[_Run], Cell]]] = [
         ("checkpoint", lambda run: _cell(run.checkpoint and run.checkpoint.name)),
-        ("recursion", lambda run: _cell(run.setting("arch.name"))),
+        ("recursion", lambda run: _cell(run.flat.get("arch.name"))),
         ("parameters", lambda run: _cell(run.parameters())),
-        ("width", lambda run: _cell(run.setting("arch.hidden_size"))),
-        ("ACT steps, at most", lambda run: _cell(run.setting("arch.halt_max_steps"))),
-        ("optimizer", lambda run: _cell(run.setting("optimizer"))),
-        ("rows of an optimizer step", lambda run: _cell(run.setting("global_batch_size"))),
-        ("optimizer steps", lambda run: _cell(run.last(METRICS, "step"))),
-        ("rows trained", lambda run: _cell(None if run.puzzles else run.last(METRICS, "examples"))),
-        ("training time", lambda run: _duration(run.last(TIMING, "seconds"))),
-        ("peak memory of the process", lambda run: _gigabytes(run.last(TIMING, "peak_rss_bytes"))),
-        ("peak memory of the GPU", lambda run: _gigabytes(run.last(TIMING, "cuda_peak_bytes"))),
+        ("width", lambda run: _cell(run.flat.get("arch.hidden_size"))),
+        ("ACT steps, at most", lambda run: _cell(run.flat.get("arch.halt_max_steps"))),
+        ("optimizer", lambda run: _cell(run.flat.get("optimizer"))),
+        ("rows of an optimizer step", lambda run: _cell(run.flat.get("global_batch_size"))),
+        ("optimizer steps", lambda run: _cell(run.last("step"))),
+        ("rows trained", lambda run: _cell(None if run.puzzles else run.last("examples"))),
+        ("training time", lambda run: _duration(run.last("seconds"))),
+        ("peak memory of the process", lambda run: _gigabytes(run.last("peak_rss_bytes"))),
+        ("peak memory of the GPU", lambda run: _gigabytes(run.last("cuda_peak_bytes"))),
         ("held out: measured by", lambda run: _cell(run.measured_by)),
         ("held out: rows", lambda run: _cell(run.measured.get("rows", run.measured.get("counts", {}).get("conversations")))),
         ("held out: ACT steps, at most", lambda run: _cell(run.measured.get("act_steps", len(run.by_act_step()) or None))),
@@ -229,7 +216,7 @@ def _data(runs: Sequence[_Run]) -> Section:
             lengths += [(f"{of_run}{source}, {name}", split["lengths"]) for name, split in splits.items() if "lengths" in split]
         if run.puzzles:
             known = [(Cell(name.replace("_", " ")), _cell(value)) for name, value in run.puzzles.items() if isinstance(value, int)]
-            data = (Cell("data"), Cell(", ".join(run.setting("data_paths") or [])))
+            data = (Cell("data"), Cell(", ".join(run.flat.get("data_paths") or [])))
             tables.append(Table((f"{of_run}puzzles", "training"), [data, *known]))
     curves = [
         (name, of["edges"], [*(whole + cut for whole, cut in zip(of["whole"], of["cut"], strict=True)), 0]) for name, of in lengths
@@ -330,23 +317,25 @@ def _families(runs: Sequence[_Run]) -> Section:
             above = [max(0.0, score.get("upper_95", score["accuracy"]) - score["accuracy"]) for _, score in scores]
             # Bars of the runs side by side.
             places = [place + 0.2 * (number - (len(found) - 1) / 2) for place, _ in scores]
-            axes.errorbar(values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name)
+            axes.errorbar(
+                values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name if len(found) > 1 else ""
+            )
         axes.set_yticks(range(len(families)), families)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.02)
-        _label(axes, "answers exact, with 95 % intervals", "share of the family's questions")
+        label_axes(axes, "answers exact, with 95 % intervals", "share of the family's questions")
 
     return Section("Answers by family", missing, [partial(svg, draw, height=1 + 0.22 * len(families))], [Table(head, rows)])
 
 
 def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: bool = False, **style: Any) -> Callable[[], str]:
     def draw(axes: "Axes") -> None:
-        for label, positions, values in curves:
-            axes.plot(positions, values, label=label, markersize=4, linewidth=1.2, **style)
+        for name, positions, values in curves:
+            axes.plot(positions, values, label=name if len(curves) > 1 else "", markersize=4, linewidth=1.2, **style)
         if logarithmic:
             set_logarithmic(axes)
         axes.locator_params(axis="x", integer=xlabel == "ACT steps")
-        _label(axes, title, xlabel)
+        label_axes(axes, title, xlabel)
 
     return partial(svg, draw)
 
@@ -355,23 +344,14 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[Sequence[float], Se
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _label(axes: "Axes", title: str, xlabel: str) -> None:
-    axes.set_title(title, fontsize="medium")
-    axes.set_xlabel(xlabel, fontsize="small")
-    axes.tick_params(labelsize="small")
-    axes.grid(alpha=0.3)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(fontsize="small")
-
-
 def _samples(runs: Sequence[_Run]) -> Section:
-    answers = [Answers(run.name, run.samples(), run.setting("arch.halt_max_steps")) for run in runs]
+    answers = [Answers(run.name, records, run.flat["arch.halt_max_steps"]) for run in runs if (records := run.samples())]
     missing = f"python inference_instruct.py --checkpoint RUN --generate --max-generated {_ANSWERS_SHOWN}"
-    return Section("Sample answers", missing, answers=[of_run for of_run in answers if of_run.records])
+    return Section("Sample answers", missing, answers=answers)
 
 
 def _settings(runs: Sequence[_Run]) -> Section:
-    found = [dict(_flat(run.settings)) for run in runs]
+    found = [run.flat for run in runs]
     shipped = [dict(_flat(shipped_settings(run.settings))) for run in runs]
 
     def differs(key: str) -> bool:
