@@ -24,31 +24,30 @@ _ORIGINAL_KEYS = {
 
 def type_of_key(path: Sequence[str], kind: type[TrainingConfig]) -> Any:
     """The type of a key of a config of `kind`, given as the key's parts; None if there is no such key."""
-    found: Any = kind
-    for part in path:
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            field = found.model_fields.get(part)
-            found = None if field is None else field.annotation
-        else:
-            # The names in a dict are the user's; in a list sections are known by their numbers.
-            is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
-            found = get_args(found)[1] if get_origin(found) is dict else get_args(found)[0] if is_item else None
-    return found
+    return _find(path, kind)[0]
 
 
 def on_resume(key: str, kind: type[TrainingConfig]) -> OnResume:
     """What happens when a run of `kind` is resumed with another value of `key`, a dotted name."""
+    return _find(key.split("."), kind)[1]
+
+
+def _find(path: Sequence[str], kind: type[TrainingConfig]) -> tuple[Any, OnResume]:
+    """A key's type, or None, and the innermost mark on the way to it."""
     found: Any = kind
     mark = OnResume.REPORTED
-    for part in key.split("."):
-        if get_origin(found) is dict:
-            # The names in it are the user's.
-            found = get_args(found)[1]
-        elif isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
-            field = found.model_fields[part]
-            mark = next((own for own in field.metadata if isinstance(own, OnResume)), mark)
-            found = field.annotation
-    return mark
+    for part in path:
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            field = found.model_fields.get(part)
+            mark = next((own for own in field.metadata if isinstance(own, OnResume)), mark) if field else mark
+            found = field.annotation if field else None
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]  # the names in it are the user's
+        else:
+            # In a list, sections are known by their numbers.
+            is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
+            found = get_args(found)[0] if is_item else None
+    return found, mark
 
 
 def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
