@@ -71,9 +71,7 @@ def save_checkpoint(
     data_hash: str,
     data_report: Mapping[str, Any] | None = None,
 ) -> None:
-    """`write_checkpoint` for a language model, with tokenizer and template. data_report: files and
-    counts of its data.
-    """
+    """`write_checkpoint` for a language model. data_report: files and counts of its data."""
     write_checkpoint(
         folder,
         snapshot,
@@ -232,9 +230,7 @@ def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
 
 
 def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
-    """Read checkpoint.json of a folder. Raises UsageError if it is missing, lacks one of `keys`, or
-    is of another kind of model.
-    """
+    """checkpoint.json of a folder, with at least `keys`. Raises UsageError."""
     if not (folder / "checkpoint.json").is_file():
         place = folder if folder.is_dir() else folder.parent
         # The runs of a project, or of all projects. No deeper: `place` may be any folder.

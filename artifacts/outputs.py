@@ -20,9 +20,7 @@ _REMEDY = "free space, or name another --output-dir"
 
 
 class SavedOutputs:
-    """Collects the tensors named `keys`, each [rows, ...], in the order of the split. Rows of those
-    in OUTPUT_FILL may differ in length.
-    """
+    """Collects tensors [rows, ...] by name. Rows of those in OUTPUT_FILL may differ in length."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = tuple(keys)

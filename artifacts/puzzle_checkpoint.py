@@ -48,9 +48,7 @@ def save_puzzle_checkpoint(
 
 @dataclass(frozen=True)
 class PuzzleCheckpoint:
-    """An open checkpoint folder: its config and the description of its data. `read_weights(folder)`
-    reads the weights.
-    """
+    """An open checkpoint folder: its config and the description of its data."""
 
     folder: Path
     config: PretrainPuzzleConfig

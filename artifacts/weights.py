@@ -1,6 +1,4 @@
-"""Files of weights: a checkpoint's safetensors, and state dicts of other programs. From a pickle,
-only tensors are read.
-"""
+"""Files of weights: safetensors, and pickled state dicts, of which only tensors are read."""
 
 import math
 from collections.abc import Mapping

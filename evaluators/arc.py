@@ -1,6 +1,4 @@
-"""ARC by voting: inverts the augmentations of a puzzle's predictions and counts equal grids. Knows
-no model and no training.
-"""
+"""ARC by voting: counts equal grids among the predictions for the augmented forms of a puzzle."""
 
 import json
 from collections.abc import Sequence
@@ -27,9 +25,7 @@ _NO_PREDICTION = [[0]]
 
 @dataclass
 class Votes:
-    """Votes by (puzzle, hash of the input) and hash of the predicted grid: number of votes and sum
-    of halting probabilities.
-    """
+    """Votes by question and hash of the predicted grid: their number and sum of probabilities."""
 
     counts: dict[tuple[str, bytes], dict[bytes, tuple[int, float]]] = field(default_factory=dict)
     grids: dict[bytes, Grid] = field(default_factory=dict)
@@ -94,9 +90,7 @@ class ARC:
     def __init__(
         self, data_path: str | Path, *, pass_ks: Sequence[int] = PASS_KS, attempts: int = ATTEMPTS, accumulate: bool = True
     ) -> None:
-        """data_path: folder of dataset/build_arc_dataset.py. attempts: per test input of a
-        submission. Raises `UsageError`.
-        """
+        """data_path: of dataset/build_arc_dataset.py. attempts: of a submission. Raises UsageError."""
         self._pass_ks = tuple(pass_ks)
         self._attempts = attempts
         self._accumulate = accumulate

@@ -1,6 +1,4 @@
-"""Generates answers for a split, to score them by family at every depth or to write them to a file.
-Knows no training or flags.
-"""
+"""Generates answers for a split, to score them by family at every depth or to write them."""
 
 import contextlib
 import itertools

@@ -117,9 +117,7 @@ def evaluate_sources(
     on_output: Callable[[DepthOutput], None] | None = None,
     **options: Any,
 ) -> LanguageResult:
-    """`evaluate_language` on each source of `corpus`, with the same limits, and sums over all. Rows
-    are numbered in the corpus.
-    """
+    """`evaluate_language` of each source, and the sums over all. Rows are numbered in the corpus."""
     by_source: dict[str, LanguageResult] = {}
     begin = 0
 

@@ -36,12 +36,11 @@ _SUMS = ("rows", *_MEASURES, _ORACLE)
 
 @dataclass(frozen=True)
 class PuzzleOutput:
-    """A batch's rows, without padding, after their last step. `row` (int64 [B]) is each one's index
-    in the set `set_name`.
-    """
+    """A batch's rows, without padding, after their last step."""
 
     set_name: str
     row: Tensor
+    """int64 [B]: the place of each in its set."""
     inputs_BT: Tensor
     labels_BT: Tensor
     puzzle_ids_B: Tensor
@@ -55,9 +54,7 @@ class PuzzleOutput:
     """The chosen sample of each puzzle."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the chosen samples, by the names to save them under
-        (config.schema.PuzzleOutputName).
-        """
+        """The tensors of the chosen samples, by the names of config.schema.PuzzleOutputName."""
         place = torch.arange(len(self.chosen_B), device=self.chosen_B.device), self.chosen_B
         return {
             "inputs": self.inputs_BT,
@@ -206,9 +203,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
 
 
 def _of_chosen(measured_BKM: Tensor, chosen_B: Tensor) -> Tensor:
-    """The metrics of each puzzle's chosen sample, with the ACT steps of all samples and whether any
-    of them is right.
-    """
+    """Of each puzzle's chosen sample; ACT steps of all its samples, and whether any is right."""
     of_chosen_BM = measured_BKM[torch.arange(len(chosen_B), device=chosen_B.device), chosen_B]
     of_chosen_BM[:, _MEASURES.index("steps")] = measured_BKM[..., _MEASURES.index("steps")].sum(dim=1)
     any_right_B1 = measured_BKM[..., _MEASURES.index("exact_accuracy")].amax(dim=1, keepdim=True)

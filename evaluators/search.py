@@ -27,9 +27,7 @@ _SYMMETRY_DRAW = "samples"
 
 
 class Forms(NamedTuple):
-    """Symmetric forms of R rows of tokens: the source cell of each cell, and the new value of each
-    token (dataset.puzzles.kinds).
-    """
+    """Symmetric forms of R rows: the source cell of each cell, and the new value of each token."""
 
     cells_RT: Tensor
     tokens_RV: Tensor

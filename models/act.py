@@ -335,16 +335,12 @@ class RecursiveModel(nn.Module):
         )
 
     def halt_logits(self, output_ND: Tensor) -> Tensor:
-        """Halt and continue logits [N, 2] of outputs [N, D]: one pair a token of text (which uses
-        the first) or a puzzle's row.
-        """
+        """Halt and continue logits [N, 2] of outputs [N, D], of tokens or of puzzles' rows."""
         logits: Tensor = self.q_head(output_ND)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def halting_probability(self, output_ND: Tensor, act_step: int | Tensor) -> Tensor:
-        """Probability [N] that the argmax of outputs [N, D] is right after ACT step `act_step`
-        (from 0; one for all, or [N]).
-        """
+        """Probability [N] that the argmax is right after ACT step `act_step`, from 0 (one, or [N])."""
         deepest = self.halt_calibration.shape[1] - 1
         chosen = min(act_step, deepest) if isinstance(act_step, int) else act_step.clamp(max=deepest)
         scale, shift = self.halt_calibration[:, chosen]

@@ -81,9 +81,7 @@ class Ranks:
         return values
 
     def gather_at_first(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, at the first one; an empty list elsewhere. Tensors in
-        them are on the host.
-        """
+        """`gather`, but an empty list on ranks other than the first."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_first else None

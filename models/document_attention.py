@@ -65,9 +65,7 @@ def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) ->
 
 
 def _visible_range(starts_R1: Tensor, segments_N: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last token [N] that each token sees: from the start of its document to itself or
-    the end of its prompt segment.
-    """
+    """First and last token [N] that each token sees."""
     tokens = len(segments_N)
     token_N = torch.arange(tokens, dtype=torch.int32, device=segments_N.device)
     document_N = torch.bucketize(token_N, starts_R1, right=True) - 1

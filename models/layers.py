@@ -57,9 +57,7 @@ TOKEN_MULTIPLE = 64
 
 
 class TokenRows(NamedTuple):
-    """The places of unpadded tokens in rows: token n is at position `index_N[n] % positions` of row
-    `index_N[n] // positions`.
-    """
+    """Places of unpadded tokens: `index_N` is row * positions + position of each."""
 
     index_N: Tensor
     rows: int

@@ -81,9 +81,7 @@ def _compiled_logits_to_gradient() -> Callable[[Tensor, Tensor, Tensor, str], tu
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_n w_n * -log p(label_n) with logits = output @ weight^T, by chunks of tokens; forward
-    computes the gradients too.
-    """
+    """sum_n w_n * -log p(label_n) by chunks of tokens; forward computes the gradients too."""
 
     @staticmethod
     def forward(

@@ -23,9 +23,7 @@ _WARM_UP_SECONDS = 20.0
 
 
 class Console:
-    """Plan and progress of a run, as a context manager: a bar on a terminal, else a line now and
-    then. Silent unless `shown`.
-    """
+    """Plan and progress of a run: a bar on a terminal, else lines. Silent unless `shown`."""
 
     def __init__(self, config: TrainingConfig, *, total: int, done: int, seconds: float, shown: bool) -> None:
         """total: examples of the run. done: those already trained, in `seconds`."""

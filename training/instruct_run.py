@@ -126,9 +126,7 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
 
 
 def _load_initial_weights(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
-    """Load the weights of `source`. Raises UsageError if they don't fit the model or were trained
-    with another tokenizer.
-    """
+    """Load the weights of `source`. Raises UsageError if they are for another tokenizer or model."""
     if (source / "checkpoint.json").is_file() and (own := open_checkpoint(source).tokenizer).sha256 != tokenizer.sha256:
         raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / own.file_name})")
     load_weights(model, read_weights(source), source)

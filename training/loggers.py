@@ -1,6 +1,4 @@
-"""The run's metrics loggers: JSONL files always, W&B and TensorBoard as configured. Knows nothing
-of what is trained.
-"""
+"""Loggers of metrics: JSONL files always, W&B and TensorBoard as configured."""
 
 import os
 from collections.abc import Mapping
@@ -54,9 +52,7 @@ class RunLogger:
             self._tensorboard.flush()
 
     def state(self) -> dict[str, Any]:
-        """The `saved` of a resumed run: JSON values under the names of
-        `training.progress.RunProgress`.
-        """
+        """JSON values to resume from, named as in `training.progress.RunProgress`."""
         return {
             "metrics_log_bytes": self._metrics.length,
             "timing_log_bytes": self._timing.length,

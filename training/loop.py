@@ -375,9 +375,7 @@ class Trainer:
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped_in(self.model)
 
     def state(self) -> TrainerState:
-        """Everything that training resumes from, except the weights and their average. All ranks
-        must call it between steps.
-        """
+        """What training resumes from beside weights. All ranks must call it between steps."""
         task = self.task.state()
         tensors = {**task.tensors, **{_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}}
         return TrainerState(tensors, {**self.progress.values(self.ranks), **task.values})

@@ -68,9 +68,7 @@ class ModelOptimizer:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load the `state` of an optimizer of the same kind. Parameters that it doesn't name have
-        had no gradient yet.
-        """
+        """Load `state`. Parameters that it does not name have had no gradient yet."""
         for place, value in state.items():
             what, name = place.split(".", 1)
             p = self._parameters[name]

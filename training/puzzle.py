@@ -31,9 +31,7 @@ _EXPLORATION_DRAW = 2
 
 
 def exploration(seed: int, step: int, rows: int, probability: float, max_steps: int) -> np.ndarray:
-    """The minimum depth of each of `rows` slots at optimizer step `step`, int64: 0, or with
-    `probability` one of 2..max_steps.
-    """
+    """Minimum depth of each slot at a step, int64: 0, or by `probability` one of 2..max_steps."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, _EXPLORATION_DRAW, step, 0]))
     explores, depth = generator.random((2, rows))
     minimum = np.minimum(2 + (depth * (max_steps - 1)).astype(np.int64), max_steps)
@@ -139,9 +137,7 @@ class PuzzleTask:
         )
 
     def _enter(self, batch: PuzzleBatch) -> None:
-        """Put the rows of `batch`, with initial states, into the free slots of the same number;
-        discard the other rows.
-        """
+        """Put rows of `batch`, with initial states, into the free slots of the same number."""
         carry = self.carry
         free_B = carry.halted_B
         for target, rows in (

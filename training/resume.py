@@ -99,9 +99,7 @@ def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePo
 
 
 def prepare_model(model: RecursiveModel, config: TrainingConfig, device: torch.device, folder: Path, ranks: Ranks) -> None:
-    """Move `model` to `device`, set matmul precision and compile as configured, and report on the
-    run in `folder`.
-    """
+    """Move `model` to `device`, compile as configured, and report on the run in `folder`."""
     model.to(device)
     set_matmul_precision(config.tf32, device)
     if should_compile(config.compile, device):

@@ -216,9 +216,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.recursion.step(states, x_BTD, call)
 
     def _visible(self, attention_mask: Tensor, segments_BT: Tensor) -> Tensor:
-        """What new positions see: the past and, with attention "prefix", their whole prompt
-        segment. Padding sees only itself.
-        """
+        """What new positions see: the past, and with attention "prefix" their prompt segment."""
         key_S = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         past = len(key_S) - segments_BT.shape[1]
         query_T1 = key_S[past:, None]
