@@ -153,11 +153,10 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
-    """Open a folder written by `save_checkpoint`, or the newest one in a run's folder
-    (`newest_checkpoint`).
+    """Open a folder written by `save_checkpoint`, or the newest one in a run's folder.
 
-    The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same
-    content. Raises UsageError if the folder is missing, damaged or of another kind.
+    Its tokenizer is its own; that of `tokenizer_path`, if given, must have the same content. Raises
+    UsageError.
     """
     folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "tokenizer_sha256", "template", "data_hash"})
@@ -185,8 +184,7 @@ def _to_stderr(text: str) -> None:
 def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Path:
     """The newest intact checkpoint of a run's folder; any other `path` is returned unchanged.
 
-    `say` reports the choice and the damaged checkpoints that are skipped. Raises UsageError if none
-    of a run's checkpoints is intact.
+    `say` reports the choice, and damaged ones. Raises UsageError if none is intact.
     """
     if (path / "checkpoint.json").is_file():
         return path
@@ -249,11 +247,7 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
 
 
 def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict[str, Any]:
-    """Read config.yaml of a checkpoint folder, upgraded to this version (config/upgrade.py). `say`
-    reports dropped keys.
-
-    Raises UsageError if it is missing or damaged.
-    """
+    """config.yaml of a folder, upgraded to this version. `say` reports dropped keys. Raises UsageError."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

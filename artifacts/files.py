@@ -88,10 +88,7 @@ def json_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
 
 
 class JsonLines:
-    """A file that JSON lines are appended to, readable while it grows. Its `length` in bytes is known, to cut it back to later.
-
-    Raises UsageError if the file can't be written.
-    """
+    """A file that JSON lines are appended to, and its length in bytes. Raises UsageError."""
 
     _REMEDY = "free space, make the folder writable, or choose another checkpoint_dir"
 

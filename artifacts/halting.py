@@ -1,5 +1,4 @@
-"""halting.json in a checkpoint folder: scale and shift that calibrate the halting logit at each
-depth.
+"""halting.json in a checkpoint folder: calibrates the halting logit at each depth.
 
 It belongs to one set of weights and names it by hash. evaluators/calibration.py fits it.
 """

@@ -46,10 +46,7 @@ class SavedOutputs:
             self._batches += batches
 
     def write(self, path: Path) -> None:
-        """Write all batches atomically, padded to the longest row, and the tensor `rows`.
-
-        Raises UsageError if that fails.
-        """
+        """Write all batches, padded to the longest row, and the tensor `rows`. Raises UsageError."""
         rows = torch.cat(self._rows)
         order = torch.argsort(rows)
         saved = {"rows": rows[order].contiguous()}

@@ -1,8 +1,6 @@
-"""Curves of one or more runs, from metrics.jsonl and timing.jsonl, as run.png or as SVG for an HTML
-page.
+"""Curves of runs, from metrics.jsonl and timing.jsonl, as run.png or as SVG for an HTML page.
 
-Knows files and keys, not training. matplotlib is imported on use, so that other programs start
-fast.
+Knows files and keys, not training. matplotlib is imported on use: other programs start fast.
 """
 
 import io
@@ -23,11 +21,10 @@ Log = Mapping[int, Mapping[str, Any]]
 
 
 class _Curve(NamedTuple):
-    """One value of a log. `key` may lead into sections and lists:
-    `test.by_act_step.0.bits_per_byte`.
+    """One value of a log. `key` leads into sections and lists: `test.by_act_step.0.bits_per_byte`.
 
-    A list has a value for each ACT step. Its last value is left out, because it is also a key
-    beside the list.
+    The last value of a list, which has one for each ACT step, is left out: it is also a key beside
+    the list.
     """
 
     key: str
@@ -93,10 +90,7 @@ _COLUMNS = 2
 
 
 def read_log(folder: Path) -> Log:
-    """The logs of the run in `folder`. If a step has several lines, as with an evaluation, they are joined, and the last counts.
-
-    Raises UsageError if it has no metrics.jsonl, or a line is damaged.
-    """
+    """Both logs of a run by step; of several lines of a step the last counts. Raises UsageError."""
     if not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
     log: dict[int, dict[str, Any]] = {}
@@ -178,10 +172,7 @@ _TEXT: dict[Any, Any] = {"text.parse_math": False}
 
 
 def draw_runs(folders: Sequence[Path], path: Path) -> None:
-    """Draw the runs in `folders` to the PNG file `path`.
-
-    Raises UsageError if `read_log` does, matplotlib is missing, or the file can't be written.
-    """
+    """Draw the runs in `folders` to the PNG file `path`. Raises UsageError."""
     figure_of = _figure_class()
     from matplotlib import rc_context
 
@@ -214,11 +205,7 @@ _SVG_STYLE: dict[Any, Any] = {
 
 
 def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
-    """The drawing of `draw` as an <svg> element; its text has the colours and the font of the page
-    around it. height: inches.
-
-    Raises UsageError if matplotlib is missing.
-    """
+    """The drawing of `draw` as an <svg> element in the colours and font of its page. height: inches."""
     figure_of = _figure_class()
     from matplotlib import rc_context
 

@@ -1,8 +1,6 @@
-"""A report of one run, or of several side by side: an HTML page that needs no network, or Markdown
-for a model card.
+"""A report of runs: an HTML page that needs no network, or Markdown for a model card.
 
-All its figures come from the runs' files. For a missing figure it names the command that measures
-it. Knows files and keys, nothing of training, models or command lines.
+All figures come from the runs' files. For a missing one it names the command that measures it.
 """
 
 import json
@@ -81,10 +79,7 @@ class Section(NamedTuple):
 
 
 class _Run:
-    """The files of a run and its newest checkpoint, or of the run up to the checkpoint `path`.
-
-    Raises UsageError if `path` is neither.
-    """
+    """A run's files and newest checkpoint, or of a run up to a checkpoint. Raises UsageError."""
 
     def __init__(self, path: Path) -> None:
         is_checkpoint = (path / "checkpoint.json").is_file()
@@ -137,12 +132,7 @@ class _Run:
 
 
 def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -> None:
-    """Write the report of the runs or checkpoints `paths`, as HTML or Markdown, replacing an
-    existing file.
-
-    Raises UsageError if a path is neither a run nor a checkpoint, a file in it is damaged, or the
-    report can't be written.
-    """
+    """Write the report of runs or checkpoints as HTML or Markdown, over any file. Raises UsageError."""
     runs = [_Run(folder) for folder in paths]
     for run, name in zip(runs, distinct_names([run.name for run in runs], paths), strict=True):
         run.name = name

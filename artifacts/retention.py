@@ -24,11 +24,7 @@ def best_checkpoints(run: Path, loss_name: str) -> list[Path]:
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
-    """Remove all of a run's checkpoints except the newest and those with the lowest `loss_name` on
-    held-out data.
-
-    Raises UsageError if one can't be removed.
-    """
+    """Remove a run's checkpoints except the newest and those with the lowest held-out `loss_name`."""
     folders = checkpoints_of(run)
     kept = {*folders[-keep_last:], *best_checkpoints(run, loss_name)[:keep_best]}
     for folder in folders:

@@ -32,11 +32,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path, reset_puzzle_embedding: bool = False) -> None:
-    """Load `weights` into `model`. Raises UsageError with the names that are missing, unknown or of
-    another shape.
+    """Load `weights` into `model`. Raises UsageError with the names that don't fit.
 
-    reset_puzzle_embedding: if the number of puzzles differs, set each puzzle's vector to the mean
-    of those in `weights`.
+    reset_puzzle_embedding: for another number of puzzles, set each one's vector to the mean of all.
     """
     expected = model.state_dict()
     found = dict(weights)

@@ -1,8 +1,4 @@
-"""Scores generated answers against their references, by family, next to a baseline that ignores the
-questions.
-
-Knows strings and counts only.
-"""
+"""Scores generated answers by family, next to a baseline that ignores the questions."""
 
 import math
 from collections import Counter

@@ -77,11 +77,9 @@ class Votes:
 
 
 class ARC:
-    """pass@K of the test puzzles of one data set: `begin` an evaluation, `add` its batches, read
-    the `result`.
+    """pass@K of one data set: `begin` an evaluation, `add` its batches, read the `result`.
 
-    accumulate: keep votes of earlier evaluations, as in the original; otherwise `begin` clears
-    them.
+    accumulate: keep votes of earlier evaluations, as in the original; otherwise `begin` clears them.
     """
 
     # Keys that a batch and its predictions must have.
@@ -106,11 +104,9 @@ class ARC:
             self._votes = Votes()
 
     def add(self, inputs: Tensor, puzzle_identifiers: Tensor, preds: Tensor, q_halt_logits: Tensor) -> None:
-        """Add predictions of B rows: inputs and preds [B, 900] tokens, puzzle_identifiers [B],
-        q_halt_logits [B].
+        """Add predictions of B rows: inputs and preds [B, 900] tokens, identifiers and logits [B].
 
-        Skips padding and puzzles that aren't test puzzles. Raises `UsageError` for an identifier
-        without a name.
+        Skips padding and other puzzles than test puzzles. Raises UsageError for an unknown identifier.
         """
         forms: list[tuple[str, Augmentation] | None] = []
         for identifier in puzzle_identifiers.tolist():

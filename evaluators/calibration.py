@@ -1,7 +1,5 @@
-"""Calibration of halting probabilities: measures it at every depth on held-out text, and fits Platt
-scaling.
+"""Calibration of halting probabilities: measured at every depth, and fitted by Platt scaling.
 
-There is one scale and one shift for each depth. Knows no training, no files and no command line.
 Shape suffixes as in models/layers.py; N supervised tokens.
 """
 
@@ -164,11 +162,7 @@ def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
 
 
 def expected_calibration_error(probability_N: Floats, right_N: Bools, bins: int = ECE_BINS) -> float:
-    """Mean over tokens of |mean probability - fraction right| of their bin, bins of equal width
-    (Guo et al. 2017, eq. 3).
-
-    arXiv 1706.04599. The halting probability is the confidence that the argmax is right.
-    """
+    """Mean over tokens of |mean probability - fraction right| of their bin (arXiv 1706.04599, eq. 3)."""
     found = reliability_bins(probability_N, right_N, bins)
     return sum(tokens * abs(predicted - right) for predicted, right, tokens in found) / len(probability_N)
 

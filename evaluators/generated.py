@@ -126,11 +126,7 @@ def write_generated(
 def _answered(
     responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks | None
 ) -> Iterator[dict[str, Any]]:
-    """The records of `answers_in_order`. Ranks take turns at the blocks, and each gets all records.
-    `name` is shown.
-
-    lengths: tokens of each input's prompt.
-    """
+    """The records of `answers_in_order`, all of them on each rank. lengths: tokens of the prompts."""
     ranks = ranks or Ranks()
     count, positions = positions_needed(responder, lengths)
     rows = min(responder.rows, max(1, count))

@@ -1,8 +1,4 @@
-"""Solves a user's own puzzles: reads them from a file, checks answers by the rules, and prints
-them.
-
-Knows no labels. Of data sets it knows only the names of ARC's puzzles.
-"""
+"""Solves a person's own puzzles, checks answers by the rules, and prints them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,11 +28,9 @@ def answer_file(
     max_batches: int | None,
     show: bool,
 ) -> Iterator[str]:
-    """The text to print for each puzzle of a file. The checkpoint says which kind of puzzle the
-    model solves.
+    """The text to print for each puzzle of a file of the checkpoint's kind. Raises UsageError.
 
-    data_paths: the model's training data, for the names of ARC's puzzles. max_batches: limit of
-    batches; the rest is left out. show: include each ACT step. Raises UsageError.
+    data_paths: the model's training data, for the names of ARC's puzzles. show: each ACT step, too.
     """
     kind = kind_of(checkpoint.metadata)
     solver = Solver(checkpoint.model(config), kind, search, rows_at_once=config.global_batch_size, max_batches=max_batches)
@@ -70,8 +64,7 @@ class Solver:
                 yield "\n".join(told)
 
     def solve_task(self, path: Path, names: Sequence[Sequence[str]], show: bool) -> Iterator[str]:
-        """The text for each test input of an ARC task (JSON), by votes over the augmented forms
-        that the model knows.
+        """The text for each test input of an ARC task (JSON), by votes over its augmented forms.
 
         names: names of the puzzle identifiers, for each data set. Raises UsageError.
         """

@@ -126,11 +126,7 @@ def _metrics(sums: npt.NDArray[np.float64], has_oracle: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[PuzzleOutput, Tensor]:
-    """Run all ACT steps of a batch's rows. Also returns their sums after each step, float64 [S,
-    sums] on the host.
-
-    Rows need no labels.
-    """
+    """Run all ACT steps of rows, which need no labels; and their sums, float64 [S, sums] on the host."""
     config = model.config
     if search.choose == "first":
         config = config.model_copy(update={"act_inference": True})

@@ -1,8 +1,4 @@
-"""The ranks that torchrun starts: rank and size, sums, gathers and broadcasts.
-
-A single process runs the same code, and every method then returns its input. Knows no model and no
-rows.
-"""
+"""The ranks that torchrun starts. In a single process every method returns its input."""
 
 import contextlib
 import datetime
@@ -99,11 +95,7 @@ class Ranks:
 
 
 def take_local_gpu(device: str) -> bool:
-    """Give each local rank of torchrun (LOCAL_RANK) its own GPU. Returns whether `device` is on
-    CUDA.
-
-    Raises UsageError if there are too few GPUs.
-    """
+    """Give each local rank its own GPU; returns whether `device` is on CUDA. Raises UsageError."""
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda and "LOCAL_RANK" in os.environ:
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -52,11 +52,9 @@ def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype,
 
 
 def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
-    """Attention within concatenated documents. starts: offsets of their first tokens, and N at the
-    end.
+    """Attention within concatenated documents. starts: offsets of their first tokens, and N.
 
-    causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, a run of tokens with the
-    same number above 0.
+    causal: j <= i. prefix: j <= i, or i and j in the same prompt segment (equal numbers above 0).
     """
     starts_R1 = on_device(starts.astype(np.int32), segments_N.device)
     longest = int(np.diff(starts).max())

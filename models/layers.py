@@ -34,8 +34,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864,
-    half-split pairs).
+    """Rotary tables for integer `positions` (RoFormer, arXiv 2104.09864, half-split pairs).
 
     Angles are float64, which not every device has; the tables are on the device of `positions`.
     """
@@ -84,8 +83,7 @@ class Attend(Protocol):
 
 
 class RowAttention(NamedTuple):
-    """Attention within rows [B, T, H, K]: to all positions, to the past, or to those that `visible`
-    allows.
+    """Attention within rows [B, T, H, K]: to all positions, the past, or what `visible` allows.
 
     visible: bool [B or 1, 1, T, T].
     """

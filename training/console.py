@@ -1,5 +1,4 @@
-"""What a run shows while it trains: its plan, progress, held-out results as tables, and at the end
-the paths of its files.
+"""What a run shows: plan, progress, held-out results, and the paths of its files.
 
 Progress goes to stderr, the rest to stdout. Knows numbers and paths, not what is trained.
 """

@@ -1,8 +1,4 @@
-"""One instruction-tuning run from a checked config: its data, its evaluation with sample answers,
-its checkpoints.
-
-The loop is in training/loop.py. Knows no Hydra.
-"""
+"""An instruction-tuning run: its data, evaluation and checkpoints. training/loop.py has the loop."""
 
 import functools
 from collections.abc import Mapping

@@ -20,10 +20,7 @@ class RunLogger:
     """
 
     def __init__(self, config: TrainingConfig, folder: Path, saved: Mapping[str, Any] | None = None) -> None:
-        """saved: the `state` and the "step" that the run resumes from; None for a new run.
-
-        Raises UsageError if a configured logger can't start.
-        """
+        """saved: `state` and "step" to resume from. Raises UsageError if a configured logger can't start."""
         saved = saved or {}
         # The JSONL files last: if another logger can't start, metrics.jsonl is still untouched.
         mode = wandb_mode(config)

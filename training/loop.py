@@ -1,8 +1,4 @@
-"""The training loop: a run with its logs, evaluations and checkpoints (`Run.train`), and an
-optimizer step (`Trainer.step`).
-
-Knows no Hydra. What is trained on is a `Task` (training/task.py).
-"""
+"""The training loop: a run (`Run.train`), and an optimizer step (`Trainer.step`) of a `Task`."""
 
 import contextlib
 import math
@@ -69,9 +65,8 @@ class Run:
     ) -> None:
         """Loads the weights and the state of a run that is resumed.
 
-        evaluate: given the number of steps, measure the model on `evaluation_rows` held-out rows
-        and show the results; returns None without held-out data. All ranks call it and get the
-        same. save: write a checkpoint atomically.
+        evaluate: given the number of steps, measure `evaluation_rows` held-out rows, on all ranks,
+        and show results; None without any. save: write a checkpoint.
         """
         self.trainer, self.task, self.ranks, self.config = trainer, trainer.task, trainer.ranks, trainer.config
         self.folder = resume_point.folder
@@ -237,11 +232,10 @@ class Run:
         self._saved, self._saved_at = folder, time.perf_counter()
 
     def _end_early(self, metrics: Mapping[str, Any] | None) -> None:
-        """End a run that has data left: write its last log line, evaluation (unless this step has
-        `metrics`) and checkpoint.
+        """End a run that has data left, with its last log line, evaluation and checkpoint.
 
-        The checkpoint holds the state before the line and the evaluation. So a run that is resumed
-        with a higher limit removes them from its logs, and equals a run that never ended here.
+        The checkpoint holds the state before both. So a run that is resumed with a higher limit
+        removes them from its logs, and equals a run that never ended here.
         """
         state, window = self._state(), self.trainer.progress.window
         if window.steps or window.skipped:
@@ -300,10 +294,7 @@ class Trainer:
         self.progress = RunProgress()
 
     def steps(self) -> Iterator[StepResult]:
-        """Train to the end of the task's data.
-
-        Raises UsageError when `skip_limit` steps in a row had to be skipped.
-        """
+        """Train to the end of the data. Raises UsageError after `skip_limit` skipped steps in a row."""
         while self.task.done.examples < self.task.total.examples:
             result = self.step()
             yield result

@@ -1,8 +1,4 @@
-"""The optimizers: AdamATan2, as in the original, optionally with Muon; signSGD for puzzles'
-vectors.
-
-Knows no schedule and no loss.
-"""
+"""The optimizers: AdamATan2, optionally with Muon, and signSGD for puzzles' vectors."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

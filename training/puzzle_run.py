@@ -1,7 +1,4 @@
-"""One run on puzzles from a checked config: its data, its evaluation, its checkpoints.
-
-The loop is in training/loop.py. Knows no Hydra.
-"""
+"""A run on puzzles: its data, evaluation and checkpoints. training/loop.py has the loop."""
 
 import functools
 from pathlib import Path

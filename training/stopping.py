@@ -22,11 +22,10 @@ _LEAST_TRAINED_BETWEEN = 1000
 
 
 def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) -> int:
-    """How many evaluations `eval_every_steps=auto` adds to those of `eval_interval`, evenly spaced
-    over the run.
+    """How many evaluations, evenly spaced, `eval_every_steps=auto` adds to those of `eval_interval`.
 
     At most ten. Between two of them at least a thousand examples are trained, and eight for each
-    row evaluated. total: of the whole run. rows: rows of one evaluation.
+    row evaluated.
     """
     if config.eval_every_steps != "auto" or rows == 0:
         return 0
@@ -38,8 +37,7 @@ def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) ->
 
 
 def is_evaluation_due(config: TrainingConfig, automatic: int, total: Position, step: int, before: Position, now: Position) -> bool:
-    """Whether to evaluate after optimizer step number `step`, which has moved the run from `before`
-    to `now`.
+    """Whether to evaluate after step number `step`, which moved the run from `before` to `now`.
 
     automatic: from `automatic_evaluations`. total: of the whole run.
     """
@@ -94,11 +92,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def first_signal() -> Iterator[StopRequest]:
-    """Within the block, record the first SIGTERM or SIGINT instead of stopping. A second Ctrl-C
-    stops at once.
+    """Within the block, record the first SIGTERM or SIGINT. A second Ctrl-C stops at once.
 
-    Under torchrun it doesn't: torchrun forwards a Ctrl-C that the terminal has already sent to its
-    processes.
+    Under torchrun it doesn't: that forwards a Ctrl-C which the terminal has already sent.
     """
     request = StopRequest()
 

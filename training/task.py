@@ -1,8 +1,4 @@
-"""The interface of the training loop to its data: conversations (training/text.py) or puzzles
-(training/puzzle.py).
-
-Knows no optimizer and no files.
-"""
+"""What the training loop knows of its data: training/text.py and training/puzzle.py."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

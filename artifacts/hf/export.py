@@ -1,8 +1,6 @@
-"""Exports a checkpoint as a folder for transformers: weights, configuration, modeling file,
-tokenizer, chat template, model card.
+"""Exports a checkpoint as a folder for transformers, which it doesn't need.
 
 The modeling file consists of the network's own definitions, so there is no second implementation.
-Doesn't need transformers.
 """
 
 import ast
@@ -68,11 +66,10 @@ from transformers.utils.versions import require_version
 
 
 def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = None) -> None:
-    """Write `folder` atomically, with the checkpoint's weights (the moving average if there is one)
-    in float32.
+    """Write `folder` atomically, with the checkpoint's weights (their average, if any) in float32.
 
-    licence: the hub's identifier, for the model card. Raises UsageError if the folder exists, and
-    for a tokenizer without an equivalent in transformers.
+    licence: the hub's identifier. Raises UsageError if the folder exists or the tokenizer has no
+    equivalent.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists already and is not overwritten: choose another --output-dir, or delete it")

@@ -1,9 +1,7 @@
-"""The classes for transformers in an exported modeling file: configuration, attention, language
-model.
+"""The classes for transformers in an exported modeling file.
 
-artifacts/hf/export.py replaces the imports from models/ by their definitions, so that the exported
-file is self-contained. A definition here overrides one with the same name there. Shape suffixes as
-in models/layers.py.
+artifacts/hf/export.py replaces the imports from models/ by their definitions. Shape suffixes as in
+models/layers.py.
 """
 
 import itertools
@@ -70,11 +68,9 @@ ArchConfig = TRMConfig  # as models/layers.py and the recursions call it
 
 
 class LaneAttention:
-    """Attention of new positions. Each call uses the next lane: one block of one level call of one
-    ACT step.
+    """Attention of new positions. Each call uses the next lane, a layer of `cache`.
 
-    A lane is a layer of `cache`. visible: bool [B, 1, T, S], whether each of T new positions sees
-    each of S positions.
+    visible: bool [B, 1, T, S], whether each of T new positions sees each of S positions.
     """
 
     def __init__(self, cache: DynamicCache | None, visible: Tensor) -> None:
@@ -157,11 +153,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         halt_threshold: float | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of `input_ids` [B, T], which follow the positions in `cache`. `attention_mask`
-        covers both, and is 0 at padding.
-
-        act_steps, halt_threshold: None: the config's.
-        """
+        """Logits of `input_ids` [B, T], which follow those in `cache`. None: the config's value."""
         config = self.config
         act_steps, threshold = act_steps or config.act_steps, halt_threshold or config.halt_threshold
         if not 1 <= act_steps <= config.halt_max_steps:
