@@ -19,10 +19,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,7 @@ from dataset.text.conversation import Template
 from dataset.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
 FORMAT_VERSION = 1
+Content = TypeVar("Content")
 # Keys of checkpoint.json that only one kind of model has, and the programs for that kind.
 _DOOR_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
 
@@ -188,22 +189,33 @@ def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Pa
     """
     if (path / "checkpoint.json").is_file():
         return path
-    folders = checkpoints_of(path)
+    if not (folders := checkpoints_of(path)):
+        return path
+    newest, _ = newest_intact(folders, _check_whole, say, "use another run's")
+    say(f"{path}: using its newest checkpoint, {newest.name}")
+    return newest
+
+
+def newest_intact(
+    folders: Sequence[Path], read: Callable[[Path], Content], say: Callable[[str], None], remedy: str
+) -> tuple[Content, list[Path]]:
+    """What `read` returns for the newest of a run's checkpoints for which it raises no UsageError; and the damaged, newer ones.
+
+    Raises UsageError, which ends with `remedy`, if there is none.
+    """
+    damaged: list[Path] = []
     for folder in reversed(folders):
         try:
-            _check_whole(folder)
+            return read(folder), damaged
         except UsageError as error:
             say(f"{error}; looking for an older checkpoint")
-            continue
-        say(f"{path}: using its newest checkpoint, {folder.name}")
-        return folder
-    if folders:
-        raise UsageError(f"no checkpoint in {path} is intact ({', '.join(folder.name for folder in folders)}): use another run's")
-    return path
+            damaged.append(folder)
+    names = ", ".join(folder.name for folder in folders)
+    raise UsageError(f"no checkpoint in {folders[0].parent} is intact ({names}): {remedy}")
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise UsageError if a needed file is damaged. Of weights, only the header is read."""
+def _check_whole(folder: Path) -> Path:
+    """`folder`. Raises UsageError if a needed file is damaged. Of weights, only the header is read."""
     about = read_about(folder, {"step"})
     settings = read_settings(folder, say=lambda _: None)
     if "tokenizer_sha256" in about:
@@ -211,7 +223,7 @@ def _check_whole(folder: Path) -> None:
     path = folder / "ema.safetensors" if settings.get("ema") else weights_file(folder, ema=True)
     try:
         with safe_open(path, framework="pt"):
-            pass
+            return folder
     except (OSError, SafetensorError) as error:
         raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
 

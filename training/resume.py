@@ -14,14 +14,7 @@ from typing import Any
 
 import torch
 
-from artifacts.checkpoint import (
-    SavedRun,
-    checkpoints_of,
-    newest_checkpoint,
-    read_saved_run,
-    read_settings,
-    step_of,
-)
+from artifacts.checkpoint import SavedRun, checkpoints_of, newest_checkpoint, newest_intact, read_saved_run, read_settings, step_of
 from artifacts.retention import remove_partial_checkpoints
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
@@ -152,22 +145,12 @@ def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.E
         return ResumePoint(folder)
     if not config.dry_run:
         remove_partial_checkpoints(folder)
-    damaged: list[Path] = []
-    for checkpoint in reversed(candidates):
-        try:
-            saved = read_saved_run(checkpoint)
-        except UsageError as error:
-            say(f"{error}; looking for an older checkpoint")
-            damaged.append(checkpoint)
-            continue
-        for path in damaged if not config.dry_run else ():
-            say(f"renamed {path} to {_move_aside(path)}")
-        say(f"resuming from {checkpoint}")
-        return ResumePoint(folder, saved)
-    raise UsageError(
-        f"no checkpoint in {folder} is intact ({', '.join(path.name for path in candidates)}), and the run doesn't start over "
-        "silently: put an intact one there, or delete the folder to start at step 0"
-    )
+    remedy = "put an intact one there, or delete the folder to start at step 0; the run doesn't start over silently"
+    saved, damaged = newest_intact(candidates, read_saved_run, say, remedy)
+    for path in damaged if not config.dry_run else ():
+        say(f"renamed {path} to {_move_aside(path)}")
+    say(f"resuming from {saved.folder}")
+    return ResumePoint(folder, saved)
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
@@ -197,8 +180,7 @@ def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
 
 
 def _move_aside(checkpoint: Path) -> Path:
-    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    number = 1
+    aside, number = checkpoint.with_name(f"{checkpoint.name}.damaged"), 1
     while aside.exists():
         number += 1
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
