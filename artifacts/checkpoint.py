@@ -15,9 +15,6 @@ Nothing in it is unpickled. This file doesn't know what the trainer's state mean
 """
 
 import hashlib
-import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -25,12 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.files import read_json
-from artifacts.weights import load_tensors, read_weights, save_weights, weights_file
+from artifacts.files import read_json, to_json, whole_folder
+from artifacts.weights import load_tensors, read_weights, readable, save_weights, weights_file
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from config.upgrade import upgraded
@@ -96,12 +93,7 @@ def write_checkpoint(
     files: other files for this kind of model, by name. about: keys of checkpoint.json besides
     format and step.
     """
-    if folder.exists():
-        raise UsageError(f"{folder} exists already and is not overwritten; choose another run_name, or delete it")
-    partial = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "trainer").mkdir(parents=True)
+    with whole_folder(folder, "choose another run_name", "free space or choose another checkpoint_dir") as partial:
         tied = config.arch.tie_embeddings
         save_weights(partial / "model.safetensors", snapshot.weights, tied=tied)
         if snapshot.ema is not None:
@@ -110,22 +102,17 @@ def write_checkpoint(
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
-        _write_json(partial / "train_metrics.json", snapshot.metrics)
+        (partial / "trainer").mkdir()
+        for name, values in (
+            ("checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about}),
+            ("train_metrics.json", snapshot.metrics),
+            ("trainer/state.json", snapshot.trainer.values),
+        ):
+            (partial / name).write_text(to_json(values), encoding="utf-8")
         save_file(
             {name: t.detach().contiguous() for name, t in snapshot.trainer.tensors.items()},
             partial / "trainer/tensors.safetensors",
         )
-        _write_json(partial / "trainer/state.json", snapshot.trainer.values)
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UsageError(
-            f"the checkpoint {folder} can't be written: {error}; free space or choose another checkpoint_dir"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -146,11 +133,8 @@ class Checkpoint:
     def weights_sha256(self, *, ema: bool) -> str:
         """Hex SHA-256 of the file that `weights` reads. Raises UsageError if it can't be read."""
         path = weights_file(self.folder, ema=ema)
-        try:
-            with path.open("rb") as handle:
-                return hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as error:
-            raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+        with readable(path), path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
@@ -221,11 +205,8 @@ def _check_whole(folder: Path) -> Path:
     if "tokenizer_sha256" in about:
         _read_tokenizer(folder, about)
     path = folder / "ema.safetensors" if settings.get("ema") else weights_file(folder, ema=True)
-    try:
-        with safe_open(path, framework="pt"):
-            return folder
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+    with readable(path), safe_open(path, framework="pt"):
+        return folder
 
 
 def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
@@ -323,15 +304,3 @@ def step_of(folder: Path) -> int:
 def read_train_metrics(checkpoint: Path) -> dict[str, Any]:
     """The run's metrics at this checkpoint. Raises UsageError if they can't be read."""
     return read_json(checkpoint / "train_metrics.json")
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

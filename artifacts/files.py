@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,14 +35,43 @@ def whole_file(path: Path, remedy: str = _REMEDY, *, keep_existing: bool = False
     with _written(path, remedy):
         try:
             yield partial
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            _sync(partial)
             if keep_existing:
                 _rename_if_new(partial, path)
             else:
                 partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, new: str, remedy: str) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which becomes `path` at the block's end, unless the block raises.
+
+    Raises UsageError if `path` exists, which ends with `new`, or can't be written, which ends with `remedy`.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists already and is not overwritten: {new}, or delete it")
+    partial = path.with_name(f".{path.name}.partial")
+    with _written(path, remedy):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for written in [*partial.rglob("*"), partial]:
+                _sync(written)
+            partial.rename(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _rename_if_new(partial: Path, path: Path) -> None:
@@ -58,6 +88,11 @@ def write_whole(path: Path, content: bytes, remedy: str = _REMEDY) -> None:
     """Write `content` in place of what is there, as `whole_file` does."""
     with whole_file(path, remedy) as partial:
         partial.write_bytes(content)
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """`values` as the text of a JSON file."""
+    return json.dumps(values, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The files of an evaluation: metrics as JSON, and tensors of all batches as one safetensors file."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.files import whole_file, write_whole
+from artifacts.files import to_json, whole_file, write_whole
 from config.errors import UsageError
 from models.distributed import Ranks
 
@@ -62,7 +61,7 @@ class SavedOutputs:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` atomically, over any existing file. Raises UsageError if that fails."""
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), _REMEDY)
+    write_whole(path, to_json(values).encode(), _REMEDY)
 
 
 def output_folder(folder: Path) -> Path:

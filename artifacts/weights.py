@@ -1,7 +1,8 @@
 """Files of weights: safetensors, and pickled state dicts, of which only tensors are read."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -76,12 +77,9 @@ def count_parameters(folder: Path) -> int:
     Initial states and puzzles' vectors are buffers and don't count. Raises UsageError if the weights can't be read.
     """
     path = weights_file(folder, ema=False)
-    try:
-        with safe_open(path, framework="pt") as weights:
-            names = [name for name in weights.keys() if not name.endswith(("_init", _PUZZLE_VECTORS))]  # noqa: SIM118  (no mapping)
-            return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+    with readable(path), safe_open(path, framework="pt") as weights:
+        names = [name for name in weights.keys() if not name.endswith(("_init", _PUZZLE_VECTORS))]  # noqa: SIM118  (no mapping)
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -102,7 +100,14 @@ def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises UsageError if it can't be read."""
-    try:
+    with readable(path):
         return load_file(path)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within the block, errors in reading the checkpoint's file `path` are UsageErrors."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error

@@ -40,16 +40,11 @@ class HaltingRecord:
     right_N: Bools
     """Whether the argmax is the label."""
 
-    def to_fit_on(self) -> "HaltingRecord":
-        """The tokens of even rows."""
-        return self._of(self.rows_N % 2 == 0, "even")
-
-    def to_measure_on(self) -> "HaltingRecord":
-        """The tokens of odd rows."""
-        return self._of(self.rows_N % 2 == 1, "odd")
-
-    def _of(self, chosen_N: Bools, kind: str) -> "HaltingRecord":
+    def half(self, odd: bool) -> "HaltingRecord":
+        """The tokens of even rows, to fit on, or of odd ones, to measure on. Raises UsageError if there are none."""
+        chosen_N = self.rows_N % 2 == odd
         if not chosen_N.any():
+            kind = "odd" if odd else "even"
             raise UsageError(
                 f"calibration fits on even rows and measures on odd ones, but no {kind} row has an answer: use more rows"
             )
@@ -113,7 +108,7 @@ def calibrate_halting(records: Sequence[HaltingRecord]) -> list[DepthCalibration
     """Fit each depth on the tokens of even rows and measure it on those of odd ones. Raises UsageError if either has none."""
     found = []
     for record in records:
-        fitted, measured = record.to_fit_on(), record.to_measure_on()
+        fitted, measured = record.half(odd=False), record.half(odd=True)
         scale, shift = fit_platt(fitted.logits_N, fitted.right_N)
         found.append(DepthCalibration(scale, shift, reliability(measured), reliability(measured, scale, shift)))
     return found

@@ -17,9 +17,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from config.errors import UsageError
 
-# Flat buffers of a sum over ranks have at most this many elements, to save transfers and memory.
-_BUCKET_ELEMENTS = 2**24
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -49,18 +46,17 @@ class Ranks:
         """Replace tensors of one dtype and device by their sums over all ranks, bit for bit the
         same on each.
 
-        Sums flat buffers after the backward pass, without DDP: an optimizer step has several
+        Sums one flat buffer after the backward pass, without DDP: an optimizer step has several
         backward passes (none on a rank without rows), and with models this small there is little
         communication to overlap.
         """
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with lost_ranks_reported(self.rank):
-                dist.all_reduce(flat)
-            for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                target.copy_(summed.view_as(target))
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with lost_ranks_reported(self.rank):
+            dist.all_reduce(flat)
+        for target, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            target.copy_(summed.view_as(target))
 
     def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
         """The sum over all ranks of each of `numbers`, in float64."""
@@ -180,16 +176,3 @@ def lost_ranks_reported(rank: int) -> Iterator[None]:
             f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); restart all of them "
             "(training: with resume=auto)"
         ) from error
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    elements = 0
-    for tensor in tensors:
-        if bucket and elements + tensor.numel() > _BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(tensor)
-        elements += tensor.numel()
-    if bucket:
-        yield bucket

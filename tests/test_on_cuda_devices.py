@@ -179,7 +179,7 @@ def test_lanes_of_a_cache(tiny_config: ConfigFactory) -> None:
             lanes=lane_count(model),
             heads=model.config.num_heads,
             positions=16,
-            head_dim=model.head_dim,
+            head_dim=model.config.head_dim,
             dtype=model.dtype,
             device=model.device,
         )

@@ -20,6 +20,7 @@ from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
 from models.distributed import Ranks
+from models.document_attention import documents_side_by_side
 from models.layers import TOKEN_MULTIPLE, Attend, TokenRows
 from models.losses import token_loss
 from training.schedule import expected_examples, lr_factor_by_examples
@@ -147,7 +148,7 @@ class TextTask:
         supervised_N, labels_N = on_device(supervised, device), on_device(labels_M[supervised], device)
         segments = on_device(segments_M, device)
         if model.needs_no_rows:
-            attend: Attend = model.document_attention(layout.starts, segments)
+            attend: Attend = documents_side_by_side(config.arch.attention, layout.starts, segments)
         else:
             rows = [TokenRows(on_device(group.index_N, device), *group[1:]) for group in layout.groups]
             documents = on_device(layout.document_N, device) if packing == "packed" else None

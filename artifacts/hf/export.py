@@ -4,9 +4,7 @@ The modeling file consists of the network's own definitions, so there is no seco
 """
 
 import ast
-import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from artifacts.checkpoint import Checkpoint
+from artifacts.files import to_json, whole_folder
 from artifacts.halting import read_halting_calibration
 from artifacts.hf.model_card import model_card
-from config.errors import UsageError
 from dataset.text.conversation import TaggedRole
 from dataset.text.portable_tokenizer import BOS, EOS, chat_template, portable_tokenizer
 
@@ -71,15 +69,13 @@ def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = No
     licence: the hub's identifier. Raises UsageError if the folder exists or the tokenizer has no
     equivalent.
     """
-    if folder.exists():
-        raise UsageError(f"{folder} exists already and is not overwritten: choose another --output-dir, or delete it")
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     files = {
-        "config.json": _json(_config(checkpoint)),
-        "generation_config.json": _json(_generation_config(checkpoint)),
+        "config.json": to_json(_config(checkpoint)),
+        "generation_config.json": to_json(_generation_config(checkpoint)),
         "modeling_trm.py": modeling_file(),
         "tokenizer.json": portable_tokenizer(tokenizer, checkpoint.template),
-        "tokenizer_config.json": _json(
+        "tokenizer_config.json": to_json(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": BOS,
@@ -94,21 +90,10 @@ def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = No
         "README.md": model_card(checkpoint, licence),
     }
     weights = {name: tensor.to(torch.float32).contiguous() for name, tensor in checkpoint.weights(ema=True).items()}
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder, "choose another --output-dir", "free space, or choose another --output-dir") as partial:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UsageError(f"{folder} can't be written: {error}; free space, or choose another --output-dir") from error
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
