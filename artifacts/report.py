@@ -18,7 +18,7 @@ from artifacts.checkpoint import checkpoints_of, read_about, read_settings
 from artifacts.files import json_lines, read_json, write_whole
 from artifacts.plots import Log, distinct_names, draw_panel, label_axes, panels_of, read_log, set_logarithmic, svg
 from artifacts.weights import count_parameters, weights_file
-from config.upgrade import shipped_settings
+from config.upgrade import flat, shipped_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ class _Run:
         self.log: Log = {step: line for step, line in (read_log(folder) if is_run else {}).items() if step <= last}
         self.checkpoint = path if is_checkpoint else next(reversed(checkpoints_of(path)), None)
         self.settings = {} if self.checkpoint is None else read_settings(self.checkpoint, say=lambda _: None)
-        self.flat = dict(_flat(self.settings))
+        self.flat = flat(self.settings)
         self.about, self.puzzles, self.halting, self.depths = (
             self._json(name) for name in ("checkpoint.json", "dataset.json", "halting.json", "depth.json")
         )
@@ -196,7 +196,7 @@ def _data(runs: Sequence[_Run]) -> Section:
         of_run = f"{run.name}: " if len(runs) > 1 else ""
         for source, splits in (run.about.get("data") or {}).get("sources", {}).items():
             found = [
-                dict(_flat(split["counts"] | {"tokens a row, percentile": split.get("lengths", {}).get("percentiles", {})}))
+                flat(split["counts"] | {"tokens a row, percentile": split.get("lengths", {}).get("percentiles", {})})
                 for split in splits.values()
             ]
             names = [name for name in dict.fromkeys(name for of in found for name in of) if any(of.get(name) for of in found)]
@@ -342,7 +342,7 @@ def _samples(runs: Sequence[_Run]) -> Section:
 
 def _settings(runs: Sequence[_Run]) -> Section:
     found = [run.flat for run in runs]
-    shipped = [dict(_flat(shipped_settings(run.settings))) for run in runs]
+    shipped = [flat(shipped_settings(run.settings)) for run in runs]
 
     def differs(key: str) -> bool:
         # Skip references to other settings (${...}): only Hydra can resolve them.
@@ -406,14 +406,6 @@ def _duration(seconds: float | None) -> Cell:
 
 def _gigabytes(size: float | None) -> Cell:
     return Cell("-") if size is None else Cell(f"{size / 1e9:.2f} GB", size)
-
-
-def _flat(values: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{under}{key}.")
-        else:
-            yield f"{under}{key}", value
 
 
 def _as_markdown(section: Section) -> str:

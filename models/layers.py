@@ -129,17 +129,14 @@ def row_attention(kind: str, segments_BT: Tensor | None, positions: int, documen
         raise ValueError(f"attention {kind!r}: expected full, causal, or prefix with segments")
     if documents_BT is None and kind != "prefix":
         return RowAttention(is_causal=kind == "causal")
-    visible_BTT: Tensor | None = None
+    marks = segments_BT if documents_BT is None else documents_BT
+    visible_BTT = torch.ones(1, positions, positions, dtype=torch.bool, device=None if marks is None else marks.device)
     if kind != "full":
-        device = (documents_BT if segments_BT is None else segments_BT).device  # type: ignore[union-attr]
-        visible_BTT = torch.ones(1, positions, positions, dtype=torch.bool, device=device).tril()
-    if kind == "prefix":
-        assert segments_BT is not None and visible_BTT is not None
+        visible_BTT = visible_BTT.tril()
+    if kind == "prefix" and segments_BT is not None:
         visible_BTT = visible_BTT | ((segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)) & (segments_BT != 0).unsqueeze(2))
     if documents_BT is not None:
-        same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
-        visible_BTT = same_BTT if visible_BTT is None else visible_BTT & same_BTT
-    assert visible_BTT is not None
+        visible_BTT = visible_BTT & (documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1))
     return RowAttention(visible=visible_BTT.unsqueeze(1))
 
 

@@ -10,7 +10,6 @@ import datetime
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from artifacts.retention import remove_partial_checkpoints
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
+from config.upgrade import flat
 from models.act import RecursiveModel
 from models.device import set_matmul_precision, should_compile
 from models.distributed import Ranks
@@ -57,7 +57,7 @@ class ResumePoint:
                     f"{self.saved.folder} can't be resumed: its {name} is {str(self.saved.about.get(name))[:16]}..., now it "
                     f"is {value[:16]}...; use the same data and tokenizer, or start another run (run_name, load_checkpoint)"
                 )
-        old, new = dict(_flat(self.saved.settings)), dict(_flat(config.model_dump()))
+        old, new = flat(self.saved.settings), flat(config.model_dump())
         # The resolved number format, where the config says "auto".
         old["arch.forward_dtype"] = self.saved.trainer.values["forward_dtype"]
         changed: dict[OnResume, list[str]] = {mark: [] for mark in OnResume}
@@ -112,7 +112,7 @@ def initial_weights_path(path: Path, config: TrainingConfig, ranks: Ranks) -> Pa
     source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
     ranks.say(f"starting from the weights of {source}")
     if (source / "config.yaml").is_file():
-        old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(config.model_dump()))
+        old, new = flat(read_settings(source, say=ranks.say)), flat(config.model_dump())
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
                 ranks.say(f"  other setting: {key} was {old[key]!r}, now {new[key]!r}")
@@ -185,12 +185,3 @@ def _move_aside(checkpoint: Path) -> Path:
         number += 1
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
     return checkpoint.rename(aside)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            # As YAML reads it back.
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
