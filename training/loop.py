@@ -82,8 +82,8 @@ class Run:
         progress = trainer.progress
         progress.forward_dtype = trainer.model.config.forward_dtype
         is_through = self.task.done.examples == self.task.total.examples
-        is_over_time = self._is_over_time(progress.seconds)
-        self._end_reason = None if is_through else reason_to_end(self.config, progress.step, is_over_time, progress.early_stopping)
+        ended = reason_to_end(self.config, progress.step, progress.seconds, progress.early_stopping)
+        self._end_reason = None if is_through else ended
         # The logs of a run that has already ended stay as they are.
         self._has_ended = is_through or self._end_reason is not None
         begins = self.ranks.is_first and not self._has_ended
@@ -129,11 +129,11 @@ class Run:
                 before = now
 
                 # End, or save. Ranks act alike, on a signal to any of them and by rank 0's clock.
-                own = (stop.signal_number, self._is_over_time(self._seconds()), self._is_save_due(result.step))
-                signals, (is_over_time, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
+                own = (stop.signal_number, self._seconds(), self._is_save_due(result.step))
+                signals, (seconds, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
                 stopped_by = max(signals)
                 if not is_last:
-                    self._end_reason = reason_to_end(config, result.step, is_over_time, self.trainer.progress.early_stopping)
+                    self._end_reason = reason_to_end(config, result.step, seconds, self.trainer.progress.early_stopping)
                 if self._end_reason is not None and not stopped_by:
                     self._end_early(metrics)
                     break
@@ -265,9 +265,6 @@ class Run:
     def _seconds(self) -> float:
         """Time that the run has taken, without the time between its processes."""
         return time.perf_counter() - self._begun_at
-
-    def _is_over_time(self, seconds: float) -> bool:
-        return self.config.max_minutes is not None and seconds >= 60 * self.config.max_minutes
 
     def _is_save_due(self, step: int) -> bool:
         when = self.config.checkpoint

@@ -67,19 +67,15 @@ class EarlyStopping:
         else:
             self.waited += 1
 
-    def is_over(self, config: EarlyStoppingConfig) -> bool:
-        """Whether the run's patience has run out."""
-        return config.patience is not None and self.waited >= config.patience
 
-
-def reason_to_end(config: TrainingConfig, step: int, time_is_up: bool, early_stopping: EarlyStopping) -> str | None:
-    """Why a run ends after `step` optimizer steps although data is left; None: it doesn't."""
+def reason_to_end(config: TrainingConfig, step: int, seconds: float, early_stopping: EarlyStopping) -> str | None:
+    """Why a run ends after `step` optimizer steps and `seconds` although data is left; None: it doesn't."""
     if config.max_steps is not None and step >= config.max_steps:
         return f"max_steps={config.max_steps} is reached"
-    if time_is_up:
+    if config.max_minutes is not None and seconds >= 60 * config.max_minutes:
         return f"max_minutes={config.max_minutes:g} are over"
-    if early_stopping.is_over(config.early_stopping):
-        patience = config.early_stopping.patience
+    patience = config.early_stopping.patience
+    if patience is not None and early_stopping.waited >= patience:
         return f"{patience} evaluations in a row have not lowered the held-out loss (early_stopping.patience={patience})"
     return None
 
