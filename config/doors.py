@@ -26,6 +26,7 @@ from config.schema import Config, user_path
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _HYDRA_HELP = "--hydra-help"
+_FLAGS_WITH_VALUES = "--config-name -cn --config-path -cp --config-dir -cd --package -p --experimental-rerun".split()
 
 
 def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
@@ -130,19 +131,6 @@ def _with_overrides_plain(arguments: list[str], kind: type[Config], is_sweep: bo
         is_override = "=" in word and not word.startswith("-") and before not in _FLAGS_WITH_VALUES
         plain += plain_overrides([word], kind, is_sweep=is_sweep) if is_override else [word]
     return plain
-
-
-_FLAGS_WITH_VALUES = (
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--config-dir",
-    "-cd",
-    "--package",
-    "-p",
-    "--experimental-rerun",
-)
 
 
 def _is_of_hydra(error: Exception) -> bool:
