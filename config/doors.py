@@ -26,7 +26,9 @@ from config.schema import Config, user_path
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _HYDRA_HELP = "--hydra-help"
-_FLAGS_WITH_VALUES = "--config-name -cn --config-path -cp --config-dir -cd --package -p --experimental-rerun".split()
+_FLAGS_WITH_VALUES = (
+    "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--experimental-rerun",
+)  # fmt: skip
 
 
 def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
