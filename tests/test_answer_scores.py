@@ -72,8 +72,6 @@ def test_no_constant_answer_beats_the_baseline(rows: list[tuple[str, str]], cons
         assert score["accuracy"] <= score["baseline"]
 
 
-def test_unequal_lengths_and_an_empty_split_are_refused() -> None:
-    with pytest.raises(UsageError, match="2, 1 and 1"):
-        score_answers(["a", "a"], ["1"], ["1"])
+def test_an_empty_split_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         score_answers([], [], [])
