@@ -231,7 +231,6 @@ def _figure_class() -> type["Figure"]:
 
 
 def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
-    """Values of a curve by optimizer step, or by minute."""
     points: dict[float, float] = {}
     for step, line in log.items():
         value: Any = line

@@ -402,7 +402,6 @@ _EXACT = ("exact", "95 % from", "to")
 
 
 def _exact(score: Mapping[str, float]) -> Sequence[float | None]:
-    """The values under `_EXACT`."""
     return [_as(Share, score.get(key)) for key in ("accuracy", "lower_95", "upper_95")]
 
 

@@ -94,7 +94,6 @@ def _make_new(folder: Path) -> Path:
 
 
 def _acquire(folder: Path, say: Callable[[str], None]) -> FileLock:
-    """Acquire the lock of `folder`. Raises UsageError if another process keeps it."""
     lock = FileLock(folder / _LOCK_FILE)
     try:
         try:

@@ -143,7 +143,6 @@ def _is_of_hydra(error: Exception) -> bool:
 
 
 def _show_jobs(folder: Path) -> None:
-    """Print the results of a sweep's jobs. Raises UsageError if some have failed."""
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("job_*.json")]
     jobs.sort(key=lambda job: job["job"])
     common = set[str].intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()

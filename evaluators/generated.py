@@ -74,7 +74,6 @@ def evaluate_generated(
 
 
 def _mean_act_steps(act_steps: Sequence[Sequence[int]]) -> float:
-    """Mean per generated token. act_steps: of each answer's tokens."""
     return sum(map(sum, act_steps)) / sum(map(len, act_steps))
 
 

@@ -134,7 +134,6 @@ def evaluate_sources(
 
 
 def _added(parts: npt.ArrayLike) -> list[LanguageSums]:
-    """The sums over `parts` at each depth."""
     return [LanguageSums(*sums) for sums in np.sum(parts, axis=0).tolist()]
 
 

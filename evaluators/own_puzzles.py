@@ -119,7 +119,6 @@ class Solver:
 
 
 def _read_tests(path: Path) -> list[Grid]:
-    """The test inputs of an ARC task. Raises UsageError."""
     task = read_json(path)
     try:
         tests = [parse_grid(pair["input"]) for pair in task["test"]]

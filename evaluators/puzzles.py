@@ -114,7 +114,6 @@ def evaluate_puzzles(
 
 
 def _metrics(sums: npt.NDArray[np.float64], has_oracle: bool) -> dict[str, Any]:
-    """The means from the sums [ACT steps, sums] of some rows."""
     rows = max(1.0, float(sums[-1, 0]))
     means = {name: float(total) / rows for name, total in zip(_SUMS, sums[-1], strict=True)}
     del means["rows"]

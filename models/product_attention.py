@@ -86,7 +86,6 @@ def _heads(x_BHTK: Tensor) -> Tensor:
 
 
 def _blocks(positions: int, is_causal: bool) -> list[tuple[slice, slice]]:
-    """Blocks of queries, and the keys that each may see."""
     starts = range(0, positions, _QUERIES)
     stops = [min(start + _QUERIES, positions) for start in starts]
     return [(slice(start, stop), slice(0, stop if is_causal else positions)) for start, stop in zip(starts, stops, strict=True)]

@@ -50,7 +50,6 @@ class SparseEmbedding(nn.Module):
 
 
 def _gathered(part: Tensor) -> Tensor:
-    """The parts of all ranks, concatenated."""
     whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
     with lost_ranks_reported(dist.get_rank()):
         dist.all_gather_into_tensor(whole, part.contiguous())

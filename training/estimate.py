@@ -137,7 +137,6 @@ def _say_parameters(model: RecursiveModel, say: Callable[[str], None]) -> None:
 def _say_measured(
     config: TrainingConfig, model: RecursiveModel, tasks: Sequence[Task], flops_a_token: float, total: float, ranks: Ranks
 ) -> None:
-    """Report memory and time of some steps of `tasks`, and the time of a run of `total` FLOPs."""
     say, there_is = ranks.say, _gb(memory_in_all(model.device))
     results = itertools.chain.from_iterable(Trainer(config, model, task, ranks).steps() for task in tasks)
     ends, tokens = list[float](), list[float]()

@@ -96,7 +96,6 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
 
 def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: Ranks) -> None:
-    """Report the run's data, and anything about it that the user should know before training."""
     for name, source in config.all_sources.items():
         train, test = report["sources"][name]["train"], report["sources"][name].get("test")
         rows, test_rows = train["counts"]["kept"], test["counts"]["kept"] if test is not None else 0
@@ -136,7 +135,6 @@ def _evaluate(
     ranks: Ranks,
     step: int,
 ) -> dict[str, Any] | None:
-    """Teacher-forced metrics of the test split, shared by the ranks; shows sample answers."""
     if test_split is None:
         return None
     report = evaluate_sources(

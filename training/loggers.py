@@ -86,7 +86,6 @@ def log_measurement(metrics: dict[str, Any], project: str, run: str, folder: Pat
 
 
 def _numbers(group: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among `values`, as `group/name`."""
     return {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
 
 

@@ -148,7 +148,6 @@ class Run:
         return self._finished()
 
     def _log(self, console: Console | None = None) -> None:
-        """Write a log line for the steps since the last one, and show a part of it on `console`."""
         progress, task, now = self.trainer.progress, self.task, self._seconds()
         window = progress.window.over_ranks(self.ranks)
         sums = window.sums
@@ -180,7 +179,6 @@ class Run:
             console.line(progress.step, task.done.examples, figures, memory)
 
     def _warn(self, skipped: int, loss: float | None) -> None:
-        """Warn of skipped steps and of a loss that jumps."""
         progress = self.trainer.progress
         if skipped:
             tqdm.write(f"step {progress.step}: {skipped} steps skipped, because the loss or gradient wasn't finite")
@@ -213,7 +211,6 @@ class Run:
         return metrics
 
     def _state(self) -> TrainerState:
-        """The state that the run resumes from."""
         logs = {} if self._logger is None else self._logger.state()
         self.trainer.progress = replace(self.trainer.progress, seconds=self._seconds(), **logs)
         return self.trainer.state()

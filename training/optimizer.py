@@ -107,7 +107,6 @@ class AdamATan2(Optimizer):
                 self._update([p for p in params if self.state[p]["step"] == t], t, group)
 
     def _update(self, params: list[Tensor], t: int, group: dict[str, Any]) -> None:
-        """The `t`-th update of `params` of `group`, in a few foreach operations."""
         lr, (beta1, beta2), weight_decay = group["lr"], group["betas"], group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
         m = [self.state[p]["m"] for p in params]

@@ -153,7 +153,6 @@ class PuzzleTask:
         carry.halted_B = torch.zeros_like(free_B)
 
     def _place_in_data(self) -> dict[str, int | str]:
-        """The position of the next batch in the data."""
         return {"iterations": self._iterations_done, **self._batches.state()}
 
     def _read_batch(self) -> PuzzleBatch | None:
@@ -167,7 +166,6 @@ class PuzzleTask:
         return None
 
     def _act_step(self, part: slice, minimum_B: Tensor) -> MicroBatch:
-        """One ACT step of the slots `part`."""
         model, carry, arch = self.model, self.carry, self.config.arch
         labels_BT = carry.labels_BT[part]
         x_BTD = model.embed(carry.inputs_BT[part], carry.puzzle_ids_B[part])

@@ -85,7 +85,6 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
 def _evaluate(
     measurement: PuzzleMeasurement, config: PretrainPuzzleConfig, model: RecursiveModel, folder: Path, ranks: Ranks, step: int
 ) -> dict[str, Any]:
-    """Measure every row of the test split, shared by the ranks."""
     name, save = f"test_step_{step}", config.eval_save_outputs
     report: dict[str, Any] = ranks.agree(measurement.measure(model, folder, name, save=save, ranks=ranks))
     if ranks.is_first:

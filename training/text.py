@@ -74,7 +74,6 @@ class TextTask:
         return Position(examples, self._curriculum.rounds_before(examples))
 
     def _lr_factor(self) -> float:
-        """Fraction of the peak learning rate after the examples admitted so far."""
         config, admitted, begin = self.config, self.admitted, 0
         end: float = expected_examples(config, self._curriculum.total)
         if config.lr_schedule == "stage":
@@ -130,7 +129,6 @@ class TextTask:
         return Batch(self._lr_factor(), map(self._micro_batch, parts))
 
     def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
-        """The loss of some rows over all ACT steps."""
         model, config, device = self.model, self.config, self.model.device
         act_steps = config.arch.halt_max_steps
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
