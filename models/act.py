@@ -21,7 +21,6 @@ from config.schema import ArchConfig
 from models.cache import HeldAttention, StatefulAttention
 from models.device import on_device
 from models.document_attention import can_attend_in_documents
-from models.initialization import truncated_normal_
 from models.layers import (
     Attend,
     BlockStack,
@@ -34,6 +33,7 @@ from models.layers import (
     TokenRows,
     rotary_table,
     row_attention,
+    truncated_normal_,
 )
 from models.recursive_reasoning import build_recursion
 from models.recursive_reasoning.base import States

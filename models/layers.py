@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from config.schema import ArchConfig
 from models.device import cpu_multiplies_bfloat16
-from models.initialization import truncated_normal_
 from models.product_attention import product_attention
 
 RMS_EPS = 1e-5
@@ -165,6 +164,16 @@ def _are_many_scores(q_BHTK: Tensor) -> bool:
     """Always true while compiling: code that depended on the number of rows would be recompiled."""
     rows, heads, positions, _ = q_BHTK.shape
     return torch.compiler.is_compiling() or rows * heads * positions**2 >= _MANY_SCORES
+
+
+# Standard deviation of a unit normal cut at +-2: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)).
+_STD_OF_NORMAL_CUT_AT_2 = 0.87962566103423978
+
+
+def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
+    """Fill `tensor` as JAX does: from a normal truncated at 2 std, rescaled to standard deviation `std`."""
+    scale = std / _STD_OF_NORMAL_CUT_AT_2
+    return nn.init.trunc_normal_(tensor, std=scale, a=-2 * scale, b=2 * scale)
 
 
 class Linear(nn.Module):

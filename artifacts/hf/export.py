@@ -23,11 +23,10 @@ _INLINED: dict[str, tuple[str, ...]] = {
     **{f"models/recursive_reasoning/{name}.py": () for name in ("base", "trm", "looped", "trm_singlez", "trm_hier6", "hrm")},
     "models/recursive_reasoning/transformers_baseline.py": (),
     "models/recursive_reasoning/__init__.py": (),
-    "models/initialization.py": (),
     "models/cache.py": ("StatefulAttention", "HeldAttention"),
     "models/layers.py": (
-        "RMS_EPS", "_SWIGLU_MULTIPLE", "Rotary", "rotary_table", "rotate", "Attend", "Linear", "Embedding", "rms_norm", "Attention",
-        "SwiGLU", "Block", "BlockStack",
+        "RMS_EPS", "_SWIGLU_MULTIPLE", "Rotary", "rotary_table", "rotate", "Attend", "_STD_OF_NORMAL_CUT_AT_2", "truncated_normal_",
+        "Linear", "Embedding", "rms_norm", "Attention", "SwiGLU", "Block", "BlockStack",
     ),
     "models/losses.py": ("log_probs",),
 }  # fmt: skip
