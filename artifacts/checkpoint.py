@@ -14,7 +14,10 @@ and, in a calibrated checkpoint, halting.json (artifacts/halting.py).
 Nothing in it is unpickled. This file doesn't know what the trainer's state means.
 """
 
+import contextlib
 import hashlib
+import math
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -301,6 +304,38 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def read_train_metrics(checkpoint: Path) -> dict[str, Any]:
-    """The run's metrics at this checkpoint. Raises UsageError if they can't be read."""
-    return read_json(checkpoint / "train_metrics.json")
+def held_out_loss(checkpoint: Path, loss_name: str) -> float | None:
+    """`loss_name` on held-out data at this checkpoint; None if it wasn't measured."""
+    with contextlib.suppress(UsageError, KeyError, TypeError):
+        return float(read_json(checkpoint / "train_metrics.json")["test"][loss_name])
+    return None
+
+
+def best_checkpoints(run: Path, loss_name: str) -> list[Path]:
+    """A run's evaluated checkpoints, by ascending `loss_name`; ties: the older first."""
+    losses = {folder: held_out_loss(folder, loss_name) for folder in checkpoints_of(run)}
+    measured = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted(measured, key=lambda folder: measured[folder])
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
+    """Remove a run's checkpoints except the newest and those with the lowest held-out `loss_name`."""
+    folders = checkpoints_of(run)
+    kept = {*folders[-keep_last:], *best_checkpoints(run, loss_name)[:keep_best]}
+    for folder in folders:
+        if folder in kept:
+            continue
+        removed = folder.parent / f".{folder.name}.removed"
+        try:
+            # Rename first, so that a kill in the middle leaves no folder that looks intact.
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            raise UsageError(f"the checkpoint {folder} can't be removed: {error}; see checkpoint.keep_last") from error
+
+
+def remove_partial_checkpoints(run: Path) -> None:
+    """Remove checkpoints that a kill left half written or half removed."""
+    for kind in ("partial", "removed"):
+        for folder in run.glob(f".step_*.{kind}"):
+            shutil.rmtree(folder, ignore_errors=True)

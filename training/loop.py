@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, TrainerState
+from artifacts.checkpoint import Snapshot, TrainerState, best_checkpoints, held_out_loss, prune_checkpoints
 from artifacts.plots import draw_runs
 from artifacts.report import write_report
-from artifacts.retention import best_checkpoints, held_out_loss, prune_checkpoints
 from artifacts.weights import load_weights
 from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig

@@ -13,8 +13,16 @@ from pathlib import Path
 
 import torch
 
-from artifacts.checkpoint import SavedRun, checkpoints_of, newest_checkpoint, newest_intact, read_saved_run, read_settings, step_of
-from artifacts.retention import remove_partial_checkpoints
+from artifacts.checkpoint import (
+    SavedRun,
+    checkpoints_of,
+    newest_checkpoint,
+    newest_intact,
+    read_saved_run,
+    read_settings,
+    remove_partial_checkpoints,
+    step_of,
+)
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
