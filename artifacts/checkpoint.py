@@ -334,7 +334,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str)
             raise UsageError(f"the checkpoint {folder} can't be removed: {error}; see checkpoint.keep_last") from error
 
 
-def remove_partial_checkpoints(run: Path) -> None:
+def remove_partial(run: Path) -> None:
     """Remove checkpoints that a kill left half written or half removed."""
     for kind in ("partial", "removed"):
         for folder in run.glob(f".step_*.{kind}"):

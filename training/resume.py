@@ -20,8 +20,7 @@ from artifacts.checkpoint import (
     newest_intact,
     read_saved_run,
     read_settings,
-    remove_partial_checkpoints,
-    step_of,
+    remove_partial,
 )
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
@@ -152,7 +151,7 @@ def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.E
         say(f"{folder} has no checkpoint yet: starting at step 0")
         return ResumePoint(folder)
     if not config.dry_run:
-        remove_partial_checkpoints(folder)
+        remove_partial(folder)
     remedy = "put an intact one there, or delete the folder to start at step 0; the run doesn't start over silently"
     saved, damaged = newest_intact(candidates, read_saved_run, say, remedy)
     for path in damaged if not config.dry_run else ():
@@ -176,10 +175,10 @@ def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
     candidates = [c for c in checkpoints_of(folder) if not is_checkpoint or c == path]
     if not candidates:
         raise UsageError(f"resume={path}: no checkpoint there; expected a folder step_<N>, or the folder of a run that has some")
-    newer = [c.name for c in checkpoints_of(folder) if step_of(c) > step_of(candidates[-1])]
-    if newer:
+    *_, newest = checkpoints_of(folder)
+    if newest != candidates[-1]:
         raise UsageError(
-            f"resume={path}: the run has newer checkpoints ({', '.join(newer)}) and doesn't overwrite them; resume from the "
+            f"resume={path}: the run has newer checkpoints (up to {newest.name}) and doesn't overwrite them; resume from the "
             "newest, or move them away"
         )
     if config.run_name not in (None, folder.name):
