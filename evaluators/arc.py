@@ -14,7 +14,7 @@ from artifacts.files import write_whole
 from config.errors import UsageError
 from dataset.puzzles.arc_grids import SEQ_LEN, Augmentation, Grid, crop, grid_hash, parse_grid, parse_name
 from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_json
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 
 PASS_KS = (1, 2, 5, 10, 100, 1000)
 ATTEMPTS = 2
@@ -119,14 +119,14 @@ class ARC:
             forms.append(form if form[0] in self._puzzles else None)
         self._votes.add_rows(forms, inputs=inputs, preds=preds, q_halt_logits=q_halt_logits)
 
-    def result(self, output_dir: str | Path | None = None, ranks: Ranks | None = None) -> dict[str, float]:
+    def result(self, output_dir: str | Path | None = None, ranks: Ranks = ALONE) -> dict[str, float]:
         """Metrics `ARC/pass@K` from the votes of all `ranks`; empty on ranks other than the first.
 
         pass@K: the mean over puzzles of the fraction of their test pairs whose output is among the
         K grids with most votes. Writes submission.json if `output_dir` is given; a second attempt
         there repeats the first if only one grid was predicted.
         """
-        gathered = (ranks or Ranks()).gather_at_first(self._votes)
+        gathered = ranks.gather_at_first(self._votes)
         if not gathered:
             return {}
         votes = Votes()

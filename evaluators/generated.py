@@ -17,11 +17,11 @@ from dataset.text.loader import TextCorpus, TextDataset
 from evaluators.answer_scores import is_exact, score_answers, score_by_hops
 from generation.answers import Responder
 from generation.batch import InputRow, answers_in_order, block_size, positions_needed
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 
 
 def evaluate_generated(
-    responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks | None = None
+    responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """Answer the last turn of the split's `rows` and score the answers against the references, by
     the rows' `task`.
@@ -78,7 +78,7 @@ def _mean_act_steps(act_steps: Sequence[Sequence[int]]) -> float:
 
 
 def write_generated(
-    responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks | None = None
+    responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """Answer the last turn of the split's `rows`, in order, and write the answers to `path` as JSON
     lines.
@@ -100,7 +100,7 @@ def write_generated(
     log_probability = 0.0
     with contextlib.ExitStack() as files:
         lines = None
-        if ranks is None or ranks.is_first:
+        if ranks.is_first:
             lines = files.enter_context(files.enter_context(whole_file(path)).open("w", encoding="utf-8"))
         for record in _answered(responder, inputs(), lengths, "generated", ranks):
             if lines is not None:
@@ -123,10 +123,9 @@ def write_generated(
 
 
 def _answered(
-    responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks | None
+    responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks
 ) -> Iterator[dict[str, Any]]:
     """The records of `answers_in_order`, all of them on each rank. lengths: tokens of the prompts."""
-    ranks = ranks or Ranks()
     count, positions = positions_needed(responder, lengths)
     rows = min(responder.rows, max(1, count))
     block = block_size(count, rows)

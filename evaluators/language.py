@@ -19,7 +19,7 @@ from torch import Tensor
 from dataset.text.loader import IGNORE_LABEL_ID, Examples, TextCorpus, collate
 from models.act import RecursiveModel
 from models.device import on_device
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.losses import linear_cross_entropy
 
 # An ACT step is worse if its loss is more than this above the step before, in nats per token.
@@ -153,7 +153,7 @@ def evaluate_language(
     halt_threshold: float | None = None,
     max_batches: int | None = None,
     limit: int | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     pad_multiple: int = 8,
     on_output: Callable[[DepthOutput], None] | None = None,
     at_every_depth: bool = False,
@@ -167,7 +167,6 @@ def evaluate_language(
     `on_output` gets each batch at the final depth, or `at_every_depth`. `ranks` take turns at the
     batches; each gets the whole result, the same bits as from one process.
     """
-    ranks = ranks or Ranks()
     most = len(dataset) if max_batches is None else max_batches * batch_size
     count = min(len(dataset), most, len(dataset) if limit is None else limit)
     depths = 1 if halt_threshold is not None else act_steps

@@ -24,7 +24,7 @@ from evaluators.arc import ARC
 from evaluators.search import NO_SEARCH, Search
 from models.act import RecursiveModel
 from models.device import on_device
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.losses import row_loss
 from models.row_halting import halted
 
@@ -83,7 +83,7 @@ def evaluate_puzzles(
     *,
     batch_size: int,
     search: Search = NO_SEARCH,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     max_batches: int | None = None,
     on_output: Callable[[PuzzleOutput], None] | None = None,
     bar: str | None = None,
@@ -94,7 +94,6 @@ def evaluate_puzzles(
     with its last step. `on_output` gets this rank's rows of each batch. bar: label of a progress bar; None: no bar. Raises
     UsageError if the ranks can't share a batch evenly.
     """
-    ranks = ranks or Ranks()
     shape = len(data.sets), model.config.halt_max_steps, len(_SUMS)
     by_set = dict(zip(data.sets, np.zeros(shape), strict=True))
     batches = evaluation_batches(data, global_batch_size=batch_size, rank=ranks.rank, ranks=ranks.size)
@@ -229,7 +228,7 @@ class PuzzleMeasurement:
         *,
         search: Search = NO_SEARCH,
         save: Sequence[str] = (),
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         max_batches: int | None = None,
         bar: str | None = None,
     ) -> dict[str, Any]:
@@ -239,7 +238,6 @@ class PuzzleMeasurement:
         tensors `save`: one file for each set and rank if there are several. With choice by votes,
         every sample has a vote in the evaluators.
         """
-        ranks = ranks or Ranks()
         saved = {set_name: SavedOutputs(save) for set_name in self._data.sets}
         for _, _, evaluator in self._evaluators:
             evaluator.begin()

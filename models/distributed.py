@@ -90,6 +90,9 @@ class Ranks:
         return values[0]
 
 
+ALONE = Ranks()
+
+
 def take_local_gpu(device: str) -> bool:
     """Give each local rank its own GPU; returns whether `device` is on CUDA. Raises UsageError."""
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -22,7 +22,7 @@ from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
 from models.act import RecursiveModel
 from models.device import peak_memory
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.ema import EMA
 from training.console import Console
 from training.loggers import RunLogger
@@ -280,8 +280,8 @@ def _reported() -> Iterator[None]:
 class Trainer:
     """A model with its optimizer and moving average, trained on a task by one or more ranks."""
 
-    def __init__(self, config: TrainingConfig, model: RecursiveModel, task: Task, ranks: Ranks | None = None) -> None:
-        self.config, self.model, self.task, self.ranks = config, model, task, ranks or Ranks()
+    def __init__(self, config: TrainingConfig, model: RecursiveModel, task: Task, ranks: Ranks = ALONE) -> None:
+        self.config, self.model, self.task, self.ranks = config, model, task, ranks
         self.optimizer = ModelOptimizer(config, model)
         self.ema = EMA(model, config.ema_rate) if config.ema else None
         self.progress = RunProgress()

@@ -19,7 +19,7 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches
 from models.act import RecursiveModel
 from models.device import on_device
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
@@ -75,11 +75,11 @@ class PuzzleTask:
 
     loss_name = "lm_loss"
 
-    def __init__(self, config: PretrainPuzzleConfig, model: RecursiveModel, data: PuzzleData, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: PretrainPuzzleConfig, model: RecursiveModel, data: PuzzleData, ranks: Ranks = ALONE) -> None:
         """Raises UsageError if the data doesn't fill a batch."""
         self.config = config
         self.model = model
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         self.total_steps = data.metadata.total_steps(config.epochs, config.global_batch_size)
         self.steps_done = 0
         self._batches = TrainBatches(

@@ -19,7 +19,7 @@ from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
 from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.document_attention import documents_side_by_side
 from models.layers import TOKEN_MULTIPLE, Attend, TokenRows
 from models.losses import token_loss
@@ -48,11 +48,11 @@ class TextTask:
         model: RecursiveModel,
         stream: ExampleIterator,
         curriculum: Curriculum,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.model = model
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         self.admitted = 0
         self._curriculum = curriculum
         self._stream = stream
