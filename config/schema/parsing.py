@@ -52,24 +52,18 @@ def _find(path: Sequence[str], kind: type[TrainingConfig]) -> tuple[Any, OnResum
 
 def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
     """The message for a key, given as its parts, that a config of `kind` doesn't have. It names the nearest keys that exist."""
-    parts = [str(part) for part in path]
-    key = ".".join(parts)
+    key = ".".join(map(str, path))
     if key in _ORIGINAL_KEYS:
         return f"{key}: no such key here, {_ORIGINAL_KEYS[key]}"
-    known = 0
-    while known < len(parts) - 1 and type_of_key(parts[: known + 1], kind) is not None:
-        known += 1
-    section = type_of_key(parts[:known], kind)
-    beside = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-    if not known:
-        beside.append("experiment")  # a group of presets, and no key of the result
-    elsewhere: dict[str, list[str]] = {}
-    for other in _keys(kind):
-        elsewhere.setdefault(other.rpartition(".")[2], []).append(other)
+    keys = ["experiment", *_keys(kind)]  # that is a group of presets, and no key of the result
+    by_name: dict[str, list[str]] = {}
+    for other in keys:
+        by_name.setdefault(other.rpartition(".")[2], []).append(other)
+    name = key.rpartition(".")[2]
     near = (
-        elsewhere.get(parts[-1])
-        or difflib.get_close_matches(parts[known], beside, n=1)
-        or [other for name in difflib.get_close_matches(parts[-1], elsewhere, n=1) for other in elsewhere[name]]
+        by_name.get(name)
+        or difflib.get_close_matches(key, keys, n=1)
+        or [other for close in difflib.get_close_matches(name, by_name, n=1) for other in by_name[close]]
     )
     return f"{key}: no such key" + (f", did you mean {' or '.join(near[:3])}?" if near else "")
 
