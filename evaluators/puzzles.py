@@ -94,8 +94,8 @@ def evaluate_puzzles(
     with its last step. `on_output` gets this rank's rows of each batch. bar: label of a progress bar; None: no bar. Raises
     UsageError if the ranks can't share a batch evenly.
     """
-    shape = len(data.sets), model.config.halt_max_steps, len(_SUMS)
-    by_set = dict(zip(data.sets, np.zeros(shape), strict=True))
+    own = np.zeros((len(data.sets), model.config.halt_max_steps, len(_SUMS)))
+    by_set = dict(zip(data.sets, own, strict=True))
     batches = evaluation_batches(data, global_batch_size=batch_size, rank=ranks.rank, ranks=ranks.size)
     count = evaluation_batch_count(data, batch_size)
     count = min(count, max_batches or count)
@@ -105,8 +105,7 @@ def evaluate_puzzles(
             by_set[batch.set_name] += sums.numpy()
             if on_output is not None:
                 on_output(output)
-    own = np.stack(list(by_set.values()))
-    totals = np.reshape(ranks.sum_numbers(own.ravel().tolist()), shape)
+    totals = np.reshape(ranks.sum_numbers(own.ravel().tolist()), own.shape)
     has_oracle = search.samples > 1
     sets = {name: _metrics(sums, has_oracle) for name, sums in zip(data.sets, totals, strict=True)}
     return {**_metrics(totals.sum(axis=0), has_oracle), "sets": sets}
