@@ -274,7 +274,7 @@ def test_another_format_or_config_is_refused(tmp_path: Path, save: Save) -> None
     (folder / "checkpoint.json").write_text(json.dumps(about))
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("hidden_size:", "hiden_size:"))
-    with pytest.raises(UsageError, match="did you mean arch.hidden_size"):
+    with pytest.raises(UsageError, match=r"did you mean arch\.hidden_size"):
         open_checkpoint(folder)
 
 
