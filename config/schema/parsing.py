@@ -62,7 +62,7 @@ def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
     name = key.rpartition(".")[2]
     near = (
         by_name.get(name)
-        or difflib.get_close_matches(key, keys, n=1)
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
         or [other for close in difflib.get_close_matches(name, by_name, n=1) for other in by_name[close]]
     )
     return f"{key}: no such key" + (f", did you mean {' or '.join(near[:3])}?" if near else "")
