@@ -1,5 +1,4 @@
-"""The checkpoint folder `step_<N>`: everything to use a model and to resume its training, written
-atomically.
+"""The checkpoint folder `step_<N>`: what it takes to use a model and to resume its training.
 
     model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
     ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use

@@ -53,12 +53,10 @@ def read_halting_calibration(checkpoint: Checkpoint) -> HaltingCalibration | Non
 def write_halting_calibration(
     checkpoint: Checkpoint, calibration: HaltingCalibration, measured: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the calibration of the checkpoint's weights (the moving average if there is one)
-    atomically; returns its path.
+    """Write the calibration of the checkpoint's weights (their average, if any); returns its path.
 
-    It replaces a calibration of the same weights. `measured` is written for people; the program
-    doesn't read it. Raises UsageError if an existing file is damaged or belongs to other weights,
-    or if the file can't be written.
+    It replaces a calibration of the same weights. `measured` is for people only. Raises UsageError
+    if an existing file is damaged or of other weights, or if the file can't be written.
     """
     read_halting_calibration(checkpoint)
     path = checkpoint.folder / FILE_NAME

@@ -127,12 +127,10 @@ def reliability(record: HaltingRecord, scale: float = 1.0, shift: float = 0.0) -
 
 
 def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
-    """Scale a and shift b such that sigmoid(a * logit + b) fits `right_N` best: Platt scaling
-    (Platt 1999).
+    """Scale a and shift b such that sigmoid(a * logit + b) fits `right_N` best (Platt 1999).
 
     Minimizes the sum of the tokens' cross-entropies plus `_PULL`/2 * ((a - 1)^2 + b^2), by Newton's
-    method with step halving. The second term makes the minimum exist and be unique; without tokens
-    it is the identity, (1, 0).
+    method with step halving. The second term makes the minimum unique; without tokens it is (1, 0).
     """
     design_N2 = np.stack((logits_N, np.ones_like(logits_N)), axis=1).astype(np.float64)
 

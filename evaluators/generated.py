@@ -23,15 +23,13 @@ from models.distributed import ALONE, Ranks
 def evaluate_generated(
     responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Answer the last turn of the split's `rows` and score the answers against the references, by
-    the rows' `task`.
+    """Answer the last turn of the split's `rows` and score the answers, by the rows' `task`.
 
-    `ranks` share the rows, and each gets the whole result. Raw text has no question and is left
-    out. Returns the result of `score_answers` at the responder's depth, with `by_act_step` (overall
-    accuracy at 1, 2, ... ACT steps; one entry with a halting threshold), `mean_act_steps` per
-    generated token, and `longer_than_context` (rows whose history leaves no room for an answer;
-    they aren't scored). For the bundled deep families it has `by_hops`: for each number of
-    dependent steps, the result of `score_answers` at each of these depths (`by_act_step`) and
+    `ranks` share the rows, and each gets the whole result. Raw text is left out. Returns the result
+    of `score_answers` at the responder's depth, with `by_act_step` (overall accuracy at 1, 2, ...
+    ACT steps; one entry with a halting threshold), `mean_act_steps` per generated token,
+    `longer_than_context` (rows without room for an answer; they aren't scored), and `by_hops` for
+    the bundled deep families: the result at each of these depths (`by_act_step`) and
     `mean_act_steps`. Raises UsageError if no row is left.
     """
     inputs, lengths, references, rows_asked = list[InputRow](), list[int](), list[str](), list[Mapping[str, Any]]()
@@ -80,13 +78,11 @@ def _mean_act_steps(act_steps: Sequence[Sequence[int]]) -> float:
 def write_generated(
     responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Answer the last turn of the split's `rows`, in order, and write the answers to `path` as JSON
-    lines.
+    """Answer the last turn of the split's `rows`, in order, into JSON lines, over any file at `path`.
 
     `ranks` share the rows; the first writes, and each gets the whole result. Raw text is left out.
-    Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split;
-    `error` if the history leaves no room for an answer. The file is written atomically and replaces
-    an older one. Returns ratios of sums over the answers: `count`, `exact_accuracy`,
+    Lines have the keys of `generation.batch.answers_in_order` and the row's `index`; `error`
+    without room for an answer. Returns ratios of sums over the answers: `count`, `exact_accuracy`,
     `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS included (None
     without an answer), and `longer_than_context`.
     """

@@ -1,9 +1,8 @@
-"""Teacher-forced metrics of a language model over a split: ratios of sums over the corpus, never
-means of ratios.
+"""Teacher-forced metrics over a split: ratios of sums over the corpus, never means of ratios.
 
 `loss_per_token` is in nats per supervised token, EOS included. `bits_per_byte` divides the -log2 p
-of supervised text tokens (without EOS) by the UTF-8 bytes of the decoded supervised ids. Knows no
-training. Shape suffixes as in models/layers.py; N supervised tokens.
+of supervised text tokens (without EOS) by the UTF-8 bytes of the decoded supervised ids. Shape
+suffixes as in models/layers.py; N supervised tokens.
 """
 
 import math
@@ -159,8 +158,7 @@ def evaluate_language(
     at_every_depth: bool = False,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
 ) -> LanguageResult:
-    """Measure `model`, teacher-forced, on the first `limit` rows of `dataset`, in at most
-    `max_batches` batches.
+    """Measure `model` on the first `limit` rows of `dataset`, in at most `max_batches` batches.
 
     Without `halt_threshold` every depth 1..act_steps is measured. With it, an assistant's token
     halts once its halting probability exceeds the threshold, and prompts take all steps.

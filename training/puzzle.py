@@ -1,5 +1,4 @@
-"""Puzzles as a task: slots, the latent states they carry, one ACT step. Knows no files but the
-loader's, and prints nothing.
+"""Puzzles as a task: slots, the latent states they carry, one ACT step.
 
 As in the original, an optimizer step is one ACT step of every slot, and takes one batch of the
 loader. Rows for slots that are still busy are discarded. Shape suffixes as in models/layers.py; P

@@ -23,13 +23,9 @@ from training.resume import find_resume_point, initial_weights_path, prepare_mod
 
 
 def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
-    """Train, from scratch or from the checkpoint that `config.resume` finds; returns the last
-    checkpoint and its held-out loss.
+    """Train as `config` says; returns the last checkpoint and its loss, or None after a dry run.
 
-    A dry run (`config.dry_run`) trains nothing and returns None.
-
-    Raises UsageError for wrong input, before training starts, and StoppedBySignal if a signal ended
-    the run.
+    Raises UsageError for wrong input, before training starts, and StoppedBySignal.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         device = pick_device(config.device)

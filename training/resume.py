@@ -82,12 +82,11 @@ class ResumePoint:
 
 @contextlib.contextmanager
 def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePoint]:
-    """The run's folder, and its newest intact checkpoint if `config.resume` asks for it; rank 0
-    decides for all.
+    """The run's folder, and the checkpoint that `config.resume` asks for; rank 0 decides for all.
 
-    Within the block the folder belongs to this run: rank 0 holds its lock. Newer, damaged
-    checkpoints are renamed, so that the run can write its own. A dry run takes no lock and changes
-    nothing. Raises UsageError if the run can't start.
+    Within the block rank 0 holds the folder's lock. Newer, damaged checkpoints are renamed, so that
+    the run can write its own. A dry run takes no lock and changes nothing. Raises UsageError if the
+    run can't start.
     """
     with contextlib.ExitStack() as lock:
         found = _find(config, ranks.say, lock) if ranks.is_first else None
