@@ -357,7 +357,7 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
         "tokenizer": responder.tokenizer.sha256,
         "template": responder.template.to_dict(),
         "system": responder.system,
-        "forms": forms.to_dict(),
+        "forms": dataclasses.asdict(forms),
         "context": responder.context,
         # It matters only with a threshold.
         "halt_calibration": None if responder.options.halt_threshold is None else responder.model.halt_calibration.tolist(),

@@ -114,7 +114,7 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
     always = (*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))
     used = set[int]()
     for row in chain([always, first], rows):
-        used.update(*tokenizer.encode_batch(row))
+        used.update(*map(tokenizer.encode, row))
     rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
     for token in used:
@@ -160,7 +160,7 @@ def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """UTF-8 bytes of the texts per token."""
-    return sum(len(text.encode()) for text in texts) / sum(map(len, tokenizer.encode_batch(texts)))
+    return sum(len(text.encode()) for text in texts) / sum(len(tokenizer.encode(text)) for text in texts)
 
 
 def report(config: PretrainInstructConfig, path: Path) -> None:

@@ -68,7 +68,8 @@ def test_the_elements_of_any_array_are_found(
         "\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only) + " \n", encoding="utf-8", errors="replace"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_BLOCK", block)
+        longest = max((len(json.dumps(value, indent=indent, ensure_ascii=ascii_only)) for value in values), default=0)
+        patch.setattr(rows, "_MOST_READ_FOR_A_ROW", 4 * longest + block)  # with the indents and blanks around it
         file = open_row_file(path)
         expected = json.loads(path.read_text(encoding="utf-8-sig"))
         assert [json.loads(text_of(data)) for _, data in file.rows()] == expected
