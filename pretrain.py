@@ -5,10 +5,6 @@ Settings are in config/ (cfg_pretrain.yaml), their documentation in config/schem
 `--cfg job` show them. `-m key=a,b` trains with each of several values.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import hydra
 from omegaconf import DictConfig
 

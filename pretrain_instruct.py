@@ -4,10 +4,6 @@ Settings are in config/ (cfg_pretrain_instruct.yaml), their documentation in con
 `--help` and `--cfg job` show them. `-m key=a,b` trains with each of several values.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import hydra
 from omegaconf import DictConfig
 

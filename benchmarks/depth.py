@@ -146,7 +146,7 @@ def calibration(responder: Responder, split: TextDataset, config: PretrainInstru
     )
     found = []
     for record, (scale, shift) in zip(records, responder.model.halt_calibration.T.tolist(), strict=False):
-        measured = record.to_measure_on()
+        measured = record.half(odd=True)
         as_used = reliability(measured, scale, shift)
         found.append({**dataclasses.asdict(as_used), "ece_uncalibrated": reliability(measured).ece})
     return found

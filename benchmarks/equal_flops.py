@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -54,6 +55,7 @@ from models.device import keep_freed_memory, pick_device
 from training.estimate import count_parameters
 from training.loop import Trainer
 from training.progress import StepResult
+from training.task import Batch
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
@@ -139,12 +141,11 @@ class _BudgetTask(TextTask):
 
     meter: Meter
 
-    @property
-    def expected(self) -> float:
-        spent = self.meter
-        if not spent.share:
-            return self.total.examples
-        return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
+    def next_batch(self, step: int) -> Batch:
+        if self.meter.share:
+            steps = max(step, math.ceil(self.meter.steps / self.meter.share))
+            self.config = self.config.model_copy(update={"max_steps": steps})
+        return super().next_batch(step)
 
 
 def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:

@@ -11,18 +11,16 @@ import argparse
 import dataclasses
 import json
 import os
-from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
 from benchmarks.common import parser, use_threads
 from config.errors import one_clear_message
 from dataset.puzzles.kinds import kind_of
-from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
+from dataset.puzzles.loader import PuzzleData
 from evaluators.answer_scores import wilson_lower_bound
 from evaluators.puzzles import PuzzleOutput, evaluate_puzzles
 from evaluators.search import Choice, Search
@@ -82,7 +80,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         search=most,
         max_batches=options.max_puzzles and -(-options.max_puzzles // at_once),
         on_output=outputs.append,
-        progress=partial(tqdm, unit="batch", total=evaluation_batch_count(data, at_once), disable=None),
+        bar="samples",
     )
     rows = []
     for samples in (2**power for power in range(options.samples.bit_length())):

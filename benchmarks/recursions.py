@@ -80,7 +80,7 @@ def measure(name: str, data_path: str, overrides: list[str], flops: float) -> di
     seconds = time.perf_counter() - started
     with trainer.averaged_weights():
         test = PuzzleData(config.data_paths, "test")
-        report = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size).report()
+        report = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size)
     return {
         "recursion": name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

@@ -26,6 +26,9 @@ from config.schema import Config, user_path
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _HYDRA_HELP = "--hydra-help"
+_FLAGS_WITH_VALUES = (
+    "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--experimental-rerun",
+)  # fmt: skip
 
 
 def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
@@ -132,19 +135,6 @@ def _with_overrides_plain(arguments: list[str], kind: type[Config], is_sweep: bo
     return plain
 
 
-_FLAGS_WITH_VALUES = (
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--config-dir",
-    "-cd",
-    "--package",
-    "-p",
-    "--experimental-rerun",
-)
-
-
 def _is_of_hydra(error: Exception) -> bool:
     """Whether an error comes from the command line or the launcher, and not from within a job."""
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -153,7 +143,6 @@ def _is_of_hydra(error: Exception) -> bool:
 
 
 def _show_jobs(folder: Path) -> None:
-    """Print the results of a sweep's jobs. Raises UsageError if some have failed."""
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("job_*.json")]
     jobs.sort(key=lambda job: job["job"])
     common = set[str].intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()

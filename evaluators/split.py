@@ -1,6 +1,4 @@
-"""Measures a checkpoint on a split of its data and writes the result: teacher-forced metrics,
-generated answers, saved tensors. Knows no flags and prints nothing but progress.
-"""
+"""Measures a checkpoint on a split of its data and writes the result. Knows no flags."""
 
 from collections.abc import Sequence
 from functools import partial

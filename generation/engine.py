@@ -100,7 +100,7 @@ def lane_count(model: RecursiveModel) -> int:
 def cache_bytes(model: RecursiveModel, act_steps: int, rows: int, positions: int) -> int:
     """Size of a KV cache for `rows` rows of `positions` positions, in bytes."""
     element = DTYPES[model.config.forward_dtype].itemsize
-    return act_steps * lane_count(model) * 2 * rows * positions * model.config.num_heads * model.head_dim * element
+    return act_steps * lane_count(model) * 2 * rows * positions * model.config.num_heads * model.config.head_dim * element
 
 
 def rows_that_fit(model: RecursiveModel, act_steps: int, positions: int, budget_gb: float, most: int) -> int:
@@ -152,7 +152,7 @@ class Engine:
             lanes=lane_count(model),
             heads=model.config.num_heads,
             positions=positions,
-            head_dim=model.head_dim,
+            head_dim=model.config.head_dim,
             dtype=model.dtype,
             device=model.device,
             compiled=compiled,

@@ -26,10 +26,6 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 try:
     import uvicorn
     from starlette.applications import Starlette

@@ -33,7 +33,7 @@ def shown(
         with Console(config, total=1200, done=done, seconds=seconds, shown=True) as console:
             for step in range(1 + done // 4, 301):
                 console.advance(4 * step)
-                console.line(step, 4 * step, {"loss": 10 / step, "act_steps": None}, GIGABYTE)
+                console.line(step, 4 * step, {"loss": 10 / step, "act_steps": 2}, GIGABYTE)
         return tuple(capsys.readouterr())
 
     return run
@@ -47,7 +47,7 @@ def test_without_a_terminal_a_line_each_half_minute(shown: Callable[..., tuple[s
     ]
     lines = err.splitlines()
     assert len(lines) == 10 and "\r" not in err
-    assert lines[0] == "step 30: loss 0.333, act_steps -, 4 ex/s, 10%, 04:30 left"
+    assert lines[0] == "step 30: loss 0.333, act_steps 2.000, 4 ex/s, 10%, 04:30 left"
     assert lines[-1].endswith("100%, 00:00 left")
 
 

@@ -306,7 +306,7 @@ def test_hydra_shows_its_own_traceback_where_it_is_asked_to(tmp_path: Path) -> N
     ("override", "fragments"),
     [
         ("arch.hiden_size=32", ("arch.hiden_size",)),
-        ("+arch.hiden_size=32", ("arch.hiden_size: no such key", "did you mean hidden_size?")),
+        ("+arch.hiden_size=32", ("arch.hiden_size: no such key", "did you mean arch.hidden_size?")),
         ("global_batch_size=0", ("global_batch_size",)),
         ("arch.attention=full", ("arch.attention=full", "choose causal or prefix")),
         ("dataset.tokenizer_path=nowhere.model", ("nowhere.model", "scripts/fetch_tokenizer.py")),

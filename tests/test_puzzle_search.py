@@ -42,7 +42,7 @@ def test_choices_and_fewer_samples_are_read_off(trained: Path) -> None:
     for choose in get_args(Choice):
         for samples in (2, 4):
             search = dataclasses.replace(most, samples=samples, choose=choose)
-            report = evaluate_puzzles(model, data, batch_size=8, search=search).report()
+            report = evaluate_puzzles(model, data, batch_size=8, search=search)
             right, steps = (torch.cat(parts).double() for parts in zip(*(outcomes(o, search) for o in outputs), strict=True))
             assert (report["exact_accuracy"], report["steps"]) == pytest.approx((right.mean().item(), steps.mean().item()))
             found.add((report["exact_accuracy"], report["steps"]))

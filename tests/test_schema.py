@@ -32,9 +32,9 @@ def test_a_config_survives_its_own_dump(tiny_config: ConfigFactory, values: dict
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("arch.hiden_size", "arch.hiden_size: no such key, did you mean hidden_size?"),
+        ("arch.hiden_size", "arch.hiden_size: no such key, did you mean arch.hidden_size?"),
         ("global_batchsize", "global_batchsize: no such key, did you mean global_batch_size?"),
-        ("arch.halt.bais", "arch.halt.bais: no such key, did you mean bias?"),
+        ("arch.halt.bais", "arch.halt.bais: no such key, did you mean arch.halt.bias?"),
         ("dataset.zzz", "dataset.zzz: no such key"),
     ],
 )

@@ -143,7 +143,7 @@ def sudoku(scale: Scale) -> Iterator[Case]:
             spent += timed_steps(steps, 1, scale)[0][0]
             if spent >= seconds * (len(curve) + 1) / _SUDOKU_POINTS:
                 with trainer.averaged_weights():
-                    result = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size, max_batches=1).report()
+                    result = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size, max_batches=1)
                 kept = {key: result[key] for key in ("exact_accuracy", "accuracy", "lm_loss")}
                 curve.append({"seconds": spent, "step": trainer.progress.step, **kept})
         pace = (trainer.progress.step - len(warm_up)) / spent
