@@ -39,7 +39,7 @@ from dataset.text.tokenizer import TOKENIZER_FILES, Tokenizer
 FORMAT_VERSION = 1
 Content = TypeVar("Content")
 # Keys of checkpoint.json that only one kind of model has, and the programs for that kind.
-_DOOR_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
+_SCRIPT_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,9 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
     about = read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     if missing := sorted(keys - about.keys()):
-        for key, door in _DOOR_OF_KIND.items():
+        for key, script in _SCRIPT_OF_KIND.items():
             if key in about and key not in keys:
-                raise UsageError(f"the checkpoint {folder} is of another kind of model: use {door}")
+                raise UsageError(f"the checkpoint {folder} is of another kind of model: use {script}")
         raise UsageError(f"the checkpoint {folder} is damaged: its checkpoint.json has no {', '.join(missing)}")
     return about
 

@@ -1,4 +1,4 @@
-"""From Hydra and command lines to a checked config. For doors, scripts and benchmarks only: rooms get the result."""
+"""From Hydra and command lines to a checked config. For scripts and benchmarks only: packages get the result."""
 
 import argparse
 import difflib
@@ -215,7 +215,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every door that uses a checkpoint."""
+    """The flags of every script that uses a checkpoint."""
     parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--config-name", help="take all settings but the architecture's from this config instead of the checkpoint's"
@@ -224,7 +224,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every door that uses a language model."""
+    """The flags of every script that uses a language model."""
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--tokenizer-path", type=os.path.expanduser, help="must be the tokenizer of the checkpoint, which is the default"
@@ -234,7 +234,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of doors that generate. Each overrides the key generation.* of the same name."""
+    """The flags of scripts that generate. Each overrides the key generation.* of the same name."""
     add = parser.add_argument
     add("--max-output-tokens", type=int, metavar="N", help="longest answer; default: half of dataset.seq_len")
     add("--temperature", type=float, help="0: always the most probable token; above: draw, the flatter the higher")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from artifacts.files import whole_file
 from config.errors import StoppedBySignal, UsageError
 from dataset.text.conversation import Conversation, with_default_system
-from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
+from dataset.text.forms import DEFAULT_OPTIONS, FLAGS, FormOptions, parse_turns
 from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
 from generation.answers import Responder, Speaker
 from generation.engine import Prompt, cache_bytes, rows_that_fit
@@ -140,7 +140,7 @@ def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[i
 # Rows of a file.
 
 
-def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[InputRow]:
+def read_inputs(file: RowFile, system: str | None, forms: FormOptions = DEFAULT_OPTIONS) -> Iterator[InputRow]:
     """The prompts of a file's rows, without blank lines. system: text of the system turn for rows
     without one.
 
@@ -230,7 +230,7 @@ def answer_file(
     source: Path,
     target: Path,
     *,
-    forms: FormOptions = USUAL,
+    forms: FormOptions = DEFAULT_OPTIONS,
     shard: Shard = WHOLE,
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:

@@ -1,9 +1,9 @@
 """The model around any recursion: embeddings, one ACT step at a time, vocabulary and halting heads.
 
-It owns every weight, under the names of the published checkpoints. How many ACT steps a row takes
-is decided elsewhere: in training by training/text.py and training/puzzle.py, in generation by
-generation/engine.py. Shape suffixes as in models/layers.py; N is any number of tokens, P the
-positions of a puzzle's vector, which come before the tokens.
+It owns every weight, under the names of the published checkpoints. How many ACT steps a row takes in
+training is decided by training/text.py and training/puzzle.py. `refine` lets tokens halt in
+evaluation and in prompts, and generation/engine.py new ones. Shape suffixes as in models/layers.py;
+N is any number of tokens, P the positions of a puzzle's vector, which come before the tokens.
 """
 
 import contextlib

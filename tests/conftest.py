@@ -99,7 +99,7 @@ LONG_FILES = (
     "resume",
     "benchmarks",
     "engine",
-    "doors",
+    "entry_scripts",
     "act",
     "loop",
     "sweeps",

@@ -37,7 +37,7 @@ RECURSIONS = ("looped", "trm", "trm_singlez", "trm_hier6", "hrm", "transformers_
 VOCABULARY = 13
 # Steps and tokens: the host reads whether weights may move, and the ids.
 OF_A_STEP = ["training/loop.py:step"]
-OF_TOKENS = ["generation/engine.py:_give"]
+OF_TOKENS = ["generation/engine.py:_choose_tokens"]
 OF_GREEDY_TOKENS = ["generation/device_tick.py:choose"]
 
 

@@ -15,8 +15,8 @@ from dataset.puzzles.kinds import kind_of
 from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleOutput, evaluate_puzzles
 from evaluators.search import Choice, Search
-from tests.test_doors import run_well
-from tests.test_puzzle_doors import RUN, RUN_FOLDER
+from tests.test_entry_scripts import run_well
+from tests.test_puzzle_scripts import RUN, RUN_FOLDER
 
 
 @pytest.fixture(scope="module")

@@ -80,11 +80,11 @@ class Run:
             self._loss = held_out_loss(saved.folder, self.task.loss_name)
         progress = trainer.progress
         progress.forward_dtype = trainer.model.config.forward_dtype
-        is_through = self.task.done.examples == self.task.total.examples
-        ended = reason_to_end(self.config, progress.step, progress.seconds, progress.early_stopping)
-        self._end_reason = None if is_through else ended
+        data_is_used_up = self.task.done.examples == self.task.total.examples
+        limit = reason_to_end(self.config, progress.step, progress.seconds, progress.early_stopping)
+        self._end_reason = None if data_is_used_up else limit
         # The logs of a run that has already ended stay as they are.
-        self._has_ended = is_through or self._end_reason is not None
+        self._has_ended = data_is_used_up or self._end_reason is not None
         begins = self.ranks.is_first and not self._has_ended
         self._logger = RunLogger(self.config, self.folder, vars(progress)) if begins else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < progress.metrics_log_bytes:
@@ -127,7 +127,7 @@ class Run:
                     metrics = self._evaluate()
                 before = now
 
-                # End, or save. Ranks act alike, on a signal to any of them and by rank 0's clock.
+                # End, or save. All ranks decide alike: a signal to any of them counts, and rank 0's clock.
                 own = (stop.signal_number, self._seconds(), self._is_save_due(result.step))
                 signals, (seconds, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
                 stopped_by = max(signals)
@@ -230,8 +230,8 @@ class Run:
     def _end_early(self, metrics: Mapping[str, Any] | None) -> None:
         """End a run that has data left, with its last log line, evaluation and checkpoint.
 
-        The checkpoint holds the state before both. So a run that is resumed with a higher limit
-        removes them from its logs, and equals a run that never ended here.
+        The checkpoint holds the state from before this log line and evaluation. Resuming with a
+        higher limit cuts both from the logs, and gives the run that never ended here.
         """
         state, window = self._state(), self.trainer.progress.window
         if window.steps or window.skipped:
@@ -330,8 +330,8 @@ class Trainer:
         if grads:
             torch._foreach_div_(grads, float(max(1, weight)))
 
-        # Clip. The norm isn't finite if the loss isn't. Reading it is the only time that the loop
-        # waits for the device.
+        # Clip. The norm isn't finite if the loss isn't. Reading it is the only time that a step waits
+        # for its device.
         grad_norm = float(torch.nn.utils.get_total_norm(grads) + 0 * loss)
         if config.grad_clip is not None and grad_norm > config.grad_clip:
             torch._foreach_mul_(grads, config.grad_clip / grad_norm)

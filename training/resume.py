@@ -1,5 +1,4 @@
 """How a run starts: from scratch, with another run's weights, or from its newest intact checkpoint.
-Knows no task.
 
 A run resumes only when that is safe. A damaged checkpoint is reported and an older one used; the
 checkpoint of another run is refused; and a run that has checkpoints never silently starts over.

@@ -18,11 +18,12 @@ from artifacts.hf.model_card import model_card
 from dataset.text.conversation import TaggedRole
 from dataset.text.portable_tokenizer import BOS, EOS, chat_template, portable_tokenizer
 
-# What of the project's own files the modeling file takes the place of imports with, each after what it needs; none: all of it.
+_REPOSITORY = Path(__file__).parents[2]
+# base and trm come first, because the other recursions are subclasses of theirs; __init__ comes last.
+_RECURSIONS = {path.stem for path in (_REPOSITORY / "models/recursive_reasoning").glob("*.py")} - {"base", "trm", "__init__"}
+# The definitions that stand in the modeling file in place of imports, by file, each after what it needs; (): all of a file.
 _INLINED: dict[str, tuple[str, ...]] = {
-    **{f"models/recursive_reasoning/{name}.py": () for name in ("base", "trm", "looped", "trm_singlez", "trm_hier6", "hrm")},
-    "models/recursive_reasoning/transformers_baseline.py": (),
-    "models/recursive_reasoning/__init__.py": (),
+    **{f"models/recursive_reasoning/{name}.py": () for name in ("base", "trm", *sorted(_RECURSIONS), "__init__")},
     "models/cache.py": ("StatefulAttention", "HeldAttention"),
     "models/layers.py": (
         "RMS_EPS", "_SWIGLU_MULTIPLE", "Rotary", "rotary_table", "rotate", "Attend", "_STD_OF_NORMAL_CUT_AT_2", "truncated_normal_",
@@ -150,7 +151,7 @@ def modeling_file() -> str:
 
 def _definitions(path: str, names: Sequence[str] = ()) -> Iterator[str]:
     """The text of a file's definitions of `names`, or of all, with decorators, comments above and docstrings below."""
-    text = (Path(__file__).parents[2] / path).read_text(encoding="utf-8")
+    text = (_REPOSITORY / path).read_text(encoding="utf-8")
     lines = text.splitlines()
     nodes = [node for node in ast.parse(text).body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
     starts = []

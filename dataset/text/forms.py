@@ -1,4 +1,4 @@
-"""The formats of conversation rows, in one table, and how a row of each becomes turns.
+"""The forms of conversation rows, and how a row of each becomes turns.
 
 Every key of a row is read, known as metadata, or reported as `BadRow`: no text is lost silently.
 Knows no files, tokens or caches.
@@ -56,7 +56,7 @@ _LABEL_CHARS = 200
 _TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-# A row is of the form of the first of these fields that it has. docs/data.md has the table.
+# Fields that tell a row's form, in this order (`_told_by`). docs/data.md has the table.
 _TOLD_BY: tuple[FieldName, ...] = ("messages", "prompt", "input", "text")
 
 ToolTurns = Literal["error", "drop", "as_user"]
@@ -75,7 +75,7 @@ class FormOptions:
 
     @cached_property
     def names(self) -> dict[FieldName, tuple[str, ...]]:
-        """The keys of each field. One that is named in `fields` is no other field's, one to ignore none's."""
+        """The keys to look for, by field. A key in `fields` belongs to that field only, an ignored key to none."""
         taken = {*self.fields.values(), *self.ignore}
         return {
             name: (self.fields[name],) if name in self.fields else tuple(key for key in usual if key not in taken)
@@ -98,8 +98,7 @@ class FormOptions:
         return frozenset((*self.names["role"], *self.names["content"], *self.flags))
 
 
-USUAL = FormOptions()
-"""No options."""
+DEFAULT_OPTIONS = FormOptions()
 
 
 def form_options(config: SourceConfig) -> FormOptions:
@@ -122,7 +121,7 @@ class ParsedRow:
     ignored: tuple[str, ...]
 
 
-def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedRow:
+def parse_turns(row: Mapping[str, Any], options: FormOptions = DEFAULT_OPTIONS) -> ParsedRow:
     """All turns of a row, trainable or not.
 
     Raises `BadRow` for a row of unknown form, for values of the wrong type, and for text that would
@@ -134,7 +133,7 @@ def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedR
         raise BadRow("too_deep", "expected a row of a few levels, found one nested too deeply to read") from error
 
 
-def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tuple[Conversation, ParsedRow]:
+def to_conversation(row: Mapping[str, Any], options: FormOptions = DEFAULT_OPTIONS) -> tuple[Conversation, ParsedRow]:
     """The conversation to train on, and the parsed row. Leaves out empty system turns and turns
     after the last answer.
 
@@ -186,8 +185,9 @@ class _RowReader:
         self._rest: list[tuple[str, str, str, Any]] = []
 
     def parse(self) -> ParsedRow:
-        field = self._told_by()
-        name, turns = self._chat() if field == "messages" else self._raw_text() if field == "text" else self._exchange()
+        told_by = self._told_by()
+        read = {"messages": self._chat, "text": self._raw_text}.get(told_by, self._exchange)
+        name, turns = read()
         if not self._flags(self._row, ""):
             turns = _as_context(turns)
         self._check_rest(turns)
@@ -336,7 +336,7 @@ class _RowReader:
             text = "\n".join([*([text] if text.strip() else []), *called])
         else:
             self._ignored.update(f"{column}[].{key}" for key in open_calls)
-        self._leave(message, options.of_message.union(open_calls), where, f"{column}[]")
+        self._record_unread(message, options.of_message.union(open_calls), where, f"{column}[]")
         return None if calls and not text.strip() else Turn(_TURN_ROLES[role], text, supervised)
 
     def _member(self, message: Mapping[str, Any], field: FieldName, where: str, default: str | None = None) -> tuple[str, Any]:
@@ -366,7 +366,7 @@ class _RowReader:
                     raise BadRow(
                         "not_text", f"{place}: expected a part of type text, found one of type {shown(kind)}: {shown(dict(part))}"
                     )
-                self._leave(part, {"type", "text"}, place, f"{column}[].content[]")
+                self._record_unread(part, {"type", "text"}, place, f"{column}[].content[]")
                 part = part["text"]
             texts.append(_text(part, place))
         return "".join(texts)
@@ -393,7 +393,7 @@ class _RowReader:
 
     # Unread keys.
 
-    def _leave(self, values: Mapping[str, Any], read: Collection[str], where: str, counted_as: str) -> None:
+    def _record_unread(self, values: Mapping[str, Any], read: Collection[str], where: str, counted_as: str) -> None:
         """Record unread keys of a message or part. Raises for one without text, maybe a flag."""
         for key, value in values.items():
             if key in read or _is_empty(value):

@@ -1,7 +1,7 @@
 """Examples of one or more splits, read from the token cache in the order of a curriculum, and
 collated into padded batches.
 
-Knows no row forms and no models.
+Knows no models.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Encodes raw rows to ids: the function that `datasets`' map runs in each process.
 
-Knows no files, caches, or number of processes.
+Knows no files of rows, no caches, and no number of processes.
 """
 
 import hashlib

@@ -77,7 +77,7 @@ def load_split(
         datasets.disable_progress_bars()
     folder = cache_dir(config)
     with _as_usage_error(folder):
-        # Before hashing the content: the cache must have the content of its key.
+        # Taken before the hashes, so that a file that changes meanwhile is refused.
         stamps = [_stamp(file.path) for file in opened]
         sha256 = tuple(file_sha256(file.path, folder) for file in opened)
         content = [[file.format, digest] for file, digest in zip(opened, sha256, strict=True)]
@@ -111,7 +111,8 @@ def load_split(
 
 
 def wanted_rows(subset_size: int | None, test_ratio: float, alone: Split | None = None) -> dict[Split, float]:
-    """How many rows of each split to keep; see `load_split`. A single split counts as "train"."""
+    """How many rows of each split to keep; see `load_split`. If the files hold
+    one split, its rows count as "train"."""
     if subset_size is None:
         return {"train": math.inf, "test": math.inf}
     if alone is not None:
@@ -166,6 +167,8 @@ def _as_usage_error(cache_dir: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise UsageError(f"the cached data in {str(cache_dir)!r} is damaged ({error}): delete it, then start again") from error
     except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(cache_dir):
+            raise UsageError(f"{error.filename} can't be read: {error.strerror}") from error
         raise UsageError(
             f"tokens can't be cached in {str(cache_dir)!r} ({error}): free space, make it writable, or name another folder with "
             "dataset.cache_dir"

@@ -1,4 +1,4 @@
-"""What doors with Hydra's command line share: arguments, errors in one message, the jobs of a sweep (-m).
+"""What scripts with Hydra's command line share: arguments, errors in one message, the jobs of a sweep (-m).
 
 Doesn't know what a job does.
 """
@@ -31,8 +31,8 @@ _FLAGS_WITH_VALUES = (
 )  # fmt: skip
 
 
-def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
-    """Run a door's `main`, decorated by hydra.main, with the command line of this process, in `one_clear_message`.
+def run_main(main: Callable[[], Any], kind: type[Config]) -> None:
+    """Run a script's `main`, decorated by hydra.main, with the command line of this process, in `one_clear_message`.
 
     Prints the jobs of a sweep at its end; the exit status is 2 if one has failed.
     """
@@ -67,7 +67,7 @@ def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
 
 
 def run_job(settings: DictConfig, kind: type[Config], train: Callable[[Config], float | None]) -> float | None:
-    """What a door's `main` does: check the composed settings, and train with them; returns what `train` does, the held-out loss.
+    """Check the composed settings, and train with them; returns what `train` does, the held-out loss.
 
     In a sweep a job that fails is reported, and its loss counts as infinite: the other jobs run. A signal ends the sweep.
     """
