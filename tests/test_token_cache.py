@@ -276,6 +276,15 @@ def test_a_file_that_changes_before_it_is_read_is_told(source: Path, monkeypatch
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
+def test_a_source_that_cannot_be_read_is_told_not_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, _: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(token_cache, "file_sha256", fail)
+    with pytest.raises(UsageError, match=r"jsonl can't be read: Permission denied$"):
+        load(source)
+
+
 def test_a_killed_build_is_never_read_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
     write(source, [row(number, "word " * 200) for number in range(60_000)])
     tokenizer = tmp_path / "tokenizer.model"
