@@ -95,14 +95,15 @@ def to_json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError."""
+def read_json(path: Path, remedy: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises UsageError, with a remedy if there is one."""
+    advice = "" if remedy is None else f"; {remedy}"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} can't be read: {error}; put an intact one there") from error
+        raise UsageError(f"{path} can't be read: {error}{advice}") from error
     if not isinstance(found, dict):
-        raise UsageError(f"{path} is damaged: expected a JSON object; put an intact one there")
+        raise UsageError(f"{path} is damaged: expected a JSON object{advice}")
     return found
 
 

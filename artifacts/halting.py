@@ -25,11 +25,11 @@ class HaltingCalibration(NamedTuple):
 
 
 class _File(BaseModel, strict=True):
-    format_version: Literal[1] = 1
+    format_version: Literal[1]
     weights_sha256: str
     scale: tuple[FiniteFloat, ...]
     shift: tuple[FiniteFloat, ...]
-    measured: dict[str, Any] = {}
+    measured: Any = None
 
 
 def read_halting_calibration(checkpoint: Checkpoint) -> HaltingCalibration | None:
@@ -39,14 +39,18 @@ def read_halting_calibration(checkpoint: Checkpoint) -> HaltingCalibration | Non
         return None
     try:
         file = _File.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        found = " ".join(str(error).split())
-        raise UsageError(f"{path} can't be read: {found}; {_MAKE_IT_AGAIN}") from error
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error}; {_MAKE_IT_AGAIN}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise UsageError(f"{path} is no halting calibration of format 1: {place} {problem['msg']}; {_MAKE_IT_AGAIN}") from error
     if file.weights_sha256 != checkpoint.weights_sha256(ema=True):
         raise UsageError(f"{path} was made for other weights than those beside it; {_MAKE_IT_AGAIN}")
     depths = checkpoint.config.arch.halt_max_steps
     if not len(file.scale) == len(file.shift) == depths:
-        raise UsageError(f"{path}: expected {depths} numbers under scale and shift; {_MAKE_IT_AGAIN}")
+        found = f"{len(file.scale)} and {len(file.shift)}"
+        raise UsageError(f"{path}: expected {depths} numbers under scale and shift, found {found}; {_MAKE_IT_AGAIN}")
     return HaltingCalibration(file.scale, file.shift)
 
 
@@ -61,6 +65,8 @@ def write_halting_calibration(
     read_halting_calibration(checkpoint)
     path = checkpoint.folder / FILE_NAME
     sha256 = checkpoint.weights_sha256(ema=True)
-    file = _File(weights_sha256=sha256, scale=calibration.scale, shift=calibration.shift, measured=dict(measured or {}))
+    file = _File(
+        format_version=1, weights_sha256=sha256, scale=calibration.scale, shift=calibration.shift, measured=dict(measured or {})
+    )
     write_whole(path, (file.model_dump_json(indent=2) + "\n").encode(), "free space, or make the checkpoint's folder writable")
     return path

@@ -108,7 +108,7 @@ class _Run:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = None if self.checkpoint is None else self.checkpoint / name
-        return {} if path is None or not path.is_file() else read_json(path)
+        return {} if path is None or not path.is_file() else read_json(path, "write it again, or delete it")
 
     def samples(self) -> list[dict[str, Any]]:
         """The first generated answers to the test split."""
@@ -173,7 +173,7 @@ def _overview(runs: Sequence[_Run]) -> Section:
         ("recursion", lambda run: run.flat.get("arch.name")),
         ("parameters", lambda run: run.parameters()),
         ("width", lambda run: run.flat.get("arch.hidden_size")),
-        ("ACT steps, at most", lambda run: run.flat.get("arch.halt_max_steps")),
+        ("ACT steps, at most", lambda run: run.flat["arch.halt_max_steps"]),
         ("optimizer", lambda run: run.flat.get("optimizer")),
         ("rows of an optimizer step", lambda run: run.flat.get("global_batch_size")),
         ("optimizer steps", lambda run: run.last("step")),

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from artifacts.files import whole_file
 from config.errors import UsageError
+from config.progress import progress_bar
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
@@ -128,7 +127,7 @@ def _answered(
     own = (one for number, one in enumerate(inputs) if number // block % ranks.size == ranks.rank)
     records = answers_in_order(responder, own, rows=rows, positions=positions, block=block)
     total = sum(min(block, count - begin) for begin in range(ranks.rank * block, count, ranks.size * block))
-    shown = iter(tqdm(records, desc=name, unit="answer", total=total, disable=not ranks.is_first))
+    shown = iter(progress_bar(records, shown=ranks.is_first, desc=name, unit="answer", total=total))
     for _ in range(0, count, block * ranks.size):
         for answered in ranks.gather(list(itertools.islice(shown, block))):
             yield from answered

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from artifacts.outputs import SavedOutputs
+from config.progress import progress_bar
 from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, evaluation_batch_count, evaluation_batches
 from evaluators.arc import ARC
@@ -98,8 +98,8 @@ def evaluate_puzzles(
     by_set = dict(zip(data.sets, own, strict=True))
     batches = evaluation_batches(data, global_batch_size=batch_size, rank=ranks.rank, ranks=ranks.size)
     count = evaluation_batch_count(data, batch_size)
-    count = min(count, max_batches or count)
-    for batch in tqdm(itertools.islice(batches, count), desc=bar, unit="batch", total=count, disable=bar is None):
+    count = count if max_batches is None else min(count, max_batches)
+    for batch in progress_bar(itertools.islice(batches, count), shown=bar is not None, desc=bar, unit="batch", total=count):
         if (batch.rows >= 0).any():
             output, sums = solve(model, batch, search)
             by_set[batch.set_name] += sums.numpy()

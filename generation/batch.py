@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from artifacts.files import whole_file
 from config.errors import StoppedBySignal, UsageError
+from config.progress import progress_bar
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.forms import DEFAULT_OPTIONS, FLAGS, FormOptions, parse_turns
 from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
@@ -286,7 +286,8 @@ def answer_file(
     records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
     lines: list[str] = []
     try:
-        for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
+        bar = progress_bar(records, shown=is_first, desc="answers", unit="row", initial=total - left, total=total)
+        for record in bar:
             index = missing[0] + len(lines)
             # The row's own values may have any type.
             lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")

@@ -34,6 +34,8 @@ _PROMPT_TOKEN_MULTIPLE = 8
 # Where rows may be at different ACT steps, requests enter when this fraction of the rows is free, or
 # a row for each that waits. At batch 16, 160 requests then took 36 prompt forwards in place of 128.
 _FREE_TO_ADMIT = 1 / 4
+# But no request waits beside a free row for longer than this many tokens take at full depth.
+_MOST_TOKENS_TO_WAIT = 4
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class Engine:
         self._rows: list[_Row | None] = [None] * rows
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._numbers = itertools.count()
+        self._ticks_waited = 0
+        """Ticks since a row became free for requests that wait."""
         # For each row: latent states, embedding of the current token, output of the last ACT step.
         vectors = (len(model.recursion.initial_states) + 2, rows, 1, model.config.hidden_size)
         self._vectors = torch.zeros(vectors, dtype=model.dtype, device=model.device)
@@ -335,9 +339,12 @@ class Engine:
             # Waiting a few ticks keeps all rows at the same ACT step, so the vocabulary head runs
             # once for all of them.
             return []
-        if running and not in_phase and len(free) < min(len(self._waiting), int(len(self._rows) * _FREE_TO_ADMIT)):
+        is_enough = len(free) >= min(len(self._waiting), int(len(self._rows) * _FREE_TO_ADMIT))
+        if running and not in_phase and not is_enough and self._ticks_waited < _MOST_TOKENS_TO_WAIT * self.act_steps:
             # Rows become free one by one, and prompts cost less together.
+            self._ticks_waited += bool(free)
             return []
+        self._ticks_waited = 0
         entering: dict[tuple[int, float | None], list[tuple[int, _Row]]] = {}
         for slot in free[: len(self._waiting)]:
             number, request = self._waiting.popitem(last=False)

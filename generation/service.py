@@ -106,6 +106,7 @@ class Service:
         self._speaker = Speaker(responder, rows=self.rows, positions=responder.context)
         self._thread = ThreadPoolExecutor(1, "engine")
         self._engine: asyncio.Task[None] | None = None
+        self._has_ended = False
         self._open: set[Submission] = set()
         self._coming: deque[tuple[Submission, int]] = deque()
         """Prompts that the engine doesn't have yet."""
@@ -138,7 +139,7 @@ class Service:
         try:
             # In a thread, because encoding a long text takes time.
             requests = await asyncio.to_thread(lambda: [self.responder.request(encode(), options) for encode in prompts])
-            if self.refusal is not None:
+            if self._has_ended and self.refusal is not None:
                 raise self.refusal
         except BaseException:
             self.pending -= n
@@ -160,10 +161,10 @@ class Service:
                 async with asyncio.timeout_at(min(clock() + beat, submission.deadline)):
                     event = await submission.events.get()
             except TimeoutError:
-                if clock() < submission.deadline:
-                    yield None
-                    continue
-                event = TimedOut(f"the answer was not ready {self.timeout:g} s after its request")
+                event = None
+            # Also for a caller that takes pieces more slowly than they come.
+            if submission.unfinished and clock() >= submission.deadline:
+                raise TimedOut(f"the answer was not ready {self.timeout:g} s after its request")
             if isinstance(event, ServiceError):
                 raise event
             yield event
@@ -186,10 +187,12 @@ class Service:
         self._end_all()
         if self._engine is not None:
             await self._engine
+        self._thread.shutdown()
 
     def _end_all(self) -> None:
         """End all submissions with the reason why new ones are refused."""
         assert self.refusal is not None
+        self._has_ended = True
         for submission in list(self._open):
             self.cancel(submission)
             submission.events.put_nowait(self.refusal)
@@ -207,18 +210,18 @@ class Service:
             while self._coming or self._begun or self._left:
                 while self._left:
                     self._speaker.cancel(self._left.pop())
-                while self._coming:
-                    submission, prompt = self._coming.popleft()
-                    if submission.scored:
-                        ids = submission.requests[prompt].prompt
-                        scores = PromptScores(prompt, await in_thread(self.responder.token_scores, ids, submission.options))
-                    # Its caller may have left meanwhile.
-                    if submission in self._open:
-                        if submission.scored:
-                            submission.events.put_nowait(scores)
+                for submission, prompt in self._coming:
+                    if not submission.scored:
                         self._begin(submission, prompt)
-                    if submission.scored:
-                        break  # One between two ticks, so that running answers don't stall.
+                self._coming = deque(coming for coming in self._coming if coming[0].scored)
+                if self._coming:
+                    # Score one prompt between two ticks, so that running answers don't stall.
+                    submission, prompt = self._coming.popleft()
+                    ids = submission.requests[prompt].prompt
+                    scores = await in_thread(self.responder.token_scores, ids, submission.options)
+                    if submission in self._open:  # Its caller may have left meanwhile.
+                        submission.events.put_nowait(PromptScores(prompt, scores))
+                        self._begin(submission, prompt)
                 for piece in await in_thread(self._next_pieces) if self._begun else ():
                     if piece.request not in self._begun:
                         continue

@@ -385,6 +385,19 @@ def test_a_damaged_calibration_is_told(tmp_path: Path, save: Save, content: str 
         load_model(checkpoint, checkpoint.config)
 
 
+def test_a_calibration_of_another_format_is_told_and_notes_for_people_may_be_anything(tmp_path: Path, save: Save) -> None:
+    save(tmp_path / "step_7")
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    path = write_halting_calibration(checkpoint, CALIBRATION)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "measured": ["by hand", None]}))
+    assert read_halting_calibration(checkpoint) == CALIBRATION
+    for other in ({**values, "format_version": 2}, {key: value for key, value in values.items() if key != "format_version"}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(UsageError, match=r"no halting calibration of format 1: format_version .*delete the file"):
+            read_halting_calibration(checkpoint)
+
+
 def test_a_failure_leaves_the_calibration_that_was_there(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "step_7")
     checkpoint = open_checkpoint(tmp_path / "step_7")

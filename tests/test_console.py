@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_other_ranks_show_nothing(tiny_config: Callable[..., PretrainInstructCon
     with Console(tiny_config(), total=8, done=0, seconds=0.0, shown=False) as console:
         console.line(1, 4, {"loss": 1.0}, GIGABYTE)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_without_figures_has_no_gap(
+    tiny_config: Callable[..., PretrainInstructConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Console(tiny_config(), total=12, done=0, seconds=0.0, shown=True) as console:
+        console._line_at -= 60
+        console.line(3, 12, {}, GIGABYTE)
+    assert re.search(r"^step 3: [\d,]+ ex/s, 100%, 00:00 left$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_held_out_results_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:

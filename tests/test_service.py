@@ -129,8 +129,10 @@ async def test_who_leaves_frees_rows_and_places(serve: Callable[..., Service], h
     await wait_for(lambda: not first.events.empty())
     for submission in (first, second, first):
         service.cancel(submission)
+    assert service.pending == 0 and service._speaker.busy
+    held.release(1)
+    await wait_for(lambda: not service._speaker.busy)
     held.release(100)
-    await wait_for(lambda: service.pending == 0)
     assert isinstance(await end(service, await ask(service)), list)
     assert second.events.empty() and service._speaker.running == 0
     service.cancel(first)
@@ -148,6 +150,16 @@ async def test_an_answer_that_takes_too_long_ends_waiting_or_in_work(
         assert isinstance(ended, TimedOut) and "not ready 0.1 s after" in str(ended)
         service.cancel(submission)
     assert service.pending == 0
+
+
+async def test_a_caller_that_reads_slowly_gets_no_more_time(serve: Callable[..., Service]) -> None:
+    service = serve(timeout=0.3)
+    submission = await ask(service, n=4)
+    submission.unfinished += 1  # as if one more answer were in work
+    with pytest.raises(TimedOut):
+        async for _ in service.events(submission, WAIT):
+            await asyncio.sleep(0.1)
+    submission.unfinished -= 1
 
 
 async def test_prompts_are_scored_before_their_answers_and_give_their_places_back(
@@ -175,10 +187,11 @@ async def test_prompts_that_wait_for_their_scores_end_with_their_caller_and_in_t
     serve: Callable[..., Service], responder: Responder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = serve(timeout=0.2)
-    real, begun = Responder.token_scores, threading.Event()
+    real, begun, scored = Responder.token_scores, threading.Event(), []
 
     def score(*arguments: Any) -> Any:
         begun.set()
+        scored.append(arguments)
         time.sleep(0.15)
         return real(*arguments)
 
@@ -188,10 +201,30 @@ async def test_prompts_that_wait_for_their_scores_end_with_their_caller_and_in_t
     await wait_for(begun.is_set)
     service.cancel(left)
     assert service.pending == 0 and left.events.qsize() < len(prompts)
+    await asyncio.sleep(0.4)
+    assert len(scored) == 1
     late = await service.submit(prompts, OPTIONS, 0, scored=True)
     assert isinstance(await end(service, late), TimedOut)
     service.cancel(late)
     assert service.pending == 0
+
+
+async def test_answers_do_not_wait_for_the_scores_of_others(
+    serve: Callable[..., Service], responder: Responder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(queue=40)
+    real, scored = Responder.token_scores, []
+
+    def score(*arguments: Any) -> Any:
+        scored.append(arguments)
+        time.sleep(0.02)
+        return real(*arguments)
+
+    monkeypatch.setattr(Responder, "token_scores", score)
+    prompts = [partial(responder.begun_prompt, (Turn("text", "Red"),))] * 30
+    await service.submit(prompts, OPTIONS, 0, scored=True)
+    assert isinstance(await end(service, await ask(service)), list)
+    assert len(scored) < len(prompts)
 
 
 async def test_a_failure_of_the_engine_fails_everyone_with_a_reason(
@@ -232,11 +265,14 @@ async def test_closing_ends_what_is_unfinished_and_takes_up_nothing(
 async def test_draining_lets_answers_in_work_end(serve: Callable[..., Service], held: threading.Semaphore) -> None:
     service = serve()
     submission = await ask(service, n=4)
+    encoding = asyncio.create_task(ask(service))
+    await wait_for(lambda: service.pending == 5)
     service.drain()
     with pytest.raises(Closed):
         await ask(service)
     held.release(100)
-    assert isinstance(await end(service, submission), list)
+    for accepted in (submission, await encoding):
+        assert isinstance(await end(service, accepted), list)
 
 
 async def test_the_whole_context_must_fit_the_budget(serve: Callable[..., Service]) -> None:

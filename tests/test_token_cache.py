@@ -169,7 +169,7 @@ def test_a_crash_half_way_leaves_nothing_that_is_read(
     counted = vars(row_encoder)["encode_conversation"]
 
     def failing(*arguments: Any, **more: Any) -> Any:
-        if len(encoded_rows) == 2:
+        if len(encoded_rows) == 20:
             raise KeyboardInterrupt
         return counted(*arguments, **more)
 
@@ -276,6 +276,11 @@ def test_a_file_that_changes_before_it_is_read_is_told(source: Path, monkeypatch
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
+def test_a_key_with_half_a_surrogate_pair_is_counted(source: Path) -> None:
+    write(source, [json.dumps({"prompt": "hi", "response": "ho", "\ud800_id": "x"})])
+    assert load(source).counts["ignored"] == {"\\ud800_id": 1}
+
+
 def test_a_source_that_cannot_be_read_is_told_not_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, _: Path) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

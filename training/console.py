@@ -68,9 +68,9 @@ class Console:
             tqdm.write(f"expected time {tqdm.format_interval(elapsed + left)} at {rate:,.0f} ex/s; memory so far: {peaks}")
         if self._bar.disable and now - self._line_at >= _LINE_SECONDS:
             self._line_at = now
-            told = ", ".join(f"{name} {text}" for name, text in texts.items())
-            share = f"{done / self._total:.0%}, {tqdm.format_interval(left)} left"
-            print(f"step {step:,}: {told}, {rate:,.0f} ex/s, {share}", file=sys.stderr, flush=True)
+            told = [f"{name} {text}" for name, text in texts.items()]
+            told += [f"{rate:,.0f} ex/s", f"{done / self._total:.0%}", f"{tqdm.format_interval(left)} left"]
+            print(f"step {step:,}: {', '.join(told)}", file=sys.stderr, flush=True)
 
 
 def show_evaluation(step: int, report: Mapping[str, Any]) -> None:

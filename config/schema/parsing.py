@@ -55,11 +55,16 @@ def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
     key = ".".join(map(str, path))
     if key in _ORIGINAL_KEYS:
         return f"{key}: no such key here, {_ORIGINAL_KEYS[key]}"
+    section = type_of_key([str(part) for part in path[:-1]], kind)
     keys = ["experiment", *_keys(kind)]  # that is a group of presets, and no key of the result
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        siblings = [".".join(map(str, (*path[:-1], name))) for name in section.model_fields]
+        keys = [*siblings, *(other for other in keys if other not in siblings)]
     by_name: dict[str, list[str]] = {}
     for other in keys:
         by_name.setdefault(other.rpartition(".")[2], []).append(other)
     name = key.rpartition(".")[2]
+    keys = [other for other in keys if not key.startswith(f"{other}.")]
     near = (
         by_name.get(name)
         or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)

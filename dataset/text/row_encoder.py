@@ -113,7 +113,9 @@ class RowEncoder:
         except NothingToLearn as nothing:
             return {**row, "dropped": nothing.reason}, ()
         conversation = with_default_system(conversation, self._config.default_system_prompt)
-        return {**row, "form": parsed.form, "ignored": parsed.ignored}, conversation
+        # A key may hold half of a surrogate pair, which Arrow's strings can't.
+        ignored = [key.encode("utf-8", "backslashreplace").decode() for key in parsed.ignored]
+        return {**row, "form": parsed.form, "ignored": ignored}, conversation
 
     def _encoded(self, row: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
         long_rows, max_ids = self._config.long_rows, self._config.seq_len + 1

@@ -227,37 +227,41 @@ def _is_array(file: RowFile) -> bool:
 
 
 def _elements(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
-    """The elements of one JSON array. A part of the file is in memory, more than one element takes."""
+    """The elements of one JSON array. In memory is a block of the file, or an element that takes more."""
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
-        buffer, at, number, is_all = text.read(_OPENING).lstrip()[1:], 0, 0, False
+        buffer, at, number = text.read(_OPENING).lstrip()[1:], 0, 0
         while True:
-            if not is_all and len(buffer) - at < _MOST_READ_FOR_A_ROW:
-                more = text.read(2 * _MOST_READ_FOR_A_ROW)
-                buffer, at, is_all = buffer[at:] + more, 0, not more
-            separator = _SEPARATOR.match(buffer, at)
-            assert separator is not None
-            at = separator.end()
-            if buffer.startswith("]", at):
-                break
             try:
-                if bool(separator[1]) != (number > 0):
+                separator = _SEPARATOR.match(buffer, at)
+                assert separator is not None
+                has_comma, begin = bool(separator[1]), separator.end()
+                if buffer.startswith("]", begin) and (number or not has_comma):
+                    break
+                if begin < len(buffer) and has_comma != (number > 0):
                     raise ValueError("where a comma or ] should be" if number else "where a row should be")
-                value, end = decoder.raw_decode(buffer, at)
-            except BadRow as bad:  # before the element's end: parse again, to find it
-                value, (_, end) = bad, json.JSONDecoder().raw_decode(buffer, at)
+                try:
+                    value, end = decoder.raw_decode(buffer, begin)
+                except BadRow as bad:  # before the element's end: parse again, to find it
+                    value, (_, end) = bad, json.JSONDecoder().raw_decode(buffer, begin)
+                if end == len(buffer):  # a number may continue
+                    raise ValueError("an array that doesn't end")
             except (ValueError, RecursionError) as error:
+                more = text.read(max(_BLOCK, len(buffer) - at))
+                if more and len(buffer) - at <= _MOST_READ_FOR_A_ROW:
+                    buffer, at = buffer[at:] + more, 0
+                    continue
+                found = f"{buffer[at : at + 40]!a} ({error})" if buffer[at:].strip() else "an array that doesn't end"
                 raise UsageError(
-                    f"{file.path}, row {number + 1}: expected one JSON array of rows, found {buffer[at : at + 40]!a} ({error}); "
-                    "mend the file"
+                    f"{file.path}, row {number + 1}: expected one JSON array of rows, found {found}; mend the file"
                 ) from error
             number += 1
-            if end - at > MAX_ROW_BYTES:
+            if end - begin > MAX_ROW_BYTES:
                 yield number, too_large()
             else:
-                yield number, value if isinstance(value, BadRow) else buffer[at:end].encode("utf-8", "surrogatepass")
+                yield number, value if isinstance(value, BadRow) else buffer[begin:end].encode("utf-8", "surrogatepass")
             at = end
-        if (buffer[at + 1 :] + text.read(_BLOCK)).strip():
+        if (buffer[begin + 1 :] + text.read(_BLOCK)).strip():
             raise UsageError(
                 f"{file.path}: expected one JSON array, found more behind its end; if it holds a row a line, name it .jsonl"
             )
