@@ -5,10 +5,6 @@
 share. All settings come from the checkpoint; flags and --overrides override them.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import argparse
 import contextlib
 import functools

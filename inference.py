@@ -5,17 +5,10 @@ With the run's data and batch size, the metrics equal those of the evaluation in
 metrics_<split>.json. With `--puzzle FILE` it solves your own puzzles instead, and writes nothing.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import argparse
 import json
 import os
-from functools import partial
 from typing import Any, get_args
-
-from tqdm import tqdm
 
 from artifacts.outputs import output_folder, write_json
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
@@ -23,7 +16,7 @@ from config.compose import add_checkpoint_arguments, override_config, settings_o
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from config.schema import PretrainPuzzleConfig, PuzzleOutputName, user_path
 from dataset.puzzles.kinds import kind_of
-from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
+from dataset.puzzles.loader import PuzzleData
 from evaluators.own_puzzles import answer_file
 from evaluators.puzzles import PuzzleMeasurement
 from evaluators.search import Choice, Search
@@ -98,7 +91,6 @@ def main() -> None:
     measurement = PuzzleMeasurement(config, data, data_paths)
     folder = output_folder(arguments.output_dir or checkpoint.folder)
     model = checkpoint.model(config)
-    batches = evaluation_batch_count(data, search.puzzles_at_once(config.global_batch_size))
     report = measurement.measure(
         model,
         folder,
@@ -106,7 +98,7 @@ def main() -> None:
         search=search,
         save=arguments.save_outputs,
         max_batches=arguments.max_batches,
-        progress=partial(tqdm, desc=arguments.split, unit="batch", total=min(batches, arguments.max_batches or batches)),
+        bar=arguments.split,
     )
     metrics: dict[str, Any] = {
         "checkpoint": str(checkpoint.folder),

@@ -6,10 +6,6 @@ Computes teacher-forced metrics; for the bundled data also scores generated answ
 whole test split at the run's settings metrics.json. torchrun's processes share the rows.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import argparse
 import json
 import os

@@ -5,14 +5,10 @@ Settings are in config/ (cfg_pretrain.yaml), their documentation in config/schem
 `--cfg job` show them. `-m key=a,b` trains with each of several values.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import hydra
 from omegaconf import DictConfig
 
-from config.doors import run_door, run_job
+from config.command_line import run_job, run_main
 from config.schema import PretrainPuzzleConfig
 from models.device import keep_freed_memory
 from training.puzzle_run import run_puzzles
@@ -32,4 +28,4 @@ def main(settings: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    run_door(main, PretrainPuzzleConfig)
+    run_main(main, PretrainPuzzleConfig)

@@ -4,14 +4,10 @@ Settings are in config/ (cfg_pretrain_instruct.yaml), their documentation in con
 `--help` and `--cfg job` show them. `-m key=a,b` trains with each of several values.
 """
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 import hydra
 from omegaconf import DictConfig
 
-from config.doors import run_door, run_job
+from config.command_line import run_job, run_main
 from config.schema import PretrainInstructConfig
 from models.device import keep_freed_memory
 from training.instruct_run import run_instruct
@@ -31,4 +27,4 @@ def main(settings: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    run_door(main, PretrainInstructConfig)
+    run_main(main, PretrainInstructConfig)

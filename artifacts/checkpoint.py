@@ -1,5 +1,4 @@
-"""The checkpoint folder `step_<N>`: everything to use a model and to resume its training, written
-atomically.
+"""The checkpoint folder `step_<N>`: what it takes to use a model and to resume its training.
 
     model.safetensors        weights under the original's names (`model.inner.` ...); tied heads are stored once
     ema.safetensors          their moving average, if the run keeps one: what evaluation and generation use
@@ -14,22 +13,23 @@ and, in a calibrated checkpoint, halting.json (artifacts/halting.py).
 Nothing in it is unpickled. This file doesn't know what the trainer's state means.
 """
 
+import contextlib
 import hashlib
-import json
-import os
+import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.weights import load_tensors, read_weights, save_weights, weights_file
+from artifacts.files import read_json, to_json, whole_folder
+from artifacts.weights import load_tensors, read_weights, readable, save_weights, weights_file
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, TrainingConfig, parse_config
 from config.upgrade import upgraded
@@ -37,8 +37,9 @@ from dataset.text.conversation import Template
 from dataset.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
 FORMAT_VERSION = 1
+Content = TypeVar("Content")
 # Keys of checkpoint.json that only one kind of model has, and the programs for that kind.
-_DOOR_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
+_SCRIPT_OF_KIND = {"tokenizer_sha256": "inference_instruct.py or generate_instruct.py", "identifiers_sha256": "inference.py"}
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ def save_checkpoint(
     data_hash: str,
     data_report: Mapping[str, Any] | None = None,
 ) -> None:
-    """`write_checkpoint` for a language model, with tokenizer and template. data_report: files and
-    counts of its data.
-    """
+    """`write_checkpoint` for a language model. data_report: files and counts of its data."""
     write_checkpoint(
         folder,
         snapshot,
@@ -96,12 +95,7 @@ def write_checkpoint(
     files: other files for this kind of model, by name. about: keys of checkpoint.json besides
     format and step.
     """
-    if folder.exists():
-        raise UsageError(f"{folder} exists already and is not overwritten; choose another run_name, or delete it")
-    partial = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "trainer").mkdir(parents=True)
+    with whole_folder(folder, "choose another run_name", "free space or choose another checkpoint_dir") as partial:
         tied = config.arch.tie_embeddings
         save_weights(partial / "model.safetensors", snapshot.weights, tied=tied)
         if snapshot.ema is not None:
@@ -110,22 +104,17 @@ def write_checkpoint(
         (partial / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        _write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about})
-        _write_json(partial / "train_metrics.json", snapshot.metrics)
+        (partial / "trainer").mkdir()
+        for name, values in (
+            ("checkpoint.json", {"format_version": FORMAT_VERSION, "step": snapshot.step, **about}),
+            ("train_metrics.json", snapshot.metrics),
+            ("trainer/state.json", snapshot.trainer.values),
+        ):
+            (partial / name).write_text(to_json(values), encoding="utf-8")
         save_file(
             {name: t.detach().contiguous() for name, t in snapshot.trainer.tensors.items()},
             partial / "trainer/tensors.safetensors",
         )
-        _write_json(partial / "trainer/state.json", snapshot.trainer.values)
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UsageError(
-            f"the checkpoint {folder} can't be written: {error}; free space or choose another checkpoint_dir"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -146,19 +135,15 @@ class Checkpoint:
     def weights_sha256(self, *, ema: bool) -> str:
         """Hex SHA-256 of the file that `weights` reads. Raises UsageError if it can't be read."""
         path = weights_file(self.folder, ema=ema)
-        try:
-            with path.open("rb") as handle:
-                return hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as error:
-            raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+        with readable(path), path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def open_checkpoint(folder: Path, tokenizer_path: str | None = None) -> Checkpoint:
-    """Open a folder written by `save_checkpoint`, or the newest one in a run's folder
-    (`newest_checkpoint`).
+    """Open a folder written by `save_checkpoint`, or the newest one in a run's folder.
 
-    The tokenizer is the checkpoint's own. `tokenizer_path`, if given, must be a file with the same
-    content. Raises UsageError if the folder is missing, damaged or of another kind.
+    Its tokenizer is its own; that of `tokenizer_path`, if given, must have the same content. Raises
+    UsageError.
     """
     folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "tokenizer_sha256", "template", "data_hash"})
@@ -186,37 +171,44 @@ def _to_stderr(text: str) -> None:
 def newest_checkpoint(path: Path, say: Callable[[str], None] = _to_stderr) -> Path:
     """The newest intact checkpoint of a run's folder; any other `path` is returned unchanged.
 
-    `say` reports the choice and the damaged checkpoints that are skipped. Raises UsageError if none
-    of a run's checkpoints is intact.
+    `say` reports the choice, and damaged ones. Raises UsageError if none is intact.
     """
     if (path / "checkpoint.json").is_file():
         return path
-    folders = checkpoints_of(path)
+    if not (folders := checkpoints_of(path)):
+        return path
+    newest, _ = newest_intact(folders, _check_whole, say, "use another run's")
+    say(f"{path}: using its newest checkpoint, {newest.name}")
+    return newest
+
+
+def newest_intact(
+    folders: Sequence[Path], read: Callable[[Path], Content], say: Callable[[str], None], remedy: str
+) -> tuple[Content, list[Path]]:
+    """What `read` returns for the newest of a run's checkpoints for which it raises no UsageError; and the damaged, newer ones.
+
+    Raises UsageError, which ends with `remedy`, if there is none.
+    """
+    damaged: list[Path] = []
     for folder in reversed(folders):
         try:
-            _check_whole(folder)
+            return read(folder), damaged
         except UsageError as error:
             say(f"{error}; looking for an older checkpoint")
-            continue
-        say(f"{path}: using its newest checkpoint, {folder.name}")
-        return folder
-    if folders:
-        raise UsageError(f"no checkpoint in {path} is intact ({', '.join(folder.name for folder in folders)}): use another run's")
-    return path
+            damaged.append(folder)
+    names = ", ".join(folder.name for folder in folders)
+    raise UsageError(f"no checkpoint in {folders[0].parent} is intact ({names}): {remedy}")
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise UsageError if a needed file is damaged. Of weights, only the header is read."""
+def _check_whole(folder: Path) -> Path:
+    """`folder`. Raises UsageError if a needed file is damaged. Of weights, only the header is read."""
     about = read_about(folder, {"step"})
     settings = read_settings(folder, say=lambda _: None)
     if "tokenizer_sha256" in about:
         _read_tokenizer(folder, about)
     path = folder / "ema.safetensors" if settings.get("ema") else weights_file(folder, ema=True)
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+    with readable(path), safe_open(path, framework="pt"):
+        return folder
 
 
 def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
@@ -231,9 +223,7 @@ def _read_tokenizer(folder: Path, about: Mapping[str, Any]) -> bytes:
 
 
 def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
-    """Read checkpoint.json of a folder. Raises UsageError if it is missing, lacks one of `keys`, or
-    is of another kind of model.
-    """
+    """checkpoint.json of a folder, with at least `keys`. Raises UsageError."""
     if not (folder / "checkpoint.json").is_file():
         place = folder if folder.is_dir() else folder.parent
         # The runs of a project, or of all projects. No deeper: `place` may be any folder.
@@ -241,22 +231,18 @@ def read_about(folder: Path, keys: Set[str]) -> dict[str, Any]:
         near = checkpoints_of(place) or runs
         found = f"; found nearby: {', '.join(map(str, near[:5]))}{', ...' if len(near) > 5 else ''}" if near else ""
         raise UsageError(f"no checkpoint at {folder}: expected a folder step_<N> with a checkpoint.json, or that of a run{found}")
-    about = _read_json(folder / "checkpoint.json")
+    about = read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     if missing := sorted(keys - about.keys()):
-        for key, door in _DOOR_OF_KIND.items():
+        for key, script in _SCRIPT_OF_KIND.items():
             if key in about and key not in keys:
-                raise UsageError(f"the checkpoint {folder} is of another kind of model: use {door}")
+                raise UsageError(f"the checkpoint {folder} is of another kind of model: use {script}")
         raise UsageError(f"the checkpoint {folder} is damaged: its checkpoint.json has no {', '.join(missing)}")
     return about
 
 
 def read_settings(folder: Path, say: Callable[[str], None] = _to_stderr) -> dict[str, Any]:
-    """Read config.yaml of a checkpoint folder, upgraded to this version (config/upgrade.py). `say`
-    reports dropped keys.
-
-    Raises UsageError if it is missing or damaged.
-    """
+    """config.yaml of a folder, upgraded to this version. `say` reports dropped keys. Raises UsageError."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -290,13 +276,13 @@ class SavedRun:
 
 def read_saved_run(folder: Path) -> SavedRun:
     """Read a whole checkpoint folder before using any of it. Raises UsageError if it is damaged."""
-    about = _read_json(folder / "checkpoint.json")
+    about = read_json(folder / "checkpoint.json")
     _check_format(folder, about)
     settings = read_settings(folder)
     averaged = folder / "ema.safetensors"
     if settings.get("ema") and not averaged.exists():
         raise UsageError(f"the checkpoint {folder} is damaged: it has no {averaged.name}")
-    values = _read_json(folder / "trainer/state.json")
+    values = read_json(folder / "trainer/state.json")
     return SavedRun(
         folder=folder,
         about=about,
@@ -317,28 +303,38 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def read_train_metrics(checkpoint: Path) -> dict[str, Any]:
-    """The run's metrics at this checkpoint. Raises UsageError if they can't be read."""
-    return _read_json(checkpoint / "train_metrics.json")
+def held_out_loss(checkpoint: Path, loss_name: str) -> float | None:
+    """`loss_name` on held-out data at this checkpoint; None if it wasn't measured."""
+    with contextlib.suppress(UsageError, KeyError, TypeError):
+        return float(read_json(checkpoint / "train_metrics.json")["test"][loss_name])
+    return None
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def best_checkpoints(run: Path, loss_name: str) -> list[Path]:
+    """A run's evaluated checkpoints, by ascending `loss_name`; ties: the older first."""
+    losses = {folder: held_out_loss(folder, loss_name) for folder in checkpoints_of(run)}
+    measured = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted(measured, key=lambda folder: measured[folder])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"the checkpoint file {path} is damaged: expected a JSON object")
-    return values
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int, loss_name: str) -> None:
+    """Remove a run's checkpoints except the newest and those with the lowest held-out `loss_name`."""
+    folders = checkpoints_of(run)
+    kept = {*folders[-keep_last:], *best_checkpoints(run, loss_name)[:keep_best]}
+    for folder in folders:
+        if folder in kept:
+            continue
+        removed = folder.parent / f".{folder.name}.removed"
+        try:
+            # Rename first, so that a kill in the middle leaves no folder that looks intact.
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            raise UsageError(f"the checkpoint {folder} can't be removed: {error}; see checkpoint.keep_last") from error
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove_partial(run: Path) -> None:
+    """Remove checkpoints that a kill left half written or half removed."""
+    for kind in ("partial", "removed"):
+        for folder in run.glob(f".step_*.{kind}"):
+            shutil.rmtree(folder, ignore_errors=True)

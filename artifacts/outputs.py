@@ -1,6 +1,5 @@
 """The files of an evaluation: metrics as JSON, and tensors of all batches as one safetensors file."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.files import whole_file, write_whole
+from artifacts.files import to_json, whole_file, write_whole
 from config.errors import UsageError
 from models.distributed import Ranks
 
@@ -20,9 +19,7 @@ _REMEDY = "free space, or name another --output-dir"
 
 
 class SavedOutputs:
-    """Collects the tensors named `keys`, each [rows, ...], in the order of the split. Rows of those
-    in OUTPUT_FILL may differ in length.
-    """
+    """Collects tensors [rows, ...] by name. Rows of those in OUTPUT_FILL may differ in length."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = tuple(keys)
@@ -48,10 +45,7 @@ class SavedOutputs:
             self._batches += batches
 
     def write(self, path: Path) -> None:
-        """Write all batches atomically, padded to the longest row, and the tensor `rows`.
-
-        Raises UsageError if that fails.
-        """
+        """Write all batches, padded to the longest row, and the tensor `rows`. Raises UsageError."""
         rows = torch.cat(self._rows)
         order = torch.argsort(rows)
         saved = {"rows": rows[order].contiguous()}
@@ -67,7 +61,7 @@ class SavedOutputs:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` atomically, over any existing file. Raises UsageError if that fails."""
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), _REMEDY)
+    write_whole(path, to_json(values).encode(), _REMEDY)
 
 
 def output_folder(folder: Path) -> Path:

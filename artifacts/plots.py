@@ -1,11 +1,8 @@
-"""Curves of one or more runs, from metrics.jsonl and timing.jsonl, as run.png or as SVG for an HTML
-page.
+"""Curves of runs, from metrics.jsonl and timing.jsonl, as run.png or as SVG for an HTML page.
 
-Knows files and keys, not training. matplotlib is imported on use, so that other programs start
-fast.
+Knows files and keys, not training. matplotlib is imported on use: other programs start fast.
 """
 
-import bisect
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-
-Log = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""The lines of a run by file and step; those of metrics.jsonl have training `minutes`, or None."""
+Log = Mapping[int, Mapping[str, Any]]
+"""The lines of both files of a run by step. Each has training `minutes`, or None."""
 
 
 class _Curve(NamedTuple):
-    """One value of a log. `key` may lead into sections and lists:
-    `test.by_act_step.0.bits_per_byte`.
+    """One value of a log. `key` leads into sections and lists: `test.by_act_step.0.bits_per_byte`.
 
-    A list has a value for each ACT step. Its last value is left out, because it is also a key
-    beside the list.
+    The last value of a list, which has one for each ACT step, is left out: it is also a key beside
+    the list.
     """
 
-    file: str
     key: str
     label: str = ""
     dots: bool = False
@@ -52,15 +45,15 @@ class Panel(NamedTuple):
 
 def _by_act_step(key: str) -> tuple[_Curve, ...]:
     """Curves of an evaluation at several depths. key: with * for the index of the ACT step, from 0."""
-    return tuple(_Curve(METRICS, key.replace("*", str(k - 1)), f"at ACT step {k}", dots=True) for k in (1, 2, 4, 8))
+    return tuple(_Curve(key.replace("*", str(k - 1)), f"at ACT step {k}", dots=True) for k in (1, 2, 4, 8))
 
 
 _LOSS = (
-    _Curve(METRICS, "loss_per_token", "training"),
-    _Curve(METRICS, "loss_first_step", "training, first ACT step"),
-    _Curve(METRICS, "test.loss_per_token", "held out", dots=True),
+    _Curve("loss_per_token", "training"),
+    _Curve("loss_first_step", "training, first ACT step"),
+    _Curve("test.loss_per_token", "held out", dots=True),
 )
-_ROW_LOSS = (_Curve(METRICS, "lm_loss", "training"), _Curve(METRICS, "test.lm_loss", "held out", dots=True))
+_ROW_LOSS = (_Curve("lm_loss", "training"), _Curve("test.lm_loss", "held out", dots=True))
 # Only curves in a run's logs are drawn, and a panel without any is left out.
 _PANELS = (
     Panel("loss, nats per token", _LOSS, logarithmic=True),
@@ -69,49 +62,47 @@ _PANELS = (
     Panel("loss of a row, nats, by time", _ROW_LOSS, logarithmic=True, over_minutes=True),
     Panel(
         "bits per byte, held out",
-        (_Curve(METRICS, "test.bits_per_byte", "at all ACT steps", dots=True), *_by_act_step("test.by_act_step.*.bits_per_byte")),
+        (_Curve("test.bits_per_byte", "at all ACT steps", dots=True), *_by_act_step("test.by_act_step.*.bits_per_byte")),
         from_zero=False,
     ),
     Panel(
         "rows wholly right, held out",
         (
-            _Curve(METRICS, "test.exact_accuracy", "at all ACT steps", dots=True),
+            _Curve("test.exact_accuracy", "at all ACT steps", dots=True),
             *_by_act_step("test.by_act_step.*.exact_accuracy"),
             *_by_act_step("test.exact_accuracy_by_act_step.*"),
         ),
     ),
-    Panel("mean ACT steps of a row", (_Curve(METRICS, "mean_act_steps"),)),
+    Panel("mean ACT steps of a row", (_Curve("steps"),)),
     Panel(
         "loss of the halting head, nats",
-        (_Curve(METRICS, "halt_loss_per_token", "training"), _Curve(METRICS, "q_halt_loss", "training")),
+        (_Curve("halt_loss_per_token", "training"), _Curve("q_halt_loss", "training")),
         logarithmic=True,
     ),
-    Panel("learning rate", (_Curve(METRICS, "lr"),)),
-    Panel("tokens per second, one ACT step each", (_Curve(TIMING, "tokens_per_second"),)),
+    Panel("learning rate", (_Curve("lr"),)),
+    Panel("tokens per second, one ACT step each", (_Curve("tokens_per_second"),)),
     Panel(
         "peak memory, GB",
-        (_Curve(TIMING, "peak_rss_bytes", "process", scale=1e-9), _Curve(TIMING, "cuda_peak_bytes", "CUDA", scale=1e-9)),
+        (_Curve("peak_rss_bytes", "process", scale=1e-9), _Curve("cuda_peak_bytes", "CUDA", scale=1e-9)),
     ),
 )
 _COLUMNS = 2
 
 
 def read_log(folder: Path) -> Log:
-    """The logs of the run in `folder`. An evaluation's line joins that of its step; if a step has
-    several lines, the last counts.
-
-    Raises UsageError if it has no metrics.jsonl, or a line is damaged.
-    """
-    if not (folder / METRICS).is_file():
-        raise UsageError(f"{folder} is not the folder of a run: it has no {METRICS}")
-    metrics, timing = _read(folder / METRICS), _read(folder / TIMING)
-    steps = sorted(timing)
-    for step, line in metrics.items():
-        # Not every evaluation is at a step with a timing line: use the next one.
-        place = bisect.bisect_left(steps, step)
-        seconds = timing[steps[place]].get("seconds") if place < len(steps) else None
-        line["minutes"] = None if seconds is None else seconds / 60
-    return {METRICS: metrics, TIMING: timing}
+    """Both logs of a run by step; of several lines of a step the last counts. Raises UsageError."""
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
+    log: dict[int, dict[str, Any]] = {}
+    for path in (folder / "metrics.jsonl", folder / "timing.jsonl"):
+        for line in json_lines(path, "step") if path.is_file() else ():
+            log.setdefault(line["step"], {}).update(line)
+    # Not every evaluation is at a step with a timing line: use the next one.
+    seconds: float | None = None
+    for step in sorted(log, reverse=True):
+        seconds = log[step].get("seconds", seconds)
+        log[step]["minutes"] = None if seconds is None else seconds / 60
+    return dict(sorted(log.items()))
 
 
 def panels_of(logs: Sequence[Log]) -> list[Panel]:
@@ -127,27 +118,31 @@ def draw_panel(axes: "Axes", panel: Panel, runs: Sequence[tuple[str, Log]]) -> N
             points = _points(log, curve, panel)
             if not points:
                 continue
-            positions, values = zip(*sorted(points.items()), strict=True)
             axes.plot(
-                positions,
-                values,
+                list(points),
+                list(points.values()),
                 color=f"C{number if several else place}",
                 linestyle="--" if curve.dots else "-",
-                marker="o" if curve.dots or len(positions) == 1 else "",
+                marker="o" if curve.dots or len(points) == 1 else "",
                 markersize=4,
                 linewidth=4 if number == 0 and several else 1.2,
                 alpha=0.35 if number == 0 and several else 1.0,
                 label=", ".join(filter(None, (name if several else "", curve.label))),
             )
-    axes.set_title(panel.title, fontsize="medium")
-    axes.set_xlabel("minutes" if panel.over_minutes else "optimizer steps", fontsize="small")
-    axes.tick_params(labelsize="small")
-    axes.grid(alpha=0.3)
+    label_axes(axes, panel.title, "minutes" if panel.over_minutes else "optimizer steps")
     axes.set_xlim(left=0)
     if panel.logarithmic:
         set_logarithmic(axes)
     elif panel.from_zero:
         axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, 1e-9))
+
+
+def label_axes(axes: "Axes", title: str, xlabel: str) -> None:
+    """Title, horizontal axis and grid of a chart, and a legend if its curves have labels."""
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(xlabel, fontsize="small")
+    axes.tick_params(labelsize="small")
+    axes.grid(alpha=0.3)
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend(fontsize="small")
 
@@ -177,10 +172,7 @@ _TEXT: dict[Any, Any] = {"text.parse_math": False}
 
 
 def draw_runs(folders: Sequence[Path], path: Path) -> None:
-    """Draw the runs in `folders` to the PNG file `path`.
-
-    Raises UsageError if `read_log` does, matplotlib is missing, or the file can't be written.
-    """
+    """Draw the runs in `folders` to the PNG file `path`. Raises UsageError."""
     figure_of = _figure_class()
     from matplotlib import rc_context
 
@@ -213,11 +205,7 @@ _SVG_STYLE: dict[Any, Any] = {
 
 
 def svg(draw: Callable[["Axes"], None], *, height: float = 2.8) -> str:
-    """The drawing of `draw` as an <svg> element; its text has the colours and the font of the page
-    around it. height: inches.
-
-    Raises UsageError if matplotlib is missing.
-    """
+    """The drawing of `draw` as an <svg> element in the colours and font of its page. height: inches."""
     figure_of = _figure_class()
     from matplotlib import rc_context
 
@@ -243,9 +231,8 @@ def _figure_class() -> type["Figure"]:
 
 
 def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
-    """Values of a curve by optimizer step, or by minute."""
     points: dict[float, float] = {}
-    for step, line in log[curve.file].items():
+    for step, line in log.items():
         value: Any = line
         for name in curve.key.split("."):
             if isinstance(value, list):
@@ -256,10 +243,3 @@ def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
         if isinstance(value, int | float) and at is not None:
             points[at] = curve.scale * value
     return points
-
-
-def _read(path: Path) -> dict[int, dict[str, Any]]:
-    lines: dict[int, dict[str, Any]] = {}
-    for line in json_lines(path, "step") if path.is_file() else ():
-        lines.setdefault(line["step"], {}).update(line)
-    return lines

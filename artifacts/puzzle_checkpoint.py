@@ -48,9 +48,7 @@ def save_puzzle_checkpoint(
 
 @dataclass(frozen=True)
 class PuzzleCheckpoint:
-    """An open checkpoint folder: its config and the description of its data. `read_weights(folder)`
-    reads the weights.
-    """
+    """An open checkpoint folder: its config and the description of its data."""
 
     folder: Path
     config: PretrainPuzzleConfig
@@ -95,11 +93,7 @@ class PuzzleCheckpoint:
 
 
 def open_puzzle_checkpoint(folder: Path) -> PuzzleCheckpoint:
-    """Open a folder written by `save_puzzle_checkpoint`, or the newest one in a run's folder
-    (`newest_checkpoint`).
-
-    Raises UsageError if it is missing, damaged or of another kind.
-    """
+    """Open a folder written by `save_puzzle_checkpoint`, or the newest of a run. Raises UsageError."""
     folder = newest_checkpoint(folder)
     about = read_about(folder, {"step", "data_hash", "identifiers_sha256"})
     config = parse_as(PretrainPuzzleConfig, read_settings(folder))

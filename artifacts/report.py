@@ -1,8 +1,6 @@
-"""A report of one run, or of several side by side: an HTML page that needs no network, or Markdown
-for a model card.
+"""A report of runs: an HTML page that needs no network, or Markdown for a model card.
 
-All its figures come from the runs' files. For a missing figure it names the command that measures
-it. Knows files and keys, nothing of training, models or command lines.
+All figures come from the runs' files. For a missing one it names the command that measures it.
 """
 
 import json
@@ -17,11 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 
 from artifacts.checkpoint import checkpoints_of, read_about, read_settings
-from artifacts.files import json_lines, write_whole
-from artifacts.plots import METRICS, TIMING, Log, distinct_names, draw_panel, panels_of, read_log, set_logarithmic, svg
+from artifacts.files import json_lines, read_json, write_whole
+from artifacts.plots import Log, distinct_names, draw_panel, label_axes, panels_of, read_log, set_logarithmic, svg
 from artifacts.weights import count_parameters, weights_file
-from config.errors import UsageError
-from config.upgrade import shipped_settings
+from config.upgrade import flat, shipped_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,21 +41,23 @@ _Points = tuple[str, Sequence[float], Sequence[float]]  # a curve's name, positi
 _SHARES = {"token_accuracy", "exact_accuracy", "accuracy", "q_halt_accuracy", "predicted", "ece"}
 
 
-class Cell(NamedTuple):
-    """A number as shown, and as in its file."""
+class Share(float):
+    """A number shown in percent."""
 
-    text: str
-    exact: float | None = None
 
-    def __str__(self) -> str:
-        return self.text
+class Seconds(float):
+    """A duration."""
+
+
+class Bytes(int):
+    """An amount of memory."""
 
 
 class Table(NamedTuple):
-    """Rows of cells under column heads. The first column names the row."""
+    """Rows of values under column heads. The first column names the row; `shown` makes text of a value."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Any]]
 
 
 class Answers(NamedTuple):
@@ -82,21 +81,18 @@ class Section(NamedTuple):
 
 
 class _Run:
-    """The files of a run and its newest checkpoint, or of the run up to the checkpoint `path`.
-
-    Raises UsageError if `path` is neither.
-    """
+    """A run's files and newest checkpoint, or of a run up to a checkpoint. Raises UsageError."""
 
     def __init__(self, path: Path) -> None:
         is_checkpoint = (path / "checkpoint.json").is_file()
         folder = path.absolute().parent if is_checkpoint else path
         self.name = folder.absolute().name
-        is_run = not is_checkpoint or (folder / METRICS).is_file()
+        is_run = not is_checkpoint or (folder / "metrics.jsonl").is_file()
         last = read_about(path, {"step"})["step"] if is_checkpoint else math.inf
-        whole = read_log(folder) if is_run else {METRICS: {}, TIMING: {}}
-        self.log: Log = {file: {step: line for step, line in lines.items() if step <= last} for file, lines in whole.items()}
+        self.log: Log = {step: line for step, line in (read_log(folder) if is_run else {}).items() if step <= last}
         self.checkpoint = path if is_checkpoint else next(reversed(checkpoints_of(path)), None)
         self.settings = {} if self.checkpoint is None else read_settings(self.checkpoint, say=lambda _: None)
+        self.flat = flat(self.settings)
         self.about, self.puzzles, self.halting, self.depths = (
             self._json(name) for name in ("checkpoint.json", "dataset.json", "halting.json", "depth.json")
         )
@@ -104,23 +100,15 @@ class _Run:
         # A measurement of the first batches only is a trial.
         found = [(name, of) for name, of in measured.items() if of and of.get("max_batches") is None]
         # A checkpoint is described by the evaluation of its own step only.
-        lines = {step: line for step, line in self.log[METRICS].items() if step == last or not is_checkpoint}
-        found += [(f"training, step {step}", lines[step]["test"]) for step in sorted(lines, reverse=True) if "test" in lines[step]]
+        tests = {step: line["test"] for step, line in self.log.items() if "test" in line and (step == last or not is_checkpoint)}
+        found += [(f"training, step {step}", test) for step, test in reversed(tests.items())]
         found += [("train_metrics.json", line["test"]) for line in [self._json("train_metrics.json")] if "test" in line]
         nothing: tuple[str | None, Mapping[str, Any]] = (None, {})
         self.measured_by, self.measured = next(iter(found), nothing)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = None if self.checkpoint is None else self.checkpoint / name
-        if path is None or not path.is_file():
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged: {error}; write it again, or delete it") from error
-        if not isinstance(found, dict):
-            raise UsageError(f"{path} is damaged: expected a JSON object; write it again, or delete it")
-        return found
+        return {} if path is None or not path.is_file() else read_json(path, "write it again, or delete it")
 
     def samples(self) -> list[dict[str, Any]]:
         """The first generated answers to the test split."""
@@ -129,13 +117,9 @@ class _Run:
             return []
         return [record for record in islice(json_lines(path, "prompt"), _ANSWERS_SHOWN) if "answer" in record]
 
-    def setting(self, key: str) -> Any:
-        """A setting by its dotted key, None if there is none."""
-        return dict(_flat(self.settings)).get(key)
-
-    def last(self, file: str, key: str) -> Any:
-        """The last value of a key in a log, None if there is none."""
-        return next((line[key] for line in reversed(list(self.log[file].values())) if line.get(key) is not None), None)
+    def last(self, key: str) -> Any:
+        """The last value of a key in the log, None if there is none."""
+        return next((line[key] for line in reversed(list(self.log.values())) if line.get(key) is not None), None)
 
     def by_act_step(self) -> list[Mapping[str, Any]]:
         """The metrics at 1, 2, ... ACT steps; empty with a halting threshold."""
@@ -150,12 +134,7 @@ class _Run:
 
 
 def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -> None:
-    """Write the report of the runs or checkpoints `paths`, as HTML or Markdown, replacing an
-    existing file.
-
-    Raises UsageError if a path is neither a run nor a checkpoint, a file in it is damaged, or the
-    report can't be written.
-    """
+    """Write the report of runs or checkpoints as HTML or Markdown, over any file. Raises UsageError."""
     runs = [_Run(folder) for folder in paths]
     for run, name in zip(runs, distinct_names([run.name for run in runs], paths), strict=True):
         run.name = name
@@ -164,6 +143,7 @@ def write_report(paths: Sequence[Path], path: Path, *, markdown: bool = False) -
         text = f"# {title}\n\n" + "\n".join(map(_as_markdown, _sections(runs)))
     else:
         pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        pages.filters["shown"] = shown
         text = pages.get_template("report.html.jinja").render(title=title, sections=list(_sections(runs)))
     write_whole(path, text.encode())
 
@@ -188,28 +168,28 @@ def _sections(runs: Sequence[_Run]) -> Iterator[Section]:
 
 
 def _overview(runs: Sequence[_Run]) -> Section:
-    facts: list[tuple[str, Callable[[_Run], Cell]]] = [
-        ("checkpoint", lambda run: _cell(run.checkpoint and run.checkpoint.name)),
-        ("recursion", lambda run: _cell(run.setting("arch.name"))),
-        ("parameters", lambda run: _cell(run.parameters())),
-        ("width", lambda run: _cell(run.setting("arch.hidden_size"))),
-        ("ACT steps, at most", lambda run: _cell(run.setting("arch.halt_max_steps"))),
-        ("optimizer", lambda run: _cell(run.setting("optimizer"))),
-        ("rows of an optimizer step", lambda run: _cell(run.setting("global_batch_size"))),
-        ("optimizer steps", lambda run: _cell(run.last(METRICS, "step"))),
-        ("rows trained", lambda run: _cell(None if run.puzzles else run.last(METRICS, "examples"))),
-        ("training time", lambda run: _duration(run.last(TIMING, "seconds"))),
-        ("peak memory of the process", lambda run: _gigabytes(run.last(TIMING, "peak_rss_bytes"))),
-        ("peak memory of the GPU", lambda run: _gigabytes(run.last(TIMING, "cuda_peak_bytes"))),
-        ("held out: measured by", lambda run: _cell(run.measured_by)),
-        ("held out: rows", lambda run: _cell(run.measured.get("rows", run.measured.get("counts", {}).get("conversations")))),
-        ("held out: ACT steps, at most", lambda run: _cell(run.measured.get("act_steps", len(run.by_act_step()) or None))),
-        ("held out: halting threshold", lambda run: _cell(run.measured.get("halt_threshold"))),
-        ("held out: samples of a puzzle", lambda run: _cell(run.measured.get("search", {}).get("samples"))),
+    facts: list[tuple[str, Callable[[_Run], Any]]] = [
+        ("checkpoint", lambda run: run.checkpoint and run.checkpoint.name),
+        ("recursion", lambda run: run.flat.get("arch.name")),
+        ("parameters", lambda run: run.parameters()),
+        ("width", lambda run: run.flat.get("arch.hidden_size")),
+        ("ACT steps, at most", lambda run: run.flat["arch.halt_max_steps"]),
+        ("optimizer", lambda run: run.flat.get("optimizer")),
+        ("rows of an optimizer step", lambda run: run.flat.get("global_batch_size")),
+        ("optimizer steps", lambda run: run.last("step")),
+        ("rows trained", lambda run: None if run.puzzles else run.last("examples")),
+        ("training time", lambda run: _as(Seconds, run.last("seconds"))),
+        ("peak memory of the process", lambda run: _as(Bytes, run.last("peak_rss_bytes"))),
+        ("peak memory of the GPU", lambda run: _as(Bytes, run.last("cuda_peak_bytes"))),
+        ("held out: measured by", lambda run: run.measured_by),
+        ("held out: rows", lambda run: run.measured.get("rows", run.measured.get("counts", {}).get("conversations"))),
+        ("held out: ACT steps, at most", lambda run: run.measured.get("act_steps", len(run.by_act_step()) or None)),
+        ("held out: halting threshold", lambda run: run.measured.get("halt_threshold")),
+        ("held out: samples of a puzzle", lambda run: run.measured.get("search", {}).get("samples")),
         *((f"held out: {name}", lambda run, key=key: _measure(run.measured, key)) for name, key in _MEASURES),
     ]
-    rows = [(Cell(name), *(fact(run) for run in runs)) for name, fact in facts]
-    known = [row for row in rows if any(cell.text != "-" for cell in row[1:])]
+    rows = [(name, *(fact(run) for run in runs)) for name, fact in facts]
+    known = [row for row in rows if any(value is not None for value in row[1:])]
     return Section("Overview", "", tables=[Table(("", *(run.name for run in runs)), known)])
 
 
@@ -219,17 +199,17 @@ def _data(runs: Sequence[_Run]) -> Section:
         of_run = f"{run.name}: " if len(runs) > 1 else ""
         for source, splits in (run.about.get("data") or {}).get("sources", {}).items():
             found = [
-                dict(_flat(split["counts"] | {"tokens a row, percentile": split.get("lengths", {}).get("percentiles", {})}))
+                flat(split["counts"] | {"tokens a row, percentile": split.get("lengths", {}).get("percentiles", {})})
                 for split in splits.values()
             ]
             names = [name for name in dict.fromkeys(name for of in found for name in of) if any(of.get(name) for of in found)]
-            rows = [(Cell(name.replace("_", " ").replace(".", ": ")), *(_cell(of.get(name)) for of in found)) for name in names]
-            rows.insert(0, (Cell("files"), *(Cell(", ".join(split["files"])) for split in splits.values())))
+            rows = [(name.replace("_", " ").replace(".", ": "), *(of.get(name) for of in found)) for name in names]
+            rows.insert(0, ("files", *(", ".join(split["files"]) for split in splits.values())))
             tables.append(Table((f"{of_run}rows of {source}", *splits), rows))
             lengths += [(f"{of_run}{source}, {name}", split["lengths"]) for name, split in splits.items() if "lengths" in split]
         if run.puzzles:
-            known = [(Cell(name.replace("_", " ")), _cell(value)) for name, value in run.puzzles.items() if isinstance(value, int)]
-            data = (Cell("data"), Cell(", ".join(run.setting("data_paths") or [])))
+            known = [(name.replace("_", " "), value) for name, value in run.puzzles.items() if isinstance(value, int)]
+            data = ("data", ", ".join(run.flat.get("data_paths") or []))
             tables.append(Table((f"{of_run}puzzles", "training"), [data, *known]))
     curves = [
         (name, of["edges"], [*(whole + cut for whole, cut in zip(of["whole"], of["cut"], strict=True)), 0]) for name, of in lengths
@@ -254,12 +234,12 @@ def _depth(runs: Sequence[_Run]) -> Section:
     for run in runs:
         rows = run.by_act_step()
         measures = [(name, key) for name, key in _MEASURES if any(key in of for of in rows)]
-        cells = [(_cell(step), *(_measure(of, key) for _, key in measures)) for step, of in enumerate(rows, 1)]
+        cells = [(step, *(_measure(of, key) for _, key in measures)) for step, of in enumerate(rows, 1)]
         head = [f"{run.name}: ACT steps", *(name for name, _ in measures)]
         answers = run.measured.get("answers", {}).get("by_act_step", [])
         if len(answers) == len(cells) > 0:
             head.append("answers exact")
-            cells = [(*row, _share(share)) for row, share in zip(cells, answers, strict=True)]
+            cells = [(*row, _as(Share, share)) for row, share in zip(cells, answers, strict=True)]
         tables += [Table(head, cells)] if cells else []
         settings = [(of, statistics.median(of["tokens_per_second"])) for of in run.depths.get("settings", [])]
         for is_fixed, label in ((True, "fixed depths"), (False, "halting thresholds")):
@@ -267,9 +247,7 @@ def _depth(runs: Sequence[_Run]) -> Section:
             timed += [(f"{run.name}, {label}", *_columns(points))] if points else []
         if settings:
             head = [f"{run.name}: at use", *_EXACT, "ACT steps a token", "tokens a second"]
-            cells = [
-                (Cell(of["name"]), *_exact(of["overall"]), _cell(of["mean_act_steps"]), _cell(speed)) for of, speed in settings
-            ]
+            cells = [(of["name"], *_exact(of["overall"]), of["mean_act_steps"], speed) for of, speed in settings]
             tables.append(Table(head, cells))
     charts += [_chart("answers exact against speed", "tokens a second", timed, marker="o")] if timed else []
     note = "Against time: python benchmarks/depth.py --checkpoint RUN/step_N --output RUN/step_N/depth.json (bundled data)."
@@ -293,7 +271,7 @@ def _calibration(runs: Sequence[_Run]) -> Section:
         title = f"{run.name}: share of tokens right, ACT step {len(depths)}"
         charts.append(_chart(title, "halting probability", [*curves, ("perfectly calibrated", (0, 1), (0, 1))], marker="o"))
         rows = [
-            (_cell(step), *(_measure(of["after"], key) for key in ("accuracy", "predicted", "ece")), _measure(of["before"], "ece"))
+            (step, *(_measure(of["after"], key) for key in ("accuracy", "predicted", "ece")), _measure(of["before"], "ece"))
             for step, of in enumerate(depths, 1)
         ]
         head = (f"{run.name}: ACT steps", "tokens right", "halting probability, mean", "calibration error", "before calibration")
@@ -304,7 +282,7 @@ def _calibration(runs: Sequence[_Run]) -> Section:
 def _sets(runs: Sequence[_Run]) -> Section:
     keys = ("rows", "exact_accuracy", "accuracy")
     sets = [(f"{run.name}: {name}", values) for run in runs for name, values in run.measured.get("sets", {}).items()]
-    rows = [(Cell(name), *(_measure(values, key) for key in keys)) for name, values in sets]
+    rows = [(name, *(_measure(values, key) for key in keys)) for name, values in sets]
     tables = [Table(("set", "rows", "rows wholly right", "tokens right"), rows)] if rows else []
     return Section("Answers by set", "python inference.py --checkpoint RUN", tables=tables)
 
@@ -318,8 +296,8 @@ def _families(runs: Sequence[_Run]) -> Section:
     rows = []
     for family in (*families, None):
         scores = [answers["overall"] if family is None else answers["families"].get(family, {}) for _, answers in found]
-        about = (_measure(max(scores, key=len), "count"), _share(max(scores, key=len).get("baseline")))
-        rows.append((Cell(family or "all"), *about, *(cell for score in scores for cell in _exact(score))))
+        about = (_measure(max(scores, key=len), "count"), _as(Share, max(scores, key=len).get("baseline")))
+        rows.append((family or "all", *about, *(cell for score in scores for cell in _exact(score))))
     head = ["family", "questions", "most frequent answer", *(f"{name}: {what}" for name, _ in found for what in _EXACT)]
 
     def draw(axes: "Axes") -> None:
@@ -330,23 +308,25 @@ def _families(runs: Sequence[_Run]) -> Section:
             above = [max(0.0, score.get("upper_95", score["accuracy"]) - score["accuracy"]) for _, score in scores]
             # Bars of the runs side by side.
             places = [place + 0.2 * (number - (len(found) - 1) / 2) for place, _ in scores]
-            axes.errorbar(values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name)
+            axes.errorbar(
+                values, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=name if len(found) > 1 else ""
+            )
         axes.set_yticks(range(len(families)), families)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.02)
-        _label(axes, "answers exact, with 95 % intervals", "share of the family's questions")
+        label_axes(axes, "answers exact, with 95 % intervals", "share of the family's questions")
 
     return Section("Answers by family", missing, [partial(svg, draw, height=1 + 0.22 * len(families))], [Table(head, rows)])
 
 
 def _chart(title: str, xlabel: str, curves: Sequence[_Points], *, logarithmic: bool = False, **style: Any) -> Callable[[], str]:
     def draw(axes: "Axes") -> None:
-        for label, positions, values in curves:
-            axes.plot(positions, values, label=label, markersize=4, linewidth=1.2, **style)
+        for name, positions, values in curves:
+            axes.plot(positions, values, label=name if len(curves) > 1 else "", markersize=4, linewidth=1.2, **style)
         if logarithmic:
             set_logarithmic(axes)
         axes.locator_params(axis="x", integer=xlabel == "ACT steps")
-        _label(axes, title, xlabel)
+        label_axes(axes, title, xlabel)
 
     return partial(svg, draw)
 
@@ -355,24 +335,15 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[Sequence[float], Se
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _label(axes: "Axes", title: str, xlabel: str) -> None:
-    axes.set_title(title, fontsize="medium")
-    axes.set_xlabel(xlabel, fontsize="small")
-    axes.tick_params(labelsize="small")
-    axes.grid(alpha=0.3)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(fontsize="small")
-
-
 def _samples(runs: Sequence[_Run]) -> Section:
-    answers = [Answers(run.name, run.samples(), run.setting("arch.halt_max_steps")) for run in runs]
+    answers = [Answers(run.name, records, run.flat["arch.halt_max_steps"]) for run in runs if (records := run.samples())]
     missing = f"python inference_instruct.py --checkpoint RUN --generate --max-generated {_ANSWERS_SHOWN}"
-    return Section("Sample answers", missing, answers=[of_run for of_run in answers if of_run.records])
+    return Section("Sample answers", missing, answers=answers)
 
 
 def _settings(runs: Sequence[_Run]) -> Section:
-    found = [dict(_flat(run.settings)) for run in runs]
-    shipped = [dict(_flat(shipped_settings(run.settings))) for run in runs]
+    found = [run.flat for run in runs]
+    shipped = [flat(shipped_settings(run.settings)) for run in runs]
 
     def differs(key: str) -> bool:
         # Skip references to other settings (${...}): only Hydra can resolve them.
@@ -390,60 +361,48 @@ def _settings(runs: Sequence[_Run]) -> Section:
     defaults = (
         {"default": shipped[0]} if is_one_default else dict(zip((f"{name}: default" for name in names), shipped, strict=True))
     )
-    rows = [(Cell(key), *(_setting(of, key) for of in (*defaults.values(), *found))) for key in keys]
+    rows = [(key, *(_setting(of, key) for of in (*defaults.values(), *found))) for key in keys]
     title = f"Settings that differ from the defaults{' or between the runs' if len(runs) > 1 else ''}"
     tables = [Table(("setting", *defaults, *names), rows)] if any(found) else []
     return Section(title, "They come with the run's first checkpoint.", tables=tables)
 
 
-# Cells.
+def shown(value: Any) -> str:
+    """A value of a table as text."""
+    match value:
+        case None:
+            return "-"
+        case Share():
+            return f"{value:.1%}"
+        case Seconds():
+            return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+        case Bytes():
+            return f"{value / 1e9:.2f} GB"
+        case float():
+            return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        case int():
+            return f"{value:,}"
+    return str(value)
 
 
-def _cell(value: Any) -> Cell:
-    if value is None:
-        return Cell("-")
-    if isinstance(value, float):
-        return Cell(f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}", value)
-    return Cell(f"{value:,}", value) if isinstance(value, int) else Cell(str(value))
+def _as(kind: Callable[[float], float], value: float | None) -> float | None:
+    return None if value is None else kind(value)
 
 
-def _setting(settings: Mapping[str, Any], key: str) -> Cell:
+def _setting(settings: Mapping[str, Any], key: str) -> str:
     value = settings.get(key, "-")
-    return Cell(value if isinstance(value, str) else json.dumps(value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def _share(value: float | None) -> Cell:
-    return Cell("-") if value is None else Cell(f"{value:.1%}", value)
-
-
-def _measure(values: Mapping[str, Any], key: str) -> Cell:
-    return (_share if key in _SHARES else _cell)(values.get(key))
+def _measure(values: Mapping[str, Any], key: str) -> Any:
+    return _as(Share, values.get(key)) if key in _SHARES else values.get(key)
 
 
 _EXACT = ("exact", "95 % from", "to")
 
 
-def _exact(score: Mapping[str, float]) -> Sequence[Cell]:
-    """The cells under `_EXACT`."""
-    return [_share(score.get(key)) for key in ("accuracy", "lower_95", "upper_95")]
-
-
-def _duration(seconds: float | None) -> Cell:
-    return (
-        Cell("-") if seconds is None else Cell(f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h", seconds)
-    )
-
-
-def _gigabytes(size: float | None) -> Cell:
-    return Cell("-") if size is None else Cell(f"{size / 1e9:.2f} GB", size)
-
-
-def _flat(values: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{under}{key}.")
-        else:
-            yield f"{under}{key}", value
+def _exact(score: Mapping[str, float]) -> Sequence[float | None]:
+    return [_as(Share, score.get(key)) for key in ("accuracy", "lower_95", "upper_95")]
 
 
 def _as_markdown(section: Section) -> str:
@@ -462,6 +421,6 @@ def _tables_as_markdown(section: Section) -> str:
     lines = []
     for table in section.tables:
         rows = [table.head, ["---"] * len(table.head), *table.rows]
-        lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n" for row in rows]
+        lines += ["| " + " | ".join(shown(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n" for row in rows]
         lines.append("\n")
     return "".join(lines)

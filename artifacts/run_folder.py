@@ -45,12 +45,9 @@ def check_folder_name(key: str, name: str) -> None:
 def owned_folder(folder: Path, say: Callable[[str], None], *, is_new: bool = False) -> Iterator[Path]:
     """Within the block the run's folder, created if missing, belongs to this process; yields it.
 
-    is_new: create a new folder: `folder`, or if another process was faster, its name with -2, -3,
-    ...
-
-    Waits up to `WAIT_SECONDS` for another process that holds the folder. If the file system has no
-    locks, reports that and goes on without one. Removes a created folder that is still empty at the
-    end. Raises UsageError if another process keeps the folder, or it can't be created.
+    is_new: create a new folder: `folder`, or with -2, -3, ... if another process was faster. Waits
+    up to `WAIT_SECONDS` for another process. If the file system has no locks, reports that and goes
+    on without one. Removes a created folder that is still empty at the end. Raises UsageError.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -94,7 +91,6 @@ def _make_new(folder: Path) -> Path:
 
 
 def _acquire(folder: Path, say: Callable[[str], None]) -> FileLock:
-    """Acquire the lock of `folder`. Raises UsageError if another process keeps it."""
     lock = FileLock(folder / _LOCK_FILE)
     try:
         try:

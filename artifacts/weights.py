@@ -1,9 +1,8 @@
-"""Files of weights: a checkpoint's safetensors, and state dicts of other programs. From a pickle,
-only tensors are read.
-"""
+"""Files of weights: safetensors, and pickled state dicts, of which only tensors are read."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -34,11 +33,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: RecursiveModel, weights: Mapping[str, Tensor], source: Path, reset_puzzle_embedding: bool = False) -> None:
-    """Load `weights` into `model`. Raises UsageError with the names that are missing, unknown or of
-    another shape.
+    """Load `weights` into `model`. Raises UsageError with the names that don't fit.
 
-    reset_puzzle_embedding: if the number of puzzles differs, set each puzzle's vector to the mean
-    of those in `weights`.
+    reset_puzzle_embedding: for another number of puzzles, set each one's vector to the mean of all.
     """
     expected = model.state_dict()
     found = dict(weights)
@@ -80,12 +77,9 @@ def count_parameters(folder: Path) -> int:
     Initial states and puzzles' vectors are buffers and don't count. Raises UsageError if the weights can't be read.
     """
     path = weights_file(folder, ema=False)
-    try:
-        with safe_open(path, framework="pt") as weights:
-            names = [name for name in weights.keys() if not name.endswith(("_init", _PUZZLE_VECTORS))]  # noqa: SIM118  (no mapping)
-            return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error
+    with readable(path), safe_open(path, framework="pt") as weights:
+        names = [name for name in weights.keys() if not name.endswith(("_init", _PUZZLE_VECTORS))]  # noqa: SIM118  (no mapping)
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -106,7 +100,14 @@ def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises UsageError if it can't be read."""
-    try:
+    with readable(path):
         return load_file(path)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within the block, errors in reading the checkpoint's file `path` are UsageErrors."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UsageError(f"the checkpoint file {path} can't be read: {error}") from error

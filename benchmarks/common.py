@@ -1,18 +1,20 @@
-"""Shared parts of the benchmarks: flags, config, synthetic conversations, a trainer, FLOP counting.
-
-Knows neither side of a comparison.
+"""Shared parts of the benchmarks: flags, config, synthetic conversations, a trainer, timing, FLOP
+counting. Knows neither side of a comparison.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from inspect import unwrap
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from config.compose import compose_config
-from config.schema import PretrainInstructConfig
+from config.compose import CHECKPOINT_HELP, compose_config
+from config.schema import PretrainInstructConfig, user_path
 from dataset.text.curriculum import Curriculum, Draw
 from dataset.text.loader import Example
 from models.act import RecursiveModel
@@ -24,18 +26,23 @@ VOCABULARY = 32_000
 # Measured by default: the network of the original, which the naive way computes.
 ORIGINAL = "experiment=original_depth"
 # Enough synthetic rows that the schedule stays far from its end.
-ENDLESS_ROWS = 1_000_000
+_ENDLESS_ROWS = 1_000_000
+_SHARED_FLAGS: dict[str, dict[str, Any]] = {
+    "checkpoint": {"type": user_path, "required": True, "help": CHECKPOINT_HELP},
+    "dtype": {"choices": ["auto", "bfloat16", "float32", "float64"]},
+    "threads": {"type": int, "help": "threads of a computation; default: torch's own choice"},
+    "repeats": {"type": int, "default": 5, "help": "timings of each side; medians are reported"},
+    "seed": {"type": int, "default": 0, "help": "seed of weights and ids"},
+    "vocabulary": {"type": int, "default": VOCABULARY},
+    "overrides": {"nargs": "*", "default": [], "metavar": "KEY=VALUE", "help": "settings, arch.hidden_size=64 for one"},
+}
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that several benchmarks share."""
+def parser(description: str | None, *shared: str) -> argparse.ArgumentParser:
+    """A parser with the flags named in `shared`, which several benchmarks have."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--dtype", choices=["auto", "bfloat16", "float32", "float64"])
-    flags.add_argument("--threads", type=int, help="threads per computation; default: torch's choice")
-    flags.add_argument("--repeats", type=int, default=5, help="timings of each side; medians are reported")
-    flags.add_argument("--seed", type=int, default=0, help="seed of weights and ids")
-    flags.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    flags.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings, arch.hidden_size=64 for one")
+    for name in shared:
+        flags.add_argument(f"--{name}", **_SHARED_FLAGS[name])
     return flags
 
 
@@ -84,7 +91,20 @@ def trainer_on(config: PretrainInstructConfig, rows: ExampleIterator, vocabulary
     set_matmul_precision(config.tf32, device)
     if compiled:
         model.compile_levels()
-    return Trainer(config, model, TextTask(config, model, rows, Curriculum.of_epochs(ENDLESS_ROWS, config.seed, 1)))
+    return Trainer(config, model, TextTask(config, model, rows, Curriculum.of_epochs(_ENDLESS_ROWS, config.seed, 1)))
+
+
+def timed_calls(owner: Any, name: str, seconds: list[float]) -> Any:
+    """A context in which every call of `owner.name` appends its time to `seconds`."""
+    original = getattr(owner, name)
+
+    def call(*args: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        result = original(*args, **named)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    return mock.patch.object(owner, name, call)
 
 
 def peak_memory_bytes() -> int:
@@ -99,20 +119,20 @@ def use_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a table with a column for each key, empty where a row lacks it."""
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    cells = [[row.get(title, "") for title in titles] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in (titles, ["---"] * len(titles), *cells)]
+
+
 def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of matrix products and attention in a block. Adds attention on CPUs, which
-    torch's counter lacks.
+    """Counts the FLOPs of matrix products and attention in a block, also those of attention on
+    CPUs, which torch's counter lacks.
     """
-
-    def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-        return int(sdpa_backward_flop_count(gradient, q, k, v))
-
     aten = torch.ops.aten
     of_cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: unwrap(sdpa_flop),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: unwrap(sdpa_backward_flop),
     }
     return FlopCounterMode(display=False, custom_mapping=of_cpu)

@@ -83,14 +83,15 @@ class Setting:
         tokens, logp_BV = decoding.next(), self.recomputed(decoding.ids_BT, act_steps)
         return max(abs(logp - float(logp_BV[t.request, token])) for t in tokens for token, logp in t.candidates)
 
-    def weight_bytes_per_token(self, act_steps: int | None = None) -> int:
-        """Bytes of matrices that a token reads: in every level call, and the head once."""
+    def bytes_per_token(self, act_steps: int | None = None) -> tuple[int, int]:
+        """Bytes that a token of every row reads: of matrices (in every level call, and the head once), and of the cache."""
 
         def of(module: torch.nn.Module) -> int:
             return sum(m.weight.nbytes for m in module.modules() if isinstance(m, Linear))
 
+        steps = act_steps or self.act_steps
         levels = sum(of(self.model.get_submodule(level)) for level in self.model.level_calls)
-        return levels * (act_steps or self.act_steps) + of(self.model.lm_head)
+        return levels * steps + of(self.model.lm_head), cache_bytes(self.model, steps, self.batch, self.positions)
 
 
 class Decoding:
@@ -124,11 +125,12 @@ class Decoding:
 
 def turns(arguments: argparse.Namespace, ours: list[Setting], naive: Setting) -> tuple[list[float], float, dict[str, Any]]:
     """Median seconds per token of all rows for `ours` and `naive`, in turns; their agreement."""
-    at_one_step = [setting.difference(act_steps=1) for setting in ours]
-    checks: dict[str, Any] = {"difference_one_step": max(at_one_step)}
-    for setting, difference in zip(ours, at_one_step, strict=True):
-        if not difference <= (tolerance := _TOLERANCE_AT_ONE_STEP[setting.dtype]):
-            raise RuntimeError(f"{setting.dtype}: the sides differ by {difference:.1e} nats at one ACT step, over {tolerance:.1e}")
+    at_one_step = {setting.dtype: setting.difference(act_steps=1) for setting in ours}
+    for dtype, difference in at_one_step.items():
+        if not difference <= _TOLERANCE_AT_ONE_STEP[dtype]:
+            raise RuntimeError(
+                f"{dtype}: the sides differ by {difference:.1e} nats at one ACT step, over {_TOLERANCE_AT_ONE_STEP[dtype]}"
+            )
     decodings = [setting.decoding(3 + arguments.repeats * arguments.tokens) for setting in ours]
     # The first tokens are compared and warm up; they aren't timed.
     tokens = [decoding.next() for decoding in decodings]
@@ -142,8 +144,11 @@ def turns(arguments: argparse.Namespace, ours: list[Setting], naive: Setting) ->
             seconds[place].append(decoding.seconds(arguments.tokens))
         shown = ", ".join(f"{setting.dtype} {times[-1] * 1e3:.1f}" for setting, times in zip(ours, seconds, strict=True))
         print(f"naive {naive.dtype} {seconds_naive[-1] * 1e3:.1f} ms, ours {shown} ms", flush=True)
-    checks["difference"] = max(abs(t.logp - float(logp_BV[t.request, t.id])) for t in tokens[0])
-    checks["same_argmax"] = [token.id for token in tokens[0]] == logp_BV.argmax(-1).tolist()
+    checks = {
+        "difference_one_step": max(at_one_step.values()),
+        "difference": max(abs(t.logp - float(logp_BV[t.request, t.id])) for t in tokens[0]),
+        "same_argmax": [token.id for token in tokens[0]] == logp_BV.argmax(-1).tolist(),
+    }
     return [statistics.median(times) for times in seconds], statistics.median(seconds_naive), checks
 
 
@@ -153,7 +158,7 @@ def alone(arguments: argparse.Namespace) -> dict[str, Any]:
     same = Setting(arguments, dtype=arguments.dtype or "float32", **shape)
     best = Setting(arguments, dtype="auto", **shape)
     (ours, ours_best), naive, checks = turns(arguments, [same, best], same)
-    read, kept = best.weight_bytes_per_token(), cache_bytes(best.model, best.act_steps, 1, best.positions)
+    read, kept = best.bytes_per_token()
     return {
         **shape,
         "ratio": naive / ours,
@@ -165,9 +170,7 @@ def alone(arguments: argparse.Namespace) -> dict[str, Any]:
         "ms_per_token_best": ours_best * 1e3,
         "weight_bytes_per_token_best": read,
         "cache_bytes_best": kept,
-        "gigabytes_per_second": (same.weight_bytes_per_token() + cache_bytes(same.model, same.act_steps, 1, same.positions))
-        / ours
-        / 1e9,
+        "gigabytes_per_second": sum(same.bytes_per_token()) / ours / 1e9,
         "gigabytes_per_second_best": (read + kept) / ours_best / 1e9,
         **checks,
     }
@@ -192,19 +195,19 @@ def flat(arguments: argparse.Namespace) -> dict[str, Any]:
     """Whether unused room costs time."""
     setting = Setting(arguments, dtype="auto", batch=1, positions=arguments.flat_positions, act_steps=arguments.act_steps)
     tokens = 2 + arguments.tokens * arguments.flat_repeats
-    near, far = (setting.decoding(tokens, room=room + tokens) for room in (arguments.near, arguments.far))
-    near.next(), far.next()
-    seconds: list[tuple[float, float]] = []
+    rooms = {room: setting.decoding(tokens, room=getattr(arguments, room) + tokens) for room in ("near", "far")}
+    for decoding in rooms.values():
+        decoding.next()
+    seconds: dict[str, list[float]] = {"near": [], "far": []}
     for repeat in range(arguments.flat_repeats):
         # In turns, each first as often as second.
-        pair = (near, far) if repeat % 2 else (far, near)
-        times = [decoding.seconds(arguments.tokens) for decoding in pair]
-        seconds.append((times[0], times[1]) if repeat % 2 else (times[1], times[0]))
+        for room in ("near", "far") if repeat % 2 else ("far", "near"):
+            seconds[room].append(rooms[room].seconds(arguments.tokens))
+    of_near, of_far = (statistics.median(times) for times in seconds.values())
     return {
         "positions": arguments.flat_positions,
-        "flatness": statistics.median(far_seconds for _, far_seconds in seconds)
-        / statistics.median(near_seconds for near_seconds, _ in seconds),
-        "ms_per_token_near": statistics.median(near_seconds for near_seconds, _ in seconds) * 1e3,
+        "flatness": of_far / of_near,
+        "ms_per_token_near": of_near * 1e3,
         "room_near": arguments.near,
         "room_far": arguments.far,
     }
@@ -215,7 +218,7 @@ COMPARISONS = {"alone": alone, "batch": batch, "flat": flat}
 
 def main() -> None:
     """Parse, compare, print."""
-    flags = parser(__doc__)
+    flags = parser(__doc__, "dtype", "threads", "repeats", "seed", "vocabulary", "overrides")
     flags.set_defaults(repeats=3)
     flags.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="some of the comparisons")
     flags.add_argument(
@@ -236,13 +239,8 @@ def main() -> None:
     arguments = flags.parse_args()
     arguments.compile = should_compile(arguments.compile, torch.device("cpu"))
     keep_freed_memory()
-    threads = use_threads(arguments.threads)
-    report: dict[str, Any] = {
-        "threads": threads,
-        "compiled": arguments.compile,
-        "repeats": arguments.repeats,
-        "torch": torch.__version__,
-    }
+    report: dict[str, Any] = {"threads": use_threads(arguments.threads), "compiled": arguments.compile}
+    report |= {"repeats": arguments.repeats, "torch": torch.__version__}
     for name in arguments.only:
         found = COMPARISONS[name](arguments)
         print(f"{name}: {json.dumps(found)}", flush=True)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from artifacts.checkpoint import open_checkpoint
-from benchmarks.common import use_threads
-from config.compose import CHECKPOINT_HELP, override_config
+from benchmarks.common import markdown_table, parser, use_threads
+from config.compose import override_config
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig, user_path
 from dataset.instruct import Source, last_exchange
@@ -46,15 +46,13 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 MARGIN = 0.005
 
 
-@dataclass(frozen=True)
-class Questions:
-    """Questions and reference answers, as parallel lists."""
+class Question(NamedTuple):
+    """A question, its reference answer, its family, and the number of dependent steps that it takes, if the row has it."""
 
-    histories: list[Conversation]
-    references: list[str]
-    families: list[str]
-    hops: list[int | None]
-    """The number of dependent steps of each, if the row has it."""
+    history: Conversation
+    reference: str
+    family: str
+    hops: int | None
 
 
 @dataclass
@@ -90,58 +88,47 @@ class Setting:
         """Per round."""
         return [self.tokens / seconds for seconds in self.seconds]
 
-    def right(self, questions: Questions) -> list[bool]:
+    def right(self, questions: Sequence[Question]) -> list[bool]:
         """Whether each answer is exact."""
-        return [is_exact(reference, answer.text) for reference, answer in zip(questions.references, self.answers, strict=True)]
+        return [is_exact(question.reference, answer.text) for question, answer in zip(questions, self.answers, strict=True)]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The best adaptive setting, and the best fixed depth."""
-
-    adaptive: Setting | None
-    """The fastest within `MARGIN`; None if there is none."""
-    best_fixed: Setting
-
-
-def choose(settings: Sequence[Setting], questions: Questions) -> Choice:
-    """The most exact fixed depth (ties: the shallowest), and fastest threshold within `MARGIN`."""
+def choose(settings: Sequence[Setting], questions: Sequence[Question]) -> tuple[Setting, Setting | None]:
+    """The most exact fixed depth (ties: the shallowest), and the fastest threshold within `MARGIN`, if there is one."""
     right = {id(setting): sum(setting.right(questions)) for setting in settings}
     fixed = [setting for setting in settings if setting.threshold is None]
     best = max(fixed, key=lambda setting: (right[id(setting)], -setting.act_steps))
-    least = right[id(best)] - MARGIN * len(questions.references)
+    least = right[id(best)] - MARGIN * len(questions)
     good = [setting for setting in settings if setting.threshold is not None and right[id(setting)] >= least]
-    return Choice(max(good, key=lambda setting: statistics.median(setting.tokens_per_second), default=None), best)
+    return best, max(good, key=lambda setting: statistics.median(setting.tokens_per_second), default=None)
 
 
-def ask(split: TextDataset, responder: Responder, rows: int) -> Questions:
+def ask(split: TextDataset, responder: Responder, rows: int) -> list[Question]:
     """The last questions of the first `rows` rows, if they leave room for an answer. Raises
     UsageError if there are none.
     """
-    questions = Questions([], [], [], [])
+    questions = []
     for index in range(rows):
         exchange = last_exchange(split.conversation(index))
         if exchange is not None and responder.fits(exchange[0]):
-            questions.histories.append(exchange[0])
-            questions.references.append(exchange[1])
-            questions.families.append(str(split.row(index).get("task", "no task")))
-            questions.hops.append(split.row(index).get("hops"))
-    if not questions.histories:
+            row = split.row(index)
+            questions.append(Question(*exchange, str(row.get("task", "no task")), row.get("hops")))
+    if not questions:
         raise UsageError(
             f"no question of the test split leaves room for an answer in {responder.context} tokens: raise dataset.seq_len"
         )
     return questions
 
 
-def measure(responder: Responder, questions: Questions, settings: Sequence[Setting], rounds: int) -> None:
+def measure(responder: Responder, questions: Sequence[Question], settings: Sequence[Setting], rounds: int) -> None:
     """Answer all questions with all settings, in turns, `rounds` times; stores the results."""
-    warm_up = questions.histories[: responder.rows]
-    for setting in settings:
-        responder.at_depth(setting.act_steps, setting.threshold).answers(warm_up)
+    histories = [question.history for question in questions]
+    for setting in settings:  # warm up
+        responder.at_depth(setting.act_steps, setting.threshold).answers(histories[: responder.rows])
     for _, setting in tqdm([(r, setting) for r in range(rounds) for setting in settings], desc="answering", unit="setting"):
         at_depth = responder.at_depth(setting.act_steps, setting.threshold)
         started = time.perf_counter()
-        setting.answers = at_depth.answers(questions.histories)
+        setting.answers = at_depth.answers(histories)
         setting.seconds.append(time.perf_counter() - started)
 
 
@@ -159,7 +146,7 @@ def calibration(responder: Responder, split: TextDataset, config: PretrainInstru
     )
     found = []
     for record, (scale, shift) in zip(records, responder.model.halt_calibration.T.tolist(), strict=False):
-        measured = record.to_measure_on()
+        measured = record.half(odd=True)
         as_used = reliability(measured, scale, shift)
         found.append({**dataclasses.asdict(as_used), "ece_uncalibrated": reliability(measured).ece})
     return found
@@ -170,77 +157,73 @@ def with_interval(score: Score) -> str:
     return f"{score['accuracy']:.1%} [{score['lower_95']:.1%}, {score['upper_95']:.1%}]".replace("%", "")
 
 
+def spread(values: Sequence[float]) -> list[float]:
+    """Median, least and most."""
+    return [statistics.median(values), min(values), max(values)]
+
+
 def speed_ratio(setting: Setting, to: Setting) -> list[float]:
-    """Tokens per second relative to `to`, over the rounds: median, least, most."""
-    ratios = [ours / theirs for ours, theirs in zip(setting.tokens_per_second, to.tokens_per_second, strict=True)]
-    return [statistics.median(ratios), min(ratios), max(ratios)]
+    """The `spread` over the rounds of tokens per second relative to `to`."""
+    return spread([ours / theirs for ours, theirs in zip(setting.tokens_per_second, to.tokens_per_second, strict=True)])
 
 
-def report(settings: Sequence[Setting], questions: Questions, choice: Choice, by_depth: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The content of the tables, as JSON values."""
-    rows = []
-    for setting in settings:
-        scores = score_answers(questions.families, questions.references, [answer.text for answer in setting.answers])
-        rows.append(
-            {
-                "name": setting.name,
-                "act_steps": setting.act_steps,
-                "threshold": setting.threshold,
-                **scores,
-                "mean_act_steps": setting.mean_act_steps,
-                "tokens": setting.tokens,
-                "tokens_per_second": setting.tokens_per_second,
-                "ratio_to_best_fixed": speed_ratio(setting, choice.best_fixed),
-            }
-        )
-    return {"settings": rows, "chosen": chosen(choice, questions), "calibration": list(by_depth)}
-
-
-def chosen(choice: Choice, questions: Questions) -> dict[str, Any]:
-    """The chosen setting against the best fixed depth, by question."""
-    found: dict[str, Any] = {"best_fixed": choice.best_fixed.name, "margin": MARGIN, "setting": None}
-    if choice.adaptive is not None:
-        pairs = list(zip(choice.adaptive.right(questions), choice.best_fixed.right(questions), strict=True))
-        found |= {
-            "setting": choice.adaptive.name,
-            "ratio": speed_ratio(choice.adaptive, choice.best_fixed)[0],
-            "gained": sum(ours and not theirs for ours, theirs in pairs),
-            "lost": sum(theirs and not ours for ours, theirs in pairs),
+def report(settings: Sequence[Setting], questions: Sequence[Question]) -> dict[str, Any]:
+    """The results of all settings, and the chosen one against the best fixed depth, as JSON values."""
+    best, adaptive = choose(settings, questions)
+    families, references = [question.family for question in questions], [question.reference for question in questions]
+    rows = [
+        {
+            "name": setting.name,
+            "act_steps": setting.act_steps,
+            "threshold": setting.threshold,
+            **score_answers(families, references, [answer.text for answer in setting.answers]),
+            "mean_act_steps": setting.mean_act_steps,
+            "tokens": setting.tokens,
+            "tokens_per_second": setting.tokens_per_second,
+            "ratio_to_best_fixed": speed_ratio(setting, best),
         }
-    return found
+        for setting in settings
+    ]
+    chosen: dict[str, Any] = {"best_fixed": best.name, "margin": MARGIN, "setting": None}
+    if adaptive is not None:
+        pairs = list(zip(adaptive.right(questions), best.right(questions), strict=True))
+        gained, lost = (sum(ours > theirs for ours, theirs in pairs), sum(ours < theirs for ours, theirs in pairs))
+        chosen |= {"setting": adaptive.name, "ratio": speed_ratio(adaptive, best)[0], "gained": gained, "lost": lost}
+    return {"settings": rows, "chosen": chosen}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables, and the choice."""
-    settings, picked = found["settings"], found["chosen"]
-    lines = [
-        "| setting | % exact [95 % interval] | ACT steps a token | tokens/s (least to most) | speed to the best fixed depth |",
-        "|---|---|---|---|---|",
+    settings, chosen = found["settings"], found["chosen"]
+    overall = [
+        {
+            "setting": row["name"],
+            "% exact [95 % interval]": with_interval(row["overall"]),
+            "ACT steps a token": f"{row['mean_act_steps']:.2f}",
+            "tokens/s (least to most)": "{:.0f} ({:.0f} to {:.0f})".format(*spread(row["tokens_per_second"])),
+            "speed to the best fixed depth": f"{row['ratio_to_best_fixed'][0]:.2f}",
+        }
+        for row in settings
     ]
-    for row in settings:
-        speeds = row["tokens_per_second"]
-        lines.append(
-            f"| {row['name']} | {with_interval(row['overall'])} | {row['mean_act_steps']:.2f} "
-            f"| {statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f}) | {row['ratio_to_best_fixed'][0]:.2f} |"
-        )
-    lines += [
-        "",
-        "| % exact [95 % interval] | answers | " + " | ".join(row["name"] for row in settings) + " |",
-        "|---" * (len(settings) + 2) + "|",
+    by_family = [
+        {
+            "% exact [95 % interval]": family,
+            "answers": str(score["count"]),
+            **{row["name"]: with_interval(row["families"][family]) for row in settings},
+        }
+        for family, score in settings[0]["families"].items()
     ]
-    for family, score in settings[0]["families"].items():
-        cells = " | ".join(with_interval(row["families"][family]) for row in settings)
-        lines.append(f"| {family} | {score['count']} | {cells} |")
-    lines += [
-        "",
-        "| ACT steps | tokens | argmax right | mean halting probability | ECE | ECE uncalibrated |",
-        "|---|---|---|---|---|---|",
+    by_depth = [
+        {
+            "ACT steps": str(depth),
+            "tokens": str(row["tokens"]),
+            "argmax right": f"{row['accuracy']:.1%}",
+            "mean halting probability": f"{row['predicted']:.1%}",
+            "ECE": f"{row['ece']:.2%}",
+            "ECE uncalibrated": f"{row['ece_uncalibrated']:.2%}",
+        }
+        for depth, row in enumerate(found["calibration"], 1)
     ]
-    for depth, row in enumerate(found["calibration"], 1):
-        lines.append(
-            f"| {depth} | {row['tokens']} | {row['accuracy']:.1%} | {row['predicted']:.1%} "
-            f"| {row['ece']:.2%} | {row['ece_uncalibrated']:.2%} |"
-        )
     by_name = {row["name"]: row for row in settings}
 
     def told(label: str, row: dict[str, Any]) -> str:
@@ -249,27 +232,23 @@ def markdown(found: dict[str, Any]) -> str:
         steps = f"{row['mean_act_steps']:.2f} ACT steps a token"
         return f"- {label}: {row['name']}, {with_interval(row['overall'])} % exact, {steps}, {speed}"
 
-    lines += ["", told("best fixed depth", by_name[picked["best_fixed"]]), told("depth 1", settings[0])]
-    if picked["setting"] is None:
-        lines.append(f"- chosen: none, no threshold is within {MARGIN * 100:g} points of the best fixed depth")
-    else:
-        changed = f"{picked['gained']} answers gained, {picked['lost']} lost"
-        lines.append(f"{told('chosen', by_name[picked['setting']])}; {changed}")
-    return "\n".join(lines)
+    choice = f"- chosen: none, no threshold is within {MARGIN * 100:g} points of the best fixed depth"
+    if chosen["setting"] is not None:
+        choice = f"{told('chosen', by_name[chosen['setting']])}; {chosen['gained']} answers gained, {chosen['lost']} lost"
+    told_of = [told("best fixed depth", by_name[chosen["best_fixed"]]), told("depth 1", settings[0]), choice]
+    tables = (line for rows in (overall, by_family, by_depth) for line in (*markdown_table(rows), ""))
+    return "\n".join([*tables, *told_of])
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
+    flags = parser(__doc__, "checkpoint", "threads", "overrides")
+    add = flags.add_argument
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="halting thresholds, beside the fixed depths")
     add("--rows", type=int, help="use only this many rows, the first of the test split")
     add("--rounds", type=int, default=3, help="how often every setting answers every question")
-    add("--threads", type=int, help="threads of a computation; default: torch's own choice")
-    add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the checkpoint's")
     add("--output", type=user_path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
+    arguments = flags.parse_args()
     if arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds}: expected at least 1")
     if arguments.rows is not None and arguments.rows < 2:
@@ -302,10 +281,11 @@ def main() -> None:
     questions = ask(split, responder, rows)
     measure(responder, questions, settings, arguments.rounds)
     found = {
-        **report(settings, questions, choose(settings, questions), calibration(responder, split, config, rows)),
+        **report(settings, questions),
+        "calibration": calibration(responder, split, config, rows),
         "checkpoint": str(checkpoint.folder),
-        "questions": len(questions.histories),
-        "longer_than_context": rows - len(questions.histories),
+        "questions": len(questions),
+        "longer_than_context": rows - len(questions),
         "batch_size": responder.rows,
         "dtype": responder.model.config.forward_dtype,
         "threads": threads,

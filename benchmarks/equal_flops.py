@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -35,10 +36,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from artifacts.outputs import output_folder, write_json
-from benchmarks.common import flop_counter
+from benchmarks.common import benchmark_config, flop_counter, parser
 from benchmarks.depth import ask
 from benchmarks.equal_flops_report import draw, markdown, summarize
-from config.compose import compose_config
 from config.errors import UsageError, one_clear_message
 from config.schema import PretrainInstructConfig, user_path
 from dataset import build_sample_dataset
@@ -51,10 +51,11 @@ from evaluators.language import DepthOutput, evaluate_language
 from generation.engine import Engine, Prompt, Request
 from generation.loading import make_responder
 from models.act import RecursiveModel
-from models.device import keep_freed_memory, pick_device, resolve_arch
+from models.device import keep_freed_memory, pick_device
 from training.estimate import count_parameters
 from training.loop import Trainer
 from training.progress import StepResult
+from training.task import Batch
 from training.text import TextTask
 
 ARMS = Path(__file__).with_suffix(".yaml")
@@ -80,7 +81,8 @@ _TIMED_TOKENS, _TIMINGS = 32, 3
 class Budget:
     """The training budget of every arm."""
 
-    unit: Literal["FLOPs", "seconds", "examples"]
+    unit: str
+    """FLOPs, seconds or examples."""
     amount: float
 
 
@@ -139,28 +141,21 @@ class _BudgetTask(TextTask):
 
     meter: Meter
 
-    @property
-    def expected(self) -> float:
-        spent = self.meter
-        if not spent.share:
-            return self.total.examples
-        return max(self.admitted, spent.steps * self.config.global_batch_size / spent.share)
+    def next_batch(self, step: int) -> Batch:
+        if self.meter.share:
+            steps = max(step, math.ceil(self.meter.steps / self.meter.share))
+            self.config = self.config.model_copy(update={"max_steps": steps})
+        return super().next_batch(step)
 
 
 def compose_arm(overrides: Sequence[str], seed: int) -> PretrainInstructConfig:
     """An arm's settings, with endless data. Raises UsageError if it would end before its budget."""
-    config = compose_config("cfg_pretrain_instruct", [*overrides, f"seed={seed}"])
-    ends = {
-        "max_steps": config.max_steps,
-        "max_minutes": config.max_minutes,
-        "early_stopping.patience": config.early_stopping.patience,
-        "stages": config.stages or None,
-    }
-    for key, value in ends.items():
+    config = benchmark_config([*overrides, f"seed={seed}"], "auto", ())
+    ends = {"max_steps": config.max_steps, "max_minutes": config.max_minutes, "stages": config.stages or None}
+    for key, value in (ends | {"early_stopping.patience": config.early_stopping.patience}).items():
         if value is not None:
             raise UsageError(f"{key}={value}: every arm ends with its budget and has one source of data; leave {key} out")
-    arch = resolve_arch(config.arch, pick_device(config.device))
-    return config.model_copy(update={"epochs": _ENDLESS, "arch": arch})
+    return config.model_copy(update={"epochs": _ENDLESS})
 
 
 def open_data(config: PretrainInstructConfig) -> tuple[Tokenizer, RunData, TextDataset]:
@@ -263,24 +258,23 @@ def generated(
 ) -> dict[str, Any]:
     """The fraction of exact answers at each ACT step; at the last one also by answer and by family."""
     responder = make_responder(model, tokenizer, Template(), config)
-    questions = ask(test, responder, min(rows, len(test)))
-    depths, has_hops = range(1, config.depth + 1), any(questions.hops)
+    histories, references, families, hops = zip(*ask(test, responder, min(rows, len(test))), strict=True)
+    depths, has_hops = range(1, config.depth + 1), any(hops)
     answers = {
-        depth: [answer.text for answer in responder.at_depth(depth).answers(questions.histories)]
+        depth: [answer.text for answer in responder.at_depth(depth).answers(histories)]
         for depth in (*depths, *([2 * config.depth] if has_hops else []))
     }
-    texts = answers[config.depth]
-    exact = [statistics.fmean(map(is_exact, questions.references, answers[depth])) for depth in depths]
+    exact = {depth: [int(is_exact(*pair)) for pair in zip(references, texts, strict=True)] for depth, texts in answers.items()}
     by_hops = dict[int, dict[int, float]]()
-    for depth, given in answers.items() if has_hops else ():
-        found = score_by_hops(questions.hops, questions.families, questions.references, given)
-        by_hops[depth] = {hops: score["overall"]["accuracy"] for hops, score in found.items()}
-    families = score_answers(questions.families, questions.references, texts)["families"]
+    for depth, texts in answers.items() if has_hops else ():
+        found = score_by_hops(hops, families, references, texts)
+        by_hops[depth] = {number: score["overall"]["accuracy"] for number, score in found.items()}
+    by_family = score_answers(families, references, answers[config.depth])["families"]
     return {
-        "exact_by_act_step": exact,
-        "row_exact": [int(is_exact(reference, text)) for reference, text in zip(questions.references, texts, strict=True)],
+        "exact_by_act_step": [statistics.fmean(exact[depth]) for depth in depths],
+        "row_exact": exact[config.depth],
         "exact_by_hops": by_hops,
-        "exact_by_family": {family: score["accuracy"] for family, score in families.items()},
+        "exact_by_family": {family: score["accuracy"] for family, score in by_family.items()},
     }
 
 
@@ -290,7 +284,7 @@ def token_cost(model: RecursiveModel, example: Example, act_steps: int) -> dict[
     prompt = Prompt(example.ids[:length], example.segment[:length])
 
     def seconds(tokens: int) -> float:
-        """FLOPs of the prompt and this many generated tokens."""
+        """Of the prompt and this many generated tokens."""
         engine = Engine(model, eos_id=-1, act_steps=act_steps, rows=1, positions=length + tokens)
         engine.submit(Request(prompt, tokens + 1))
         started = time.perf_counter()
@@ -364,21 +358,20 @@ def _begin_process() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    budget = parser.add_mutually_exclusive_group(required=True)
+    flags = parser(__doc__, "overrides")
+    budget = flags.add_mutually_exclusive_group(required=True)
     budget.add_argument("--tera-flops", type=float, help="training of each arm and seed, in 10^12 counted FLOPs")
     budget.add_argument("--seconds", type=float, help="or seconds of training steps")
     budget.add_argument("--examples", type=int, help="or examples, in whole batches")
-    add = parser.add_argument
+    add = flags.add_argument
     add("--arms", type=user_path, default=ARMS, metavar="FILE", help="YAML with arms; default: %(default)s")
     add("--only", nargs="+", metavar="NAME", help="only these arms, of the file and of the plain Transformers")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least 3 for a claim")
     add("--data", type=user_path, metavar="FOLDER", help="conversations in files, in place of the arms' data (docs/data.md)")
     add("--rows", type=int, default=1500, help="held-out rows to measure on, at most")
-    add("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of every arm's")
     add("--parallel", type=int, default=1, help="trainings at a time, each a process of one thread")
     add("--output", type=user_path, required=True, metavar="FOLDER", help="for the results, which are not measured again")
-    arguments = parser.parse_args()
+    arguments = flags.parse_args()
     for flag in ("tera_flops", "seconds", "examples", "rows", "parallel"):
         value = getattr(arguments, flag)
         if value is not None and value <= 0:
@@ -386,20 +379,16 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def chosen_budget(arguments: argparse.Namespace) -> Budget:
-    """The budget of the command line."""
-    if arguments.tera_flops is not None:
-        return Budget("FLOPs", 1e12 * arguments.tera_flops)
-    if arguments.seconds is not None:
-        return Budget("seconds", arguments.seconds)
-    return Budget("examples", arguments.examples)
-
-
 def main() -> None:
     """Compose all arms, measure missing results, report."""
     arguments = parse_arguments()
     own = [] if arguments.data is None else ["dataset=jsonl", f"dataset.data_dir={arguments.data.resolve()}"]
-    budget = chosen_budget(arguments)
+    amounts = {
+        "FLOPs": arguments.tera_flops and 1e12 * arguments.tera_flops,
+        "seconds": arguments.seconds,
+        "examples": arguments.examples,
+    }
+    [budget] = [Budget(unit, amount) for unit, amount in amounts.items() if amount is not None]
     arms = {
         (name, seed): compose_arm([*overrides, *own, *arguments.overrides], seed)
         for name, overrides in read_arms(arguments.arms, arguments.only).items()

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from benchmarks.common import markdown_table
 from config.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -73,7 +74,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for result in results:
         arms.setdefault(result["arm"], []).append(result)
     plain = [name for name, seeds in arms.items() if seeds[0]["is_plain"]]
-    best = min(plain, key=lambda name: statistics.fmean(_final(arms[name], "bits_per_byte")), default=None)
+    best = min(plain, key=lambda name: _by_step(arms[name], "bits_per_byte")[:, -1].mean(), default=None)
     return {
         "best_plain": best,
         "rows": len(results[0]["row_bits"]),
@@ -81,35 +82,29 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _final(seeds: Sequence[Mapping[str, Any]], measure: str) -> list[float]:
-    """A metric at the last ACT step, for each seed."""
-    return [float(result["by_act_step"][-1][measure]) for result in seeds]
+def _by_step(seeds: Sequence[Mapping[str, Any]], measure: str) -> Floats:
+    """A metric [seeds, ACT steps]."""
+    return np.array([[step[measure] for step in result["by_act_step"]] for result in seeds], float)
 
 
 def _summary(name: str, seeds: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
-    first = seeds[0]
     numbers = ("parameters_core", "parameters", "flops", "seconds", "steps", "rows")
+    measures = {}
+    for measure in seeds[0]["by_act_step"][0]:
+        values = _by_step(seeds, measure)
+        least, most = values[:, -1].min().item(), values[:, -1].max().item()
+        deviation = values[:, -1].std(ddof=1).item() if len(seeds) > 1 else None
+        measures[measure] = {"by_act_step": values.mean(0).tolist(), "least": least, "most": most, "deviation": deviation}
     found: dict[str, Any] = {
         "arm": name,
         "seeds": [result["seed"] for result in seeds],
         **{key: statistics.fmean(result[key] for result in seeds) for key in numbers},
         "token": {key: statistics.fmean(result["token"][key] for result in seeds) for key in ("flops", "ms")},
-        "measures": {
-            measure: {
-                "by_act_step": [
-                    statistics.fmean(result["by_act_step"][step][measure] for result in seeds)
-                    for step in range(len(first["by_act_step"]))
-                ],
-                "least": min(_final(seeds, measure)),
-                "most": max(_final(seeds, measure)),
-                "deviation": statistics.stdev(values) if len(values := _final(seeds, measure)) > 1 else None,
-            }
-            for measure in first["by_act_step"][0]
-        },
+        "measures": measures,
     }
     if best is not None:
         found["against_best_plain"] = {"bits_per_byte": _against(seeds, best, "bits_per_byte", "row_bits", is_relative=True)}
-        if "row_exact" in first:
+        if "row_exact" in seeds[0]:
             found["against_best_plain"]["exact"] = _against(seeds, best, "exact", "row_exact", is_relative=False)
     return found
 
@@ -119,7 +114,8 @@ def _against(
 ) -> dict[str, Any]:
     ours, theirs = (np.array([result[of_rows] for result in arm], float) for arm in (seeds, best))
     interval = paired_bootstrap(ours, theirs, is_relative=is_relative)
-    return {**interval._asdict(), "verdict": verdict(_final(seeds, measure), _final(best, measure), interval)}
+    final, of_best = (_by_step(arm, measure)[:, -1].tolist() for arm in (seeds, best))
+    return {**interval._asdict(), "verdict": verdict(final, of_best, interval)}
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -127,45 +123,37 @@ def markdown(found: Mapping[str, Any]) -> str:
     amount, unit = found["budget"]
     spent = f"{amount / 1e12:g} x 10^12 FLOPs" if unit == "FLOPs" else f"{amount:,.9g} {unit}"
     best = found["best_plain"]
-    titles = [
-        *("arm", "seeds", "parameters: core, all", "TFLOPs", "seconds", "steps", "rows", "nats a token", "bits a byte", "exact, %"),
-        "bits at the deepest ACT step against the first, %",
-        *((f"bits against {best}, %", f"exact against {best}, points") if best else ()),
-        "a generated token: MFLOPs, ms",
-    ]
     lines = [
         f"Each arm was trained for {spent} and measured on {found['rows']} held-out rows at each ACT step: the mean of its seeds,",
         "and in brackets their extremes at the deepest step. Differences are at the deepest step, with 95 % intervals over rows",
         f"(paired bootstrap). none: the seeds overlap, or the interval holds zero. open: fewer than {CLAIM_SEEDS} seeds.",
         "",
-        "| " + " | ".join(titles) + " |",
-        "|---" * len(titles) + "|",
     ]
+    rows = []
     for arm in found["arms"]:
         measures, against = arm["measures"], arm.get("against_best_plain", {})
-        cells = [
-            *(arm["arm"], str(len(arm["seeds"])), f"{arm['parameters_core']:,.0f}, {arm['parameters']:,.0f}"),
-            *(f"{arm['flops'] / 1e12:.2f}", f"{arm['seconds']:.0f}", f"{arm['steps']:,.0f}", f"{arm['rows']:,.0f}"),
-            *(_values(measures.get(name), *form) for name, form in _FORMS.items()),
-            f"{100 * (bits[-1] / bits[0] - 1):+.1f}" if len(bits := measures["bits_per_byte"]["by_act_step"]) > 1 else "",
-            *(_difference(against.get(name)) for name in (("bits_per_byte", "exact") if best else ())),
-            f"{arm['token']['flops'] / 1e6:.2f}, {arm['token']['ms']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        bits = measures["bits_per_byte"]["by_act_step"]
+        row = {
+            "arm": arm["arm"],
+            "seeds": str(len(arm["seeds"])),
+            "parameters: core, all": f"{arm['parameters_core']:,.0f}, {arm['parameters']:,.0f}",
+            "TFLOPs": f"{arm['flops'] / 1e12:.2f}",
+            **{key: f"{arm[key]:,.0f}" for key in ("seconds", "steps", "rows")},
+            "nats a token": _values(measures["nats"], 1, 4),
+            "bits a byte": _values(measures["bits_per_byte"], 1, 4),
+            "exact, %": _values(measures["exact"], 100, 1) if "exact" in measures else "",
+            "bits at the deepest ACT step against the first, %": f"{100 * (bits[-1] / bits[0] - 1):+.1f}" if len(bits) > 1 else "",
+        }
+        if best:
+            row[f"bits against {best}, %"] = _difference(against.get("bits_per_byte"))
+            row[f"exact against {best}, points"] = _difference(against.get("exact"))
+        rows.append(row | {"a generated token: MFLOPs, ms": f"{arm['token']['flops'] / 1e6:.2f}, {arm['token']['ms']:.2f}"})
+    return "\n".join([*lines, *markdown_table(rows)])
 
 
-# Scale and decimals of each measure.
-_FORMS = {"nats": (1, 4), "bits_per_byte": (1, 4), "exact": (100, 1)}
-
-
-def _values(measure: Mapping[str, Any] | None, scale: float, decimals: int) -> str:
-    if measure is None:
-        return ""
-    *steps, least, most = (
-        f"{scale * value:.{decimals}f}" for value in (*measure["by_act_step"], measure["least"], measure["most"])
-    )
-    return f"{', '.join(steps)} ({least} to {most})"
+def _values(measure: Mapping[str, Any], scale: float, decimals: int) -> str:
+    steps = ", ".join(f"{scale * value:.{decimals}f}" for value in measure["by_act_step"])
+    return f"{steps} ({scale * measure['least']:.{decimals}f} to {scale * measure['most']:.{decimals}f})"
 
 
 def _difference(against: Mapping[str, Any] | None) -> str:

@@ -6,7 +6,10 @@ pass, the loss in float64 over all positions and the whole vocabulary, no cache.
 in models/layers.py.
 """
 
+import json
 import math
+from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +19,29 @@ from torch.optim import Optimizer
 from config.errors import UsageError
 from config.schema import ArchConfig
 from models.act import RecursiveModel
+from models.losses import TokenLoss
 
 _RMS_EPS = 1e-5
 _IGNORE = -100
 # The only supported architecture; sizes, depth and number format are free.
 _WRITTEN_FOR = {
-    "name": "trm",
-    "attention": "causal",
-    "pos_encodings": "rope",
-    "grad_calls": None,
-    "tie_embeddings": False,
-    "loss": "stablemax",
+    "arch": "trm",
+    "arch.attention": "causal",
+    "arch.pos_encodings": "rope",
+    "arch.grad_calls": None,
+    "arch.halt.backprop": False,
+    "arch.tie_embeddings": False,
+    "arch.loss": "stablemax",
 }
 
 
 def check_arch(arch: ArchConfig) -> None:
     """Raise UsageError for an architecture that the naive way doesn't compute."""
     for key, value in _WRITTEN_FOR.items():
-        if (found := getattr(arch, key)) != value:
-            name = "arch" if key == "name" else f"arch.{key}"
-            raise UsageError(
-                f"the naive way is written for {name}={'null' if value is None else value}, found {found}: leave {name} as it is"
-            )
-    if arch.halt.backprop:
-        raise UsageError("the naive way is written for arch.halt.backprop=false, found true: leave it as it is")
+        found = attrgetter(key.partition(".")[2] or "name")(arch)
+        if found != value:
+            written, given = (json.dumps(one).strip('"') for one in (value, found))
+            raise UsageError(f"the naive way is written for {key}={written}, found {given}: leave {key} as it is")
 
 
 class NaiveTRM:
@@ -70,10 +72,6 @@ class NaiveTRM:
                 z_H = self._level(z_H + z_L, rotary)
         return z_H, z_L
 
-    def logits(self, output_BTD: Tensor) -> Tensor:
-        """Vocabulary logits [B, T, V]."""
-        return F.linear(output_BTD, self._cast("lm_head.weight"))
-
     def halt_logits(self, output_BTD: Tensor) -> Tensor:
         """Halting logit [B, T] of every position."""
         return F.linear(output_BTD, self._cast("q_head.weight"), self._cast("q_head.bias"))[..., 0]
@@ -83,7 +81,7 @@ class NaiveTRM:
         states = self.initial_states(*ids_BT.shape)
         for _ in range(act_steps):
             states = self.act_step(states, ids_BT)
-        return self.logits(states[0][:, -1])
+        return F.linear(states[0][:, -1], self._cast("lm_head.weight"))
 
     def _cast(self, name: str) -> Tensor:
         return self.weights[name].to(self.dtype)
@@ -134,6 +132,18 @@ def stablemax_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return torch.where(valid_BT, nll_BT, 0)
 
 
+def dense_loss(
+    output_ND: Tensor, head_VD: Tensor, halt_logits_N: Tensor, labels_N: Tensor, weights_N: Tensor, *_: Any
+) -> TokenLoss:
+    """models.losses.token_loss from all logits at once, with stablemax in float64."""
+    logits_NV = F.linear(output_ND, head_VD.to(output_ND.dtype))
+    nll_N = stablemax_cross_entropy(logits_NV, labels_N)
+    argmax_N = logits_NV.argmax(-1)
+    right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)
+    bce_N = F.binary_cross_entropy_with_logits(halt_logits_N, right_N, reduction="none")
+    return TokenLoss((nll_N * weights_N).sum() + 0.5 * (bce_N * weights_N).sum(), nll_N.detach(), argmax_N, bce_N.detach())
+
+
 def train_step(naive: NaiveTRM, optimizer: Optimizer, inputs_BT: Tensor, labels_BT: Tensor, act_steps: int) -> float:
     """Forward, dense float64 loss over all positions, backward, optimizer. Returns the loss at the
     last ACT step, nats per token.
@@ -143,17 +153,13 @@ def train_step(naive: NaiveTRM, optimizer: Optimizer, inputs_BT: Tensor, labels_
     """
     states = naive.initial_states(*inputs_BT.shape)
     valid_BT = labels_BT != _IGNORE
-    loss, nll = torch.zeros(()), 0.0
+    loss = torch.zeros(())
     for _ in range(act_steps):
         z_H, z_L = naive.act_step(states, inputs_BT)
         states = z_H.detach(), z_L.detach()
-        logits_BTV = naive.logits(z_H)
-        nll_BT = stablemax_cross_entropy(logits_BTV, labels_BT)
-        right_BT = ((logits_BTV.argmax(-1) == labels_BT) & valid_BT).to(z_H.dtype)
-        bce_BT = F.binary_cross_entropy_with_logits(naive.halt_logits(states[0]), right_BT, reduction="none")
-        loss = loss + (nll_BT.sum() + 0.5 * (bce_BT * valid_BT).sum()) / (act_steps * valid_BT.sum())
-        nll = float(nll_BT.detach().sum() / valid_BT.sum())
+        step = dense_loss(z_H, naive.weights["lm_head.weight"], naive.halt_logits(states[0]), labels_BT, valid_BT)
+        loss = loss + step.total / (act_steps * valid_BT.sum())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return nll
+    return float(step.nll_N.sum() / valid_BT.sum())

@@ -11,20 +11,16 @@ import argparse
 import dataclasses
 import json
 import os
-from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from artifacts.puzzle_checkpoint import open_puzzle_checkpoint
-from benchmarks.common import use_threads
-from config.compose import CHECKPOINT_HELP
+from benchmarks.common import parser, use_threads
 from config.errors import one_clear_message
-from config.schema import user_path
 from dataset.puzzles.kinds import kind_of
-from dataset.puzzles.loader import PuzzleData, evaluation_batch_count
+from dataset.puzzles.loader import PuzzleData
 from evaluators.answer_scores import wilson_lower_bound
 from evaluators.puzzles import PuzzleOutput, evaluate_puzzles
 from evaluators.search import Choice, Search
@@ -84,41 +80,32 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         search=most,
         max_batches=options.max_puzzles and -(-options.max_puzzles // at_once),
         on_output=outputs.append,
-        progress=partial(tqdm, unit="batch", total=evaluation_batch_count(data, at_once), disable=None),
+        bar="samples",
     )
     rows = []
     for samples in (2**power for power in range(options.samples.bit_length())):
-        is_single = samples == 1
+        alone: dict[str, Any] = {"noise": 0.0, "symmetries": False} if samples == 1 else {}
         for choose in get_args(Choice):
             if choose == "rules" and not kind.has_rules:
                 continue
-            few = dataclasses.replace(
-                most,
-                samples=samples,
-                choose=choose,
-                noise=0.0 if is_single else most.noise,
-                symmetries=most.symmetries and not is_single,
-            )
+            few = dataclasses.replace(most, samples=samples, choose=choose, **alone)
             right_B, steps_B = (torch.cat(parts) for parts in zip(*(outcomes(output, few) for output in outputs), strict=True))
             rows.append({"samples": samples, "choose": choose, **share(right_B), "act_steps": steps_B.double().mean().item()})
         any_right_B = torch.cat([is_right(output)[:, :samples, -1].any(dim=1) for output in outputs])
-        rows.append(
-            {"samples": samples, "choose": "oracle", **share(any_right_B), "act_steps": samples * config.arch.halt_max_steps}
-        )
+        act_steps = samples * config.arch.halt_max_steps
+        rows.append({"samples": samples, "choose": "oracle", **share(any_right_B), "act_steps": act_steps})
     return rows
 
 
 def main() -> None:
     """A table, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
-    parser.add_argument("--data-paths", type=os.path.expanduser, nargs="+", metavar="DIR", help="default: the run's")
-    parser.add_argument("--samples", type=int, default=16, metavar="K", help="maximum number of samples")
-    parser.add_argument("--noise", type=float, default=0.0, metavar="S", help="as of inference.py")
-    parser.add_argument("--symmetries", action="store_true", help="as of inference.py")
-    parser.add_argument("--max-puzzles", type=int, help="measure about this many of the first test puzzles")
-    parser.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
-    options = parser.parse_args()
+    flags = parser(__doc__, "checkpoint", "threads")
+    flags.add_argument("--data-paths", type=os.path.expanduser, nargs="+", metavar="DIR", help="default: the run's")
+    flags.add_argument("--samples", type=int, default=16, metavar="K", help="maximum number of samples")
+    flags.add_argument("--noise", type=float, default=0.0, metavar="S", help="as of inference.py")
+    flags.add_argument("--symmetries", action="store_true", help="as of inference.py")
+    flags.add_argument("--max-puzzles", type=int, help="measure about this many of the first test puzzles")
+    options = flags.parse_args()
     threads = use_threads(options.threads)
     rows = measure(options)
     for row in rows:

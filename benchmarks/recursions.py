@@ -9,14 +9,13 @@ for the number of steps in the budget, where its schedule ends, and is measured 
 puzzles at every ACT step. Last line: JSON.
 """
 
-import argparse
 import json
 import math
 import os
 import time
 from typing import Any
 
-from benchmarks.common import flop_counter, use_threads
+from benchmarks.common import flop_counter, parser, use_threads
 from config.compose import compose_as
 from config.errors import one_clear_message
 from config.schema import PretrainPuzzleConfig, user_path
@@ -37,14 +36,19 @@ RECURSIONS = {
 }
 
 
+def puzzle_config(settings: list[str]) -> PretrainPuzzleConfig:
+    """cfg_pretrain with these settings, forward_dtype resolved."""
+    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
+    return config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
+
+
 def configured(name: str, data_path: str, overrides: list[str], steps: int) -> PretrainPuzzleConfig:
     """The preset with recursion `name`, with enough passes over the data for `steps` batches."""
     settings = [f"arch={name}", "experiment=sudoku_small", f"data_paths=[{data_path}]", *RECURSIONS[name], *overrides]
-    config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
+    config = puzzle_config(settings)
     data = PuzzleData([data_path], "train")
     epochs = 1 + math.ceil(steps / max(1, data.metadata.total_steps(1, config.global_batch_size)))
-    arch = resolve_arch(config.arch, pick_device(config.device))
-    return config.model_copy(update={"epochs": epochs, "eval_interval": epochs, "arch": arch})
+    return config.model_copy(update={"epochs": epochs, "eval_interval": epochs})
 
 
 def trainer_of(config: PretrainPuzzleConfig, steps: int) -> Trainer:
@@ -76,7 +80,7 @@ def measure(name: str, data_path: str, overrides: list[str], flops: float) -> di
     seconds = time.perf_counter() - started
     with trainer.averaged_weights():
         test = PuzzleData(config.data_paths, "test")
-        report = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size).report()
+        report = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size)
     return {
         "recursion": name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -89,16 +93,13 @@ def measure(name: str, data_path: str, overrides: list[str], flops: float) -> di
 
 def main() -> None:
     """One recursion after the other; a table, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data-path", type=os.path.expanduser, default="data/sudoku6", help="folder of dataset/build_small_puzzles.py"
-    )
-    parser.add_argument("--tera-flops", type=float, default=30.0, help="operations of each training, in 10^12")
-    parser.add_argument("--recursions", nargs="+", choices=RECURSIONS, default=list(RECURSIONS), metavar="NAME")
-    parser.add_argument("--threads", type=int, help="threads of a computation; default: torch's own choice")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all of them")
-    parser.add_argument("--output", type=user_path, help="file for the JSON of the last line")
-    options = parser.parse_args()
+    flags = parser(__doc__, "threads", "overrides")
+    folder = "folder of dataset/build_small_puzzles.py"
+    flags.add_argument("--data-path", type=os.path.expanduser, default="data/sudoku6", help=folder)
+    flags.add_argument("--tera-flops", type=float, default=30.0, help="operations of each training, in 10^12")
+    flags.add_argument("--recursions", nargs="+", choices=RECURSIONS, default=list(RECURSIONS), metavar="NAME")
+    flags.add_argument("--output", type=user_path, help="file for the JSON of the last line")
+    options = flags.parse_args()
     threads = use_threads(options.threads)
     rows = [measure(name, options.data_path, options.overrides, 1e12 * options.tera_flops) for name in options.recursions]
     for row in rows:

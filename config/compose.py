@@ -1,4 +1,4 @@
-"""From Hydra and command lines to a checked config. For doors, scripts and benchmarks only: rooms get the result."""
+"""From Hydra and command lines to a checked config. For scripts and benchmarks only: packages get the result."""
 
 import argparse
 import difflib
@@ -84,10 +84,7 @@ def _plain_override(text: str, kind: type[TrainingConfig], is_sweep: bool) -> st
         raise UsageError(f"override {text!r}: {no_such_key(key.split('.'), kind)}")
     kind_of_text = text_type(found)
     if kind_of_text is not None:
-        has_escapes = key == "generation.stop"
-        value = _plain_texts(value, kind_of_text, is_sweep, has_escapes)
-        if has_escapes:
-            value = _without_escapes(value)
+        value = _plain_texts(value, kind_of_text, is_sweep, has_escapes=key == "generation.stop")
     # Hydra adds a key to a table of the user's only with a plus.
     if dict in (get_origin(found), get_origin(type_of_key(key.split(".")[:-1], kind))):
         plus = "++"
@@ -111,34 +108,36 @@ def _quoted(text: str) -> str:
 
 
 def _plain_texts(value: str, kind: TextType, is_sweep: bool, has_escapes: bool) -> str:
-    """`value` with quotes around what Hydra would not read as text, or would unescape."""
+    """`value` with quotes around what Hydra would not read as text, and with its escapes read."""
+
+    def plain(word: str) -> str:
+        is_quoted = word.startswith(("'", '"'))
+        if has_escapes:
+            return _quoted(unescaped(_parsed(word) if is_quoted else word))
+        return word if is_quoted or _is_text(word) else _quoted(word)
+
     try:
         parsed = _parsed(value)
     except HydraException:
         if not (kind.is_list and value.startswith("[")):
-            return _quoted(value)
+            return _quoted(unescaped(value) if has_escapes else value)
         parsed = []
+    is_choice = isinstance(parsed, ChoiceSweep) and parsed.simple_form
     if isinstance(parsed, str):
-        return value if not has_escapes or value.startswith(("'", '"')) else _quoted(value)
-    if parsed is None and kind.takes_null:
-        return value
-    if isinstance(parsed, ChoiceSweep) and parsed.simple_form and not is_sweep and not kind.is_list:
+        return plain(value)
+    if is_choice and not is_sweep and not kind.is_list:
         return _quoted(value)
-    is_function = isinstance(parsed, Sweep) and not (isinstance(parsed, ChoiceSweep) and parsed.simple_form)
-    if is_function or (isinstance(parsed, list | dict) and not kind.is_list):
+    is_function = isinstance(parsed, Sweep) and not is_choice
+    if is_function or (parsed is None and kind.takes_null) or (isinstance(parsed, list | dict) and not kind.is_list):
         return value
-
-    def plain(match: re.Match[str]) -> str:
-        word = match[0].strip(" ")
-        return match[0] if not word or word.startswith(("'", '"')) or _is_text(word, has_escapes) else _quoted(word)
-
     # By itself, in a list, or as one of the values of a sweep.
-    return re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^][,'"]+""", plain, value)
+    words = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^][,'"]+""")
+    return words.sub(lambda match: plain(word) if (word := match[0].strip(" ")) else match[0], value)
 
 
-def _is_text(word: str, has_escapes: bool) -> bool:
+def _is_text(word: str) -> bool:
     try:
-        return not has_escapes and isinstance(_parsed(word), str)
+        return isinstance(_parsed(word), str)
     except HydraException:
         return False
 
@@ -146,19 +145,6 @@ def _is_text(word: str, has_escapes: bool) -> bool:
 def unescaped(text: str) -> str:
     """`text` with a newline, return, tab or backslash for \\n, \\r, \\t or \\\\; another backslash stands for itself."""
     return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[match[1]], text)
-
-
-def _without_escapes(value: str) -> str:
-    """An override's text or list of texts with its escapes read."""
-    try:
-        texts = _parsed(value)
-    except HydraException:
-        return value  # Hydra tells
-    if isinstance(texts, str):
-        return _quoted(unescaped(texts))
-    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        return f"[{','.join(_quoted(unescaped(text)) for text in texts)}]"
-    return value
 
 
 _PLUGINS = {
@@ -229,7 +215,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every door that uses a checkpoint."""
+    """The flags of every script that uses a checkpoint."""
     parser.add_argument("--checkpoint", type=user_path, required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--config-name", help="take all settings but the architecture's from this config instead of the checkpoint's"
@@ -238,7 +224,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every door that uses a language model."""
+    """The flags of every script that uses a language model."""
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--tokenizer-path", type=os.path.expanduser, help="must be the tokenizer of the checkpoint, which is the default"
@@ -248,7 +234,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of doors that generate. Each overrides the key generation.* of the same name."""
+    """The flags of scripts that generate. Each overrides the key generation.* of the same name."""
     add = parser.add_argument
     add("--max-output-tokens", type=int, metavar="N", help="longest answer; default: half of dataset.seq_len")
     add("--temperature", type=float, help="0: always the most probable token; above: draw, the flatter the higher")

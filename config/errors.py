@@ -1,6 +1,6 @@
-"""The one exception that is meant for the person at the keyboard, and how a door shows it and other endings that are no fault.
+"""The one exception that is meant for the person at the keyboard, and how a script shows it and other endings that are no fault.
 
-Rooms raise `UsageError` where the cause is known; doors turn it into one message and a non-zero exit.
+Packages raise `UsageError` where the cause is known; scripts turn it into one message and a non-zero exit.
 """
 
 import contextlib

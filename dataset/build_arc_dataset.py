@@ -15,15 +15,15 @@ import json
 import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 if __package__ in (None, ""):  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,10 +56,6 @@ from dataset.puzzles.storage import (
     write_identifiers,
 )
 
-_SPLITS: tuple[Split, ...] = ("train", "test")
-
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True, eq=False)
 class Puzzle:
@@ -76,9 +72,7 @@ class Puzzle:
 
 
 def read_puzzles(prefix: str, subsets: Sequence[str], test_sets: Sequence[str]) -> list[Puzzle]:
-    """The puzzles of all subsets, in the order of the files. Raises `UsageError` that names a wrong
-    puzzle and its file.
-    """
+    """The puzzles of all subsets, in the order of the files. Raises `UsageError` that names a wrong puzzle and its file."""
     puzzles: dict[str, Puzzle] = {}
     for subset in subsets:
         path = Path(f"{prefix}_{subset}_challenges.json")
@@ -126,11 +120,8 @@ def _read_puzzle(name: str, task: Any, outputs: Any, is_test_set: bool) -> Puzzl
 
 
 def without_test_pairs(puzzles: Sequence[Puzzle]) -> tuple[list[Puzzle], int]:
-    """Leave out training pairs that equal a test pair of another puzzle up to augmentation; also
-    returns their number.
-
-    Public subsets share pairs. A puzzle's own demonstrations stay, since they are given with the
-    question.
+    """Leave out training pairs that equal a test pair of another puzzle up to augmentation, as public
+    subsets share pairs; also returns their number. A puzzle's own demonstrations stay.
     """
     asked: dict[bytes, set[str]] = {}
     for puzzle in puzzles:
@@ -149,20 +140,10 @@ def _forms_of(puzzle: Puzzle, count: int, seed: int) -> Codes:
     return draw_augmentations(puzzle.train + puzzle.test, count, seed, puzzle.name)
 
 
-@dataclass(frozen=True, eq=False)
-class _Slab:
-    """A puzzle's rows of one split, and their place in the files."""
-
-    puzzle: Puzzle
-    split: Split
-    forms: Codes
-    first_row: int
-
-
-def _fill(slab: _Slab, files: dict[Split, SplitFiles], seed: int) -> None:
-    shift = raw_bits(seed, "places", slab.puzzle.name) if slab.split == "train" else None
-    inputs, labels = lay_out(slab.puzzle.pairs(slab.split), slab.forms, shift)
-    files[slab.split].write(slab.first_row, inputs.reshape(-1, SEQ_LEN), labels.reshape(-1, SEQ_LEN))
+def _fill(puzzle: Puzzle, split: Split, forms: Codes, first_row: int, *, files: dict[Split, SplitFiles], seed: int) -> None:
+    shift = raw_bits(seed, "places", puzzle.name) if split == "train" else None
+    inputs, labels = lay_out(puzzle.pairs(split), forms, shift)
+    files[split].write(first_row, inputs.reshape(-1, SEQ_LEN), labels.reshape(-1, SEQ_LEN))
 
 
 def build(
@@ -193,13 +174,15 @@ def build(
         )
     puzzles, removed = without_test_pairs(read_puzzles(prefix, subsets, test_sets))
     with new_dataset(output_dir) as folder, _mapping(processes) as in_order:
-        forms = list(_bar(in_order(partial(_forms_of, count=num_aug, seed=seed), puzzles), puzzles, "augmentations"))
+        bar = partial(tqdm, unit="puzzle", disable=None)
+        drawn = in_order(partial(_forms_of, count=num_aug, seed=seed), puzzles)
+        forms = list(bar(drawn, total=len(puzzles), desc="augmentations"))
         first_identifiers = identifiers_start + np.cumsum([0, *map(len, forms)])
         files: dict[Split, SplitFiles] = {}
-        slabs = []
+        parts: list[tuple[Puzzle, Split, Codes, int]] = []  # and where its rows begin
         counts = Counter(puzzles=len(puzzles), pairs_left_out=removed, identifiers=int(first_identifiers[-1]))
         counts["short_of_augmentations"] = sum(len(of_puzzle) <= num_aug for of_puzzle in forms)
-        for split in _SPLITS:
+        for split in get_args(Split):
             present = [index for index, puzzle in enumerate(puzzles) if puzzle.pairs(split)]
             puzzles_per_group = [len(forms[index]) for index in present]
             pairs = [len(puzzles[index].pairs(split)) for index in present]
@@ -214,10 +197,9 @@ def build(
                 total_puzzles=sum(puzzles_per_group),
             )
             first_rows = np.cumsum([0, *np.multiply(puzzles_per_group, pairs)]).tolist()
-            slabs += [_Slab(puzzles[i], split, forms[i], row) for i, row in zip(present, first_rows, strict=False)]
+            parts += [(puzzles[i], split, forms[i], row) for i, row in zip(present, first_rows, strict=False)]
             counts[f"{split}_groups"], counts[f"{split}_examples"] = len(present), first_rows[-1]
-        for _ in _bar(in_order(partial(_fill, files=files, seed=seed), slabs), slabs, "grids"):
-            pass
+        deque(bar(in_order(partial(_fill, files=files, seed=seed), *zip(*parts, strict=True)), total=len(parts), desc="grids"), 0)
         names = [BLANK_IDENTIFIER] * identifiers_start
         for puzzle, (_, *augmentations) in zip(puzzles, forms, strict=True):
             names += [puzzle.name, *(Augmentation.of(code).name(puzzle.name) for code in augmentations)]
@@ -244,11 +226,6 @@ def _mapping(processes: int | None) -> Iterator[Callable[..., Iterator[Any]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _bar(results: Iterable[Result], tasks: Sequence[object], what: str) -> Iterable[Result]:
-    bar: Iterable[Result] = tqdm(results, total=len(tasks), desc=what, unit="puzzle", disable=None)
-    return bar
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message if the input can't be used."""
     parser = argparse.ArgumentParser(description="Build an ARC data set.")
@@ -263,16 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, help="number of processes; default: one for each CPU")
     options = parser.parse_args(arguments)
     with one_clear_message():
-        counts = build(
-            options.input_file_prefix,
-            options.output_dir,
-            options.subsets,
-            (options.test_set_name, options.test_set_name2),
-            num_aug=options.num_aug,
-            seed=options.seed,
-            identifiers_start=options.puzzle_identifiers_start,
-            processes=options.processes,
-        )
+        test_sets = options.test_set_name, options.test_set_name2
+        limits = {"num_aug": options.num_aug, "seed": options.seed, "processes": options.processes}
+        start = options.puzzle_identifiers_start
+        counts = build(options.input_file_prefix, options.output_dir, options.subsets, test_sets, identifiers_start=start, **limits)
         print(
             f"wrote {options.output_dir}: {counts['train_groups']:,} groups with {counts['train_examples']:,} training examples, "
             f"{counts['test_groups']:,} with {counts['test_examples']:,} test examples, {counts['identifiers']:,} identifiers; "

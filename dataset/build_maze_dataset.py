@@ -9,7 +9,6 @@ This file knows the files; `dataset/puzzles/maze.py` knows the puzzle.
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from config.errors import UsageError, one_clear_message
-from dataset.puzzles.csv_source import CsvPuzzles, locate, read_csv
+from dataset.puzzles import csv_source
+from dataset.puzzles.csv_source import CsvPuzzles, read_csv, read_splits
 from dataset.puzzles.dihedral import FORMS, dihedral
-from dataset.puzzles.draws import raw_bits, subsample
 from dataset.puzzles.maze import BLANK, GOAL, PATH, START, VOCAB_SIZE, are_shortest, shortest_paths, to_tokens
 from dataset.puzzles.storage import BLANK_IDENTIFIER, create_plain_split, new_dataset, write_identifiers
 
 SOURCE_REPO = "sapientinc/maze-30x30-hard-1k"
-_SPLITS = ("train", "test")
 
 
 def read_puzzles(path: Path) -> CsvPuzzles:
@@ -60,13 +58,9 @@ def build(
     subsample_size: number of training mazes, drawn by seed; None: all. aug: include all eight
     dihedral forms of training mazes. Raises `UsageError`.
     """
-    if subsample_size is not None and subsample_size < 1:
-        raise UsageError(f"expected --subsample-size of at least 1, found {subsample_size}")
-    puzzles = {split: read_puzzles(locate(source_dir, split, source_repo)) for split in _SPLITS}
+    puzzles = read_splits(source_dir, source_repo, read_puzzles, subsample_size, seed)
     if puzzles["train"].questions.shape[1] != puzzles["test"].questions.shape[1]:
         raise UsageError(f"{puzzles['train'].path} and {puzzles['test'].path} have mazes of different sizes: build them separately")
-    drawn = subsample(raw_bits(seed, "subsample"), len(puzzles["train"].lines), subsample_size)
-    puzzles["train"] = puzzles["train"].take(drawn)
     counts = {}
     with new_dataset(output_dir) as folder:
         for split, of_split in puzzles.items():
@@ -97,20 +91,13 @@ def _in_forms(mazes: npt.NDArray[np.uint8], forms: int) -> npt.NDArray[np.uint8]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message if the input can't be used."""
-    parser = argparse.ArgumentParser(description="Build a maze data set.")
-    parser.add_argument(
-        "--output-dir",
-        type=os.path.expanduser,
-        default="data/maze-30x30-hard-1k",
-        help="folder of the data set; must not exist",
+    parser = csv_source.arguments(
+        "Build a maze data set.",
+        output_dir="data/maze-30x30-hard-1k",
+        source_dir="data/maze-30x30-hard",
+        source_repo=SOURCE_REPO,
     )
-    parser.add_argument(
-        "--source-dir", type=os.path.expanduser, default="data/maze-30x30-hard", help="folder of train.csv and test.csv"
-    )
-    parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set to download them from if they are missing")
-    parser.add_argument("--subsample-size", type=int, help="training mazes, drawn by seed; default: all")
     parser.add_argument("--aug", action=argparse.BooleanOptionalAction, default=False, help="add the eight dihedral forms")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the subsample")
     options = parser.parse_args(arguments)
     with one_clear_message():
         counts = build(**vars(options))

@@ -66,9 +66,8 @@ def _write(
         for split, arrays in puzzles.items():
             questions, answers = (tokens.reshape(len(tokens), -1) for tokens in arrays)
             size, cells = questions.shape
-            create_plain_split(folder / split, groups=size, forms=1, seq_len=cells, vocab_size=vocab_size).write(
-                0, questions, answers
-            )
+            files = create_plain_split(folder / split, groups=size, forms=1, seq_len=cells, vocab_size=vocab_size)
+            files.write(0, questions, answers)
         write_identifiers(folder, [BLANK_IDENTIFIER])
 
 

@@ -7,10 +7,9 @@ Reads train.csv and test.csv from --source-dir, and downloads them from the hub 
 This file knows the files; `dataset/puzzles/sudoku.py` knows the puzzle.
 """
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file
@@ -20,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config.errors import UsageError, one_clear_message
-from dataset.puzzles.csv_source import CsvPuzzles, locate, read_csv
-from dataset.puzzles.draws import raw_bits, subsample
+from dataset.puzzles import csv_source
+from dataset.puzzles.csv_source import CsvPuzzles, read_csv, read_splits
+from dataset.puzzles.draws import raw_bits
 from dataset.puzzles.storage import BLANK_IDENTIFIER, SplitFiles, create_plain_split, new_dataset, write_identifiers
 from dataset.puzzles.sudoku import NINE, agree, are_solutions, draw_symmetries, symmetric_forms, to_tokens
 
@@ -74,11 +74,10 @@ def build(
     of each training puzzle; test puzzles have none. min_difficulty: least rating, for both splits
     as in the original.
     """
-    if num_aug < 0 or (subsample_size is not None and subsample_size < 1):
-        raise UsageError(f"expected --num-aug of at least 0, --subsample-size of at least 1, found {num_aug} and {subsample_size}")
-    puzzles = {split: read_puzzles(locate(source_dir, split, source_repo), min_difficulty) for split in ("train", "test")}
-    drawn = subsample(raw_bits(seed, "subsample"), len(puzzles["train"].lines), subsample_size)
-    puzzles["train"] = puzzles["train"].take(drawn)
+    if num_aug < 0:
+        raise UsageError(f"expected --num-aug of at least 0, found {num_aug}")
+    read = partial(read_puzzles, min_difficulty=min_difficulty)
+    puzzles = read_splits(source_dir, source_repo, read, subsample_size, seed)
     with new_dataset(output_dir) as folder:
         for split, of_split in puzzles.items():
             forms = num_aug if split == "train" else 0
@@ -92,21 +91,14 @@ def build(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 and one message if the input can't be used."""
-    parser = argparse.ArgumentParser(description="Build a Sudoku data set.")
-    parser.add_argument(
-        "--output-dir",
-        type=os.path.expanduser,
-        default="data/sudoku-extreme-full",
-        help="folder of the data set; must not exist",
+    parser = csv_source.arguments(
+        "Build a Sudoku data set.",
+        output_dir="data/sudoku-extreme-full",
+        source_dir="data/sudoku-extreme",
+        source_repo=SOURCE_REPO,
     )
-    parser.add_argument(
-        "--source-dir", type=os.path.expanduser, default="data/sudoku-extreme", help="folder of train.csv and test.csv"
-    )
-    parser.add_argument("--source-repo", default=SOURCE_REPO, help="hub data set to download them from if they are missing")
-    parser.add_argument("--subsample-size", type=int, help="training puzzles, drawn by seed; default: all")
     parser.add_argument("--num-aug", type=int, default=0, help="augmented forms of each training puzzle")
     parser.add_argument("--min-difficulty", type=int, help="least rating of a puzzle")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the subsample and the augmentations")
     options = parser.parse_args(arguments)
     with one_clear_message():
         counts = build(**vars(options))

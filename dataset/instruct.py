@@ -1,7 +1,7 @@
 """The conversations of a config, as data sets. Knows no command line and no model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset, overlap
 from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, to_json
 from dataset.text.splits import are_test_hashes, prompt_hash
-from dataset.text.token_cache import HashSplit, Split, default_cache_dir, load_split
+from dataset.text.token_cache import Split, cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
 
 # Splits to measure: test_deeper has questions of the deep families with more hops.
@@ -76,12 +76,9 @@ class Source:
         return SourceFiles(found.train, left_out=[*found.validation, *found.left_out])
 
     def open_splits(self, tokenizer: Tokenizer, template: Template) -> tuple[TextDataset, TextDataset | None]:
-        """Train and test split for a training run; test is None with `test_ratio=0`.
-
-        `subset_size` limits each split that has its own files to its first rows. With a split by
-        hash it counts training rows, and the test split is proportional: see
-        `token_cache.load_split`. Also raises `UsageError` for a tokenizer that loses text of the
-        first 1,000 training rows.
+        """Train and test split for a training run, with `subset_size` as in `token_cache.load_split`; test is
+        None with `test_ratio=0`. Also raises `UsageError` for a tokenizer that loses text of the first
+        1,000 training rows.
         """
         first_rows = islice(self.conversations("train"), _ROWS_TRIED)
         inexact = check_reversible(tokenizer, [turn.text for conversation in first_rows for turn in conversation])
@@ -104,10 +101,8 @@ class Source:
         return self._load(split, self.files, tokenizer, template, alone=True)
 
     def conversations(self, split: Split) -> Iterator[Conversation]:
-        """The conversations of a split in the order of the files, not tokenized. Skips unusable
-        rows.
-
-        `subset_size` limits the train split.
+        """The usable conversations of a split, in the order of the files, not tokenized. `subset_size`
+        limits the train split.
         """
         config, found = self.config, 0
         for path in self.files.of(split):
@@ -129,24 +124,10 @@ class Source:
     def _load(
         self, split: Split, files: SourceFiles, tokenizer: Tokenizer, template: Template, *, alone: bool = False
     ) -> TextDataset:
-        config, paths = self.config, files.of(split)
-        loaded = load_split(
-            source=paths,
-            split=split,
-            alone=alone,
-            tokenizer=tokenizer,
-            template=template,
-            seq_len=config.seq_len,
-            subset_size=config.subset_size,
-            hash_split=None if files.validation else HashSplit(config.seed, config.test_ratio),
-            default_system_prompt=config.default_system_prompt,
-            long_rows=config.long_rows,
-            on_bad_row=config.on_bad_row,
-            cache_dir=self._cache_dir,
-            forms=form_options(config),
-            processes=config.processes,
-        )
-        dataset = TextDataset(loaded, files.left_out if split == "train" else ())
+        paths = files.of(split)
+        dataset = load_split(self.config, paths, split, tokenizer, template, by_hash=not files.validation, alone=alone)
+        if split == "train":
+            dataset = replace(dataset, left_out=files.left_out)
         if len(dataset) == 0:
             remedy = "raise dataset.test_ratio, use more data, or train without evaluation (dataset.test_ratio=0)"
             if split == "train":
@@ -155,17 +136,13 @@ class Source:
             raise UsageError(f"the {split} split of {names} is empty ({'; '.join(describe_counts(dataset.counts))}): {remedy}")
         return dataset
 
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(self.config.cache_dir) if self.config.cache_dir else default_cache_dir()
-
     def _split_files(self, split: str) -> list[Path]:
         config = self.config
         if config.source != "hub":
             return saved_split(Path(config.data_dir), split)
         if config.repo is None:
             raise UsageError("dataset=hub needs a data set of the hub: set dataset.repo=OWNER/NAME")
-        return split_files(config.repo, config.config, split, config.revision, self._cache_dir)
+        return split_files(config.repo, config.config, split, config.revision, cache_dir(config))
 
 
 def sources_of(config: PretrainInstructConfig) -> dict[str, Source]:
@@ -183,9 +160,7 @@ class RunData:
     curriculum: Curriculum
 
     def report(self) -> dict[str, Any]:
-        """The record of a run's data, as JSON values: files and counts of each source's splits, and
-        the splits' overlap.
-        """
+        """Files and counts of each source's splits, and the splits' overlap, as JSON values."""
         splits = {"train": self.train, "test": self.test}
         sources = {
             name: {split: corpus.parts[name].report() for split, corpus in splits.items() if corpus is not None}
@@ -195,9 +170,7 @@ class RunData:
 
 
 def open_run_data(config: PretrainInstructConfig, tokenizer: Tokenizer, template: Template) -> RunData:
-    """The data of a training run. Raises `UsageError` like `Source.open_splits`, and for a stage
-    without examples.
-    """
+    """The data of a training run. Raises `UsageError` like `Source.open_splits`, and for a stage without examples."""
     opened = {name: source.open_splits(tokenizer, template) for name, source in sources_of(config).items()}
     held_out = {name: test for name, (_, test) in opened.items() if test is not None}
     return RunData(

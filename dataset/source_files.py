@@ -64,17 +64,15 @@ def find_files(
     seed: int = 0,
     validation_names: Sequence[str] = (),
 ) -> SourceFiles:
-    """The files of `names`: paths or globs, relative to `data_dir` or absolute; each once, those of
-    a glob sorted by name.
+    """The files of `names`: paths or globs, relative to `data_dir` or absolute; each once, those of a
+    glob sorted by name. Without names: the files in `data_dir` with a readable format.
 
-    A folder written by `datasets` stands for its files. Without names: the files in `data_dir` with
-    a readable format. A file that a glob or the folder gives isn't used for training if its name
-    says test, eval, validation, valid, val or dev; those named for validation, or else those for
-    test, are the test files. `validation_names` name the test files instead, which are used for
-    training only if `names` names them exactly.
-    shards: number of training files, drawn by `seed` before any download. A missing file is
-    downloaded from `hub`, to the same name in `data_dir`. Raises `UsageError` for a missing file,
-    and for too few files.
+    A folder written by `datasets` stands for its files. A file that a glob or the folder gives isn't
+    used for training if its name says validation or test; the former, else the latter, are the test
+    files. `validation_names` name them instead, which are used for training only if `names` names
+    them exactly. shards: number of training files, drawn by `seed` before any download. A missing
+    file is downloaded from `hub`, to the same name in `data_dir`. Raises `UsageError` for a missing
+    file, and for too few files.
     """
     folder = Path(data_dir).expanduser()
     named = _named(folder, validation_names, "dataset.validation_files")

@@ -1,15 +1,10 @@
-"""ARC by voting: inverts the augmentations of a puzzle's predictions and counts equal grids. Knows
-no model and no training.
-
-One process or several: votes are gathered by `torch.distributed`, or by a function that is passed
-in.
-"""
+"""ARC by voting: counts equal grids among the predictions for the augmented forms of a puzzle."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +14,7 @@ from artifacts.files import write_whole
 from config.errors import UsageError
 from dataset.puzzles.arc_grids import SEQ_LEN, Augmentation, Grid, crop, grid_hash, parse_grid, parse_name
 from dataset.puzzles.storage import TEST_PUZZLES_FILE, read_identifiers, read_json
+from models.distributed import ALONE, Ranks
 
 PASS_KS = (1, 2, 5, 10, 100, 1000)
 ATTEMPTS = 2
@@ -29,20 +25,18 @@ _NO_PREDICTION = [[0]]
 
 @dataclass
 class Votes:
-    """Votes by (puzzle, hash of the input) and hash of the predicted grid: number of votes and sum
-    of halting probabilities.
-    """
+    """Votes by question and hash of the predicted grid: their number and sum of probabilities."""
 
     counts: dict[tuple[str, bytes], dict[bytes, tuple[int, float]]] = field(default_factory=dict)
     grids: dict[bytes, Grid] = field(default_factory=dict)
 
-    def add(self, question: tuple[str, bytes], grid: Grid, probability: float) -> None:
-        """Add one vote for a grid."""
+    def add(self, question: tuple[str, bytes], grid: Grid, probability: float, count: int = 1) -> None:
+        """Add `count` votes for a grid, with the sum of their probabilities."""
         key = grid_hash(grid)
         self.grids.setdefault(key, grid)
         candidates = self.counts.setdefault(question, {})
-        count, total = candidates.get(key, (0, 0.0))
-        candidates[key] = count + 1, total + probability
+        before, total = candidates.get(key, (0, 0.0))
+        candidates[key] = before + count, total + probability
 
     def add_rows(
         self,
@@ -66,13 +60,9 @@ class Votes:
 
     def merge(self, other: "Votes") -> None:
         """Add another process's votes."""
-        for key, grid in other.grids.items():
-            self.grids.setdefault(key, grid)
-        for question, theirs in other.counts.items():
-            candidates = self.counts.setdefault(question, {})
-            for key, (votes, probability) in theirs.items():
-                count, total = candidates.get(key, (0, 0.0))
-                candidates[key] = count + votes, total + probability
+        for question, candidates in other.counts.items():
+            for key, (count, probability) in candidates.items():
+                self.add(question, other.grids[key], probability, count)
 
     def ranked(self, question: tuple[str, bytes]) -> list[bytes]:
         """Hashes of the predicted grids: most votes first, then highest mean halting probability."""
@@ -86,30 +76,10 @@ class Votes:
         return sorted(candidates, key=weight, reverse=True)
 
 
-Gather: TypeAlias = Callable[[Votes], list[Votes] | None]
-
-
-def gather_to_first(votes: Votes, group: Any = None) -> list[Votes] | None:
-    """All ranks' votes on rank 0, None on other ranks; only this process's votes without
-    `torch.distributed`.
-
-    group: process group for Python objects; the gloo backend needs no GPU for them.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [votes]
-    is_first = distributed.get_rank() == 0
-    gathered: list[Votes] | None = [votes] * distributed.get_world_size() if is_first else None
-    distributed.gather_object(votes, gathered, dst=0, group=group)
-    return gathered
-
-
 class ARC:
-    """pass@K of the test puzzles of one data set: `begin` an evaluation, `add` its batches, read
-    the `result`.
+    """pass@K of one data set: `begin` an evaluation, `add` its batches, read the `result`.
 
-    accumulate: keep votes of earlier evaluations, as in the original; otherwise `begin` clears
-    them.
+    accumulate: keep votes of earlier evaluations, as in the original; otherwise `begin` clears them.
     """
 
     # Keys that a batch and its predictions must have.
@@ -118,9 +88,7 @@ class ARC:
     def __init__(
         self, data_path: str | Path, *, pass_ks: Sequence[int] = PASS_KS, attempts: int = ATTEMPTS, accumulate: bool = True
     ) -> None:
-        """data_path: folder of dataset/build_arc_dataset.py. attempts: per test input of a
-        submission. Raises `UsageError`.
-        """
+        """data_path: of dataset/build_arc_dataset.py. attempts: of a submission. Raises UsageError."""
         self._pass_ks = tuple(pass_ks)
         self._attempts = attempts
         self._accumulate = accumulate
@@ -136,11 +104,9 @@ class ARC:
             self._votes = Votes()
 
     def add(self, inputs: Tensor, puzzle_identifiers: Tensor, preds: Tensor, q_halt_logits: Tensor) -> None:
-        """Add predictions of B rows: inputs and preds [B, 900] tokens, puzzle_identifiers [B],
-        q_halt_logits [B].
+        """Add predictions of B rows: inputs and preds [B, 900] tokens, identifiers and logits [B].
 
-        Skips padding and puzzles that aren't test puzzles. Raises `UsageError` for an identifier
-        without a name.
+        Skips padding and other puzzles than test puzzles. Raises UsageError for an unknown identifier.
         """
         forms: list[tuple[str, Augmentation] | None] = []
         for identifier in puzzle_identifiers.tolist():
@@ -153,17 +119,16 @@ class ARC:
             forms.append(form if form[0] in self._puzzles else None)
         self._votes.add_rows(forms, inputs=inputs, preds=preds, q_halt_logits=q_halt_logits)
 
-    def result(self, output_dir: str | Path | None = None, gather: Gather = gather_to_first) -> dict[str, float] | None:
-        """Metrics `ARC/pass@K`; None on ranks other than the first. Writes submission.json if
-        `output_dir` is given.
+    def result(self, output_dir: str | Path | None = None, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Metrics `ARC/pass@K` from the votes of all `ranks`; empty on ranks other than the first.
 
         pass@K: the mean over puzzles of the fraction of their test pairs whose output is among the
-        K grids with most votes. A submission's second attempt repeats the first if only one grid
-        was predicted. gather: returns all ranks' votes on the first.
+        K grids with most votes. Writes submission.json if `output_dir` is given; a second attempt
+        there repeats the first if only one grid was predicted.
         """
-        gathered = gather(self._votes)
-        if gathered is None:
-            return None
+        gathered = ranks.gather_at_first(self._votes)
+        if not gathered:
+            return {}
         votes = Votes()
         for of_rank in gathered:
             votes.merge(of_rank)

@@ -1,22 +1,19 @@
-"""Calibration of halting probabilities: measures it at every depth on held-out text, and fits Platt
-scaling.
+"""Calibration of halting probabilities: measured at every depth, and fitted by Platt scaling.
 
-There is one scale and one shift for each depth. Knows no training, no files and no command line.
 Shape suffixes as in models/layers.py; N supervised tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from config.errors import UsageError
-from dataset.text.loader import IGNORE_LABEL_ID, Examples, collate
+from dataset.text.loader import IGNORE_LABEL_ID, Examples
+from evaluators.language import DepthOutput, evaluate_language
 from models.act import RecursiveModel
-from models.device import on_device
-from models.losses import linear_cross_entropy
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -43,16 +40,11 @@ class HaltingRecord:
     right_N: Bools
     """Whether the argmax is the label."""
 
-    def to_fit_on(self) -> "HaltingRecord":
-        """The tokens of even rows."""
-        return self._of(self.rows_N % 2 == 0, "even")
-
-    def to_measure_on(self) -> "HaltingRecord":
-        """The tokens of odd rows."""
-        return self._of(self.rows_N % 2 == 1, "odd")
-
-    def _of(self, chosen_N: Bools, kind: str) -> "HaltingRecord":
+    def half(self, odd: bool) -> "HaltingRecord":
+        """The tokens of even rows, to fit on, or of odd ones, to measure on. Raises UsageError if there are none."""
+        chosen_N = self.rows_N % 2 == odd
         if not chosen_N.any():
+            kind = "odd" if odd else "even"
             raise UsageError(
                 f"calibration fits on even rows and measures on odd ones, but no {kind} row has an answer: use more rows"
             )
@@ -84,42 +76,27 @@ class DepthCalibration:
     after: Reliability
 
 
-@torch.no_grad()
-def record_halting(
-    model: RecursiveModel,
-    dataset: Examples,
-    *,
-    batch_size: int,
-    act_steps: int,
-    limit: int | None = None,
-    pad_multiple: int = 8,
-    progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda batches: batches,
-) -> list[HaltingRecord]:
-    """Teacher-forced halting logits of the first `limit` rows, after each of 1..act_steps ACT
-    steps, without early halting.
+def record_halting(model: RecursiveModel, dataset: Examples, *, act_steps: int, **options: Any) -> list[HaltingRecord]:
+    """Teacher-forced halting logits after each of 1..act_steps ACT steps, without early halting.
 
-    Raises UsageError if a halting logit is not finite.
+    options: of `evaluate_language`, such as batch_size and limit. Raises UsageError if a halting
+    logit is not finite.
     """
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    order = np.argsort([len(dataset[i].ids) for i in range(count)], kind="stable")
-    parts: list[list[HaltingRecord]] = [[] for _ in range(act_steps)]
-    for rows in progress([order[start : start + batch_size] for start in range(0, count, batch_size)]):
-        batch = collate([dataset[int(row)] for row in rows], pad_id=0, length_multiple=pad_multiple)
-        inputs_BT, labels_BT, segments_BT = (
-            on_device(batch[name].astype(np.int64), model.device) for name in ("inputs", "labels", "segment")
+    parts: list[HaltingRecord] = []
+
+    def keep(output: DepthOutput) -> None:
+        row_N, place_N = np.nonzero(output.labels_BT != IGNORE_LABEL_ID)
+        preds_BT, logits_BT = output.preds_BT.cpu().numpy(), output.halt_logits_BT.cpu().double().numpy()
+        right_N = preds_BT[row_N, place_N] == output.labels_BT[row_N, place_N]
+        parts.append(HaltingRecord(output.rows[row_N], logits_BT[row_N, place_N], right_N))
+
+    evaluate_language(model, dataset, eos_id=-1, act_steps=act_steps, on_output=keep, at_every_depth=True, **options)
+    records = [
+        HaltingRecord(
+            *(np.concatenate([getattr(part, key) for part in parts[step::act_steps]]) for key in ("rows_N", "logits_N", "right_N"))
         )
-        place_N = np.flatnonzero(batch["labels"] != IGNORE_LABEL_ID)
-        supervised_N = on_device(place_N, model.device)
-        labels_N = labels_BT.flatten()[supervised_N]
-        weights_N = torch.zeros(len(labels_N), device=model.device)
-        rows_N = rows[place_N // inputs_BT.shape[1]]
-        refinement = model.refine_rows(inputs_BT, segments_BT, act_steps=act_steps)
-        for part, refined in zip(parts, refinement, strict=True):
-            output_ND = refined.output_BTD.flatten(0, 1)[supervised_N]
-            _, _, argmax_N = linear_cross_entropy(output_ND, model.lm_head.weight, labels_N, weights_N, model.config.loss)
-            logits_N = model.halt_logits(output_ND)[..., 0].cpu().double()
-            part.append(HaltingRecord(rows_N, logits_N.numpy(), (argmax_N == labels_N).cpu().numpy()))
-    records = [_joined(part) for part in parts]
+        for step in range(act_steps)
+    ]
     if not all(np.isfinite(record.logits_N).all() for record in records):
         raise UsageError(
             "the model's halting logits are not finite, so nothing can be fitted; did the run of this checkpoint diverge?"
@@ -131,7 +108,7 @@ def calibrate_halting(records: Sequence[HaltingRecord]) -> list[DepthCalibration
     """Fit each depth on the tokens of even rows and measure it on those of odd ones. Raises UsageError if either has none."""
     found = []
     for record in records:
-        fitted, measured = record.to_fit_on(), record.to_measure_on()
+        fitted, measured = record.half(odd=False), record.half(odd=True)
         scale, shift = fit_platt(fitted.logits_N, fitted.right_N)
         found.append(DepthCalibration(scale, shift, reliability(measured), reliability(measured, scale, shift)))
     return found
@@ -150,12 +127,10 @@ def reliability(record: HaltingRecord, scale: float = 1.0, shift: float = 0.0) -
 
 
 def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
-    """Scale a and shift b such that sigmoid(a * logit + b) fits `right_N` best: Platt scaling
-    (Platt 1999).
+    """Scale a and shift b such that sigmoid(a * logit + b) fits `right_N` best (Platt 1999).
 
     Minimizes the sum of the tokens' cross-entropies plus `_PULL`/2 * ((a - 1)^2 + b^2), by Newton's
-    method with step halving. The second term makes the minimum exist and be unique; without tokens
-    it is the identity, (1, 0).
+    method with step halving. The second term makes the minimum unique; without tokens it is (1, 0).
     """
     design_N2 = np.stack((logits_N, np.ones_like(logits_N)), axis=1).astype(np.float64)
 
@@ -180,11 +155,7 @@ def fit_platt(logits_N: Floats, right_N: Bools) -> tuple[float, float]:
 
 
 def expected_calibration_error(probability_N: Floats, right_N: Bools, bins: int = ECE_BINS) -> float:
-    """Mean over tokens of |mean probability - fraction right| of their bin, bins of equal width
-    (Guo et al. 2017, eq. 3).
-
-    arXiv 1706.04599. The halting probability is the confidence that the argmax is right.
-    """
+    """Mean over tokens of |mean probability - fraction right| of their bin (arXiv 1706.04599, eq. 3)."""
     found = reliability_bins(probability_N, right_N, bins)
     return sum(tokens * abs(predicted - right) for predicted, right, tokens in found) / len(probability_N)
 
@@ -203,13 +174,3 @@ def sigmoid(logits_N: Floats) -> Floats:
     """1 / (1 + exp(-logit)), without overflow."""
     probability_N: Floats = np.exp(-np.logaddexp(0.0, -logits_N))
     return probability_N
-
-
-def _joined(parts: Sequence[HaltingRecord]) -> HaltingRecord:
-    if not parts:
-        return HaltingRecord(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool))
-    return HaltingRecord(
-        np.concatenate([part.rows_N for part in parts]),
-        np.concatenate([part.logits_N for part in parts]),
-        np.concatenate([part.right_N for part in parts]),
-    )

@@ -1,6 +1,4 @@
-"""Generates answers for a split, to score them by family at every depth or to write them to a file.
-Knows no training or flags.
-"""
+"""Generates answers for a split, to score them by family at every depth or to write them."""
 
 import contextlib
 import itertools
@@ -9,31 +7,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from artifacts.files import whole_file
 from config.errors import UsageError
+from config.progress import progress_bar
 from dataset.instruct import last_exchange
 from dataset.text.conversation import Conversation
 from dataset.text.loader import TextCorpus, TextDataset
 from evaluators.answer_scores import is_exact, score_answers, score_by_hops
 from generation.answers import Responder
 from generation.batch import InputRow, answers_in_order, block_size, positions_needed
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 
 
 def evaluate_generated(
-    responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks | None = None
+    responder: Responder, split: TextCorpus | TextDataset, *, rows: Sequence[int], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Answer the last turn of the split's `rows` and score the answers against the references, by
-    the rows' `task`.
+    """Answer the last turn of the split's `rows` and score the answers, by the rows' `task`.
 
-    `ranks` share the rows, and each gets the whole result. Raw text has no question and is left
-    out. Returns the result of `score_answers` at the responder's depth, with `by_act_step` (overall
-    accuracy at 1, 2, ... ACT steps; one entry with a halting threshold), `mean_act_steps` per
-    generated token, and `longer_than_context` (rows whose history leaves no room for an answer;
-    they aren't scored). For the bundled deep families it has `by_hops`: for each number of
-    dependent steps, the result of `score_answers` at each of these depths (`by_act_step`) and
+    `ranks` share the rows, and each gets the whole result. Raw text is left out. Returns the result
+    of `score_answers` at the responder's depth, with `by_act_step` (overall accuracy at 1, 2, ...
+    ACT steps; one entry with a halting threshold), `mean_act_steps` per generated token,
+    `longer_than_context` (rows without room for an answer; they aren't scored), and `by_hops` for
+    the bundled deep families: the result at each of these depths (`by_act_step`) and
     `mean_act_steps`. Raises UsageError if no row is left.
     """
     inputs, lengths, references, rows_asked = list[InputRow](), list[int](), list[str](), list[Mapping[str, Any]]()
@@ -76,20 +71,17 @@ def evaluate_generated(
 
 
 def _mean_act_steps(act_steps: Sequence[Sequence[int]]) -> float:
-    """Mean per generated token. act_steps: of each answer's tokens."""
     return sum(map(sum, act_steps)) / sum(map(len, act_steps))
 
 
 def write_generated(
-    responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks | None = None
+    responder: Responder, split: TextCorpus | TextDataset, path: Path, *, rows: Sequence[int], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Answer the last turn of the split's `rows`, in order, and write the answers to `path` as JSON
-    lines.
+    """Answer the last turn of the split's `rows`, in order, into JSON lines, over any file at `path`.
 
     `ranks` share the rows; the first writes, and each gets the whole result. Raw text is left out.
-    Lines have the keys of `generation.batch.answers_in_order` and the row's `index` in the split;
-    `error` if the history leaves no room for an answer. The file is written atomically and replaces
-    an older one. Returns ratios of sums over the answers: `count`, `exact_accuracy`,
+    Lines have the keys of `generation.batch.answers_in_order` and the row's `index`; `error`
+    without room for an answer. Returns ratios of sums over the answers: `count`, `exact_accuracy`,
     `mean_act_steps` and `log_probability_per_token` (nats) of generated tokens, EOS included (None
     without an answer), and `longer_than_context`.
     """
@@ -103,7 +95,7 @@ def write_generated(
     log_probability = 0.0
     with contextlib.ExitStack() as files:
         lines = None
-        if ranks is None or ranks.is_first:
+        if ranks.is_first:
             lines = files.enter_context(files.enter_context(whole_file(path)).open("w", encoding="utf-8"))
         for record in _answered(responder, inputs(), lengths, "generated", ranks):
             if lines is not None:
@@ -126,21 +118,16 @@ def write_generated(
 
 
 def _answered(
-    responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks | None
+    responder: Responder, inputs: Iterable[InputRow], lengths: Iterable[int], name: str, ranks: Ranks
 ) -> Iterator[dict[str, Any]]:
-    """The records of `answers_in_order`. Ranks take turns at the blocks, and each gets all records.
-    `name` is shown.
-
-    lengths: tokens of each input's prompt.
-    """
-    ranks = ranks or Ranks()
+    """The records of `answers_in_order`, all of them on each rank. lengths: tokens of the prompts."""
     count, positions = positions_needed(responder, lengths)
     rows = min(responder.rows, max(1, count))
     block = block_size(count, rows)
     own = (one for number, one in enumerate(inputs) if number // block % ranks.size == ranks.rank)
     records = answers_in_order(responder, own, rows=rows, positions=positions, block=block)
     total = sum(min(block, count - begin) for begin in range(ranks.rank * block, count, ranks.size * block))
-    shown = iter(tqdm(records, desc=name, unit="answer", total=total, disable=not ranks.is_first))
+    shown = iter(progress_bar(records, shown=ranks.is_first, desc=name, unit="answer", total=total))
     for _ in range(0, count, block * ranks.size):
         for answered in ranks.gather(list(itertools.islice(shown, block))):
             yield from answered

@@ -1,10 +1,8 @@
-"""Solves a user's own puzzles: reads them from a file, checks answers by the rules, and prints
-them.
+"""Solves a person's own puzzles, checks answers by the rules, and prints them."""
 
-Knows no labels. Of data sets it knows only the names of ARC's puzzles.
-"""
-
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,46 +30,44 @@ def answer_file(
     max_batches: int | None,
     show: bool,
 ) -> Iterator[str]:
-    """The text to print for each puzzle of a file. The checkpoint says which kind of puzzle the
-    model solves.
+    """The text to print for each puzzle of a file of the checkpoint's kind. Raises UsageError.
 
-    data_paths: the model's training data, for the names of ARC's puzzles. max_batches: limit of
-    batches; the rest is left out. show: include each ACT step. Raises UsageError.
+    data_paths: the model's training data, for the names of ARC's puzzles. show: each ACT step, too.
     """
     kind = kind_of(checkpoint.metadata)
-    solver = Solver(checkpoint.model(config), kind, search, rows_at_once=config.global_batch_size, max_batches=max_batches)
+    solver = Solver(checkpoint.model(config), kind, search, config.global_batch_size, max_batches)
     if isinstance(kind, Arc):
         checkpoint.check_identifiers(data_paths)
         return solver.solve_task(path, [read_identifiers(data_path) for data_path in data_paths], show)
     return solver.solve_file(path, show)
 
 
+@dataclass(frozen=True)
 class Solver:
-    """A model that solves puzzles without labels."""
+    """A model that solves puzzles without labels, `rows_at_once` samples in a batch, in at most `max_batches`."""
 
-    def __init__(self, model: RecursiveModel, kind: Kind, search: Search, *, rows_at_once: int, max_batches: int | None) -> None:
-        """rows_at_once: samples per batch. max_batches: limit of batches."""
-        self._model, self._kind, self._search = model, kind, search
-        self._at_once = search.puzzles_at_once(rows_at_once)
-        self._max_batches = max_batches
+    model: RecursiveModel
+    kind: Kind
+    search: Search
+    rows_at_once: int
+    max_batches: int | None = None
 
     def solve_file(self, path: Path, show: bool) -> Iterator[str]:
         """The text for each puzzle of a file. show: include each ACT step. Raises UsageError."""
-        questions = read_questions(path, self._kind)
+        questions = read_questions(path, self.kind)
         number = 0
         for output in self._outputs(questions, np.full(len(questions), BLANK_IDENTIFIER_ID)):
             answers = output.tensors()["preds"].cpu().numpy()
-            solved = self._kind.solves(output.inputs_BT.cpu().numpy(), answers)
+            solved = self.kind.solves(output.inputs_BT.cpu().numpy(), answers)
             for index, (answer, is_right) in enumerate(zip(answers, solved.tolist(), strict=True)):
                 number += 1
                 told = [f"puzzle {number} of {len(questions)}"] if len(questions) > 1 else []
-                told += [*_steps(self._kind, output, index)] if show else [self._kind.text(answer)]
-                told.append(f"{_how_sure(output, index)}: {'right' if is_right else 'wrong'} by the rules of {self._kind.name}")
+                told += [*_steps(self.kind, output, index)] if show else [self.kind.text(answer)]
+                told.append(f"{_how_sure(output, index)}: {'right' if is_right else 'wrong'} by the rules of {self.kind.name}")
                 yield "\n".join(told)
 
     def solve_task(self, path: Path, names: Sequence[Sequence[str]], show: bool) -> Iterator[str]:
-        """The text for each test input of an ARC task (JSON), by votes over the augmented forms
-        that the model knows.
+        """The text for each test input of an ARC task (JSON), by votes over its augmented forms.
 
         names: names of the puzzle identifiers, for each data set. Raises UsageError.
         """
@@ -90,8 +86,8 @@ class Solver:
             if show and not votes.counts:
                 # Of the first form only, which isn't augmented.
                 for index in range(min(len(tests), len(output.row))):
-                    yield "\n".join([f"test {index + 1} of {len(tests)}", *_steps(self._kind, output, index)])
-            ballots = output.ballots() if self._search.choose == "votes" else output.tensors()
+                    yield "\n".join([f"test {index + 1} of {len(tests)}", *_steps(self.kind, output, index)])
+            ballots = output.ballots() if self.search.choose == "votes" else output.tensors()
             of_rows = [forms[identifier] for identifier in ballots.pop("puzzle_identifiers").tolist()]
             votes.add_rows(of_rows, **{key: ballots[key] for key in ("inputs", "preds", "q_halt_logits")})
         for number, test in enumerate(tests, 1):
@@ -109,10 +105,9 @@ class Solver:
 
     def _outputs(self, inputs: Tokens, identifiers: Tokens) -> Iterator[PuzzleOutput]:
         """The model's outputs for rows of tokens [N, T] of puzzles with these identifiers [N]."""
-        for start in range(0, len(inputs), self._at_once):
-            if start // self._at_once == self._max_batches:
-                return
-            rows = np.arange(start, min(start + self._at_once, len(inputs)))
+        at_once = self.search.puzzles_at_once(self.rows_at_once)
+        for start in itertools.islice(range(0, len(inputs), at_once), self.max_batches):
+            rows = np.arange(start, min(start + at_once, len(inputs)))
             batch = PuzzleBatch(
                 set_name="own",
                 inputs=inputs[rows].astype(np.int32),
@@ -120,11 +115,10 @@ class Solver:
                 puzzle_identifiers=identifiers[rows].astype(np.int32),
                 rows=rows,
             )
-            yield solve(self._model, batch, self._search)[0]
+            yield solve(self.model, batch, self.search)[0]
 
 
 def _read_tests(path: Path) -> list[Grid]:
-    """The test inputs of an ARC task. Raises UsageError."""
     task = read_json(path)
     try:
         tests = [parse_grid(pair["input"]) for pair in task["test"]]

@@ -5,7 +5,8 @@ in models/layers.py; P positions of a puzzle's vector, S ACT steps, K samples of
 all samples, or those still active.
 """
 
-from collections.abc import Callable, Iterable, Sequence, Set
+import itertools
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from artifacts.outputs import SavedOutputs
+from config.progress import progress_bar
 from config.schema import PretrainPuzzleConfig
-from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, evaluation_batches
+from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, evaluation_batch_count, evaluation_batches
 from evaluators.arc import ARC
 from evaluators.search import NO_SEARCH, Search
 from models.act import RecursiveModel
 from models.device import on_device
+from models.distributed import ALONE, Ranks
 from models.losses import row_loss
 from models.row_halting import halted
 
@@ -33,12 +36,11 @@ _SUMS = ("rows", *_MEASURES, _ORACLE)
 
 @dataclass(frozen=True)
 class PuzzleOutput:
-    """A batch's rows, without padding, after their last step. `row` (int64 [B]) is each one's index
-    in the set `set_name`.
-    """
+    """A batch's rows, without padding, after their last step."""
 
     set_name: str
     row: Tensor
+    """int64 [B]: the place of each in its set."""
     inputs_BT: Tensor
     labels_BT: Tensor
     puzzle_ids_B: Tensor
@@ -52,9 +54,7 @@ class PuzzleOutput:
     """The chosen sample of each puzzle."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the chosen samples, by the names to save them under
-        (config.schema.PuzzleOutputName).
-        """
+        """The tensors of the chosen samples, by the names of config.schema.PuzzleOutputName."""
         place = torch.arange(len(self.chosen_B), device=self.chosen_B.device), self.chosen_B
         return {
             "inputs": self.inputs_BT,
@@ -77,75 +77,53 @@ class PuzzleOutput:
         }
 
 
-@dataclass(frozen=True)
-class PuzzleResult:
-    """Sums over rows by set, float64 [ACT steps, sums]. A halted row counts with its last step."""
-
-    by_set: dict[str, npt.NDArray[np.float64]]
-    samples: int = 1
-
-    def totals(self) -> list[float]:
-        """All its sums, in a fixed order, to add up over ranks."""
-        return [float(value) for sums in self.by_set.values() for value in sums.ravel()]
-
-    def with_totals(self, totals: Sequence[float]) -> "PuzzleResult":
-        """A result with these `totals`, of the same sets and depth."""
-        parts = np.split(np.array(totals), len(self.by_set))
-        by_set = {name: part.reshape(-1, len(_SUMS)) for name, part in zip(self.by_set, parts, strict=True)}
-        return PuzzleResult(by_set, self.samples)
-
-    def report(self) -> dict[str, Any]:
-        """The metrics for metrics.json: over all rows, and under "sets" for each set by name."""
-        whole = np.sum(list(self.by_set.values()), axis=0)
-        return {**self._metrics(whole), "sets": {name: self._metrics(sums) for name, sums in self.by_set.items()}}
-
-    def _metrics(self, sums: npt.NDArray[np.float64]) -> dict[str, Any]:
-        rows = max(1.0, float(sums[-1, 0]))
-        names = (*_MEASURES, *[_ORACLE] * (self.samples > 1))
-        means = {name: float(sums[-1, _SUMS.index(name)]) / rows for name in names}
-        curve = (sums[:, _SUMS.index("exact_accuracy")] / rows).tolist()
-        return {**means, "exact_accuracy_by_act_step": curve, "rows": int(sums[-1, 0])}
-
-
 def evaluate_puzzles(
     model: RecursiveModel,
     data: PuzzleData,
     *,
     batch_size: int,
     search: Search = NO_SEARCH,
-    rank: int = 0,
-    ranks: int = 1,
+    ranks: Ranks = ALONE,
     max_batches: int | None = None,
     on_output: Callable[[PuzzleOutput], None] | None = None,
-    progress: Callable[[Iterable[PuzzleBatch]], Iterable[PuzzleBatch]] = lambda batches: batches,
-) -> PuzzleResult:
-    """Measure `model` on this rank's part of `data`, or of its first `max_batches` batches of
-    `batch_size` rows.
+    bar: str | None = None,
+) -> dict[str, Any]:
+    """Measure `model` on `data`, or on its first `max_batches` batches of `batch_size` rows, which `ranks` share.
 
-    `on_output` gets the rows of each batch. Raises UsageError if the ranks can't share a batch
-    evenly.
+    Returns the metrics for metrics.json, on every rank: over all rows, and under "sets" for each set by name. A halted row counts
+    with its last step. `on_output` gets this rank's rows of each batch. bar: label of a progress bar; None: no bar. Raises
+    UsageError if the ranks can't share a batch evenly.
     """
-    result = {name: np.zeros((model.config.halt_max_steps, len(_SUMS))) for name in data.sets}
-    batches = evaluation_batches(data, global_batch_size=batch_size, rank=rank, ranks=ranks)
-    for number, batch in enumerate(progress(batches)):
-        if number == max_batches:
-            break
-        if not (batch.rows >= 0).any():
-            continue
-        output, sums = solve(model, batch, search)
-        result[batch.set_name] += sums.numpy()
-        if on_output is not None:
-            on_output(output)
-    return PuzzleResult(result, search.samples)
+    own = np.zeros((len(data.sets), model.config.halt_max_steps, len(_SUMS)))
+    by_set = dict(zip(data.sets, own, strict=True))
+    batches = evaluation_batches(data, global_batch_size=batch_size, rank=ranks.rank, ranks=ranks.size)
+    count = evaluation_batch_count(data, batch_size)
+    count = count if max_batches is None else min(count, max_batches)
+    for batch in progress_bar(itertools.islice(batches, count), shown=bar is not None, desc=bar, unit="batch", total=count):
+        if (batch.rows >= 0).any():
+            output, sums = solve(model, batch, search)
+            by_set[batch.set_name] += sums.numpy()
+            if on_output is not None:
+                on_output(output)
+    totals = np.reshape(ranks.sum_numbers(own.ravel().tolist()), own.shape)
+    has_oracle = search.samples > 1
+    sets = {name: _metrics(sums, has_oracle) for name, sums in zip(data.sets, totals, strict=True)}
+    return {**_metrics(totals.sum(axis=0), has_oracle), "sets": sets}
+
+
+def _metrics(sums: npt.NDArray[np.float64], has_oracle: bool) -> dict[str, Any]:
+    rows = max(1.0, float(sums[-1, 0]))
+    means = {name: float(total) / rows for name, total in zip(_SUMS, sums[-1], strict=True)}
+    del means["rows"]
+    if not has_oracle:
+        del means[_ORACLE]
+    curve = (sums[:, _SUMS.index("exact_accuracy")] / rows).tolist()
+    return {**means, "exact_accuracy_by_act_step": curve, "rows": int(sums[-1, 0])}
 
 
 @torch.no_grad()
 def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[PuzzleOutput, Tensor]:
-    """Run all ACT steps of a batch's rows. Also returns their sums after each step, float64 [S,
-    sums] on the host.
-
-    Rows need no labels.
-    """
+    """Run all ACT steps of rows, which need no labels; and their sums, float64 [S, sums] on the host."""
     config = model.config
     if search.choose == "first":
         config = config.model_copy(update={"act_inference": True})
@@ -218,9 +196,7 @@ def solve(model: RecursiveModel, batch: PuzzleBatch, search: Search) -> tuple[Pu
 
 
 def _of_chosen(measured_BKM: Tensor, chosen_B: Tensor) -> Tensor:
-    """The metrics of each puzzle's chosen sample, with the ACT steps of all samples and whether any
-    of them is right.
-    """
+    """Of each puzzle's chosen sample; ACT steps of all its samples, and whether any is right."""
     of_chosen_BM = measured_BKM[torch.arange(len(chosen_B), device=chosen_B.device), chosen_B]
     of_chosen_BM[:, _MEASURES.index("steps")] = measured_BKM[..., _MEASURES.index("steps")].sum(dim=1)
     any_right_B1 = measured_BKM[..., _MEASURES.index("exact_accuracy")].amax(dim=1, keepdim=True)
@@ -251,13 +227,11 @@ class PuzzleMeasurement:
         *,
         search: Search = NO_SEARCH,
         save: Sequence[str] = (),
-        rank: int = 0,
-        ranks: int = 1,
-        sum_over_ranks: Callable[[list[float]], list[float]] = lambda totals: totals,
+        ranks: Ranks = ALONE,
         max_batches: int | None = None,
-        progress: Callable[[Iterable[PuzzleBatch]], Iterable[PuzzleBatch]] = lambda batches: batches,
+        bar: str | None = None,
     ) -> dict[str, Any]:
-        """The report, on every rank; only the first rank has evaluators' results.
+        """The report of `evaluate_puzzles`, with the evaluators' results on the first rank.
 
         Writes to `folder` the evaluators' submissions, and outputs_<name>.safetensors with the
         tensors `save`: one file for each set and rank if there are several. With choice by votes,
@@ -276,28 +250,19 @@ class PuzzleMeasurement:
                 if output.set_name in sets:
                     evaluator.add(**{key: ballots[key] for key in ARC.required_outputs})
 
-        result = evaluate_puzzles(
-            model,
-            self._data,
-            batch_size=search.puzzles_at_once(self._config.global_batch_size),
-            search=search,
-            rank=rank,
-            ranks=ranks,
-            max_batches=max_batches,
-            on_output=keep,
-            progress=progress,
+        batch_size = search.puzzles_at_once(self._config.global_batch_size)
+        report = evaluate_puzzles(
+            model, self._data, batch_size=batch_size, search=search, ranks=ranks, max_batches=max_batches, on_output=keep, bar=bar
         )
-        report = result.with_totals(sum_over_ranks(result.totals())).report()
         if save:
             folder.mkdir(parents=True, exist_ok=True)
         for set_name, outputs in saved.items():
-            of_several = [set_name] * (len(saved) > 1) + [f"rank{rank}"] * (ranks > 1)
+            of_several = [set_name] * (len(saved) > 1) + [f"rank{ranks.rank}"] * (ranks.size > 1)
             if outputs.has_rows:
                 outputs.write(folder / f"{'_'.join(['outputs', name, *of_several])}.safetensors")
         for _, suffix, evaluator in self._evaluators:
             # Other data paths than the first have a folder each for their submission.json.
             place = folder / f"ARC{suffix}" if suffix else folder
             place.mkdir(parents=True, exist_ok=True)
-            scores = evaluator.result(place)
-            report |= {key.replace("/", f"{suffix}/"): value for key, value in (scores or {}).items()}
+            report |= {key.replace("/", f"{suffix}/"): value for key, value in evaluator.result(place, ranks).items()}
         return report

@@ -27,9 +27,7 @@ _SYMMETRY_DRAW = "samples"
 
 
 class Forms(NamedTuple):
-    """Symmetric forms of R rows of tokens: the source cell of each cell, and the new value of each
-    token (dataset.puzzles.kinds).
-    """
+    """Symmetric forms of R rows: the source cell of each cell, and the new value of each token."""
 
     cells_RT: Tensor
     tokens_RV: Tensor
@@ -90,10 +88,9 @@ class Search:
         return Forms(*(on_device(np.concatenate(tables), device) for tables in zip(*drawn, strict=True)))
 
     def starts(self, states: States, rows: Sequence[int]) -> States:
-        """The initial states [R, P + T, D] of all samples, from those [B, P + T, D] of the puzzles
-        at `rows` of their set.
+        """The initial states [R, P + T, D] of all samples, from those [B, P + T, D] of the puzzles.
 
-        A sample's noise depends only on the seed, the row and the sample's number.
+        A sample's noise depends only on the seed, the puzzle's row and the sample's number.
         """
         repeated = tuple(state.repeat_interleave(self.samples, dim=0) for state in states)
         if not self.noise:

@@ -1,6 +1,4 @@
-"""Measures a checkpoint on a split of its data and writes the result: teacher-forced metrics,
-generated answers, saved tensors. Knows no flags and prints nothing but progress.
-"""
+"""Measures a checkpoint on a split of its data and writes the result. Knows no flags."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from artifacts.checkpoint import Checkpoint
 from artifacts.outputs import SavedOutputs, output_folder, write_json
+from config.progress import progress_bar
 from config.schema import PretrainInstructConfig
 from dataset.instruct import MeasuredSplit, open_run_split
 from evaluators.generated import evaluate_generated, write_generated
@@ -60,7 +58,7 @@ def measure_split(
         ranks=ranks,
         pad_multiple=config.pad_multiple,
         on_output=keep if saved.keys else None,
-        progress=partial(tqdm, desc=name, unit="batch", disable=not ranks.is_first),
+        progress=partial(progress_bar, shown=ranks.is_first, desc=name, unit="batch"),
     )
     most = max_batches and max_batches * config.global_batch_size
     rows = split.first_rows(most)

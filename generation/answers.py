@@ -22,7 +22,7 @@ from dataset.text.forms import parse_turns
 from dataset.text.rows import BadRow
 from dataset.text.tokenizer import Tokenizer
 from generation.engine import Engine, Prompt, Request, Token, rows_that_fit
-from generation.sampling import GREEDY, Sampling
+from generation.sampling import GREEDY, Sampling, check_limits
 from generation.text_stream import TextStream
 from models.act import RecursiveModel
 from models.device import on_device
@@ -56,9 +56,7 @@ class Options:
             ("act_steps", self.act_steps >= 1, "at least 1"),
             ("halt_threshold", self.halt_threshold is None or 0 < self.halt_threshold < 1, "between 0 and 1, or none at all"),
         )
-        for name, is_within, expected in limits:
-            if not is_within:
-                raise UsageError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+        check_limits(self, limits)
 
     def changed(self, **changes: Any) -> "Options":
         """These options with `changes`: fields of this class and `Sampling`. Raises UsageError."""
@@ -361,8 +359,7 @@ class Speaker:
             positions=positions,
             compiled=responder.compiled,
         )
-        self._streams: dict[int, TextStream] = {}
-        self._answers: dict[int, Answer] = {}
+        self._open: dict[int, tuple[TextStream, Answer]] = {}
 
     @property
     def busy(self) -> bool:
@@ -378,21 +375,20 @@ class Speaker:
         """Submit a request. Its answer ends before the first `stop` string. Returns its number."""
         stream = TextStream(self._tokenizer, tuple(stop), is_begun=not request.prompt.segment[-1])
         number = self._engine.submit(request)
-        self._streams[number], self._answers[number] = stream, Answer()
+        self._open[number] = stream, Answer()
         return number
 
     def cancel(self, number: int) -> None:
         """Drop a request. Does nothing for a finished one."""
         self._engine.cancel(number)
-        self._streams.pop(number, None)
-        self._answers.pop(number, None)
+        self._open.pop(number, None)
 
     def tick(self) -> list[Piece]:
         """Run one tick of the engine. Returns the new pieces of answers."""
-        return [self._piece(token) for token in self._engine.tick() if token.request in self._answers]
+        return [self._piece(token) for token in self._engine.tick() if token.request in self._open]
 
     def _piece(self, token: Token) -> Piece:
-        stream, answer = self._streams[token.request], self._answers[token.request]
+        stream, answer = self._open[token.request]
         answer.log_probability += token.logp
         answer.act_steps.append(token.act_steps)
         text = ""

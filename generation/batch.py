@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from artifacts.files import whole_file
 from config.errors import StoppedBySignal, UsageError
+from config.progress import progress_bar
 from dataset.text.conversation import Conversation, with_default_system
-from dataset.text.forms import FLAGS, USUAL, FormOptions, parse_turns
+from dataset.text.forms import DEFAULT_OPTIONS, FLAGS, FormOptions, parse_turns
 from dataset.text.rows import BadRow, NothingToLearn, RowFile, open_row_file, parse_row, to_json
 from generation.answers import Responder, Speaker
 from generation.engine import Prompt, cache_bytes, rows_that_fit
@@ -140,7 +140,7 @@ def _submitted(speaker: Speaker, responder: Responder, one: InputRow) -> tuple[i
 # Rows of a file.
 
 
-def read_inputs(file: RowFile, system: str | None, forms: FormOptions = USUAL) -> Iterator[InputRow]:
+def read_inputs(file: RowFile, system: str | None, forms: FormOptions = DEFAULT_OPTIONS) -> Iterator[InputRow]:
     """The prompts of a file's rows, without blank lines. system: text of the system turn for rows
     without one.
 
@@ -230,7 +230,7 @@ def answer_file(
     source: Path,
     target: Path,
     *,
-    forms: FormOptions = USUAL,
+    forms: FormOptions = DEFAULT_OPTIONS,
     shard: Shard = WHOLE,
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -256,22 +256,20 @@ def answer_file(
     if not source.is_file():
         raise UsageError(f"no input file at {source}: expected rows as .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     file = open_row_file(source)
-    overview = _scan(responder, read_inputs(file, responder.system, forms))
-    count, positions = overview.asking + overview.bad, overview.positions
+    asking, positions, bad, first_error, ignored = _scan(responder, read_inputs(file, responder.system, forms))
+    count = asking + bad
     if not count:
         raise UsageError(f"{source} has no rows: there is nothing to answer")
-    if not overview.asking:
-        raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {overview.first_error}")
+    if not asking:
+        raise UsageError(f"none of the {count} rows of {source} can be answered; the first: {first_error}")
     is_first = shard.index == 0
-    if overview.bad and is_first:
-        tell(
-            f"{overview.bad} of {count} rows can't be answered: they become lines with an error; the first: {overview.first_error}"
-        )
-    if overview.ignored_settings and is_first:
-        names = ", ".join(overview.ignored_settings)
+    if bad and is_first:
+        tell(f"{bad} of {count} rows can't be answered: they become lines with an error; the first: {first_error}")
+    if ignored and is_first:
+        names = ", ".join(sorted(ignored))
         tell(f"rows have settings of their own ({names}): ignored, this command's settings are used")
     model, options = responder.model, responder.options
-    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, overview.asking))
+    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
     block = _begin(target, _identity(responder, source, forms), block_size(count, rows))
     own = range(shard.index * block, count, shard.count * block)
@@ -288,7 +286,8 @@ def answer_file(
     records = answers_in_order(responder, inputs, rows=rows, positions=positions, block=block)
     lines: list[str] = []
     try:
-        for record in tqdm(records, desc="answers", unit="row", initial=total - left, total=total, disable=not is_first):
+        bar = progress_bar(records, shown=is_first, desc="answers", unit="row", initial=total - left, total=total)
+        for record in bar:
             index = missing[0] + len(lines)
             # The row's own values may have any type.
             lines.append(json.dumps({"index": index, **record}, ensure_ascii=False, default=str) + "\n")
@@ -313,34 +312,21 @@ def answer_file(
         tell(f"shard {shard} is finished; the last one to finish makes {target}")
 
 
-@dataclass(frozen=True)
-class _Overview:
-    """Counts of a file: rows that can be answered, and the most positions that one takes; rows that
-    can't, and the first error; settings in rows that are ignored.
+def _scan(responder: Responder, rows: Iterable[InputRow]) -> tuple[int, int, int, str, set[str]]:
+    """The number of rows that can be answered, and the most positions that one takes; the number of
+    the others, and the first error; settings in rows that are ignored.
     """
-
-    asking: int
-    positions: int
-    bad: int
-    first_error: str
-    ignored_settings: list[str]
-
-
-def _scan(responder: Responder, rows: Iterable[InputRow]) -> _Overview:
-    bad, first_error = 0, ""
-    ignored_settings: set[str] = set()
-
-    def lengths() -> Iterator[int]:
-        nonlocal bad, first_error
-        for asked in rows:
-            ignored_settings.update(asked.ignored_settings)
-            if asked.error is None:
-                yield responder.prompt_length(asked.history)
-            else:
-                bad, first_error = bad + 1, first_error or asked.error
-
-    asking, positions = positions_needed(responder, lengths())
-    return _Overview(asking, positions, bad, first_error, sorted(ignored_settings))
+    asking = positions = bad = 0
+    first_error = ""
+    ignored: set[str] = set()
+    for asked in rows:
+        ignored.update(asked.ignored_settings)
+        if asked.error is None:
+            _, own = positions_needed(responder, [responder.prompt_length(asked.history)])
+            asking, positions = asking + 1, max(positions, own)
+        else:
+            bad, first_error = bad + 1, first_error or asked.error
+    return asking, positions, bad, first_error, ignored
 
 
 def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[str, Any]:
@@ -357,7 +343,7 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
         "tokenizer": responder.tokenizer.sha256,
         "template": responder.template.to_dict(),
         "system": responder.system,
-        "forms": forms.to_dict(),
+        "forms": dataclasses.asdict(forms),
         "context": responder.context,
         # It matters only with a threshold.
         "halt_calibration": None if responder.options.halt_threshold is None else responder.model.halt_calibration.tolist(),
@@ -369,12 +355,10 @@ def _identity(responder: Responder, source: Path, forms: FormOptions) -> dict[st
 
 
 def _folder(target: Path) -> Path:
-    """The folder of finished blocks."""
     return target.with_name(f"{target.name}.partial")
 
 
 def _record(target: Path) -> Path:
-    """The file with everything that the answers depend on."""
     return target.with_name(f"{target.name}.about.json")
 
 

@@ -176,10 +176,6 @@ class DeviceTick:
             ways = {"kernel of an ACT step": functools.partial(self._step, self._kernel_call, rows, past, may_halt)} | ways
         self._run((rows, past, may_halt), ways, self._vectors, _TOLERANCE[self._model.dtype])
 
-    def outputs(self, slots_R: Tensor) -> Tensor:
-        """Outputs [R, D] of the last ACT step, for the rows in these slots."""
-        return self._output_B1D[slots_R, 0]
-
     def choose(self, rows: int) -> tuple[list[int], list[float], list[bool]]:
         """The most probable id of each of the first `rows` rows, its log p in nats, and whether the
         row was ready.

@@ -2,8 +2,8 @@
 text and no tokenizer.
 
 A tick is one ACT step of every running row. A row whose token has halted chooses its id, and begins
-the next token in the next tick. So tokens that halt early cost less, and shapes don't change.
-Finished rows leave, waiting requests enter. At a fixed number of ACT steps the result equals full
+the next token in the next tick. So tokens that halt early cost less, and nothing is moved. When an
+answer has ended its row is free, and waiting requests enter. At a fixed number of ACT steps the result equals full
 recomputation. With a halting threshold, each token of an assistant halts on its own, also in
 earlier answers; prompt segments take all steps. Shape suffixes as in models/layers.py; P prompts, R
 rows that choose an id.
@@ -31,6 +31,11 @@ from models.layers import Rotary, TokenRows
 # Like models/layers.TOKEN_MULTIPLE, but finer: prompts are short, and more padding would cost more
 # than new kernels.
 _PROMPT_TOKEN_MULTIPLE = 8
+# Where rows may be at different ACT steps, requests enter when this fraction of the rows is free, or
+# a row for each that waits. At batch 16, 160 requests then took 36 prompt forwards in place of 128.
+_FREE_TO_ADMIT = 1 / 4
+# But no request waits beside a free row for longer than this many tokens take at full depth.
+_MOST_TOKENS_TO_WAIT = 4
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class _Row:
     """Position of the current token."""
     act_step: int = 0
     """ACT steps that it has taken."""
-    given: int = 0
-    """Generated tokens so far."""
+    generated: int = 0
+    """Tokens generated so far."""
 
 
 def lane_count(model: RecursiveModel) -> int:
@@ -97,7 +102,7 @@ def lane_count(model: RecursiveModel) -> int:
 def cache_bytes(model: RecursiveModel, act_steps: int, rows: int, positions: int) -> int:
     """Size of a KV cache for `rows` rows of `positions` positions, in bytes."""
     element = DTYPES[model.config.forward_dtype].itemsize
-    return act_steps * lane_count(model) * 2 * rows * positions * model.config.num_heads * model.head_dim * element
+    return act_steps * lane_count(model) * 2 * rows * positions * model.config.num_heads * model.config.head_dim * element
 
 
 def rows_that_fit(model: RecursiveModel, act_steps: int, positions: int, budget_gb: float, most: int) -> int:
@@ -149,7 +154,7 @@ class Engine:
             lanes=lane_count(model),
             heads=model.config.num_heads,
             positions=positions,
-            head_dim=model.head_dim,
+            head_dim=model.config.head_dim,
             dtype=model.dtype,
             device=model.device,
             compiled=compiled,
@@ -158,6 +163,8 @@ class Engine:
         self._rows: list[_Row | None] = [None] * rows
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._numbers = itertools.count()
+        self._ticks_waited = 0
+        """Ticks since a row became free for requests that wait."""
         # For each row: latent states, embedding of the current token, output of the last ACT step.
         vectors = (len(model.recursion.initial_states) + 2, rows, 1, model.config.hidden_size)
         self._vectors = torch.zeros(vectors, dtype=model.dtype, device=model.device)
@@ -232,14 +239,16 @@ class Engine:
         for kept, new in zip(self._states, states, strict=True):
             kept[index_B] = new
         output_BD = output_BTD[:, 0]
-        done = self._ready(slots, self._halting(output_BD, rows))
+        done = self._advance(slots, self._halting(output_BD, rows))
         if not done:
             return []
         output_RD = output_BD if len(done) == len(slots) else output_BD[on_device(done, model.device)]
-        return self._give([slots[place] for place in done], model.logits(output_RD))
+        return self._choose_tokens([slots[place] for place in done], model.logits(output_RD))
 
     def _step_on_device(self, tick: DeviceTick, slots: list[int]) -> list[Token]:
-        """`_step` by functions of fixed shapes, which waits once per token if all are greedy."""
+        """`_step` by functions of fixed shapes, which waits for the device once a token, and once a tick where
+        tokens may halt.
+        """
         rows = self._rows_in(slots)
         may_halt = any(row.request.halt_threshold is not None for row in rows)
         tick.step(slots[-1] + 1, max(row.position for row in rows), may_halt)
@@ -249,16 +258,18 @@ class Engine:
             return []
         if any(row.request.top or row.request.sampling.needs_sampler for row in rows):
             ready = tick.ready_B.tolist() if may_halt else [False] * len(tick.ready_B)
-            done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
+            done_slots = [slots[place] for place in self._advance(slots, [ready[slot] for slot in slots])]
             if not done_slots:
                 return []
-            return self._give(done_slots, self.model.logits(tick.outputs(on_device(done_slots, self.model.device))))
+            return self._choose_tokens(
+                done_slots, self.model.logits(self._vectors[-1, on_device(done_slots, self.model.device), 0])
+            )
         ids, logps, ready = tick.choose(slots[-1] + 1)
-        done_slots = [slots[place] for place in self._ready(slots, [ready[slot] for slot in slots])]
-        return [self._token(slot, ids[slot], logps[slot]) for slot in done_slots]
+        done_slots = [slots[place] for place in self._advance(slots, [ready[slot] for slot in slots])]
+        return [self._emit(slot, ids[slot], logps[slot]) for slot in done_slots]
 
-    def _ready(self, slots: Sequence[int], halts: Sequence[bool] | np.ndarray) -> list[int]:
-        """Count an ACT step of these rows. Returns indices of those whose token is finished."""
+    def _advance(self, slots: Sequence[int], halts: Sequence[bool] | np.ndarray) -> list[int]:
+        """Count an ACT step of these rows. Returns the places of those whose token takes no further one."""
         done = []
         for place, (slot, row) in enumerate(zip(slots, self._rows_in(slots), strict=True)):
             row.act_step += 1
@@ -277,7 +288,7 @@ class Engine:
         probability_B = self.model.halting_probability(output_BD, act_steps_B).cpu().numpy()
         return probability_B > np.array([np.inf if bound is None else bound for bound in thresholds], probability_B.dtype)
 
-    def _give(self, slots: Sequence[int], logits_RV: Tensor) -> list[Token]:
+    def _choose_tokens(self, slots: Sequence[int], logits_RV: Tensor) -> list[Token]:
         """Choose the next token of each of these rows, and begin the one after it."""
         model = self.model
         rows = self._rows_in(slots)
@@ -295,7 +306,7 @@ class Engine:
             token_id, *candidate_ids = map(int, ids[place])
             logp, *candidate_logps = logps[place]
             candidates = tuple(zip(candidate_ids, candidate_logps, strict=True))[: row.request.top]
-            tokens.append(self._token(slot, token_id, logp, candidates))
+            tokens.append(self._emit(slot, token_id, logp, candidates))
         self._x[slots_R] = model.embed(chosen.ids_R).unsqueeze(1)
         for kept, initial in zip(self._states, model.initial_states(len(slots), 1), strict=True):
             kept[slots_R] = initial
@@ -303,14 +314,14 @@ class Engine:
             self._on_device.begin(slots_R)
         return tokens
 
-    def _token(self, slot: int, token_id: int, logp: float, candidates: tuple[tuple[int, float], ...] = ()) -> Token:
-        """The row's new token. The row advances to the next position, or leaves if it is finished."""
+    def _emit(self, slot: int, token_id: int, logp: float, candidates: tuple[tuple[int, float], ...] = ()) -> Token:
+        """The row's new token. The row advances to the next position, or is free if the answer has ended."""
         (row,) = self._rows_in([slot])
-        row.given += 1
+        row.generated += 1
         finish: Literal["stop", "length"] | None = None
         if token_id == self.eos_id:
             finish = "stop"
-        elif row.given == row.request.max_new_tokens:
+        elif row.generated == row.request.max_new_tokens:
             finish = "length"
         token = Token(row.number, token_id, logp, row.act_step, finish, candidates)
         row.position, row.act_step = row.position + 1, 0
@@ -321,12 +332,19 @@ class Engine:
     def _admit(self) -> list[Token]:
         """Admit waiting requests: prefill their prompts and choose their first tokens."""
         running = [row for row in self._rows if row is not None]
-        same_depth = len({row.depth for row in running}) == 1 and all(row.request.halt_threshold is None for row in running)
-        if same_depth and running[0].act_step > 0:
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        in_phase = len({(row.depth, row.act_step) for row in running}) == 1
+        in_phase = in_phase and all(row.request.halt_threshold is None for row in running)
+        if in_phase and running[0].act_step > 0:
             # Waiting a few ticks keeps all rows at the same ACT step, so the vocabulary head runs
             # once for all of them.
             return []
-        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        is_enough = len(free) >= min(len(self._waiting), int(len(self._rows) * _FREE_TO_ADMIT))
+        if running and not in_phase and not is_enough and self._ticks_waited < _MOST_TOKENS_TO_WAIT * self.act_steps:
+            # Rows become free one by one, and prompts cost less together.
+            self._ticks_waited += bool(free)
+            return []
+        self._ticks_waited = 0
         entering: dict[tuple[int, float | None], list[tuple[int, _Row]]] = {}
         for slot in free[: len(self._waiting)]:
             number, request = self._waiting.popitem(last=False)
@@ -345,7 +363,7 @@ class Engine:
                 # If the prompt ends in assistant text, its last token may have halted early.
                 for (_, row), steps in zip(places, steps_R.tolist(), strict=True):
                     row.act_step = steps
-            tokens += self._give(slots, self.model.logits(output_RD))
+            tokens += self._choose_tokens(slots, self.model.logits(output_RD))
         return tokens
 
     def _prefill(
@@ -376,12 +394,12 @@ class Engine:
             self._cache.fill(slots, spans, model.token_attention([token_rows], segments)),
             act_steps=act_steps,
             halt_threshold=halt_threshold,
-            # Earlier answers halt as they did when they were generated.
+            # Earlier answers halt by the same rule as new tokens.
             may_halt_BT=segments == 0,
         )
         taken, refined = collections.deque(enumerate(refinement, 1), maxlen=1).pop()
         if taken < act_steps:
-            # All tokens halted, which can happen if the prompt is assistant text. New tokens still
+            # All tokens halted: only a prompt without a prompt segment gets here. New tokens still
             # need their deeper steps.
             for slot, span in zip(slots, spans, strict=True):
                 self._cache.carry_halted(slot, slice(span.stop - span.start), taken - 1, act_steps)
@@ -389,9 +407,7 @@ class Engine:
         return refined.output_BTD[last_B], refined.steps_BT[last_B]
 
     def _rows_in(self, slots: Sequence[int]) -> list[_Row]:
-        """The running rows in these slots."""
         return [row for slot in slots if (row := self._rows[slot]) is not None]
 
     def _rotary_at(self, positions: Sequence[int]) -> Rotary | None:
-        """Rotary tables for one position of each row."""
         return None if self._rotary is None else self._rotary.at(on_device(positions, self.model.device).unsqueeze(1))

@@ -17,6 +17,13 @@ from models.device import on_device
 from models.losses import argmax, log_probs
 
 
+def check_limits(options: object, limits: Sequence[tuple[str, bool, str]]) -> None:
+    """Raise UsageError unless all fields are within their limits: name, whether it is, what it must be."""
+    for name, is_within, expected in limits:
+        if not is_within:
+            raise UsageError(f"{name} must be {expected}, found {getattr(options, name)!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the tokens of one answer are chosen. Raises UsageError for a value out of range.
@@ -51,9 +58,7 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
             ("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1"),
         )
-        for name, is_within, expected in limits:
-            if not is_within:
-                raise UsageError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+        check_limits(self, limits)
 
     @property
     def needs_sampler(self) -> bool:

@@ -1,15 +1,17 @@
-"""Answers for many callers at once. One thread owns the model, any thread may submit prompts, and
-every answer ends.
+"""Answers for many callers at once. Prompts may come at any time, and every answer ends.
 
-Limits the waiting and running answers, the time of each, and the KV cache. Knows nothing of HTTP.
+Limits the waiting and running answers, the time of each, and the KV cache. All of it runs in one
+asyncio loop, except the model, which has a thread: who came or left meanwhile is taken up between
+two ticks. Knows nothing of HTTP.
 """
 
+import asyncio
 import dataclasses
+import functools
 import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from generation.answers import Options, Piece, Responder, Speaker
@@ -35,7 +37,7 @@ class Closed(ServiceError):
 
 
 class Broken(ServiceError):
-    """The thread that owns the model has failed; the service doesn't recover."""
+    """The engine has failed; the service doesn't recover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class ChoiceDelta:
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
-    """The ids of a prompt, without BOS, with their log p. Delivered before answers to it."""
+    """The ids of a prompt, without BOS, with their log p. Comes before answers to it."""
 
     prompt: int
     tokens: list[Token]
@@ -57,13 +59,10 @@ class PromptScores:
 
 Event = ChoiceDelta | PromptScores
 
-Deliver = Callable[[Event | ServiceError], None]
-"""Receives a submission's events, on the service's thread. It must return at once and not raise."""
-
 
 @dataclass(eq=False)
 class Submission:
-    """Prompts whose answers are waiting or running. Callers only pass it to `Service.cancel`."""
+    """Prompts whose answers are waiting or running. Callers only pass it to the service."""
 
     requests: list[Request]
     """One for each prompt."""
@@ -71,13 +70,11 @@ class Submission:
     """Answers per prompt; 0: prompts are only scored."""
     options: Options
     scored: bool
-    deliver: Deliver
     deadline: float
-    """On the clock of time.monotonic."""
+    """On the loop's clock."""
     unfinished: int
-    """Unfinished answers, or prompts that are only scored. Changed only by the service's thread."""
-    indices: dict[int, int] = field(default_factory=dict)
-    """Each answer's index, by its request's number. Used only by the service's thread."""
+    """Unfinished answers, or prompts that are only scored."""
+    events: "asyncio.Queue[Event | ServiceError]" = field(default_factory=asyncio.Queue)
 
     @property
     def prompt_tokens(self) -> int:
@@ -86,7 +83,7 @@ class Submission:
 
 
 class Service:
-    """A `Speaker` for the full context, in its own thread."""
+    """A `Speaker` for the full context. Its methods belong to the loop of the first submission."""
 
     def __init__(self, responder: Responder, *, queue: int, timeout: float) -> None:
         """queue: answers that may wait. timeout: seconds from submission within which an answer
@@ -102,186 +99,153 @@ class Service:
         self.cache_bytes = cache_bytes(responder.model, act_steps, self.rows, responder.context)
         self.capacity = self.rows + queue
         """Limit of waiting and running answers."""
-        self._speaker = Speaker(responder, rows=self.rows, positions=responder.context)
-        self._by_number: dict[int, Submission] = {}
-        self._to_score: deque[tuple[Submission, int]] = deque()
-        self._changed = threading.Condition()
-        # Guarded by the lock:
-        self._arrived: deque[Submission] = deque()
-        self._cancelled: list[Submission] = []
-        self._open: set[Submission] = set()
-        self._pending = 0
-        self._refusal: ServiceError | None = None
-        self._is_closing = False
-        self._has_ended = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def pending(self) -> int:
+        self.pending = 0
         """Number of waiting and running answers."""
-        return self._pending
+        self.refusal: ServiceError | None = None
+        """Why submissions are refused; None while they are accepted."""
+        self._speaker = Speaker(responder, rows=self.rows, positions=responder.context)
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self._engine: asyncio.Task[None] | None = None
+        self._has_ended = False
+        self._open: set[Submission] = set()
+        self._coming: deque[tuple[Submission, int]] = deque()
+        """Prompts that the engine doesn't have yet."""
+        self._begun: dict[int, tuple[Submission, int]] = {}
+        """The submission and the index of each answer in the engine, by its request's number."""
+        self._left: list[int] = []
+        """Requests that the engine is to drop."""
 
     @property
     def running(self) -> int:
         """Number of running answers."""
         return self._speaker.running
 
-    @property
-    def refusal(self) -> ServiceError | None:
-        """Why submissions are refused; None while they are accepted."""
-        return self._refusal
-
-    def submit(
-        self, prompts: Sequence[Callable[[], Prompt]], options: Options, samples: int, deliver: Deliver, *, scored: bool = False
+    async def submit(
+        self, prompts: Sequence[Callable[[], Prompt]], options: Options, samples: int, *, scored: bool = False
     ) -> Submission:
         """Submit prompts for `samples` answers each. scored: also compute the log p of the prompts'
         ids (0 samples: only that).
 
-        `deliver` receives scores and pieces of answers, the last piece of each with the `Answer`;
-        or one error. Each of `prompts` encodes one, in the caller's thread. Raises UsageError for a
-        prompt longer than the context, Full without room for these answers, Closed or Broken once
-        submissions are refused.
+        Each of `prompts` encodes one. Raises UsageError for a prompt longer than the context, Full
+        without room for these answers, Closed or Broken once submissions are refused.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = asyncio.get_running_loop().time() + self.timeout
         n = len(prompts) * max(1, samples)
-        with self._changed:
-            if self._refusal is not None:
-                raise self._refusal
-            if self._pending + n > self.capacity:
-                raise Full(
-                    f"{self._pending} of at most {self.capacity} answers are waiting or running: no room for {n} more, try later"
-                )
-            self._pending += n
+        if self.refusal is not None:
+            raise self.refusal
+        if self.pending + n > self.capacity:
+            raise Full(f"{self.pending} of at most {self.capacity} answers are waiting or running: no room for {n} more, try later")
+        self.pending += n
         try:
-            requests = [self.responder.request(encode(), options) for encode in prompts]
+            # In a thread, because encoding a long text takes time.
+            requests = await asyncio.to_thread(lambda: [self.responder.request(encode(), options) for encode in prompts])
+            if self._has_ended and self.refusal is not None:
+                raise self.refusal
         except BaseException:
-            self._release(n)
+            self.pending -= n
             raise
-        submission = Submission(requests, samples, options, scored, deliver, deadline, unfinished=n)
-        with self._changed:
-            if self._refusal is not None and self._has_ended:
-                self._pending -= n
-                raise self._refusal
-            self._open.add(submission)
-            self._arrived.append(submission)
-            self._changed.notify()
+        submission = Submission(requests, samples, options, scored, deadline, unfinished=n)
+        self._open.add(submission)
+        self._coming.extend((submission, prompt) for prompt in range(len(requests)))
+        if self._engine is None or self._engine.done():
+            self._engine = asyncio.create_task(self._run())
         return submission
+
+    async def events(self, submission: Submission, beat: float) -> AsyncIterator[Event | None]:
+        """Scores and pieces of answers, the last piece of each with the `Answer`; None after `beat`
+        seconds without one. Raises the ServiceError that ends them.
+        """
+        clock = asyncio.get_running_loop().time
+        while submission.unfinished or not submission.events.empty():
+            try:
+                async with asyncio.timeout_at(min(clock() + beat, submission.deadline)):
+                    event = await submission.events.get()
+            except TimeoutError:
+                event = None
+            # Also for a caller that takes pieces more slowly than they come.
+            if submission.unfinished and clock() >= submission.deadline:
+                raise TimedOut(f"the answer was not ready {self.timeout:g} s after its request")
+            if isinstance(event, ServiceError):
+                raise event
+            yield event
 
     def cancel(self, submission: Submission) -> None:
         """Drop unfinished answers; their rows are free before the next tick. May be repeated."""
-        with self._changed:
-            self._cancelled.append(submission)
-            self._changed.notify()
+        if submission in self._open:
+            self._end(submission, submission.unfinished)
+            self._coming = deque(coming for coming in self._coming if coming[0] is not submission)
+            self._left += [number for number, (own, _) in self._begun.items() if own is submission]
+            self._begun = {number: begun for number, begun in self._begun.items() if begun[0] is not submission}
 
     def drain(self) -> None:
         """Refuse new submissions; finish those that were accepted."""
-        with self._changed:
-            self._refusal = self._refusal or Closed("the server is shutting down")
+        self.refusal = self.refusal or Closed("the server is shutting down")
 
-    def close(self) -> None:
-        """End the thread after its current tick; unfinished answers get `Closed`. May be repeated."""
+    async def close(self) -> None:
+        """End after the current tick; unfinished answers get `Closed`. May be repeated."""
         self.drain()
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        self._thread.join()
+        self._end_all()
+        if self._engine is not None:
+            await self._engine
+        self._thread.shutdown()
 
-    def _release(self, n: int) -> None:
-        with self._changed:
-            self._pending -= n
+    def _end_all(self) -> None:
+        """End all submissions with the reason why new ones are refused."""
+        assert self.refusal is not None
+        self._has_ended = True
+        for submission in list(self._open):
+            self.cancel(submission)
+            submission.events.put_nowait(self.refusal)
 
-    # The methods below run in the service's thread.
+    def _end(self, submission: Submission, answers: int) -> None:
+        self.pending -= answers
+        submission.unfinished -= answers
+        if not submission.unfinished:
+            self._open.discard(submission)
 
-    def _run(self) -> None:
-        error: ServiceError = Closed("the server is shutting down")
+    async def _run(self) -> None:
+        """Run the engine until it has no more work."""
+        in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, self._thread)
         try:
-            while self._take_up():
-                if self._to_score:
-                    # Begin one prompt between two ticks, so that running answers don't stall.
-                    self._score(*self._to_score.popleft())
-                for piece in self._speaker.tick():
-                    self._hand_out(piece)
-                self._end_overdue()
+            while self._coming or self._begun or self._left:
+                while self._left:
+                    self._speaker.cancel(self._left.pop())
+                for submission, prompt in self._coming:
+                    if not submission.scored:
+                        self._begin(submission, prompt)
+                self._coming = deque(coming for coming in self._coming if coming[0].scored)
+                if self._coming:
+                    # Score one prompt between two ticks, so that running answers don't stall.
+                    submission, prompt = self._coming.popleft()
+                    ids = submission.requests[prompt].prompt
+                    scores = await in_thread(self.responder.token_scores, ids, submission.options)
+                    if submission in self._open:  # Its caller may have left meanwhile.
+                        submission.events.put_nowait(PromptScores(prompt, scores))
+                        self._begin(submission, prompt)
+                for piece in await in_thread(self._next_pieces) if self._begun else ():
+                    if piece.request not in self._begun:
+                        continue
+                    submission, index = self._begun[piece.request]
+                    submission.events.put_nowait(ChoiceDelta(index, piece))
+                    if piece.answer is not None:
+                        del self._begun[piece.request]
+                        self._end(submission, 1)
         except Exception as failure:
             log.exception("the engine has failed; restart the server, which answers nothing until then")
-            error = Broken(f"the engine has failed ({type(failure).__name__}): see the server's log, and restart the server")
-        with self._changed:
-            # `submit` refuses from here on, so nothing arrives that would stay unanswered.
-            self._has_ended = True
-            if self._refusal is None or isinstance(error, Broken):
-                self._refusal = error
-            left = list(self._open)
-        for submission in left:
-            self._close(submission)
-            submission.deliver(error)
-
-    def _take_up(self) -> bool:
-        """Wait for work and pass it to the engine. Returns False once the service is closing."""
-        with self._changed:
-            while not (self._arrived or self._cancelled or self._is_closing or self._to_score or self._speaker.busy):
-                self._changed.wait()
-            if self._is_closing:
-                return False
-            arrived, self._arrived = self._arrived, deque()
-            cancelled, self._cancelled = self._cancelled, []
-        for submission in arrived:
-            for prompt in range(len(submission.requests)):
-                if submission.scored:
-                    self._to_score.append((submission, prompt))
-                else:
-                    self._begin(submission, prompt)
-        for submission in cancelled:
-            self._forget(submission)
-        return True
+            name = type(failure).__name__
+            self.refusal = Broken(f"the engine has failed ({name}): see the server's log, and restart the server")
+            self._end_all()
 
     def _begin(self, submission: Submission, prompt: int) -> None:
         for sample in range(submission.samples):
             request = dataclasses.replace(submission.requests[prompt], sample=sample)
             number = self._speaker.submit(request, submission.options.stop)
-            submission.indices[number] = prompt * submission.samples + sample
-            self._by_number[number] = submission
-
-    def _score(self, submission: Submission, prompt: int) -> None:
-        tokens = self.responder.token_scores(submission.requests[prompt].prompt, submission.options)
-        self._begin(submission, prompt)
+            self._begun[number] = submission, prompt * submission.samples + sample
         if not submission.samples:
-            self._end_one(submission)
-        submission.deliver(PromptScores(prompt, tokens))
+            self._end(submission, 1)
 
-    def _hand_out(self, piece: Piece) -> None:
-        submission = self._by_number[piece.request]
-        delta = ChoiceDelta(submission.indices[piece.request], piece)
-        if piece.answer is not None:
-            del self._by_number[piece.request], submission.indices[piece.request]
-            self._end_one(submission)
-        submission.deliver(delta)
-
-    def _end_one(self, submission: Submission) -> None:
-        submission.unfinished -= 1
-        self._release(1)
-        if not submission.unfinished:
-            self._close(submission)
-
-    def _end_overdue(self) -> None:
-        now = time.monotonic()
-        unfinished = {*self._by_number.values(), *(one for one, _ in self._to_score)}
-        for submission in {one for one in unfinished if one.deadline < now}:
-            self._forget(submission)
-            submission.deliver(TimedOut(f"the answer was not ready {self.timeout:g} s after its request"))
-
-    def _forget(self, submission: Submission) -> None:
-        """Remove a submission's unfinished answers from the engine."""
-        self._to_score = deque(waiting for waiting in self._to_score if waiting[0] is not submission)
-        for number in submission.indices:
-            self._speaker.cancel(number)
-            del self._by_number[number]
-        submission.indices.clear()
-        self._close(submission)
-
-    def _close(self, submission: Submission) -> None:
-        """End a submission; its unfinished answers no longer count as pending. May be repeated."""
-        with self._changed:
-            self._open.discard(submission)
-            self._pending -= submission.unfinished
-            submission.unfinished = 0
+    def _next_pieces(self) -> list[Piece]:
+        """Tick until there are pieces, or until someone comes or leaves. Runs in the thread."""
+        while not (pieces := self._speaker.tick()) and not self._coming and not self._left:
+            pass
+        return pieces

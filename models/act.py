@@ -1,9 +1,9 @@
 """The model around any recursion: embeddings, one ACT step at a time, vocabulary and halting heads.
 
-It owns every weight, under the names of the published checkpoints. How many ACT steps a row takes
-is decided elsewhere: in training by training/text.py and training/puzzle.py, in generation by
-generation/engine.py. Shape suffixes as in models/layers.py; N is any number of tokens, P the
-positions of a puzzle's vector, which come before the tokens.
+It owns every weight, under the names of the published checkpoints. How many ACT steps a row takes in
+training is decided by training/text.py and training/puzzle.py. `refine` lets tokens halt in
+evaluation and in prompts, and generation/engine.py new ones. Shape suffixes as in models/layers.py;
+N is any number of tokens, P the positions of a puzzle's vector, which come before the tokens.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ from config.errors import UsageError
 from config.schema import ArchConfig
 from models.cache import HeldAttention, StatefulAttention
 from models.device import on_device
-from models.document_attention import DocumentAttention, can_attend_in_documents, documents_side_by_side
-from models.initialization import truncated_normal_
+from models.document_attention import can_attend_in_documents
 from models.layers import (
     Attend,
     BlockStack,
@@ -35,6 +33,7 @@ from models.layers import (
     TokenRows,
     rotary_table,
     row_attention,
+    truncated_normal_,
 )
 from models.recursive_reasoning import build_recursion
 from models.recursive_reasoning.base import States
@@ -120,11 +119,6 @@ class RecursiveModel(nn.Module):
         self._level_linears = [module for level in levels for module in level.modules() if isinstance(module, Linear)]
 
     @property
-    def head_dim(self) -> int:
-        """Channels of an attention head."""
-        return self.config.head_dim
-
-    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.embed_tokens.embedding_weight.device
@@ -162,7 +156,7 @@ class RecursiveModel(nn.Module):
             return None
         # As in the original: the angles of long rows need more than bfloat16's eight bits.
         exact = torch.promote_types(self.dtype, torch.float32)
-        table = rotary_table(positions.cpu(), self.head_dim, self.config.rope_theta, exact)
+        table = rotary_table(positions.cpu(), self.config.head_dim, self.config.rope_theta, exact)
         return Rotary(*(on_device(part.numpy(), self.device) for part in table))
 
     def row_attention(self, segments_BT: Tensor) -> RowAttention:
@@ -192,16 +186,8 @@ class RecursiveModel(nn.Module):
 
     @property
     def needs_no_rows(self) -> bool:
-        """Whether to use `document_attention`: compiled, on a GPU that has kernels for it."""
-        return self.is_compiled and can_attend_in_documents(self.config.attention, self.device, self.dtype, self.head_dim)
-
-    def document_attention(self, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
-        """Attention for documents that follow one another without padding.
-
-        starts: offset of each document's first token, and N at the end. segments_N: prompt
-        segments, as for `row_attention`.
-        """
-        return documents_side_by_side(self.config.attention, starts, segments_N)
+        """Whether to use models/document_attention.py: compiled, on a GPU that has kernels for it."""
+        return self.is_compiled and can_attend_in_documents(self.config.attention, self.device, self.dtype, self.config.head_dim)
 
     def act_step(
         self,
@@ -335,16 +321,12 @@ class RecursiveModel(nn.Module):
         )
 
     def halt_logits(self, output_ND: Tensor) -> Tensor:
-        """Halt and continue logits [N, 2] of outputs [N, D]: one pair a token of text (which uses
-        the first) or a puzzle's row.
-        """
+        """Halt and continue logits [N, 2] of outputs [N, D], of tokens or of puzzles' rows."""
         logits: Tensor = self.q_head(output_ND)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def halting_probability(self, output_ND: Tensor, act_step: int | Tensor) -> Tensor:
-        """Probability [N] that the argmax of outputs [N, D] is right after ACT step `act_step`
-        (from 0; one for all, or [N]).
-        """
+        """Probability [N] that the argmax is right after ACT step `act_step`, from 0 (one, or [N])."""
         deepest = self.halt_calibration.shape[1] - 1
         chosen = min(act_step, deepest) if isinstance(act_step, int) else act_step.clamp(max=deepest)
         scale, shift = self.halt_calibration[:, chosen]

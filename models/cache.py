@@ -71,9 +71,7 @@ class KVCache:
         device: torch.device,
         compiled: bool = False,
     ) -> None:
-        """compiled: torch.compile the level calls that extend rows by one token. The weights must
-        not change after that.
-        """
+        """compiled: torch.compile the extension of rows; the weights must not change after that."""
         shape = (rows, act_steps, lanes, 2, heads, positions, head_dim)
         self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self._views: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -32,10 +32,9 @@ _EPS = tl.constexpr(RMS_EPS)
 
 
 class _Plan(NamedTuple):
-    """An ACT step as a list of blocks; the input of each is a sum of numbered vectors.
+    """An ACT step as blocks, each with a sum of numbered vectors as input; its index is its lane.
 
-    Vectors 0 to n are the n states and the embedding, the others the outputs of the blocks. A
-    block's lane is its index.
+    Vectors 0 to n are the n states and the embedding, the others the outputs of the blocks.
     """
 
     blocks: list[tuple[int, tuple[int, ...]]]

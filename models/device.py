@@ -24,11 +24,7 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for `name`: auto, cpu, cuda (also ROCm) or mps (Apple). auto: the first available
-    of cuda, mps and cpu.
-
-    Raises UsageError if the named device isn't available.
-    """
+    """The device for `name`; auto: the first of cuda (also ROCm), mps (Apple) and cpu. Raises UsageError."""
     there_is = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_there in there_is.items() if is_there)
@@ -69,11 +65,9 @@ def has_compiler() -> bool:
 
 
 def should_compile(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
-    """Whether to torch.compile: if `wanted` (auto: on CUDA), unless the environment variable
-    DISABLE_COMPILE is set and not 0.
+    """Whether to torch.compile: as `wanted` (auto: on CUDA), unless DISABLE_COMPILE is set and not 0.
 
-    Raises UsageError on a CPU without a C++ compiler; torch would fail only in the middle of a
-    step.
+    Raises UsageError on a CPU without a C++ compiler; torch would fail only in the middle of a step.
     """
     if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0"):
         return False
@@ -112,11 +106,7 @@ def on_device(array: npt.ArrayLike, device: torch.device) -> torch.Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory. By default it returns every large tensor to the system, and
-    each new one needs fresh pages.
-
-    Does nothing without glibc.
-    """
+    """Make glibc, if there is one, keep freed memory: by default every large tensor needs new pages."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         # Allocate large tensors on the heap: freeing an mmap always returns its memory.

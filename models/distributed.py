@@ -1,8 +1,4 @@
-"""The ranks that torchrun starts: rank and size, sums, gathers and broadcasts.
-
-A single process runs the same code, and every method then returns its input. Knows no model and no
-rows.
-"""
+"""The ranks that torchrun starts. In a single process every method returns its input."""
 
 import contextlib
 import datetime
@@ -20,9 +16,6 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from config.errors import UsageError
-
-# Flat buffers of a sum over ranks have at most this many elements, to save transfers and memory.
-_BUCKET_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -53,18 +46,17 @@ class Ranks:
         """Replace tensors of one dtype and device by their sums over all ranks, bit for bit the
         same on each.
 
-        Sums flat buffers after the backward pass, without DDP: an optimizer step has several
+        Sums one flat buffer after the backward pass, without DDP: an optimizer step has several
         backward passes (none on a rank without rows), and with models this small there is little
         communication to overlap.
         """
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with lost_ranks_reported(self.rank):
-                dist.all_reduce(flat)
-            for target, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                target.copy_(summed.view_as(target))
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with lost_ranks_reported(self.rank):
+            dist.all_reduce(flat)
+        for target, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            target.copy_(summed.view_as(target))
 
     def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
         """The sum over all ranks of each of `numbers`, in float64."""
@@ -81,9 +73,7 @@ class Ranks:
         return values
 
     def gather_at_first(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, at the first one; an empty list elsewhere. Tensors in
-        them are on the host.
-        """
+        """`gather`, but an empty list on ranks other than the first."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_first else None
@@ -100,12 +90,11 @@ class Ranks:
         return values[0]
 
 
-def take_local_gpu(device: str) -> bool:
-    """Give each local rank of torchrun (LOCAL_RANK) its own GPU. Returns whether `device` is on
-    CUDA.
+ALONE = Ranks()
 
-    Raises UsageError if there are too few GPUs.
-    """
+
+def take_local_gpu(device: str) -> bool:
+    """Give each local rank its own GPU; returns whether `device` is on CUDA. Raises UsageError."""
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda and "LOCAL_RANK" in os.environ:
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -190,16 +179,3 @@ def lost_ranks_reported(rank: int) -> Iterator[None]:
             f"rank {rank} has lost another rank, whose own message says why it ended ({reason}); restart all of them "
             "(training: with resume=auto)"
         ) from error
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    elements = 0
-    for tensor in tensors:
-        if bucket and elements + tensor.numel() > _BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(tensor)
-        elements += tensor.numel()
-    if bucket:
-        yield bucket

@@ -52,11 +52,9 @@ def can_attend_in_documents(kind: str, device: torch.device, dtype: torch.dtype,
 
 
 def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) -> DocumentAttention:
-    """Attention within concatenated documents. starts: offsets of their first tokens, and N at the
-    end.
+    """Attention within concatenated documents. starts: offsets of their first tokens, and N.
 
-    causal: j <= i. prefix: j <= i, or i and j in the same prompt segment, a run of tokens with the
-    same number above 0.
+    causal: j <= i. prefix: j <= i, or i and j in the same prompt segment (equal numbers above 0).
     """
     starts_R1 = on_device(starts.astype(np.int32), segments_N.device)
     longest = int(np.diff(starts).max())
@@ -65,9 +63,7 @@ def documents_side_by_side(kind: str, starts: np.ndarray, segments_N: Tensor) ->
 
 
 def _visible_range(starts_R1: Tensor, segments_N: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last token [N] that each token sees: from the start of its document to itself or
-    the end of its prompt segment.
-    """
+    """First and last token [N] that each token sees."""
     tokens = len(segments_N)
     token_N = torch.arange(tokens, dtype=torch.int32, device=segments_N.device)
     document_N = torch.bucketize(token_N, starts_R1, right=True) - 1

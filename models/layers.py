@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from config.schema import ArchConfig
 from models.device import cpu_multiplies_bfloat16
-from models.initialization import truncated_normal_
 from models.product_attention import product_attention
 
 RMS_EPS = 1e-5
@@ -34,8 +33,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Rotary tables for integer `positions` [T], [B, T] or [N] (RoFormer, arXiv 2104.09864,
-    half-split pairs).
+    """Rotary tables for integer `positions` (RoFormer, arXiv 2104.09864, half-split pairs).
 
     Angles are float64, which not every device has; the tables are on the device of `positions`.
     """
@@ -57,9 +55,7 @@ TOKEN_MULTIPLE = 64
 
 
 class TokenRows(NamedTuple):
-    """The places of unpadded tokens in rows: token n is at position `index_N[n] % positions` of row
-    `index_N[n] // positions`.
-    """
+    """Places of unpadded tokens: `index_N` is row * positions + position of each."""
 
     index_N: Tensor
     rows: int
@@ -86,8 +82,7 @@ class Attend(Protocol):
 
 
 class RowAttention(NamedTuple):
-    """Attention within rows [B, T, H, K]: to all positions, to the past, or to those that `visible`
-    allows.
+    """Attention within rows [B, T, H, K]: to all positions, the past, or what `visible` allows.
 
     visible: bool [B or 1, 1, T, T].
     """
@@ -133,17 +128,14 @@ def row_attention(kind: str, segments_BT: Tensor | None, positions: int, documen
         raise ValueError(f"attention {kind!r}: expected full, causal, or prefix with segments")
     if documents_BT is None and kind != "prefix":
         return RowAttention(is_causal=kind == "causal")
-    visible_BTT: Tensor | None = None
+    marks = segments_BT if documents_BT is None else documents_BT
+    visible_BTT = torch.ones(1, positions, positions, dtype=torch.bool, device=None if marks is None else marks.device)
     if kind != "full":
-        device = (documents_BT if segments_BT is None else segments_BT).device  # type: ignore[union-attr]
-        visible_BTT = torch.ones(1, positions, positions, dtype=torch.bool, device=device).tril()
-    if kind == "prefix":
-        assert segments_BT is not None and visible_BTT is not None
+        visible_BTT = visible_BTT.tril()
+    if kind == "prefix" and segments_BT is not None:
         visible_BTT = visible_BTT | ((segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)) & (segments_BT != 0).unsqueeze(2))
     if documents_BT is not None:
-        same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
-        visible_BTT = same_BTT if visible_BTT is None else visible_BTT & same_BTT
-    assert visible_BTT is not None
+        visible_BTT = visible_BTT & (documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1))
     return RowAttention(visible=visible_BTT.unsqueeze(1))
 
 
@@ -172,6 +164,16 @@ def _are_many_scores(q_BHTK: Tensor) -> bool:
     """Always true while compiling: code that depended on the number of rows would be recompiled."""
     rows, heads, positions, _ = q_BHTK.shape
     return torch.compiler.is_compiling() or rows * heads * positions**2 >= _MANY_SCORES
+
+
+# Standard deviation of a unit normal cut at +-2: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)).
+_STD_OF_NORMAL_CUT_AT_2 = 0.87962566103423978
+
+
+def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
+    """Fill `tensor` as JAX does: from a normal truncated at 2 std, rescaled to standard deviation `std`."""
+    scale = std / _STD_OF_NORMAL_CUT_AT_2
+    return nn.init.trunc_normal_(tensor, std=scale, a=-2 * scale, b=2 * scale)
 
 
 class Linear(nn.Module):

@@ -1,8 +1,6 @@
-"""The losses: stablemax and softmax, chunked cross entropy over the vocabulary, halting losses of
-tokens and puzzles' rows.
+"""The losses: chunked cross entropy over the vocabulary, halting losses of tokens and rows.
 
-Text passes only its supervised tokens; no [tokens, vocabulary] tensor is larger than one chunk.
-Knows no slots.
+Text passes only its supervised tokens; no [tokens, vocabulary] tensor is larger than a chunk.
 """
 
 import functools
@@ -59,8 +57,7 @@ def _chunk_tokens(vocab_size: int, compiled: bool = False) -> int:
 
 
 def _logits_to_gradient(raw_NV: Tensor, labels_N: Tensor, weights_N: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """-log p(label) and argmax [N]. Overwrites the logits `raw_NV` with the gradient of the
-    weighted sum of -log p(label).
+    """-log p(label) and argmax [N]. Overwrites the logits with the gradient of the weighted sum.
 
     Compiled, it takes few passes over the logits, and no float32 copies of them.
     """
@@ -81,9 +78,7 @@ def _compiled_logits_to_gradient() -> Callable[[Tensor, Tensor, Tensor, str], tu
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_n w_n * -log p(label_n) with logits = output @ weight^T, by chunks of tokens; forward
-    computes the gradients too.
-    """
+    """sum_n w_n * -log p(label_n) by chunks of tokens; forward computes the gradients too."""
 
     @staticmethod
     def forward(
@@ -192,11 +187,9 @@ def token_loss(
     loss: str,
     compiled: bool = False,
 ) -> TokenLoss:
-    """CE + 0.5 BCE of supervised tokens. A token's halting logit is trained to predict whether its
-    argmax is right.
+    """CE + 0.5 BCE of supervised tokens, maybe of several ACT steps, with a weight each.
 
-    `weights_N`: weight of each token. Tokens of several ACT steps may be concatenated. compiled: as
-    for `linear_cross_entropy`.
+    The halting logit is trained to predict whether the argmax is right.
     """
     ce, nll_N, argmax_N = linear_cross_entropy(output_ND, head_VD, labels_N, weights_N, loss, compiled)
     right_N = (argmax_N == labels_N).to(halt_logits_N.dtype)

@@ -1,8 +1,6 @@
-"""Attention as matrix products, for CPUs with bfloat16 instructions, where torch's kernels take
-twice as long.
+"""Attention as matrix products, for CPUs with bfloat16 instructions: twice as fast as torch's.
 
-Scores and weights are rounded to bfloat16, like the products' inputs. The softmax is computed in
-float32, and gradients are summed over blocks in float32. Measured in docs/benchmarks.md.
+Scores and weights are rounded to bfloat16. The softmax and sums of gradients are float32.
 """
 
 from typing import Any
@@ -16,11 +14,10 @@ _QUERIES = 128
 
 @torch.library.custom_op("trm::product_attention", mutates_args=())
 def product_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
-    """Scaled dot-product attention [B, H, T, K] of T queries to T keys, with gradients for q, k and
-    v.
+    """Scaled dot-product attention [B, H, T, K], with gradients for q, k and v.
 
-    visible: bool [B or 1, 1, T, T], with at least one key for every query. None: all keys, or with
-    `is_causal` those up to the query.
+    visible: bool [B or 1, 1, T, T], some key for every query; None: all keys, or by `is_causal` the
+    past.
     """
     q_MTK, k_MTK, v_MTK = map(_heads, (q_BHTK, k_BHTK, v_BHTK))
     y_MTK = torch.empty_like(v_MTK)
@@ -89,7 +86,6 @@ def _heads(x_BHTK: Tensor) -> Tensor:
 
 
 def _blocks(positions: int, is_causal: bool) -> list[tuple[slice, slice]]:
-    """Blocks of queries, and the keys that each may see."""
     starts = range(0, positions, _QUERIES)
     stops = [min(start + _QUERIES, positions) for start in starts]
     return [(slice(start, stop), slice(0, stop if is_causal else positions)) for start, stop in zip(starts, stops, strict=True)]

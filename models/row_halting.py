@@ -1,5 +1,4 @@
-"""When a puzzle's row halts, and the target of its continuing logit: the rules of
-TinyRecursiveModels and HRM.
+"""When a puzzle's row halts, and the target of its continuing logit: the rules of TRM and HRM.
 
 Pure functions: no random numbers, no slots. Text halts by token instead (models/act.py).
 """

@@ -1,8 +1,7 @@
-"""One learned vector per puzzle, trained by signSGD. A step reads and writes only the vectors of
-its own puzzles.
+"""One learned vector per puzzle, trained by signSGD. A step touches only those of its puzzles.
 
-The table is a buffer, not a parameter: it has no dense gradient, and neither optimizer nor moving
-average changes it. Shape suffixes: B rows of a batch, P puzzles, K puzzles of a step, C channels.
+The table is a buffer: neither optimizer nor moving average changes it. Shape suffixes: B rows of a
+batch, P puzzles, K puzzles of a step, C channels.
 """
 
 import torch
@@ -35,11 +34,9 @@ class SparseEmbedding(nn.Module):
         self._looked_up.clear()
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
-        """Ids [K], ascending, and gradients [K, C] of the puzzles looked up since the last call,
-        summed over rows and ranks.
+        """Ids [K], ascending, and gradients [K, C] since the last call, summed over rows and ranks.
 
-        None if nothing was looked up or has a gradient. All ranks must agree on that, and look up
-        the same number of rows.
+        None without any. All ranks must agree on that, and look up the same number of rows.
         """
         reached = [(ids_B, grad_BC) for ids_B, vectors_BC in self._looked_up if (grad_BC := vectors_BC.grad) is not None]
         self._looked_up.clear()
@@ -53,7 +50,6 @@ class SparseEmbedding(nn.Module):
 
 
 def _gathered(part: Tensor) -> Tensor:
-    """The parts of all ranks, concatenated."""
     whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
     with lost_ranks_reported(dist.get_rank()):
         dist.all_gather_into_tensor(whole, part.contiguous())
@@ -62,11 +58,9 @@ def _gathered(part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sign_sgd_(embedding: SparseEmbedding, lr: float, weight_decay: float) -> None:
-    """After a backward pass, p = p (1 - lr * weight_decay) - lr sign(g) for the vectors looked up
-    since the last step.
+    """p = p (1 - lr * weight_decay) - lr sign(g) for the vectors looked up since the last step.
 
-    HRM's optimizer for these vectors (arXiv 2506.21734). With so few gradients for each, it is
-    close to Adam.
+    HRM's optimizer for these vectors (arXiv 2506.21734).
     """
     taken = embedding.take_gradient()
     if taken is None:

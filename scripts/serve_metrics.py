@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from generation.service import ChoiceDelta, Event, Service
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
-_ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 
 
 class Metrics:
@@ -62,7 +62,7 @@ class Metrics:
         """`app`, with timed requests for answers. A client that left has status 499."""
 
         async def timed(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http" or scope["path"] not in _ENDPOINTS:
+            if scope["type"] != "http" or scope["path"] not in (CHAT_PATH, TEXT_PATH):
                 return await app(scope, receive, send)
             begin, status = time.monotonic(), 499
 

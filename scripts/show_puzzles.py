@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ from safetensors.numpy import load_file
 from config.errors import UsageError, one_clear_message
 from config.schema import user_path
 from dataset.puzzles import sudoku
-from dataset.puzzles.kinds import Arc, Sudoku, kind_of
+from dataset.puzzles.kinds import Arc, Kind, Sudoku, kind_of
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleData
-from dataset.puzzles.storage import PuzzleMetadata
 
 _PANEL_INCHES = 2.4
 # With more rows the picture would be too large to look at.
@@ -49,23 +47,6 @@ _ARC_COLOURS = [
 _MAZE_COLOURS = [_PADDING, "#333333", "#ffffff", "#2ecc40", "#b10dc9", "#7fb8ff"]
 
 Tokens = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Look:
-    """How to draw a kind of puzzle: a colour for each token, and whether to write tokens as digits."""
-
-    side: int
-    colours: Sequence[str]
-    shows_digits: bool
-
-
-def look_of(metadata: PuzzleMetadata) -> Look:
-    """How to draw this kind of puzzle. Raises `UsageError` for an unknown kind."""
-    kind = kind_of(metadata)
-    if isinstance(kind, Sudoku):
-        return Look(kind.side, ["#ffffff"] * metadata.vocab_size, True)
-    return Look(kind.side, _ARC_COLOURS if isinstance(kind, Arc) else _MAZE_COLOURS, False)
 
 
 def read_predictions(path: Path, row: int) -> list[tuple[str, Tokens]]:
@@ -86,7 +67,7 @@ def read_predictions(path: Path, row: int) -> list[tuple[str, Tokens]]:
 
 def draw(data: PuzzleData, rows: Sequence[int], outputs: Path | None, path: Path) -> None:
     """Draw a line of panels for each row: input, answer, predictions. Raises `UsageError`."""
-    look = look_of(data.metadata)
+    kind = kind_of(data.metadata)
     [set_name, *_] = data.sets
     size = len(data.sets[set_name])
     if not 0 < len(rows) <= _MOST_ROWS or not all(0 <= row < size for row in rows):
@@ -108,12 +89,12 @@ def draw(data: PuzzleData, rows: Sequence[int], outputs: Path | None, path: Path
     figure = Figure(figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * 1.15 * len(lines)), layout="constrained")
     axes = figure.subplots(len(lines), columns, squeeze=False)
     for line, (panels, answer, supervised) in zip(axes, lines, strict=True):
-        seen = ((panels[0][1] != data.metadata.pad_id) | supervised).reshape(look.side, look.side)
+        seen = ((panels[0][1] != data.metadata.pad_id) | supervised).reshape(kind.side, kind.side)
         for axis in line:
             axis.axis("off")
         for number, (axis, (title, tokens)) in enumerate(zip(line, panels, strict=False)):
             wrong_cells = (tokens != answer) & supervised if number > 1 else np.zeros_like(supervised)
-            _draw_grid(axis, tokens.reshape(look.side, -1), wrong_cells.reshape(look.side, -1), seen, look)
+            _draw_grid(axis, tokens.reshape(kind.side, -1), wrong_cells.reshape(kind.side, -1), seen, kind)
             axis.set_title(title, fontsize=8)
     try:
         figure.savefig(path, dpi=110, format="png")
@@ -121,19 +102,20 @@ def draw(data: PuzzleData, rows: Sequence[int], outputs: Path | None, path: Path
         raise UsageError(f"the picture can't be written to {str(path)!r}: {error}; name another --output") from error
 
 
-def _draw_grid(axis: Any, tokens: Tokens, wrong: npt.NDArray[np.bool_], seen: npt.NDArray[np.bool_], look: Look) -> None:
-    axis.pcolormesh(
-        tokens, cmap=ListedColormap(look.colours), vmin=0, vmax=len(look.colours) - 1, edgecolors="#999999", linewidth=0.3
-    )
+def _draw_grid(axis: Any, tokens: Tokens, wrong: npt.NDArray[np.bool_], seen: npt.NDArray[np.bool_], kind: Kind) -> None:
+    """A colour for each token; Sudokus are white, with digits."""
+    is_sudoku = isinstance(kind, Sudoku)
+    colours = ["#ffffff"] * 2 if is_sudoku else _ARC_COLOURS if isinstance(kind, Arc) else _MAZE_COLOURS
+    axis.pcolormesh(tokens, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1, edgecolors="#999999", linewidth=0.3)
     for row, column in np.argwhere(wrong).tolist():
         axis.add_patch(Rectangle((column + 0.05, row + 0.05), 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.2))
-    if look.shows_digits:
+    if is_sudoku:
         for (row, column), token in np.ndenumerate(tokens):
             if token > 1:
                 axis.text(column + 0.5, row + 0.5, str(token - 1), ha="center", va="center", fontsize=8)
-        [shape] = [shape for shape in (sudoku.NINE, sudoku.SIX) if shape.side == look.side]
-        axis.hlines(range(0, look.side + 1, shape.box_height), 0, look.side, color="black", linewidth=1)
-        axis.vlines(range(0, look.side + 1, shape.box_width), 0, look.side, color="black", linewidth=1)
+        [shape] = [shape for shape in (sudoku.NINE, sudoku.SIX) if shape.side == kind.side]
+        axis.hlines(range(0, kind.side + 1, shape.box_height), 0, kind.side, color="black", linewidth=1)
+        axis.vlines(range(0, kind.side + 1, shape.box_width), 0, kind.side, color="black", linewidth=1)
     # A canvas is mostly padding: show only the part with the puzzle.
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
     axis.set(xlim=(columns[0], columns[-1] + 1), ylim=(rows[-1] + 1, rows[0]), aspect="equal")

@@ -2,7 +2,7 @@
 pieces that they use.
 
     python scripts/train_tokenizer.py --vocab-size 4096 --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
-    python scripts/train_tokenizer.py --trim --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
+    python scripts/train_tokenizer.py --trim [--min-count N] --data FOLDER_OR_FILE [--output FILE] [KEY=VALUE ...]
 
 Settings are those of a training run (dataset=slimorca, dataset.seed=1, ...); with the same ones,
 held-out rows aren't used. --data is short for dataset=jsonl with this folder or file. A run uses
@@ -17,8 +17,8 @@ import itertools
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from artifacts.files import whole_file  # noqa: E402
 from config.compose import compose_config  # noqa: E402
 from config.errors import UsageError, one_clear_message  # noqa: E402
 from config.schema import PretrainInstructConfig, user_path  # noqa: E402
@@ -36,7 +37,6 @@ from dataset.text.conversation import TaggedRole, Template  # noqa: E402
 from dataset.text.token_cache import Split  # noqa: E402
 from dataset.text.tokenizer import Tokenizer, resolve_tokenizer_path  # noqa: E402
 from models.act import RecursiveModel  # noqa: E402
-from scripts.fetch_tokenizer import write_atomically  # noqa: E402
 from training.estimate import count_parameters  # noqa: E402
 
 _HELD_OUT_ROWS = 2000
@@ -47,21 +47,19 @@ _NO_ROWS = "expected training rows, found none: check the data and dataset.test_
 _Proto: Any = sentencepiece_model_pb2
 
 
-def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
+def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Tokenizer:
     """Train a lossless BPE model (except for U+2581). The same rows give the same model, byte for
     byte.
 
     rows: texts of the turns. Rare characters are encoded as bytes. BOS and EOS are control pieces.
     Raises `UsageError` for no text, and for a vocabulary that is too large or too small for it.
     """
-    sentences = (part for row in rows for text in row for part in _RESERVED.split(text) if part)
-    first = next(sentences, None)
-    if first is None:
+    if not any(map(any, rows)):
         raise UsageError(_NO_ROWS)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=chain([first], sentences),
+            sentence_iterator=(part for row in rows for text in row for part in _RESERVED.split(text) if part),
             model_writer=model,
             vocab_size=vocab_size,
             # A unigram model took 20 times as long to train, and gave no fewer tokens.
@@ -88,11 +86,11 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(model.getvalue())
 
 
-def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
+def trim_tokenizer(tokenizer: Tokenizer, rows: Sequence[Row], min_count: int = 1) -> Tokenizer:
     """The tokenizer without the pieces that neither `rows`, the template nor ASCII characters need.
 
-    rows: texts of the turns. They keep their pieces, with other ids; other text is encoded in
-    smaller pieces or bytes, and decodes as before. Raises `UsageError` for no rows, and unless the
+    rows: texts of the turns. They keep the pieces that occur at least `min_count` times, with other
+    ids; other text is encoded in smaller pieces or bytes, and decodes as before. Raises `UsageError` for no rows, and unless the
     tokenizer is a SentencePiece BPE model with byte fallback: with another kind, fewer pieces could
     change the encoding of the rows, or make text unknown.
     """
@@ -106,15 +104,12 @@ def trim_tokenizer(tokenizer: Tokenizer, rows: Iterable[Row]) -> Tokenizer:
             f"--trim: {tokenizer.path} isn't a SentencePiece model of the kind BPE with byte fallback: name one by "
             "dataset.tokenizer_path"
         )
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
+    if not rows:
         raise UsageError(_NO_ROWS)
     template = Template()
     always = (*map(template.tag, get_args(TaggedRole)), *map(chr, range(32, 127)))
-    used = set[int]()
-    for row in chain([always, first], rows):
-        used.update(*tokenizer.encode_batch(row))
+    counts = Counter(token for row in rows for text in row for token in tokenizer.encode(text))
+    used = {token for token, count in counts.items() if count >= min_count}.union(*map(tokenizer.encode, always))
     rank = {piece.piece: -piece.score for piece in model.pieces if piece.type == _Proto.ModelProto.SentencePiece.NORMAL}
     kept = set[str]()
     for token in used:
@@ -160,7 +155,7 @@ def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """UTF-8 bytes of the texts per token."""
-    return sum(len(text.encode()) for text in texts) / sum(map(len, tokenizer.encode_batch(texts)))
+    return sum(len(text.encode()) for text in texts) / sum(len(tokenizer.encode(text)) for text in texts)
 
 
 def report(config: PretrainInstructConfig, path: Path) -> None:
@@ -201,14 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--vocab-size", type=int, help="train one with this many pieces, of which 256 are bytes and 3 no text")
     kind.add_argument("--trim", action="store_true", help="trim dataset.tokenizer_path to the pieces that the data uses")
+    parser.add_argument("--min-count", type=int, help="with --trim: keep pieces that occur this often, default 1")
     parser.add_argument("--data", type=user_path, help="folder or file of conversations; default: the data of the settings")
     parser.add_argument("--output", type=user_path, help="default: tokenizers/<dataset.source>-<vocab size>/tokenizer.model")
     parser.add_argument("--max-rows", type=int, default=100_000, help="use at most this many rows, drawn by `seed`")
     options = parser.parse_intermixed_args(arguments)
     with one_clear_message():
-        for flag, value in (("--max-rows", options.max_rows), ("--vocab-size", options.vocab_size)):
+        if options.min_count is not None and not options.trim:
+            raise UsageError("--min-count trims: give it with --trim, or leave it out")
+        for flag in ("max_rows", "vocab_size", "min_count"):
+            value = getattr(options, flag)
             if value is not None and value < 1:
-                raise UsageError(f"{flag}: expected 1 or more, found {value}")
+                raise UsageError(f"--{flag.replace('_', '-')}: expected 1 or more, found {value}")
         config = settings(options.data, options.overrides)
         kind_name = "trimmed" if options.trim else options.vocab_size
         output = options.output or REPOSITORY / f"tokenizers/{config.dataset.source}-{kind_name}/tokenizer.model"
@@ -216,13 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UsageError(f"{output} exists already, and what was trained with it needs it: use another --output, or delete it")
         rows = draw_rows(rows_of(config, "train"), options.max_rows, config.seed)
         if options.trim:
-            tokenizer = trim_tokenizer(Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path)), rows)
+            whole = Tokenizer(resolve_tokenizer_path(config.dataset.tokenizer_path))
+            tokenizer = trim_tokenizer(whole, rows, options.min_count or 1)
         else:
             tokenizer = train_tokenizer(rows, options.vocab_size)
-        try:
-            write_atomically(output, tokenizer.model_bytes)
-        except OSError as error:
-            raise UsageError(f"{output} can't be written: {error}; use another --output") from error
+        with whole_file(output, "use another --output") as partial:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(tokenizer.model_bytes)
         print(f"{'trimmed to the pieces of' if options.trim else 'trained on'} {len(rows):,} rows")
         report(config, output)
 

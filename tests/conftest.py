@@ -18,10 +18,10 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from config.compose import compose_config
-from config.schema import PretrainInstructConfig
+from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.text.conversation import Template
 from dataset.text.loader import Example, TextDataset
-from dataset.text.token_cache import LoadedSplit, load_split
+from dataset.text.token_cache import Split, load_split
 from dataset.text.tokenizer import Tokenizer
 from models.act import RecursiveModel
 
@@ -99,7 +99,7 @@ LONG_FILES = (
     "resume",
     "benchmarks",
     "engine",
-    "doors",
+    "entry_scripts",
     "act",
     "loop",
     "sweeps",
@@ -176,22 +176,28 @@ def random_examples() -> Callable[..., list[Example]]:
     return build
 
 
-def load_file(path: Path, tokenizer: Tokenizer, **changes: Any) -> LoadedSplit:
-    """`load_split` of a file that is wholly one split, with `changes` to its arguments; its cache lies beside it."""
-    arguments: dict[str, Any] = {
-        "source": path,
-        "split": "train",
-        "tokenizer": tokenizer,
-        "template": Template(),
-        "seq_len": 64,
-        "subset_size": None,
-        "hash_split": None,
-        "default_system_prompt": None,
-        "long_rows": "truncate",
-        "on_bad_row": "error",
-        "cache_dir": path.parent / "cache",
-    }
-    return load_split(**{**arguments, **changes})
+@functools.cache
+def file_config() -> DatasetConfig:
+    return compose_config("cfg_pretrain_instruct", ["dataset=jsonl", "dataset.seq_len=64"]).dataset
+
+
+def load_file(
+    source: Path | Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    split: Split = "train",
+    template: Template | None = None,
+    alone: bool = False,
+    **changes: Any,
+) -> TextDataset:
+    """`load_split` of a file, or several, with `changes` to its settings: wholly one split unless they have a `test_ratio`.
+
+    The cache lies beside the first file.
+    """
+    files = [source] if isinstance(source, Path) else list(source)
+    usual = {"default_system_prompt": None, "long_rows": "truncate", "cache_dir": str(files[0].parent / "cache")}
+    config = file_config().model_copy(update={**usual, **changes})
+    return load_split(config, files, split, tokenizer, template or Template(), by_hash="test_ratio" in changes, alone=alone)
 
 
 @pytest.fixture
@@ -201,7 +207,7 @@ def text_dataset(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Callable[[Sequenc
     def build(rows: Sequence[dict[str, Any]]) -> TextDataset:
         source = tmp_path / "rows.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return TextDataset(load_file(source, tiny_tokenizer, seq_len=256))
+        return load_file(source, tiny_tokenizer, seq_len=256)
 
     return build
 

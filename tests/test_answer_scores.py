@@ -27,11 +27,6 @@ def test_wilson_bound_lies_between_zero_and_the_share_and_grows_with_it(count: i
     assert wilson_lower_bound(2 * correct, 2 * count) >= bound
 
 
-def test_impossible_counts_are_refused() -> None:
-    with pytest.raises(UsageError, match="correct=3, count=2"):
-        wilson_lower_bound(3, 2)
-
-
 def test_scores_of_each_family_and_overall() -> None:
     families = ["sum"] * 4 + ["logic"] * 6
     references = ["7", "8", "9", "7", "yes", "no", "yes", "yes", "no", "yes"]
@@ -77,8 +72,6 @@ def test_no_constant_answer_beats_the_baseline(rows: list[tuple[str, str]], cons
         assert score["accuracy"] <= score["baseline"]
 
 
-def test_unequal_lengths_and_an_empty_split_are_refused() -> None:
-    with pytest.raises(UsageError, match="2, 1 and 1"):
-        score_answers(["a", "a"], ["1"], ["1"])
+def test_an_empty_split_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         score_answers([], [], [])

@@ -14,6 +14,7 @@ from config.errors import UsageError
 from dataset.puzzles.arc_grids import SEQ_LEN, Augmentation, Pair, lay_out
 from dataset.puzzles.storage import write_identifiers
 from evaluators.arc import ARC, Votes
+from models.distributed import Ranks
 
 PLAIN = Augmentation(0, tuple(range(10)))
 TURNED = Augmentation(1, (0, 2, 3, 4, 5, 6, 7, 8, 9, 1))
@@ -102,19 +103,25 @@ def test_the_ks_are_those_of_the_original(folder: Path) -> None:
 
 @pytest.mark.parametrize("share", [slice(0, None, 2), slice(0, 5), slice(0, 0)])
 def test_two_ranks_give_what_one_gives(folder: Path, share: slice) -> None:
-    """Through a function that is passed in; which rank has which votes doesn't matter."""
+    """Which rank has which votes doesn't matter."""
     first, second = (ARC(folder, pass_ks=(1, 2, 3)) for _ in range(2))
     of_second: list[Votes] = []
 
-    def send(votes: Votes) -> None:
-        of_second.append(votes)
+    class Second(Ranks):
+        def gather_at_first(self, value: Votes) -> list[Votes]:
+            of_second.append(value)
+            return []
+
+    class First(Ranks):
+        def gather_at_first(self, value: Votes) -> list[Votes]:
+            return [value, *of_second]
 
     second.add(**batch_of([vote for vote in VOTES if vote not in VOTES[share]]))
-    assert second.result(folder, gather=send) is None
+    assert second.result(folder, Second(1, 2)) == {}
     assert not (folder / "submission.json").exists()
     if VOTES[share]:
         first.add(**batch_of(VOTES[share]))
-    assert first.result(folder, gather=lambda votes: [votes, *of_second]) == BY_HAND
+    assert first.result(folder, First(0, 2)) == BY_HAND
     assert json.loads((folder / "submission.json").read_text()) == SUBMISSION
 
 
@@ -122,7 +129,7 @@ def vote_as_rank(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     arc = ARC(folder, pass_ks=(1, 2, 3))
     arc.add(**batch_of(VOTES[rank::2]))
-    (folder / f"rank_{rank}.json").write_text(json.dumps(arc.result(folder)))
+    (folder / f"rank_{rank}.json").write_text(json.dumps(arc.result(folder, Ranks(rank, 2))))
     torch.distributed.destroy_process_group()
 
 
@@ -133,7 +140,7 @@ def test_two_processes_of_torch_distributed(folder: Path) -> None:
         rank.start()
     for rank in ranks:
         rank.join(timeout=120)
-    assert [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)] == [BY_HAND, None]
+    assert [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)] == [BY_HAND, {}]
     assert json.loads((folder / "submission.json").read_text()) == SUBMISSION
 
 

@@ -657,7 +657,7 @@ def checkpoint(
     return folder
 
 
-# The door, whose second rank is killed in its third block, while the first one is at its third; at the first start only.
+# The script, whose second rank is killed in its third block, while the first one is at its third; at the first start only.
 DYING = """
 import os, runpy, signal, time
 import generation.batch

@@ -17,7 +17,7 @@ from benchmarks.decoding import Setting
 from benchmarks.naive import stablemax_cross_entropy
 from benchmarks.train_step import CHANGES, Naive, Ours, compare, settings, taken_away
 from config.errors import UsageError
-from tests.test_doors import run_door, run_well
+from tests.test_entry_scripts import run_script, run_well
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_ARCH = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2"]
@@ -142,7 +142,7 @@ def test_what_the_naive_way_is_not_written_for_is_refused(overrides: list[str], 
 
 @pytest.mark.parametrize("benchmark", ["train_step", "decoding"])
 def test_wrong_settings_are_told_without_a_traceback(benchmark: str) -> None:
-    told = run_door(f"benchmarks/{benchmark}.py", *TINY, "arch=hrm", "arch.H_layers=1", folder=REPOSITORY)
+    told = run_script(f"benchmarks/{benchmark}.py", *TINY, "arch=hrm", "arch.H_layers=1", folder=REPOSITORY)
     assert told.status == 2
     assert told.err.startswith("error: the naive way is written for arch=trm") and "Traceback" not in told.err
 

@@ -12,7 +12,7 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options
 from generation.engine import Token
 from generation.sampling import Sampling
-from scripts.chat_completions import ApiError, ChatRequest, parse_request, token_logprobs
+from scripts.completions import ApiError, ChatRequest, parse_request, token_logprobs
 
 DEFAULT = Options(8, 4, halt_threshold=0.75, sampling=Sampling(temperature=0.5, top_k=7), stop=("#",))
 

@@ -1,6 +1,7 @@
 """A checkpoint is whole (contract 7): it round-trips, appears at once or not at all, and damage is told."""
 
 import json
+import pkgutil
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import artifacts.checkpoint
 import config.upgrade as config_upgrade
 from artifacts.checkpoint import (
     Snapshot,
@@ -123,13 +123,13 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path, save: Save) -> 
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("at", ["save_weights", "_write_json", "_sync"])
+@pytest.mark.parametrize("at", ["artifacts.checkpoint.save_weights", "artifacts.checkpoint.to_json", "artifacts.files._sync"])
 @pytest.mark.parametrize("failure", [OSError("disk full"), SafetensorError("disk full"), KeyboardInterrupt()])
 def test_a_failure_in_the_middle_leaves_no_checkpoint(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, at: str, failure: BaseException
 ) -> None:
     folder, calls = tmp_path / "run/step_7", []
-    real = getattr(artifacts.checkpoint, at)
+    real = pkgutil.resolve_name(at)
 
     def fails_the_second_time(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -138,7 +138,7 @@ def test_a_failure_in_the_middle_leaves_no_checkpoint(
         return real(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts.checkpoint, at, fails_the_second_time)
+        patched.setattr(at, fails_the_second_time)
         with pytest.raises((UsageError, KeyboardInterrupt)) as error:
             save(folder, ema=True)
     if not isinstance(failure, KeyboardInterrupt):
@@ -274,7 +274,7 @@ def test_another_format_or_config_is_refused(tmp_path: Path, save: Save) -> None
     (folder / "checkpoint.json").write_text(json.dumps(about))
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("hidden_size:", "hiden_size:"))
-    with pytest.raises(UsageError, match="did you mean hidden_size"):
+    with pytest.raises(UsageError, match=r"did you mean arch\.hidden_size"):
         open_checkpoint(folder)
 
 
@@ -383,6 +383,19 @@ def test_a_damaged_calibration_is_told(tmp_path: Path, save: Save, content: str 
         path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
     with pytest.raises(UsageError, match=r"step_7/halting\.json.*delete the file"):
         load_model(checkpoint, checkpoint.config)
+
+
+def test_a_calibration_of_another_format_is_told_and_notes_for_people_may_be_anything(tmp_path: Path, save: Save) -> None:
+    save(tmp_path / "step_7")
+    checkpoint = open_checkpoint(tmp_path / "step_7")
+    path = write_halting_calibration(checkpoint, CALIBRATION)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "measured": ["by hand", None]}))
+    assert read_halting_calibration(checkpoint) == CALIBRATION
+    for other in ({**values, "format_version": 2}, {key: value for key, value in values.items() if key != "format_version"}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(UsageError, match=r"no halting calibration of format 1: format_version .*delete the file"):
+            read_halting_calibration(checkpoint)
 
 
 def test_a_failure_leaves_the_calibration_that_was_there(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.nn.attention import varlen
 
 import models.act
 import models.losses
+import training.text
 from config.schema import PretrainInstructConfig
 from dataset.text.curriculum import Curriculum
 from dataset.text.loader import Example, ExampleStream
@@ -135,8 +136,8 @@ def test_documents_side_by_side_need_no_rows(
     compile_by("aot_eager", monkeypatch)
     monkeypatch.setattr(models.act, "can_attend_in_documents", lambda *_: True)
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
-    masks = Mock(wraps=models.act.documents_side_by_side)
-    monkeypatch.setattr(models.act, "documents_side_by_side", masks)
+    masks = Mock(wraps=training.text.documents_side_by_side)
+    monkeypatch.setattr(training.text, "documents_side_by_side", masks)
     config = config_of_uneven_rows(tiny_config, f"arch.attention={attention}", "packing=packed")
     assert_compiled_equals_eager(config, uneven_rows(random_examples))
     assert masks.call_count > 25

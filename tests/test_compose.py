@@ -240,8 +240,8 @@ def test_a_preset_with_the_old_name_of_a_group_gets_the_new_one() -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean hidden_size?"),
-        (["+arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean hidden_size?"),
+        (["arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean arch.hidden_size?"),
+        (["+arch.hiden_size=3"], "arch.hiden_size: no such key, did you mean arch.hidden_size?"),
         (["lrr=3"], "lrr: no such key, did you mean lr?"),
         (["arhc.hidden_size=3"], "arhc.hidden_size: no such key, did you mean arch.hidden_size?"),
         (["hidden_size=3"], "hidden_size: no such key, did you mean arch.hidden_size?"),
@@ -289,7 +289,7 @@ def test_overriding_changes_what_is_named_and_nothing_else() -> None:
     ("override", "told"),
     [
         ("nonsense", "expected key=value"),
-        ("arch.hiden_size=3", "arch.hiden_size: no such key, did you mean hidden_size?"),
+        ("arch.hiden_size=3", "arch.hiden_size: no such key, did you mean arch.hidden_size?"),
         ("lr.x=3", "lr.x: no such key"),
         ("=3", "no such key"),
         ("lr=1,2", "has several values"),

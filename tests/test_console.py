@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def shown(
         with Console(config, total=1200, done=done, seconds=seconds, shown=True) as console:
             for step in range(1 + done // 4, 301):
                 console.advance(4 * step)
-                console.line(step, 4 * step, {"loss": 10 / step, "act_steps": None}, GIGABYTE)
+                console.line(step, 4 * step, {"loss": 10 / step, "act_steps": 2}, GIGABYTE)
         return tuple(capsys.readouterr())
 
     return run
@@ -47,7 +48,7 @@ def test_without_a_terminal_a_line_each_half_minute(shown: Callable[..., tuple[s
     ]
     lines = err.splitlines()
     assert len(lines) == 10 and "\r" not in err
-    assert lines[0] == "step 30: loss 0.333, act_steps -, 4 ex/s, 10%, 04:30 left"
+    assert lines[0] == "step 30: loss 0.333, act_steps 2.000, 4 ex/s, 10%, 04:30 left"
     assert lines[-1].endswith("100%, 00:00 left")
 
 
@@ -76,6 +77,15 @@ def test_other_ranks_show_nothing(tiny_config: Callable[..., PretrainInstructCon
     with Console(tiny_config(), total=8, done=0, seconds=0.0, shown=False) as console:
         console.line(1, 4, {"loss": 1.0}, GIGABYTE)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_without_figures_has_no_gap(
+    tiny_config: Callable[..., PretrainInstructConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Console(tiny_config(), total=12, done=0, seconds=0.0, shown=True) as console:
+        console._line_at -= 60
+        console.line(3, 12, {}, GIGABYTE)
+    assert re.search(r"^step 3: [\d,]+ ex/s, 100%, 00:00 left$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_held_out_results_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from config.errors import UsageError
 from dataset.text.conversation import (
     Template,
     Turn,
-    encode_batch,
     encode_conversation,
     encode_prompt,
     with_default_system,
@@ -110,15 +109,12 @@ def test_an_empty_system_turn_is_none_and_the_default_stands_in() -> None:
     assert with_default_system(own, "Help.") == own
 
 
-def test_a_batch_equals_its_rows_and_cuts_count_what_is_kept() -> None:
-    rows = [[Turn("user", "Name it."), answer("A long answer of many words")], [Turn("user", "x"), answer("é")]]
-    whole = [encode_conversation(row, TOKENIZER, TEMPLATE) for row in rows]
-    cut_at = len(whole[0].ids) - 3
-    cut = encode_batch(rows, TOKENIZER, TEMPLATE, max_ids=cut_at)
-    assert np.array_equal(cut[1].ids, whole[1].ids) and cut[1].turn_bytes == len("é".encode())
-    assert np.array_equal(cut[0].ids, whole[0].ids[:cut_at])
-    assert cut[0].full_length == len(whole[0].ids)
-    assert cut[0].turn_bytes == len(TOKENIZER.decode(cut[0].ids[cut[0].supervised])) < whole[0].turn_bytes
+def test_a_cut_counts_what_is_kept() -> None:
+    row = [Turn("user", "Name it."), answer("A long answer of many words")]
+    whole = encode_conversation(row, TOKENIZER, TEMPLATE)
+    cut = encode_conversation(row, TOKENIZER, TEMPLATE, len(whole.ids) - 3)
+    assert np.array_equal(cut.ids, whole.ids[:-3]) and cut.full_length == len(whole.ids)
+    assert cut.turn_bytes == len(TOKENIZER.decode(cut.ids[cut.supervised])) < whole.turn_bytes
 
 
 def test_the_template_goes_through_a_checkpoint_and_refuses_what_it_does_not_know() -> None:
@@ -138,7 +134,7 @@ def test_a_shortened_prompt_keeps_the_answer_the_turns_forms_and_the_end_of_the_
 ) -> None:
     history = [replace(turn, supervised=False) for turn in history]
     row = [*history, Turn("user", question), answer("The answer, at length.")]
-    encoded = encode_batch([row], TOKENIZER, TEMPLATE, max_ids, keep_prompt_end=True)[0]
+    encoded = encode_conversation(row, TOKENIZER, TEMPLATE, max_ids, keep_prompt_end=True)
     whole = encode_conversation(row, TOKENIZER, TEMPLATE)
     assert len(encoded.ids) == min(max_ids, len(whole.ids)) or (encoded.prompt_cut and len(encoded.ids) < max_ids)
     assert encoded.full_length == len(whole.ids)
@@ -159,7 +155,7 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays() -> None:
     old = [Turn("user", "old " * 20), answer("so " * 20, supervised=False)]
     row = [Turn("system", "Be brief."), *old, Turn("user", "And now?"), answer("Yes.")]
     shorter = [row[0], *row[-2:]]
-    encoded = encode_batch([row], TOKENIZER, TEMPLATE, 60, keep_prompt_end=True)[0]
+    encoded = encode_conversation(row, TOKENIZER, TEMPLATE, 60, keep_prompt_end=True)
     assert np.array_equal(encoded.ids, encode_conversation(shorter, TOKENIZER, TEMPLATE).ids)
     assert encoded.prompt_cut and not encoded.end_cut
 
@@ -181,6 +177,6 @@ def test_raw_text_stands_between_bos_and_eos_and_is_learned_whole(text: str) -> 
 def test_raw_text_beyond_the_context_loses_its_end() -> None:
     turn = Turn("text", "word " * 50)
     whole = encode_conversation([turn], TOKENIZER, TEMPLATE)
-    encoded = encode_batch([[turn]], TOKENIZER, TEMPLATE, 20, keep_prompt_end=True)[0]
+    encoded = encode_conversation([turn], TOKENIZER, TEMPLATE, 20, keep_prompt_end=True)
     assert np.array_equal(encoded.ids, whole.ids[:20]) and encoded.end_cut and not encoded.prompt_cut
     assert encoded.full_length == len(whole.ids)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from config.errors import UsageError
@@ -24,7 +23,6 @@ def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
     assert [bytes(question).decode() for question in rows.questions] == [" # ", "123"]
     assert [bytes(answer).decode() for answer in rows.answers] == ["o#,", "456"]
     assert rows.lines.tolist() == [2, 3]
-    assert rows.take(np.array([1])).lines.tolist() == [3]
 
 
 def test_the_least_rating(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_an_act_step_equals_level_calls(tiny_model: ModelFactory, overrides: tup
     first, second = (
         KVCache(
             rows=capacity, act_steps=steps, lanes=lane_count(model), heads=model.config.num_heads, positions=positions,
-            head_dim=model.head_dim, dtype=model.dtype, device=DEVICE,
+            head_dim=model.config.head_dim, dtype=model.dtype, device=DEVICE,
         )
         for _ in range(2)
     )  # fmt: skip

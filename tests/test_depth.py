@@ -13,7 +13,7 @@ import benchmarks.depth
 import scripts.calibrate_halting
 from artifacts.checkpoint import Snapshot, TrainerState, open_checkpoint, save_checkpoint
 from artifacts.halting import HaltingCalibration, read_halting_calibration, write_halting_calibration
-from benchmarks.depth import Questions, Setting, ask, choose, chosen, measure, speed_ratio, with_interval
+from benchmarks.depth import Question, Setting, ask, choose, measure, report, speed_ratio, with_interval
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig
 from dataset.build_sample_dataset import build
@@ -28,7 +28,7 @@ ROWS = 200
 DEPTH = 4
 
 
-def setting(act_steps: int, threshold: float | None, right: Sequence[bool], seconds: Sequence[float] = (1.0,)) -> Setting:
+def setting(act_steps: int, threshold: float | None, right: Sequence[bool], seconds: Sequence[float] = (1.0, 1.0)) -> Setting:
     answers = [Answer(text="yes" if is_right else "no", act_steps=[act_steps] * 2) for is_right in right]
     return Setting(act_steps, threshold, list(seconds), answers)
 
@@ -38,25 +38,23 @@ def first(count: int) -> list[bool]:
 
 
 @pytest.fixture
-def questions() -> Questions:
-    return Questions([()] * ROWS, ["yes"] * ROWS, ["logic"] * ROWS, [None] * ROWS)
+def questions() -> list[Question]:
+    return [Question((), "yes", "logic", None)] * ROWS
 
 
-def test_chosen_is_the_fastest_threshold_within_half_a_point(questions: Questions) -> None:
+def test_chosen_is_the_fastest_threshold_within_half_a_point(questions: list[Question]) -> None:
     best = setting(3, None, first(150), [4.0, 6.0])
     fixed = [setting(1, None, first(100), [1.0, 1.0]), setting(2, None, first(148)), best, setting(4, None, first(150))]
     too_bad = setting(4, 0.5, first(148), [0.5, 0.5])
     # One answer in 200 is half a point. It loses two that the best depth has and gains one.
     picked = setting(4, 0.8, [False, False, *first(ROWS)[:148], True, *[False] * (ROWS - 151)], [2.0, 2.0])
     slow = setting(4, 0.9, first(155), [3.0, 3.0])
-    choice = choose([*fixed, too_bad, picked, slow], questions)
-    assert choice.best_fixed is best and choice.adaptive is picked
-    found = chosen(choice, questions)
+    assert choose([*fixed, too_bad, picked, slow], questions) == (best, picked)
+    found = report([*fixed, too_bad, picked, slow], questions)["chosen"]
     assert (found["best_fixed"], found["setting"]) == ("3 ACT steps", "threshold 0.8")
     assert (found["gained"], found["lost"]) == (1, 2) and found["ratio"] == pytest.approx(2.5)
     assert speed_ratio(picked, best) == pytest.approx([2.5, 2.0, 3.0])
-    none = choose([*fixed, too_bad], questions)
-    assert none.adaptive is None and chosen(none, questions)["setting"] is None
+    assert report([*fixed, too_bad], questions)["chosen"]["setting"] is None
 
 
 def test_both_ends_of_the_interval() -> None:
@@ -74,12 +72,12 @@ def responder(tiny_model: Callable[..., RecursiveModel], tiny_tokenizer: Tokeniz
 
 
 @pytest.fixture
-def asked() -> Questions:
+def asked() -> list[Question]:
     texts = [f"What is {index} plus {index * 7}?" for index in range(5)]
-    return Questions([(Turn("user", text),) for text in texts], ["?"] * 5, ["addition"] * 5, [None] * 5)
+    return [Question((Turn("user", text),), "?", "addition", None) for text in texts]
 
 
-def test_a_higher_threshold_takes_as_many_steps_at_least(responder: Responder, asked: Questions) -> None:
+def test_a_higher_threshold_takes_as_many_steps_at_least(responder: Responder, asked: list[Question]) -> None:
     thresholds = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
     settings = [Setting(DEPTH, threshold) for threshold in thresholds]
     measure(responder, asked, settings, rounds=2)
@@ -88,7 +86,7 @@ def test_a_higher_threshold_takes_as_many_steps_at_least(responder: Responder, a
     assert all(len(found.seconds) == 2 and min(found.seconds) > 0 for found in settings)
 
 
-def test_the_calibration_of_each_depth_decides_where_a_token_halts(responder: Responder, asked: Questions) -> None:
+def test_the_calibration_of_each_depth_decides_where_a_token_halts(responder: Responder, asked: list[Question]) -> None:
     model = responder.model
     before = model.halt_calibration.clone()
     try:
@@ -224,7 +222,7 @@ def test_questions_longer_than_the_context_are_left_out(
 ) -> None:
     split = text_dataset([{"question": "1 " * length, "answer": f"{length}", "task": "count"} for length in (2, 40, 3)])
     asked = ask(split, dataclasses.replace(responder, context=30), rows=3)
-    assert (asked.references, asked.families) == (["2", "3"], ["count", "count"])
+    assert [(question.reference, question.family) for question in asked] == [("2", "count"), ("3", "count")]
     with pytest.raises(UsageError, match="no question of the test split leaves room for an answer in 3 tokens"):
         ask(split, dataclasses.replace(responder, context=3), rows=3)
 

@@ -156,7 +156,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(run_config: 
     assert len(checkpoints_of(tmp_path / "SlimOrca-ACT/run")) >= 1
 
 
-# The door, with a second rank that dies in its seventh step as if of a power failure, when it is started for the first time.
+# The script, with a second rank that dies in its seventh step as if of a power failure, when it is started for the first time.
 DYING = """
 import os, runpy, signal
 from training.loop import Trainer

@@ -236,6 +236,36 @@ def test_a_request_waits_for_a_free_row_no_longer_than_a_token(
     assert waits <= longest_wait
 
 
+@pytest.mark.parametrize("depths", [(4,), (3, 4)])
+def test_requests_that_wait_for_a_group_enter_before_long(tiny_model: ModelFactory, depths: tuple[int, ...]) -> None:
+    threshold = 0.99 if len(depths) == 1 else None
+    [prompt] = make_prompts((4,))
+    engine = Engine(tiny_model(), eos_id=NEVER, act_steps=4, rows=16, positions=128)
+    for number in range(13):
+        engine.submit(Request(prompt, 100, act_steps=depths[number % len(depths)], halt_threshold=threshold))
+    engine.tick()
+    late = {engine.submit(Request(prompt, 2, halt_threshold=threshold)) for _ in range(4)}
+    seen = {token.request for _ in range(4 * 4 + 2) for token in engine.tick()}
+    assert len(late & seen) == 3  # there are three free rows
+
+
+def test_with_halting_requests_enter_in_groups(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows, groups = tiny_model("arch.H_cycles=1", halt_scale=3.0, seed=3), 8, []
+    prefill = Engine._prefill
+
+    def spy(self: Engine, slots: list[int], *rest: Any) -> Any:
+        groups.append(len(slots))
+        return prefill(self, slots, *rest)
+
+    monkeypatch.setattr(Engine, "_prefill", spy)
+    requests = [Request(prompt, 2 + 3 * (number % 4), halt_threshold=0.5) for number, prompt in enumerate(make_prompts([4] * 19))]
+    together = decode(model, requests, act_steps=4, rows=rows)
+    assert groups[0] == rows and sum(groups) == len(requests) and min(groups[:-1]) >= rows // 4
+    for request, tokens in zip(requests, together, strict=True):
+        [alone] = decode(model, [request], act_steps=4)
+        assert [(token.id, token.act_steps) for token in tokens] == [(token.id, token.act_steps) for token in alone]
+
+
 @pytest.mark.parametrize(("recursion", "attention", "lengths", "seed"), EACH_RECURSION)
 @pytest.mark.parametrize("turns", [1, 2])
 def test_per_token_halting_equals_the_parallel_evaluation(

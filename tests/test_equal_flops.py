@@ -93,7 +93,7 @@ def test_counting_some_steps_comes_to_what_counting_all_does(period: int) -> Non
             for _ in range(calls):
                 torch.zeros(tokens, 8) @ weight
             all_flops += 2 * tokens * 8 * 8 * calls
-            yield StepResult(number + 1, 0.0, 1, 0.0, False, {"tokens": tokens}, [])
+            yield StepResult(number + 1, 0.0, 1, 0.0, False, {"tokens": tokens})
 
     meter = Meter(Budget("FLOPs", 1e7), batch=1)
     assert len(list(meter.measured(steps()))) == meter.steps > 700
@@ -165,7 +165,7 @@ def test_a_counted_step_takes_the_time_of_the_others(monkeypatch: pytest.MonkeyP
         for number in range(100):
             # Counting makes every eleventh step ten times as slow.
             clock[0] += 20.0 if number % 11 == 0 else 2.0
-            yield StepResult(number + 1, 0.0, 1, 0.0, False, {"tokens": 4}, [])
+            yield StepResult(number + 1, 0.0, 1, 0.0, False, {"tokens": 4})
 
     meter = Meter(Budget("seconds", 60.0), batch=1)
     assert len(list(meter.measured(steps()))) == 30 and meter.seconds == pytest.approx(60)

@@ -1,4 +1,4 @@
-"""How a door shows wrong input: one message, status 2, no traceback."""
+"""How a script shows wrong input: one message, status 2, no traceback."""
 
 import errno
 import os
@@ -48,11 +48,11 @@ def test_nothing_happens_without_an_error(capsys: pytest.CaptureFixture[str]) ->
 
 
 def run_into_a_closed_pipe(body: str) -> subprocess.CompletedProcess[str]:
-    """What becomes of a door with this body whose output nobody reads."""
-    door = f"import sys\nfrom config.errors import one_clear_message\nwith one_clear_message():\n    {body}"
+    """What becomes of a script with this body whose output nobody reads."""
+    script = f"import sys\nfrom config.errors import one_clear_message\nwith one_clear_message():\n    {body}"
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     reader.wait()
-    return subprocess.run([sys.executable, "-c", door], cwd=REPOSITORY, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    return subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -100,8 +100,8 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def run_in_ascii(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    door = f"from config.errors import one_clear_message\nwith one_clear_message():\n    {body}"
-    command = [sys.executable, "-c", door, *arguments]
+    script = f"from config.errors import one_clear_message\nwith one_clear_message():\n    {body}"
+    command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **ASCII}, capture_output=True, text=True, encoding="utf-8")
 
 
@@ -122,7 +122,7 @@ def test_a_world_that_is_not_utf8(body: str, arguments: tuple[str, ...], expecte
 
 
 def test_an_argument_that_is_not_utf8_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["door.py", "run_name=\udcff"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "run_name=\udcff"])
     with pytest.raises(SystemExit) as ended, one_clear_message():
         raise AssertionError("begun")
     assert ended.value.code == 2

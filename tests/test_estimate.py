@@ -89,7 +89,7 @@ def test_steps_are_those_of_the_run(
     results = list(itertools.islice(Trainer(config, model, task).steps(), config.max_steps))
     counted = count_steps(config, passes(config, 21), evaluation_rows=1)
     assert counted.optimizer_steps == len(results)
-    assert counted.rows == sum(len(result.finished_depths) for result in results)
+    assert counted.rows == sum(int(result.sums["rows"]) for result in results)
     assert counted.evaluations == evaluations
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.files import json_lines, whole_file, write_whole
+from artifacts.files import JsonLines, json_lines, whole_file, write_whole
 from config.errors import UsageError
 
 
@@ -75,3 +75,29 @@ def test_a_damaged_line_is_reported_with_its_place(tmp_path: Path, line: str) ->
     path.write_bytes(f"{json.dumps({'step': 1})}\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=r"lines\.jsonl, line 2 is damaged: .*mend or delete"):
         list(json_lines(path, "step"))
+
+
+def test_lines_are_readable_while_a_file_grows(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "run/metrics.jsonl")
+    log.write({"step": 1, "loss": 0.5})
+    log.write({"step": 2, "loss": 0.25})
+    found = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert [json.loads(line) for line in found.splitlines()] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    assert log.length == len(found)
+    log.close()
+
+
+def test_a_file_of_lines_is_cut_back_to_what_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path)
+    log.write({"step": 1})
+    kept = log.length
+    log.write({"step": 2, "text": "é"})
+    log.close()
+    resumed = JsonLines(path, keep=kept)
+    assert resumed.length == kept
+    resumed.write({"step": 2, "again": True})
+    resumed.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "again": true}\n' and resumed.length == path.stat().st_size
+    JsonLines(path).close()
+    assert path.read_text() == ""

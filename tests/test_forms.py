@@ -1,7 +1,6 @@
 """Each form of row becomes the turns it means; whatever else stands in a row is known or told, never lost."""
 
 import json
-import pickle
 import re
 from typing import Any, get_args
 
@@ -184,7 +183,7 @@ def test_unread_text_is_told_with_an_excerpt_and_both_ways_out() -> None:
         BadRow, match=r"notes: .*Because of rain.*\.\.\..*dataset\.fields=\{FIELD: notes\}.*dataset\.ignore=\[notes\]"
     ):
         parse_turns(row)
-    read = parse_turns(row, FormOptions(fields=(("context", "notes"),)))
+    read = parse_turns(row, FormOptions({"context": "notes"}))
     assert "Because of rain." in read.turns[0].text and read.ignored == ()
     assert parse_turns(row, FormOptions(ignore=("notes",))).ignored == ("notes",)
 
@@ -211,7 +210,7 @@ def test_the_ways_out_of_text_deep_within_a_key_work(field: str) -> None:
     row = {**PAIR, "past": openai(("user", "A?"), ("assistant", "B."))["messages"]}
     with pytest.raises(BadRow, match=r"past\[0\]\.role: .*dataset\.fields=\{FIELD: past\}.*dataset\.ignore=\[past\]"):
         parse_turns(row)
-    options = FormOptions(ignore=("past",)) if field == "ignore" else FormOptions(fields=((field, "past"),))
+    options = FormOptions(ignore=("past",)) if field == "ignore" else FormOptions({field: "past"})
     assert parse_turns(row, options).turns == (WHY_SO if field == "ignore" else (*turns("u:A?", "a:B."), *WHY_SO))
 
 
@@ -226,20 +225,18 @@ def test_labels_and_repeats_are_known_and_counted() -> None:
 
 def test_own_names_replace_the_usual_ones() -> None:
     row = {"pregunta": "Why?", "respuesta": "So.", "marco": "Rain.", "papel": "Be.", "prompt": "not asked"}
-    fields = (("prompt", "pregunta"), ("response", "respuesta"), ("context", "marco"), ("system", "papel"))
+    fields: dict[FieldName, str] = {"prompt": "pregunta", "response": "respuesta", "context": "marco", "system": "papel"}
     with pytest.raises(BadRow, match="not asked"):
         parse_turns(row, FormOptions(fields))
     assert parse_turns(row, FormOptions(fields, ignore=("prompt",))).turns == turns("s:Be.", "u:Why?\n\nRain.", "a:So.")
-    backwards = FormOptions((("prompt", "output"), ("response", "input")))
+    backwards = FormOptions({"prompt": "output", "response": "input"})
     assert parse_turns({"input": "So.", "output": "Why?"}, backwards).turns == WHY_SO
     spoken = {"dialog": [{"speaker": "human", "said": "Why?"}, {"speaker": "Sage", "said": "So.", "learn": "false"}]}
-    names = FormOptions(
-        (("messages", "dialog"), ("role", "speaker"), ("content", "said"), ("train", "learn")), (("sage", "assistant"),)
-    )
+    names = FormOptions({"messages": "dialog", "role": "speaker", "content": "said", "train": "learn"}, {"sage": "assistant"})
     assert same(parse_turns(spoken, names).turns, turns("u:Why?", "c:So."))
     both = {**PAIR, "answer": "No."}
     assert parse_turns(both, FormOptions(ignore=("answer",))).turns == WHY_SO
-    assert same(parse_turns(both, FormOptions((("response", "answer"),), ignore=("response",))).turns, turns("u:Why?", "a:No."))
+    assert same(parse_turns(both, FormOptions({"response": "answer"}, ignore=("response",))).turns, turns("u:Why?", "a:No."))
 
 
 def test_ignored_keys_within_turns() -> None:
@@ -282,7 +279,7 @@ def test_turns_of_tools_are_refused_dropped_or_read() -> None:
         parse_turns(shared)
     assert parse_turns(shared, FormOptions(tool_turns="drop")).turns == WHY_SO
     assert parse_turns(shared, FormOptions(tool_turns="as_user")).turns == turns("u:Why?", "a:add(1, 2)", "u:3", "a:So.")
-    own = FormOptions(roles=(("database", "tool"),), tool_turns="drop")
+    own = FormOptions(roles={"database": "tool"}, tool_turns="drop")
     assert parse_turns(chat(HUMAN, message("Database", "3"), GPT), own).turns == WHY_SO
 
 
@@ -347,6 +344,7 @@ def test_an_empty_answer_among_others_is_context() -> None:
         ({"conversations": {"from": "human"}}, "wrong_type"),
         ({"conversations": "human: a"}, "wrong_type"),
         ({"conversations": "[human: a"}, "wrong_type"),
+        ({"conversations": '[{"from": "human", "value": "a", "value": "b"}]'}, "duplicate_key"),
         ({"conversations": ["hello"]}, "wrong_type"),
         (chat({"from": "human"}), "missing_key"),
         (chat({"value": "x"}), "missing_key"),
@@ -449,9 +447,7 @@ def test_settings_become_options() -> None:
     ]
     config = compose_config("cfg_pretrain_instruct", ["dataset=jsonl", *overrides, "dataset.tool_turns=drop"])
     options = form_options(config.dataset)
-    assert options == FormOptions((("prompt", "pregunta"), ("response", "respuesta")), (("Sage", "assistant"),), "drop", ("a", "b"))
-    assert pickle.loads(pickle.dumps(options)) == options and hash(options)
-    assert json.loads(json.dumps(options.to_dict()))["fields"] == {"prompt": "pregunta", "response": "respuesta"}
+    assert options == FormOptions({"prompt": "pregunta", "response": "respuesta"}, {"Sage": "assistant"}, "drop", ("a", "b"))
     # On top of a checkpoint's settings, too, whatever they name already.
     changed = override_config(config, ["dataset.fields={context: marco}", "dataset.ignore=[c]"]).dataset
     assert changed.fields == {"prompt": "pregunta", "response": "respuesta", "context": "marco"} and changed.ignore == ("c",)

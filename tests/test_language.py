@@ -299,6 +299,6 @@ def test_evaluation_asks_for_no_gradient_of_trainable_weights(tiny_model: ModelF
 
 def test_a_step_whose_loss_rises_beyond_the_gate_is_named() -> None:
     losses = (1.0, 0.9, 0.909, 0.95, 0.951)
-    result = LanguageResult([LanguageSums(nll=10 * loss, tokens=10) for loss in losses], step_sum=50)
+    result = LanguageResult([LanguageSums(nll=10 * loss, tokens=10) for loss in losses])
     assert result.worse_steps() == [4]
     assert result.report()["worse_act_steps"] == [4]

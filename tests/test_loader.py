@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.errors import UsageError
-from dataset.text.conversation import Template, Turn, encode_batch
+from dataset.text.conversation import Template, Turn, encode_conversation
 from dataset.text.curriculum import Curriculum, permutation
 from dataset.text.loader import Example, ExampleStream, TextCorpus, TextDataset, collate
-from dataset.text.token_cache import HashSplit
 from dataset.text.tokenizer import Tokenizer
 from tests.conftest import load_file
 
@@ -24,8 +23,7 @@ TOKENIZER = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.mod
 
 
 def open_dataset(source: Path, **changes: Any) -> TextDataset:
-    settings = {"hash_split": HashSplit(0, 0.3), "default_system_prompt": "Help."}
-    return TextDataset(load_file(source, TOKENIZER, **{**settings, **changes}))
+    return load_file(source, TOKENIZER, **{"test_ratio": 0.3, "seed": 0, "default_system_prompt": "Help.", **changes})
 
 
 def rows(count: int = 50) -> list[dict[str, Any]]:
@@ -50,7 +48,7 @@ def test_an_example_leads_back_to_its_row_and_conversation(source: Path) -> None
             assert dataset.place(index) == f"{source}:{line}" and original == all_rows[line - 1]
             turns = dataset.conversation(index)
             assert turns[0] == Turn("system", "Help.") and turns[-1].text == original["answer"]
-            encoded, example = encode_batch([turns], TOKENIZER, Template())[0], dataset[index]
+            encoded, example = encode_conversation(turns, TOKENIZER, Template()), dataset[index]
             assert np.array_equal(example.ids, encoded.ids) and example.ids.dtype == np.int32
             assert np.array_equal(example.supervised, encoded.supervised) and example.supervised.dtype == np.bool_
             assert np.array_equal(example.segment, encoded.segment) and example.segment.dtype == np.int32
@@ -67,7 +65,7 @@ def test_the_data_hash_tells_tokens_and_rows_and_not_the_place(source: Path, tmp
     assert open_dataset(moved).data_hash == train.data_hash
     others = [
         open_dataset(source, split="test"),
-        open_dataset(source, hash_split=HashSplit(1, 0.3)),
+        open_dataset(source, seed=1),
         open_dataset(source, default_system_prompt=None),
         open_dataset(source, subset_size=7),
     ]
@@ -219,8 +217,6 @@ def test_a_stream_that_can_not_be_is_told(source: Path) -> None:
     dataset = open_dataset(source)
     with pytest.raises(UsageError, match="can't start at"):
         passes(dataset, 0, 1, 0, start=len(dataset) + 1)
-    with pytest.raises(UsageError, match="dataloader_workers"):
-        passes(dataset, 0, 1, -1)
     with pytest.raises(ValueError, match="doesn't fit"):
         ExampleStream(dataset, Curriculum.of_epochs(3, 0, 1), 0)
 

@@ -17,7 +17,7 @@ TIMING = {"step": 2, "tokens_per_second": 30.0, "peak_rss_bytes": 5}
 
 
 def metrics(step: int) -> dict[str, Any]:
-    return {"step": step, "lr": 0.5, "loss_per_token": 2.0 / step, "mean_act_steps": None, "halted_at": {"1": 3}}
+    return {"step": step, "lr": 0.5, "loss_per_token": 2.0 / step, "grad_norm": None}
 
 
 def evaluation(step: int) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def test_rows_in_parts_are_the_rows_at_once(
         )
         trainer = make_trainer(config, random_examples(30))
         results = run(trainer)
-        outcomes.append((weights(trainer), [(r.weight, r.finished_depths) for r in results], [r.grad_norm for r in results]))
+        outcomes.append((weights(trainer), [(r.weight, r.sums["rows"]) for r in results], [r.grad_norm for r in results]))
     for other in outcomes[1:]:
         assert_same(outcomes[0][0], other[0], 1e-9)
         assert outcomes[0][1] == other[1] and outcomes[0][2] == pytest.approx(other[2], rel=1e-6)
@@ -207,7 +207,7 @@ def test_a_row_that_is_not_finite_costs_its_step_and_no_other(
         now = weights(trainer)
         assert result.skipped == all(torch.equal(value, before[name]) for name, value in now.items())
         skipped.append(result.skipped)
-        before, finished = now, finished + len(result.finished_depths)
+        before, finished = now, finished + int(result.sums["rows"])
     order = [draw.example_id for draw in Curriculum.of_epochs(24, trainer.config.seed, 1).draws()]
     assert skipped == [step == order.index(5) // 4 for step in range(6)]
     assert finished == 24 and all(bool(value.isfinite().all()) for value in before.values())
@@ -280,7 +280,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     def remembered(task: TextTask, examples: Sequence[Example]) -> MicroBatch:
         found.extend(examples)
         loss = torch.stack([p.sum() for p in task.model.parameters()]).sum()
-        return MicroBatch(loss, 1, {"tokens": 1}, torch.full((len(examples),), task.config.arch.halt_max_steps))
+        return MicroBatch(loss, 1, {"tokens": 1, "rows": len(examples)})
 
     monkeypatch.setattr(TextTask, "_micro_batch", remembered)
     return found
@@ -300,10 +300,10 @@ def test_every_example_is_trained_once_an_epoch_across_a_restart(
     config = tiny_config("epochs=2", f"dataloader_workers={workers}", f"micro_batch_size={at_once}")
     examples = random_examples(31)
     killed = make_trainer(config, examples)
-    assert [len(result.finished_depths) for result in run(killed, 11)] == [4] * 11
+    assert [int(result.sums["rows"]) for result in run(killed, 11)] == [4] * 11
     resumed = make_trainer(config, examples, start=killed.task.admitted)
     resumed.load_state(killed.state())
-    assert [len(result.finished_depths) for result in run(resumed)] == [4, 4, 4, 4, 2]
+    assert [int(result.sums["rows"]) for result in run(resumed)] == [4, 4, 4, 4, 2]
     expected = [draw.example_id for draw in Curriculum.of_epochs(31, config.seed, 2).draws()]
     assert order_of(examples, trained) == expected and Counter(expected) == dict.fromkeys(range(31), 2)
     assert resumed.task.done == resumed.task.total == (62, 2)
@@ -437,7 +437,7 @@ def test_workers_padding_and_packing_change_no_weight(
             "ema=true",
         )
         trainer = make_trainer(config, examples)
-        finished = [result.finished_depths for result in run(trainer)]
+        finished = [result.sums["rows"] for result in run(trainer)]
         assert trainer.ema is not None
         got = (weights(trainer), trainer.ema.average, finished)
         if reference is None:
@@ -486,7 +486,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert [r.step for r in rest] == [r.step for r in whole[7:]] and len(rest) == 10
     for one, other in zip(rest, whole[7:], strict=True):
         assert (one.lr, one.weight, one.sums["tokens"]) == (other.lr, other.weight, other.sums["tokens"])
-        assert one.finished_depths == other.finished_depths
+        assert one.sums["rows"] == other.sums["rows"]
         assert float(one.sums["nll"]) == float(other.sums["nll"]) and float(one.sums["halt_bce"]) == float(other.sums["halt_bce"])
     assert_same(weights(resumed), weights(undisturbed))
     assert_same(resumed.ema.average, undisturbed.ema.average)

@@ -26,7 +26,7 @@ def lines(path: Path, rows: Iterable[Any]) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "first"
-    metrics = [{"step": step, "loss_per_token": 5 / step, "lr": 1e-3, "mean_act_steps": None} for step in (10, 20, 30)]
+    metrics = [{"step": step, "loss_per_token": 5 / step, "lr": 1e-3, "grad_norm": None} for step in (10, 20, 30)]
     by_act_step = [{"bits_per_byte": 0.4}, {"bits_per_byte": 0.1}]
     test = {"loss_per_token": 0.2, "bits_per_byte": 0.1, "by_act_step": by_act_step, "counts": {"text_bytes": 3}}
     lines(folder / "metrics.jsonl", [*metrics, {"step": 30, "examples": 9, "test": test}])

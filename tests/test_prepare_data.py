@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from config.errors import UsageError
 from dataset.instruct import Source
 from dataset.text import row_encoder
 from dataset.text.conversation import Template
-from dataset.text.data_card import DataCard, markdown, measure
+from dataset.text.data_card import data_card
 from dataset.text.tokenizer import Tokenizer
 from scripts import prepare_data
 
@@ -32,10 +33,17 @@ def write(folder: Path, rows: list[Any]) -> None:
     (folder / "a.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
-def card_of(folder: Path, *more: str, near_rows: int = 100) -> DataCard:
-    config = compose_config("cfg_pretrain_instruct", overrides(folder, *more)).dataset
-    train, test = Source(config).open_splits(TOKENIZER, Template())
-    return measure(train, test, TOKENIZER, Template(), near_rows)
+def card_of(folder: Path, *more: str, near_rows: int = 100) -> str:
+    source = Source(compose_config("cfg_pretrain_instruct", overrides(folder, *more)).dataset)
+    splits = source.open_splits(TOKENIZER, Template())
+    return data_card(*splits, TOKENIZER, Template(), near_rows=near_rows, title="t", picture="p.png")
+
+
+def figures(page: str) -> dict[str, int]:
+    """The whole number in the second column of each row of the tables."""
+    return {
+        row[1]: int(row[2].replace(",", "")) for row in re.finditer(r"^\| ([^|]+) \| ([\d,]+)(?: \(.*\))? \|", page, re.MULTILINE)
+    }
 
 
 def test_the_command_builds_the_cache_and_writes_page_and_picture(
@@ -47,7 +55,7 @@ def test_the_command_builds_the_cache_and_writes_page_and_picture(
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     assert "![Tokens a row](data_card.png)" in page.read_text() and "| read | 40 |" in page.read_text()
     assert (tmp_path / "card/data_card.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(row_encoder, "encode_batch", None)  # what training then opens is there
+    monkeypatch.setattr(row_encoder, "encode_conversation", None)  # what training then opens is there
     Source(compose_config("cfg_pretrain_instruct", overrides(tmp_path)).dataset).open_splits(TOKENIZER, Template())
 
 
@@ -71,19 +79,27 @@ def test_every_row_read_is_on_the_card(tmp_path: Path) -> None:
     long_prompt, long_answer = {"prompt": "word " * 99, "answer": "x"}, {"prompt": "Go on?", "answer": "word " * 99}
     rows = [*({"prompt": f"Q{n}", "answer": f"A{n}"} for n in range(50)), "", "{broken", {"prompt": "Q"}, long_prompt, long_answer]
     write(tmp_path, rows)
-    card = card_of(tmp_path, "dataset.on_bad_row=skip")
-    assert card.counts["dropped"] == {"blank_line": 1, "no_answer": 1} and card.counts["bad"] == {"bad_json": 1}
-    assert card.counts["read"] == 55 and card.train_rows + card.test_rows == 52 and card.test_rows > 5
-    assert [card.counts[name] for name in ("truncated", "prompt_cut", "answer_cut")] == [2, 1, 1]
-    assert sum(card.lengths.whole) == 50 and sum(card.lengths.cut) == 2
+    page = card_of(tmp_path, "dataset.on_bad_row=skip")
+    card = figures(page)
+    test_rows = card["kept for testing"]
+    assert card["read"] == 55 and card["kept for training"] + test_rows == 52 and test_rows > 5
+    assert [card[name] for name in ("rows cut", "of these, in the prompt", "of these, at the end")] == [2, 1, 1]
+    bins = re.findall(r"^\| \d+ to \d+ \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    assert [sum(map(int, column)) for column in zip(*bins, strict=True)] == [50, 2]
     opening = [TOKENIZER.bos_id, *TOKENIZER.encode("[USER]\n"), TOKENIZER.bos_id, *TOKENIZER.encode("[ASSISTANT]\n")]
     encoded = [len(TOKENIZER.encode(f"A{n}")) + 1 for n in range(50)]
-    assert card.supervised_tokens > sum(encoded) and 65 in card.lengths.percentiles.values()
+    assert card["supervised tokens"] > sum(encoded) and card["tokens a row, percentile 99"] == 65
     uncut = sum(len(TOKENIZER.encode("word " * 99)) + len(TOKENIZER.encode(short)) for short in ("x", "Go on?"))
-    assert 2 * 65 + card.tokens_cut == uncut + 2 * (len(opening) + 1)
-    page = markdown(card, "title", None)
-    for expected in ("| dropped: no_answer | 1 (1.82%) |", "| malformed: bad_json | 1 (1.82%) |", "| rows cut | 2 (3.85%) |"):
-        assert expected in page
+    assert 2 * 65 + card["tokens cut off (share of all)"] == uncut + 2 * (len(opening) + 1)
+    for reason in ("dropped: blank_line", "dropped: no_answer", "malformed: bad_json"):
+        assert f"| {reason} | 1 (1.82%) |" in page
+    assert "| rows cut | 2 (3.85%) |" in page
+
+
+SEEN_CONVERSATION = "same conversation in training"
+SEEN_QUESTIONS = "same questions in training, in all turns"
+NEAR = "near questions in training"
+TEST_ROWS = "kept for testing"
 
 
 def test_repeats_are_counted_by_conversation_prompt_and_question(tmp_path: Path) -> None:
@@ -97,26 +113,27 @@ def test_repeats_are_counted_by_conversation_prompt_and_question(tmp_path: Path)
             {"prompt": "B", "answer": "x"},
         ],
     )
-    card = card_of(tmp_path, "dataset.test_ratio=0")
-    assert (card.repeated_conversations, card.repeated_prompts, card.repeated_questions) == (1, 2, 3)
-    assert card.test_rows == 0 and card.near is None
+    page = card_of(tmp_path, "dataset.test_ratio=0")
+    card = figures(page)
+    same_prompt = "same system text and first question, which are held out together"
+    assert [card[name] for name in ("same conversation", same_prompt, "same questions, in all turns")] == [1, 2, 3]
+    assert card[TEST_ROWS] == 0 and "Near questions were not looked for." in page
 
 
 def test_a_question_under_two_system_prompts_is_seen_on_both_sides(tmp_path: Path) -> None:
     write(tmp_path, [{"system": f"S{n}", "prompt": "The very same question?", "answer": "x"} for n in range(40)])
-    card = card_of(tmp_path)
-    assert card.test_conversations_in_train == 0 and card.test_questions_in_train == card.test_rows > 0
-    assert card.near is not None and card.near.near == card.test_rows
+    card = figures(card_of(tmp_path))
+    assert card[SEEN_CONVERSATION] == 0 and card[SEEN_QUESTIONS] == card[NEAR] == card[TEST_ROWS] > 0
 
 
 def test_forms_ignored_keys_and_raw_text_are_on_the_card(tmp_path: Path) -> None:
     stories = [{"text": f"{n} times {n + 1} dogs met {n + 2} cats", "id": f"{n}"} for n in range(30)]
     write(tmp_path, [*stories, *({"prompt": f"What is {n}?", "answer": "x", "notes": "y"} for n in range(30))])
-    card = card_of(tmp_path, "dataset.ignore=[notes]")
-    assert card.counts["forms"] == {"text": 30, "pair": 30} and card.counts["ignored"] == {"id": 30, "notes": 30}
-    assert card.near is not None and card.near.near < card.test_rows, "texts are compared by what they say"
-    page = markdown(card, "t", None)
-    assert "| of the form pair | 30 (50.00%) |" in page and "| with text ignored under `notes` | 30 (50.00%) |" in page
+    page = card_of(tmp_path, "dataset.ignore=[notes]")
+    card = figures(page)
+    assert card[NEAR] < card[TEST_ROWS], "texts are compared by what they say"
+    for name in ("of the form text", "of the form pair", "with text ignored under `id`", "with text ignored under `notes`"):
+        assert f"| {name} | 30 (50.00%) |" in page
 
 
 def test_conversations_that_only_begin_alike_are_not_seen(tmp_path: Path) -> None:
@@ -131,15 +148,14 @@ def test_conversations_that_only_begin_alike_are_not_seen(tmp_path: Path) -> Non
         return {"conversations": [{"from": role, "value": text} for role, text in turns]}
 
     write(tmp_path, [greeted(f"S{n}", story) for n, story in enumerate(stories)])
-    card = card_of(tmp_path, "dataset.seq_len=256")
-    assert card.test_rows > 5 and card.test_questions_in_train == card.repeated_questions == 0
-    assert card.near is not None and card.near.near == 0
+    card = figures(card_of(tmp_path, "dataset.seq_len=256"))
+    assert card[TEST_ROWS] > 5 and card[SEEN_QUESTIONS] == card["same questions, in all turns"] == card[NEAR] == 0
     # The same two questions under another system text.
     write(tmp_path, [greeted(f"{name}{n}", story) for name in "ST" for n, story in enumerate(stories)])
-    card = card_of(tmp_path, "dataset.seq_len=256")
-    assert card.repeated_questions == 40 and card.test_questions_in_train > 5 and card.test_conversations_in_train == 0
-    assert card.near is not None and card.near.near == card.test_questions_in_train
-    assert any("Hello / " in text for _, text, *_ in card.near_texts)
+    page = card_of(tmp_path, "dataset.seq_len=256")
+    card = figures(page)
+    assert card["same questions, in all turns"] == 40 and card[SEEN_QUESTIONS] > 5 and card[SEEN_CONVERSATION] == 0
+    assert card[NEAR] == card[SEEN_QUESTIONS] and "Hello / " in page
 
 
 def test_near_questions_are_found_and_far_ones_are_not(tmp_path: Path) -> None:
@@ -147,34 +163,38 @@ def test_near_questions_are_found_and_far_ones_are_not(tmp_path: Path) -> None:
     words = ["apple", "river", "seven", "window", "slow", "under", "music", "paper", "green", "north"]
     stories = [" ".join(rng.choice(words, 40)) for _ in range(30)]
     write(tmp_path, [{"prompt": f"{story} {end}", "answer": "x"} for story in stories for end in ("one", "two", "three")])
-    near = card_of(tmp_path, "dataset.seq_len=256").near
-    assert near is not None and near.near >= 0.8 * near.test_rows
+    card = figures(card_of(tmp_path, "dataset.seq_len=256"))
+    assert card[NEAR] >= 0.8 * card[TEST_ROWS]
     write(tmp_path, [{"prompt": " ".join(rng.choice(words, 40)), "answer": "x"} for _ in range(90)])
-    near = card_of(tmp_path, "dataset.seq_len=256").near
-    assert near is not None and near.near == 0 and near.test_rows == near.test_total
-    sampled = card_of(tmp_path, "dataset.seq_len=256", near_rows=3).near
-    assert sampled is not None and (sampled.test_rows, sampled.train_rows) == (3, 15)
-    assert "That is a sample" in markdown(card_of(tmp_path, near_rows=3), "t", None)
+    page = card_of(tmp_path, "dataset.seq_len=256")
+    rows = figures(page)[TEST_ROWS]
+    assert figures(page)[NEAR] == 0 and f"Looked at: {rows} of {rows} test rows" in page and "sample" not in page
+    sampled = card_of(tmp_path, "dataset.seq_len=256", near_rows=3)
+    assert re.search(r"Looked at: 3 of \d+ test rows, 15 of \d+ training rows\. That is a sample", sampled)
 
 
 def test_tags_in_texts_are_on_the_card(tmp_path: Path) -> None:
     write(tmp_path, [{"prompt": f"Q{n} [USER]", "answer": "[SYSTEM]" if n else "x"} for n in range(20)])
-    assert card_of(tmp_path).tags == {"[SYSTEM]": 19, "[USER]": 20, "[ASSISTANT]": 0}
+    card = figures(card_of(tmp_path))
+    assert [card[f"`[{tag}]`"] for tag in ("SYSTEM", "USER", "ASSISTANT")] == [19, 20, 0]
 
 
 def test_the_bundled_data_brings_both_its_files(tmp_path: Path) -> None:
     for name, rows in (("train", 6), ("test", 3)):
         lines = [json.dumps({"prompt": f"{name} {n}", "answer": "x"}) for n in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    config = compose_config("cfg_pretrain_instruct", ["dataset=sample", f"dataset.data_dir={tmp_path}"]).dataset
-    train, test = Source(config).open_splits(TOKENIZER, Template())
-    card = measure(train, test, TOKENIZER, Template(), 0)
-    assert [name for name, _, _ in card.files] == ["train.jsonl", "test.jsonl"]
-    assert (card.counts["read"], card.train_rows, card.test_rows) == (9, 6, 3)
-    assert card.test_conversations_in_train == 0
+
+    def card_of_sample() -> str:
+        config = compose_config("cfg_pretrain_instruct", ["dataset=sample", f"dataset.data_dir={tmp_path}"]).dataset
+        splits = Source(config).open_splits(TOKENIZER, Template())
+        return data_card(*splits, TOKENIZER, Template(), near_rows=0, title="t", picture="p.png")
+
+    page = card_of_sample()
+    card = figures(page)
+    assert re.findall(r"^\| (\w+\.jsonl) \|", page, re.MULTILINE) == ["train.jsonl", "test.jsonl"]
+    assert (card["read"], card["kept for training"], card[TEST_ROWS], card[SEEN_CONVERSATION]) == (9, 6, 3, 0)
     (tmp_path / "test.jsonl").write_text(f"{lines[0]}\n{(tmp_path / 'train.jsonl').read_text()}")
-    card = measure(*Source(config).open_splits(TOKENIZER, Template()), TOKENIZER, Template(), 0)
-    assert card.test_conversations_in_train == 6 and "| same conversation in training | 6 (85.71%) |" in markdown(card, "t", None)
+    assert f"| {SEEN_CONVERSATION} | 6 (85.71%) |" in card_of_sample()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from dataset.puzzles.kinds import kind_of
 from dataset.puzzles.loader import PuzzleData
 from evaluators.puzzles import PuzzleOutput, evaluate_puzzles
 from evaluators.search import Choice, Search
-from tests.test_doors import run_well
-from tests.test_puzzle_doors import RUN, RUN_FOLDER
+from tests.test_entry_scripts import run_well
+from tests.test_puzzle_scripts import RUN, RUN_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_choices_and_fewer_samples_are_read_off(trained: Path) -> None:
     for choose in get_args(Choice):
         for samples in (2, 4):
             search = dataclasses.replace(most, samples=samples, choose=choose)
-            report = evaluate_puzzles(model, data, batch_size=8, search=search).report()
+            report = evaluate_puzzles(model, data, batch_size=8, search=search)
             right, steps = (torch.cat(parts).double() for parts in zip(*(outcomes(o, search) for o in outputs), strict=True))
             assert (report["exact_accuracy"], report["steps"]) == pytest.approx((right.mean().item(), steps.mean().item()))
             found.add((report["exact_accuracy"], report["steps"]))

@@ -29,7 +29,7 @@ from tests.puzzle_data import PUZZLE_PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
-DOORS = ("pretrain_instruct.py", "inference_instruct.py", "generate_instruct.py")
+ENTRY_SCRIPTS = ("pretrain_instruct.py", "inference_instruct.py", "generate_instruct.py")
 # They run elsewhere: quickstart in its own test, test.sh is running now, benchmarks and the server have test files of their own.
 RUN_ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh", "scripts/serve.py", "benchmarks/")
 TINY = (
@@ -107,10 +107,10 @@ def test_every_preset_that_is_named_exists() -> None:
             compose_config("cfg_pretrain_instruct", [f"experiment={name}"])
 
 
-@pytest.mark.parametrize("door", DOORS[1:])
-def test_every_flag_of_a_door_is_documented(door: str) -> None:
+@pytest.mark.parametrize("script", ENTRY_SCRIPTS[1:])
+def test_every_flag_of_a_script_is_documented(script: str) -> None:
     documented = flags_in((REPOSITORY / "docs/instruct_training.md").read_text())
-    assert flags_in(help_of([door])) - {"-h", "--help"} <= documented
+    assert flags_in(help_of([script])) - {"-h", "--help"} <= documented
 
 
 BUILDERS = tuple(f"dataset/build_{name}.py" for name in ("arc_dataset", "sudoku_dataset", "maze_dataset", "small_puzzles"))
@@ -151,10 +151,10 @@ def test_links_lead_somewhere(page: str) -> None:
 def fresh_copy(folder: Path) -> Path:
     """The program without anything made on this machine, with this test's environment as its `.venv`, installed already."""
     made = shutil.ignore_patterns("__pycache__", "tokenizer*.model", "llama-32k")
-    rooms = (
+    packages = (
         "artifacts config dataset evaluators generation models scripts tokenizers training requirements.txt requirements-dev.txt"
     )
-    for name in [*rooms.split(), *DOORS]:
+    for name in [*packages.split(), *ENTRY_SCRIPTS]:
         source = REPOSITORY / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=made)

@@ -25,7 +25,7 @@ from dataset.build_sample_dataset import build
 from dataset.text.tokenizer import Tokenizer
 from scripts.report import main
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
-from tests.test_doors import SMALL, run_well
+from tests.test_entry_scripts import SMALL, run_well
 from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
 

@@ -160,7 +160,7 @@ def test_a_run_that_the_clock_has_ended_goes_on_as_if_it_had_not(
 
 def test_a_folder_can_be_named(killed: Path, undisturbed: Path, run_config: RunConfig, tmp_path: Path) -> None:
     [*_, middle, last] = checkpoints_of(killed)
-    with pytest.raises(UsageError, match=r"newer checkpoints \(step_\d+\) and doesn't overwrite them"):
+    with pytest.raises(UsageError, match=r"newer checkpoints \(up to step_\d+\) and doesn't overwrite them"):
         run_instruct(run_config(tmp_path, f"resume={middle}"))
     with pytest.raises(UsageError, match="run_name is 'other'"):
         run_instruct(run_config(tmp_path, f"resume={last}", "run_name=other"))

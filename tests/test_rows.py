@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,38 @@ def test_the_elements_of_any_array_are_found(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "_BLOCK", block)
+        patch.setattr(rows, "_OPENING", 8)
         file = open_row_file(path)
         expected = json.loads(path.read_text(encoding="utf-8-sig"))
         assert [json.loads(text_of(data)) for _, data in file.rows()] == expected
         assert file.where(2) == f"{path}, row 2"
 
 
-@pytest.mark.parametrize("content", [b'[{"a": 1}', b'[{"a": "]', b"[", b'[{"a": "\\', b'[{"a": 1} {"a": 2}]', b"[1, 2"])
-def test_an_array_that_does_not_end_is_told(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(UsageError, match="expected one JSON array"):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'[{"a": 1}', "row 1: .*an array that doesn't end"),
+        (b'[{"a": "]', "row 1: .*Unterminated string"),
+        (b"[", "row 1: .* an array that doesn't end"),
+        (b'[{"a": "\\', "row 1: .*Unterminated string"),
+        (b'[{"a": 1} {"a": 2}]', "row 2: .*where a comma or ] should be"),
+        (b"[,]", "row 1: .*where a row should be"),
+        (b"[1, 2", "row 2: .*doesn't end"),
+    ],
+)
+def test_a_damaged_array_is_told(tmp_path: Path, content: bytes, told: str) -> None:
+    with pytest.raises(UsageError, match=f"a.json, {told}"):
         list(write(tmp_path / "a.json", content).rows())
+
+
+def test_an_array_is_read_in_blocks(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", json.dumps([{"a": "x" * 10_000}] * 3000).encode())
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in file.rows()) == 3000
+        assert tracemalloc.get_traced_memory()[1] < 10 * rows._BLOCK  # of 30 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_than_one_array_is_told(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_preset_of_the_originals_depth_trains(short_run_data: Path, tmp_path
     result = run_instruct(config)
     assert result is not None and result.loss is not None
     [line] = [line for line in lines_of(result.checkpoint.parent) if "test" not in line]
-    assert line["halted_at"] == {"4": 12} and line["loss_first_step"] > 0
+    assert line["loss_first_step"] > 0
     assert len(json.loads((result.checkpoint / "train_metrics.json").read_text())["test"]["by_act_step"]) == 4
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from config.errors import UsageError
 from config.schema import OnResume, PretrainInstructConfig, SourceConfig, on_resume, parse_config
+from config.schema.parsing import no_such_key
 
 ConfigFactory = Callable[..., PretrainInstructConfig]
 
@@ -32,10 +33,11 @@ def test_a_config_survives_its_own_dump(tiny_config: ConfigFactory, values: dict
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("arch.hiden_size", "arch.hiden_size: no such key, did you mean hidden_size?"),
+        ("arch.hiden_size", "arch.hiden_size: no such key, did you mean arch.hidden_size?"),
         ("global_batchsize", "global_batchsize: no such key, did you mean global_batch_size?"),
-        ("arch.halt.bais", "arch.halt.bais: no such key, did you mean bias?"),
+        ("arch.halt.bais", "arch.halt.bais: no such key, did you mean arch.halt.bias?"),
         ("dataset.zzz", "dataset.zzz: no such key"),
+        ("dataset.SEED", "dataset.SEED: no such key"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], key: str, expected: str) -> None:
@@ -43,6 +45,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
     with pytest.raises(UsageError) as error:
         parse_config(values)
     assert str(error.value).splitlines()[1:] == ["  " + expected]
+
+
+def test_an_unknown_key_of_a_named_source_is_refused_with_its_own() -> None:
+    told = no_such_key(("sources", "mine", "data_dirr"), PretrainInstructConfig)
+    assert told == "sources.mine.data_dirr: no such key, did you mean sources.mine.data_dir?"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from generation.engine import Token
 from generation.sampling import Sampling
 from generation.service import ChoiceDelta
 from scripts import serve
-from scripts.chat_completions import ChatCompletion, ChatRequest
+from scripts.completions import ChatCompletion, ChatRequest
 from tests.running_server import ASK, CHAT, KEY, MODEL, QUESTION, WAIT, Running, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -456,8 +456,8 @@ def test_a_client_that_never_takes_its_answer_is_given_up(monkeypatch: pytest.Mo
             await never()
 
     completion = ChatCompletion("id", ChatRequest.model_validate(ASK), tiny_tokenizer, prompt_tokens=1, seed=0)
-    stream = serve._EventStream(completion, parts(), lambda: ended.append(True))
-    asyncio.run(asyncio.wait_for(stream({}, never, send), WAIT))
+    stream = serve._EventStream(serve._messages(completion, parts()), lambda: ended.append(True))
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, never, send), WAIT))
     assert ended == [True]
 
 
@@ -472,8 +472,8 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(start: Callable[..., Runn
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_takes_too_long_is_a_504(start: Callable[..., Running], slow: Callable[[float], None], stream: bool) -> None:
-    slow(0.3)
-    server = start(timeout=0.1)
+    slow(0.1)
+    server = start(timeout=1.5)
     response = server.post({**ASK, "stream": stream, "max_tokens": 100})
     if stream:  # Its first tokens came in time, or it would be the same.
         assert response.status_code == 200

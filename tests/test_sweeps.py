@@ -1,4 +1,4 @@
-"""Sweeps (-m) at the training doors: a folder for each job, a failed one ends no other, the status tells, Optuna minimizes.
+"""Sweeps (-m) at the training entry scripts: a folder for each job, a failed one ends no other, the status tells, Optuna minimizes.
 
 Jobs run in this process, but for those of other launchers.
 """
@@ -20,7 +20,7 @@ from config.schema import PretrainInstructConfig
 from dataset.build_sample_dataset import build
 from dataset.text.tokenizer import TOKENIZER_VARIABLE, Tokenizer
 from tests.puzzle_data import write_puzzles
-from tests.test_doors import SMALL, Outcome, run_door
+from tests.test_entry_scripts import SMALL, Outcome, run_script
 from training.loop import RunResult
 
 Sweep = Callable[..., Outcome]
@@ -37,13 +37,13 @@ def prepared(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def sweep(prepared: Path, tmp_path: Path) -> Sweep:
-    """`sweep("lr=1e-3,1e-2", ...)`: the training door with -m, in an empty folder."""
+    """`sweep("lr=1e-3,1e-2", ...)`: the training script with -m, in an empty folder."""
 
     def call(*overrides: str) -> Outcome:
         data = (f"dataset.data_dir={prepared}/sample", "dataset=sample", "dataset.seq_len=64", "dataset.processes=1")
         settings = (*SMALL, *data, "global_batch_size=8", "sample_answers=0", "wandb=disabled")
         given = {TOKENIZER_VARIABLE: str(prepared / "tokenizer.model")}
-        return run_door("pretrain_instruct.py", "-m", *settings, *overrides, folder=tmp_path, **given)
+        return run_script("pretrain_instruct.py", "-m", *settings, *overrides, folder=tmp_path, **given)
 
     return call
 
@@ -205,7 +205,7 @@ def test_puzzles_are_swept_too(tmp_path: Path) -> None:
     write_puzzles(tmp_path / "toy")
     small = ("arch.hidden_size=16", "arch.num_heads=2", "arch.H_cycles=1", "arch.L_cycles=1", "arch.puzzle_emb_ndim=16")
     run = ("data_paths=toy", "evaluators=[]", "epochs=1", "eval_interval=1", "global_batch_size=4", "device=cpu", "plot=false")
-    outcome = run_door("pretrain.py", "-m", *small, *run, "wandb=disabled", "lr=1e-3,0", folder=tmp_path)
+    outcome = run_script("pretrain.py", "-m", *small, *run, "wandb=disabled", "lr=1e-3,0", folder=tmp_path)
     assert outcome.status == 2 and "error: 1 of 2 jobs failed: job 1 lr=0" in outcome.err
     [loss, none] = [job.get("loss") for job in jobs_of(tmp_path)]
     assert loss > 0 and none is None

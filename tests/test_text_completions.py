@@ -15,8 +15,7 @@ from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder
 from models.losses import log_probs
 from scripts import serve
-from scripts.chat_completions import ApiError, parse_request
-from scripts.text_completions import CompletionRequest
+from scripts.completions import ApiError, CompletionRequest, parse_request
 from tests.running_server import MODEL, Running
 
 TEXTS = ["Red 3 plus 4 gives", " blue é\n", "What"]

@@ -19,12 +19,12 @@ import pytest
 
 from config.errors import UsageError
 from dataset.text import row_encoder, token_cache
-from dataset.text.conversation import Template, Turn, encode_batch
-from dataset.text.forms import FormOptions
+from dataset.text.conversation import Template, Turn, encode_conversation
+from dataset.text.loader import TextDataset
 from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
 from dataset.text.rows import RowFile
 from dataset.text.splits import are_test_hashes, prompt_hash
-from dataset.text.token_cache import HashSplit, LoadedSplit, file_sha256, wanted_rows
+from dataset.text.token_cache import file_sha256, wanted_rows
 from dataset.text.tokenizer import Tokenizer
 from tests.conftest import load_file
 
@@ -47,35 +47,34 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "data.jsonl", [row(number) for number in range(40)])
 
 
-def load(file: Path, **changes: Any) -> LoadedSplit:
-    return load_file(file, **{"tokenizer": TOKENIZER, **changes})
+def load(*files: Path, tokenizer: Tokenizer = TOKENIZER, **changes: Any) -> TextDataset:
+    return load_file(files, tokenizer, **changes)
 
 
 @pytest.fixture
-def encoded_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that were tokenized."""
-    sizes: list[int] = []
-    real = encode_batch
+def encoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each row that was tokenized."""
+    encoded: list[int] = []
 
-    def counted(conversations: Any, *arguments: Any, **more: Any) -> Any:
-        sizes.append(len(conversations))
-        return real(conversations, *arguments, **more)
+    def counted(*arguments: Any, **more: Any) -> Any:
+        encoded.append(1)
+        return encode_conversation(*arguments, **more)
 
-    monkeypatch.setattr(row_encoder, "encode_batch", counted)
-    return sizes
-
-
-def ids_of(loaded: LoadedSplit, index: int) -> list[int]:
-    return [int(token) for token in loaded.tokens.list("ids", loaded.rows[index])]
+    monkeypatch.setattr(row_encoder, "encode_conversation", counted)
+    return encoded
 
 
-def column(loaded: LoadedSplit, name: str) -> list[Any]:
-    return [getattr(loaded, "raw" if name == "number" else "tokens").value(name, row) for row in loaded.rows]
+def ids_of(loaded: TextDataset, index: int) -> list[int]:
+    return [int(token) for token in loaded[index].ids]
 
 
-def content(loaded: LoadedSplit) -> list[Any]:
+def column(loaded: TextDataset, name: str) -> list[Any]:
+    return [(loaded.raw if name == "number" else loaded.tokens)[name][int(row)].as_py() for row in loaded.rows]
+
+
+def content(loaded: TextDataset) -> list[Any]:
     """All that is stored of the rows of a split."""
-    return [loaded.tokens.row(row) for row in loaded.rows]
+    return [{name: values[int(row)].as_py() for name, values in loaded.tokens.items()} for row in loaded.rows]
 
 
 def made(source: Path) -> list[Path]:
@@ -87,29 +86,27 @@ def test_rows_are_stored_as_they_are_encoded(source: Path, monkeypatch: pytest.M
     monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 7)
     loaded = load(source)
     tokens = loaded.tokens
-    assert len(loaded.rows) == len(tokens) == 40
+    assert len(loaded) == len(tokens["ids"]) == 40
     for number in range(40):
         turns = (Turn("user", f"Question {number}?"), Turn("assistant", f"Answer {number}."))
-        expected = encode_batch([turns], TOKENIZER, Template())[0]
+        expected = encode_conversation(turns, TOKENIZER, Template())
         for name in ("ids", "supervised", "segment"):
-            assert np.array_equal(tokens.list(name, number), getattr(expected, name))
-        assert tokens.value("turn_bytes", number) == expected.turn_bytes == len(f"Answer {number}.")
-        assert tokens.value("length", number) == len(expected.ids)
-        assert tokens.value("targets", number) == expected.supervised.sum()
-        assert loaded.raw.value("number", number) == number + 1
-    assert tokens.list("ids", 0).dtype == np.uint16 and tokens.list("segment", 0).dtype == np.uint8
+            assert np.array_equal(tokens[name][number].values.to_numpy(), getattr(expected, name))
+        assert tokens["turn_bytes"][number].as_py() == expected.turn_bytes == len(f"Answer {number}.")
+        assert tokens["length"][number].as_py() == len(expected.ids)
+        assert tokens["targets"][number].as_py() == expected.supervised.sum()
+        assert loaded.raw["number"][number].as_py() == number + 1
+    assert tokens["ids"][0].values.to_numpy().dtype == np.uint16 and tokens["segment"][0].values.to_numpy().dtype == np.uint8
 
 
-def test_a_second_start_does_not_tokenize_or_hash(
-    source: Path, encoded_batches: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_start_does_not_tokenize_or_hash(source: Path, encoded_rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(source)
-    assert sum(encoded_batches) == 40
-    encoded_batches.clear()
+    assert len(encoded_rows) == 40
+    encoded_rows.clear()
     monkeypatch.setattr("hashlib.file_digest", None)
     second = load(source)
-    other_split = load(source, split="test", hash_split=HashSplit(3, 0.5))
-    assert encoded_batches == [] and len(made(source)) == 1
+    other_split = load(source, split="test", test_ratio=0.5, seed=3)
+    assert encoded_rows == [] and len(made(source)) == 1
     assert content(second) == content(first)
     assert len(other_split.rows) < 40
 
@@ -124,7 +121,7 @@ def test_a_second_start_does_not_tokenize_or_hash(
         {"long_rows": "drop"},
         {"long_rows": "keep_prompt_end"},
         {"on_bad_row": "skip"},
-        {"forms": FormOptions(ignore=("notes",))},
+        {"ignore": ("notes",)},
         {"subset_size": 5},
     ],
 )
@@ -142,8 +139,8 @@ def test_another_format_makes_another_cache(source: Path, monkeypatch: pytest.Mo
 
 
 def test_splits_share_a_cache(source: Path) -> None:
-    for split in (None, HashSplit(0, 0.25), HashSplit(1, 0.25), HashSplit(0, 0.5)):
-        load(source, hash_split=split)
+    for split in ({}, {"test_ratio": 0.25}, {"test_ratio": 0.25, "seed": 1}, {"test_ratio": 0.5}):
+        load(source, **split)
     assert len(made(source)) == 1
 
 
@@ -166,21 +163,21 @@ def test_a_file_changed_within_the_clocks_grain_is_hashed_again(source: Path, tm
 
 
 def test_a_crash_half_way_leaves_nothing_that_is_read(
-    source: Path, encoded_batches: list[int], monkeypatch: pytest.MonkeyPatch
+    source: Path, encoded_rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "_ROWS_AT_ONCE", 10)
-    counted = vars(row_encoder)["encode_batch"]
+    counted = vars(row_encoder)["encode_conversation"]
 
     def failing(*arguments: Any, **more: Any) -> Any:
-        if len(encoded_batches) == 2:
+        if len(encoded_rows) == 20:
             raise KeyboardInterrupt
         return counted(*arguments, **more)
 
-    monkeypatch.setattr(row_encoder, "encode_batch", failing)
+    monkeypatch.setattr(row_encoder, "encode_conversation", failing)
     with pytest.raises(KeyboardInterrupt):
         load(source)
     assert made(source) == []
-    monkeypatch.setattr(row_encoder, "encode_batch", counted)
+    monkeypatch.setattr(row_encoder, "encode_conversation", counted)
     assert len(load(source).rows) == 40
 
 
@@ -192,15 +189,15 @@ def test_what_a_killed_process_left_is_not_read_and_is_cleared_away(source: Path
     assert made(source) == [tokens] and not leftover.exists()
 
 
-def test_of_several_at_once_one_makes_the_tokens_and_all_read_them(source: Path, encoded_batches: list[int]) -> None:
-    results: list[LoadedSplit] = []
+def test_of_several_at_once_one_makes_the_tokens_and_all_read_them(source: Path, encoded_rows: list[int]) -> None:
+    results: list[TextDataset] = []
     threads = [threading.Thread(target=lambda: results.append(load(source))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 4 and all(content(loaded) == content(results[0]) for loaded in results)
-    assert sum(encoded_batches) == 40
+    assert len(encoded_rows) == 40
 
 
 def test_any_number_of_processes_makes_the_same_tokens(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,12 +209,12 @@ def test_any_number_of_processes_makes_the_same_tokens(source: Path, monkeypatch
     found = []
     for processes in (1, 2, 3):
         loaded = load(
-            source, processes=processes, on_bad_row="skip", hash_split=HashSplit(0, 0.3),
-            cache_dir=source.parent / f"cache{processes}",
+            source, processes=processes, on_bad_row="skip", test_ratio=0.3,
+            cache_dir=str(source.parent / f"cache{processes}"),
         )  # fmt: skip
         found.append((content(loaded), loaded.counts))
     assert found[0] == found[1] == found[2]
-    loaded = load(source, processes=1, on_bad_row="skip", hash_split=HashSplit(0, 0.3), cache_dir=source.parent / "cache3")
+    loaded = load(source, processes=1, on_bad_row="skip", test_ratio=0.3, cache_dir=str(source.parent / "cache3"))
     assert content(loaded) == found[0][0] and len(list((source.parent / "cache3").glob("tokens-*/*.arrow"))) == 3
 
 
@@ -236,15 +233,12 @@ def test_several_files_are_read_one_after_the_other(source: Path, tmp_path: Path
     more = write(tmp_path / "more.jsonl", [row(number) for number in range(100, 103)])
     empty = write(tmp_path / "empty.jsonl", [])
 
-    def load_all(*files: Path) -> LoadedSplit:
-        return load(source, source=list(files))
-
-    loaded = load_all(source, empty, more)
-    assert [loaded.raw.value("file", at) for at in (0, 39, 40, 42)] == [0, 0, 2, 2]
-    assert content(loaded) != content(load_all(more, empty, source)) and len(made(source)) == 2
+    loaded = load(source, empty, more)
+    assert [loaded.raw["file"][at].as_py() for at in (0, 39, 40, 42)] == [0, 0, 2, 2]
+    assert content(loaded) != content(load(more, empty, source)) and len(made(source)) == 2
     write(more, [row(0), "{broken"])
     with pytest.raises(UsageError, match=r"more\.jsonl:2"):
-        load_all(source, more)
+        load(source, more)
 
 
 def test_tags_found_in_texts_are_noted(source: Path) -> None:
@@ -282,16 +276,28 @@ def test_a_file_that_changes_before_it_is_read_is_told(source: Path, monkeypatch
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
+def test_a_key_with_half_a_surrogate_pair_is_counted(source: Path) -> None:
+    write(source, [json.dumps({"prompt": "hi", "response": "ho", "\ud800_id": "x"})])
+    assert load(source).counts["ignored"] == {"\\ud800_id": 1}
+
+
+def test_a_source_that_cannot_be_read_is_told_not_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, _: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(token_cache, "file_sha256", fail)
+    with pytest.raises(UsageError, match=r"jsonl can't be read: Permission denied$"):
+        load(source)
+
+
 def test_a_killed_build_is_never_read_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
     write(source, [row(number, "word " * 200) for number in range(60_000)])
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(MODEL)
     script = (
-        "import sys; from pathlib import Path; from dataset.text.token_cache import load_split\n"
-        "from dataset.text.tokenizer import Tokenizer; from dataset.text.conversation import Template\n"
-        "load_split(source=Path(sys.argv[1]) / 'data.jsonl', split='train', tokenizer=Tokenizer(sys.argv[2]),\n"
-        "  template=Template(), seq_len=64, subset_size=None, hash_split=None, default_system_prompt=None, long_rows='truncate',\n"
-        "  on_bad_row='error', processes=2, cache_dir=Path(sys.argv[1]) / 'cache')"
+        "import sys; from pathlib import Path; from tests.conftest import load_file\n"
+        "from dataset.text.tokenizer import Tokenizer\n"
+        "load_file(Path(sys.argv[1]) / 'data.jsonl', Tokenizer(sys.argv[2]), processes=2)"
     )
     command = [sys.executable, "-c", script, str(source.parent), str(tokenizer)]
     builder = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stderr=subprocess.DEVNULL)
@@ -334,7 +340,7 @@ def test_a_malformed_row_stops_with_file_and_line_or_is_counted(source: Path) ->
     with pytest.raises(UsageError, match=r"data\.jsonl:3: .*on_bad_row=skip"):
         load(source)
     loaded = load(source, on_bad_row="skip")
-    assert loaded.counts == {
+    assert loaded.counts_read == {
         "read": 7,
         "beyond_subset": 0,
         "dropped": {"blank_line": 1, "no_answer": 1},
@@ -352,7 +358,7 @@ def test_long_rows_are_cut_or_dropped_and_counted(source: Path) -> None:
     cut = load(source, seq_len=40)
     assert cut.counts["dropped"] == {"answer_beyond_seq_len": 1}
     assert column(cut, "cut") == [0, ANSWER_CUT]
-    whole = encode_batch([(Turn("user", "Go on?"), Turn("assistant", "word " * 100))], TOKENIZER, Template())[0]
+    whole = encode_conversation((Turn("user", "Go on?"), Turn("assistant", "word " * 100)), TOKENIZER, Template())
     assert ids_of(cut, 1) == whole.ids[:41].tolist()
     kept_answer = TOKENIZER.decode(whole.ids[:41][whole.supervised[:41]])
     assert column(cut, "turn_bytes")[1] == len(kept_answer) < whole.turn_bytes
@@ -383,10 +389,8 @@ def test_a_row_that_just_fits_is_not_cut(source: Path) -> None:
 
 
 def test_splits_are_disjoint_complete_and_stable_when_rows_are_added(source: Path) -> None:
-    split = HashSplit(seed=0, test_ratio=0.3)
-
     def lines(name: str) -> set[int]:
-        return set(column(load(source, split=name, hash_split=split), "number"))
+        return set(column(load(source, split=name, test_ratio=0.3), "number"))
 
     train, test = lines("train"), lines("test")
     assert not train & test and train | test == set(range(1, 41)) and len(test) >= 5
@@ -398,14 +402,13 @@ def test_splits_are_disjoint_complete_and_stable_when_rows_are_added(source: Pat
 
 @pytest.mark.parametrize("likely", [None, 10])
 def test_a_subset_takes_the_first_rows_of_each_split_and_stops_reading(
-    source: Path, encoded_batches: list[int], monkeypatch: pytest.MonkeyPatch, likely: int | None
+    source: Path, encoded_rows: list[int], monkeypatch: pytest.MonkeyPatch, likely: int | None
 ) -> None:
     if likely is not None:  # too few at first, several times
         monkeypatch.setattr(token_cache, "_likely_rows", lambda *_: likely)
-    split = HashSplit(seed=0, test_ratio=0.2)
     write(source, [*(row(number) for number in range(3000)), "{a malformed row that is never reached"])
-    parts = {name: load(source, split=name, hash_split=split, subset_size=20) for name in ("train", "test")}
-    assert sum(encoded_batches) <= 1040
+    parts = {name: load(source, split=name, test_ratio=0.2, subset_size=20) for name in ("train", "test")}
+    assert len(encoded_rows) <= 1040
     hashes = [prompt_hash((Turn("user", f"Question {number}?"),)) for number in range(3000)]
     sides = are_test_hashes(np.array(hashes, np.uint64), 0, 0.2)
     for name, count in (("train", 20), ("test", 5)):
@@ -414,12 +417,12 @@ def test_a_subset_takes_the_first_rows_of_each_split_and_stops_reading(
     counts = parts["train"].counts
     last = max(max(column(part, "number")) for part in parts.values())
     assert counts["read"] == last == counts["beyond_subset"] + 25
-    alone = load(source, split="test", hash_split=split, subset_size=20, alone=True)
+    alone = load(source, split="test", test_ratio=0.2, subset_size=20, alone=True)
     assert column(alone, "number") == [number + 1 for number in range(3000) if sides[number]][:20]
 
 
 def test_a_subset_larger_than_the_files_takes_all(source: Path) -> None:
-    loaded = load(source, subset_size=100, hash_split=HashSplit(0, 0.0))
+    loaded = load(source, subset_size=100, test_ratio=0.0)
     assert len(loaded.rows) == 40 and loaded.counts["read"] == 40
 
 
@@ -432,12 +435,12 @@ def test_a_bad_row_before_a_subset_is_full_is_told(source: Path, monkeypatch: py
 
 
 def test_the_size_of_a_subset() -> None:
-    assert wanted_rows(None, HashSplit(0, 0.05)) == {"train": math.inf, "test": math.inf}
-    assert wanted_rows(1000, HashSplit(0, 0.05)) == {"train": 1000, "test": 53}
-    assert wanted_rows(64, HashSplit(0, 0.05)) == {"train": 64, "test": 4}
-    assert wanted_rows(10, HashSplit(0, 0.9)) == {"train": 10, "test": 10}
-    assert wanted_rows(10, HashSplit(0, 0.0)) == {"train": 10, "test": 0}
-    assert wanted_rows(10, None) == {"train": 10, "test": 0}
+    assert wanted_rows(None, 0.05) == {"train": math.inf, "test": math.inf}
+    assert wanted_rows(1000, 0.05) == {"train": 1000, "test": 53}
+    assert wanted_rows(64, 0.05) == {"train": 64, "test": 4}
+    assert wanted_rows(10, 0.9) == {"train": 10, "test": 10}
+    assert wanted_rows(10, 0.0) == {"train": 10, "test": 0}
+    assert wanted_rows(10, 0.3, "test") == {"train": 0, "test": 10}
 
 
 def test_many_segments_and_a_large_vocabulary_get_wider_arrays(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,8 +449,8 @@ def test_many_segments_and_a_large_vocabulary_get_wider_arrays(source: Path, mon
     wide = Tokenizer.from_bytes(MODEL)
     monkeypatch.setattr(wide, "vocab_size", 70_000)
     tokens = load(source, seq_len=8192, tokenizer=wide).tokens
-    assert tokens.list("ids", 0).dtype == np.int32
-    assert tokens.list("segment", 0).max() == 300
+    assert tokens["ids"][0].values.to_numpy().dtype == np.int32
+    assert tokens["segment"][0].values.to_numpy().max() == 300
 
 
 def test_a_missing_source_is_told(tmp_path: Path) -> None:
@@ -458,7 +461,7 @@ def test_a_missing_source_is_told(tmp_path: Path) -> None:
 def test_a_cache_folder_that_can_not_be_written_is_told(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="make it writable"):
-        load(source, cache_dir=tmp_path / "file" / "cache")
+        load(source, cache_dir=str(tmp_path / "file" / "cache"))
 
 
 @pytest.mark.parametrize("step", ["from_generator", "map"])

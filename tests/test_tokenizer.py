@@ -36,14 +36,6 @@ def test_spelled_control_pieces_are_plain_text(text: str) -> None:
     assert TOKENIZER.decode([TOKENIZER.bos_id, *ids, TOKENIZER.eos_id]) == text
 
 
-def test_batches_equal_single_calls() -> None:
-    texts = ["one", "", "two\nlines", "☃"]
-    rows = TOKENIZER.encode_batch(texts)
-    assert rows == [TOKENIZER.encode(text) for text in texts]
-    assert TOKENIZER.decode_batch(rows) == texts
-    assert TOKENIZER.encode_batch([]) == [] and TOKENIZER.decode_batch([]) == []
-
-
 def test_facts_about_the_model_and_the_copy_from_bytes() -> None:
     assert (TOKENIZER.vocab_size, TOKENIZER.bos_id, TOKENIZER.eos_id) == (32000, 1, 2)
     assert TOKENIZER.piece(TOKENIZER.bos_id) == "<s>"
@@ -109,8 +101,7 @@ def test_control_ids_of_a_tokenizer_json_stand_behind_its_own() -> None:
     size = tokenizers.Tokenizer.from_str(tokenizer.model_bytes.decode()).get_vocab_size()
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (size, size + 1, size + 2)
     assert [tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id)] == ["<s>", "</s>"]
-    assert tokenizer.encode_batch(["few", ""]) == [tokenizer.encode("few"), []] and tokenizer.encode_batch([]) == []
-    assert tokenizer.decode_batch([tokenizer.encode("few"), []]) == ["few", ""]
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == "" and tokenizer.decode(tokenizer.encode("few")) == "few"
     assert (tokenizer.file_name, TOKENIZER.file_name) == ("tokenizer.json", "tokenizer.model")
 
 

@@ -1,1 +1,1 @@
-"""Learning: loop, tasks, optimizer, schedule. The only room that changes weights."""
+"""Learning: loop, tasks, optimizer, schedule. The only package that changes weights."""

@@ -1,5 +1,4 @@
-"""What a run shows while it trains: its plan, progress, held-out results as tables, and at the end
-the paths of its files.
+"""What a run shows: plan, progress, held-out results, and the paths of its files.
 
 Progress goes to stderr, the rest to stdout. Knows numbers and paths, not what is trained.
 """
@@ -23,9 +22,7 @@ _WARM_UP_SECONDS = 20.0
 
 
 class Console:
-    """Plan and progress of a run, as a context manager: a bar on a terminal, else a line now and
-    then. Silent unless `shown`.
-    """
+    """Plan and progress of a run: a bar on a terminal, else lines. Silent unless `shown`."""
 
     def __init__(self, config: TrainingConfig, *, total: int, done: int, seconds: float, shown: bool) -> None:
         """total: examples of the run. done: those already trained, in `seconds`."""
@@ -55,11 +52,11 @@ class Console:
         """Show that `done` examples are trained."""
         self._bar.update(done - self._bar.n)
 
-    def line(self, step: int, done: int, figures: Mapping[str, float | None], memory: Mapping[str, int]) -> None:
+    def line(self, step: int, done: int, figures: Mapping[str, float], memory: Mapping[str, int]) -> None:
         """Show a part of a log line. memory: the peaks so far in bytes, by name."""
         if not self._shown:
             return
-        texts = {name: "-" if value is None else f"{value:.3f}" for name, value in figures.items()}
+        texts = {name: f"{value:.3f}" for name, value in figures.items()}
         self._bar.set_postfix(texts)
         now = time.perf_counter()
         elapsed = now - self._started
@@ -71,9 +68,9 @@ class Console:
             tqdm.write(f"expected time {tqdm.format_interval(elapsed + left)} at {rate:,.0f} ex/s; memory so far: {peaks}")
         if self._bar.disable and now - self._line_at >= _LINE_SECONDS:
             self._line_at = now
-            told = ", ".join(f"{name} {text}" for name, text in texts.items())
-            share = f"{done / self._total:.0%}, {tqdm.format_interval(left)} left"
-            print(f"step {step:,}: {told}, {rate:,.0f} ex/s, {share}", file=sys.stderr, flush=True)
+            told = [f"{name} {text}" for name, text in texts.items()]
+            told += [f"{rate:,.0f} ex/s", f"{done / self._total:.0%}", f"{tqdm.format_interval(left)} left"]
+            print(f"step {step:,}: {', '.join(told)}", file=sys.stderr, flush=True)
 
 
 def show_evaluation(step: int, report: Mapping[str, Any]) -> None:

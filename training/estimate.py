@@ -1,8 +1,6 @@
-"""The dry run: parameters, optimizer steps, FLOPs, memory and time of a run before it starts.
-Writes nothing.
+"""The dry run: what a run would take, before it starts. Writes nothing.
 
-Steps are counted from the settings, FLOPs by torch's counter on the meta device, where nothing is
-computed. Memory and time are measured on real optimizer steps.
+FLOPs are counted on the meta device; memory and time are measured on real optimizer steps.
 """
 
 import itertools
@@ -55,11 +53,7 @@ class Steps(NamedTuple):
 
 
 def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluation_rows: int = 0) -> Steps:
-    """The steps of a whole run, at most `max_steps`; `max_minutes` and `early_stopping` aren't
-    considered.
-
-    evaluation_rows: rows of one evaluation.
-    """
+    """The steps of a whole run, at most `max_steps`, and evaluations of `evaluation_rows` rows each."""
     total = Position(curriculum.total, curriculum.rounds_before(curriculum.total))
     expected = expected_examples(config, total.examples)
     steps = math.ceil(expected / config.global_batch_size)
@@ -74,11 +68,9 @@ def count_steps(config: PretrainInstructConfig, curriculum: Curriculum, evaluati
 
 
 def flops_per_token(task: Task) -> float:
-    """FLOPs per token and ACT step, forward and backward, of the first micro-batch of the task's
-    next optimizer step.
+    """FLOPs per token and ACT step, forward and backward, of the task's next micro-batch.
 
-    Counts matrix products and attention over whole rows (a causal kernel may skip half of that), a
-    multiply-add as two FLOPs. Elementwise work isn't counted.
+    Counts matrix products and whole rows of attention, a multiply-add as two. No elementwise work.
     """
     with FlopCounterMode(display=False) as counter:
         micro_batch = next(task.next_batch(1).micro_batches)
@@ -87,10 +79,7 @@ def flops_per_token(task: Task) -> float:
 
 
 def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data: RunData, ranks: Ranks) -> None:
-    """Report what the run would take. Measures real steps, so don't use `model` afterwards.
-
-    Raises UsageError if a step doesn't fit into the memory of a GPU.
-    """
+    """Report what the run would take, by real steps: don't use `model` afterwards. Raises UsageError."""
     say, act_steps = ranks.say, config.arch.halt_max_steps
     _say_parameters(model, say)
     rows = 0 if data.test is None else rows_evaluated(data.test, config.eval_examples)
@@ -117,11 +106,7 @@ def dry_run_instruct(config: PretrainInstructConfig, model: RecursiveModel, data
 
 
 def dry_run_puzzles(config: PretrainPuzzleConfig, model: RecursiveModel, task: PuzzleTask, data: PuzzleData, ranks: Ranks) -> None:
-    """Report what the run would take. Measures real steps, so don't use `model` and `task`
-    afterwards.
-
-    Raises UsageError if a step doesn't fit into the memory of a GPU.
-    """
+    """Report what the run would take, by real steps of `model` and `task`. Raises UsageError."""
     say, seq_len = ranks.say, data.metadata.seq_len
     _say_parameters(model, say)
     steps = min(task.total_steps, config.max_steps or task.total_steps)
@@ -152,7 +137,6 @@ def _say_parameters(model: RecursiveModel, say: Callable[[str], None]) -> None:
 def _say_measured(
     config: TrainingConfig, model: RecursiveModel, tasks: Sequence[Task], flops_a_token: float, total: float, ranks: Ranks
 ) -> None:
-    """Report memory and time of some steps of `tasks`, and the time of a run of `total` FLOPs."""
     say, there_is = ranks.say, _gb(memory_in_all(model.device))
     results = itertools.chain.from_iterable(Trainer(config, model, task, ranks).steps() for task in tasks)
     ends, tokens = list[float](), list[float]()

@@ -1,8 +1,4 @@
-"""One instruction-tuning run from a checked config: its data, its evaluation with sample answers,
-its checkpoints.
-
-The loop is in training/loop.py. Knows no Hydra.
-"""
+"""An instruction-tuning run: its data, evaluation and checkpoints. training/loop.py has the loop."""
 
 import functools
 from collections.abc import Mapping
@@ -36,13 +32,9 @@ _SHOWN_ANSWER_TOKENS = 48
 
 
 def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
-    """Train, from scratch or from the checkpoint that `config.resume` finds; returns the last
-    checkpoint and its held-out loss.
+    """Train as `config` says; returns the last checkpoint and its loss, or None after a dry run.
 
-    A dry run (`config.dry_run`) trains nothing and returns None.
-
-    Raises UsageError for wrong input, before training starts, and StoppedBySignal if a signal ended
-    the run.
+    Raises UsageError for wrong input, before training starts, and StoppedBySignal.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         if ranks.size > config.global_batch_size:
@@ -100,7 +92,6 @@ def run_instruct(config: PretrainInstructConfig) -> RunResult | None:
 
 
 def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: Ranks) -> None:
-    """Report the run's data, and anything about it that the user should know before training."""
     for name, source in config.all_sources.items():
         train, test = report["sources"][name]["train"], report["sources"][name].get("test")
         rows, test_rows = train["counts"]["kept"], test["counts"]["kept"] if test is not None else 0
@@ -126,9 +117,7 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
 
 
 def _load_initial_weights(model: RecursiveModel, source: Path, tokenizer: Tokenizer) -> None:
-    """Load the weights of `source`. Raises UsageError if they don't fit the model or were trained
-    with another tokenizer.
-    """
+    """Load the weights of `source`. Raises UsageError if they are for another tokenizer or model."""
     if (source / "checkpoint.json").is_file() and (own := open_checkpoint(source).tokenizer).sha256 != tokenizer.sha256:
         raise UsageError(f"load_checkpoint={source} was trained with another tokenizer: use its own ({source / own.file_name})")
     load_weights(model, read_weights(source), source)
@@ -142,7 +131,6 @@ def _evaluate(
     ranks: Ranks,
     step: int,
 ) -> dict[str, Any] | None:
-    """Teacher-forced metrics of the test split, shared by the ranks; shows sample answers."""
     if test_split is None:
         return None
     report = evaluate_sources(

@@ -1,13 +1,11 @@
-"""The run's metrics loggers: JSONL files always, W&B and TensorBoard as configured. Knows nothing
-of what is trained.
-"""
+"""Loggers of metrics: JSONL files always, W&B and TensorBoard as configured."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from artifacts.metrics_log import MetricsLog
+from artifacts.files import JsonLines
 from config.errors import UsageError
 from config.schema import TrainingConfig
 
@@ -16,50 +14,56 @@ _WANDB_MODES = ("offline", "online", "disabled")
 
 
 class RunLogger:
-    """All loggers of the run in `folder`. Lines come in the order of their steps."""
+    """All loggers of the run in `folder`. Lines come in the order of their steps.
+
+    metrics.jsonl is reproducible: values that depend on the clock are in timing.jsonl.
+    """
 
     def __init__(self, config: TrainingConfig, folder: Path, saved: Mapping[str, Any] | None = None) -> None:
-        """saved: the `state` and the "step" that the run resumes from; None for a new run.
-
-        Raises UsageError if a configured logger can't start.
-        """
+        """saved: `state` and "step" to resume from. Raises UsageError if a configured logger can't start."""
         saved = saved or {}
         # The JSONL files last: if another logger can't start, metrics.jsonl is still untouched.
         mode = wandb_mode(config)
-        self._wandb = None if mode == "disabled" else _WandB(config, folder, mode, saved.get("wandb_id"))
-        tensorboard = _TensorBoard(folder, int(saved.get("step", 0))) if config.tensorboard else None
-        self._charts: list[_Charts] = [charts for charts in (self._wandb, tensorboard) if charts is not None]
-        self._files = MetricsLog(folder, saved.get("metrics_log_bytes", 0), saved.get("timing_log_bytes", 0))
+        self._wandb = None if mode == "disabled" else _start_wandb(config, folder, mode, saved.get("wandb_id"))
+        self._tensorboard = _open_tensorboard(folder, int(saved.get("step", 0))) if config.tensorboard else None
+        self._metrics = JsonLines(folder / "metrics.jsonl", saved.get("metrics_log_bytes", 0))
+        self._timing = JsonLines(folder / "timing.jsonl", saved.get("timing_log_bytes", 0))
 
     def training(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Log the metrics of the steps since the last line, and their timing; both have a "step"."""
-        self._files.write(metrics, timing)
-        self._add({**_numbers("train", metrics), **_numbers("timing", timing)}, metrics["step"])
+        self._metrics.write(metrics)
+        self._timing.write(timing)
+        self._draw({**_numbers("train", metrics), **_numbers("timing", timing)}, metrics["step"])
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Log an evaluation: "step", "examples", and the metrics as "test"."""
-        self._files.write(metrics)
-        self._add(_numbers("test", metrics["test"]), metrics["step"])
+        self._metrics.write(metrics)
+        self._draw(_numbers("test", metrics["test"]), metrics["step"])
 
-    def _add(self, values: Mapping[str, float], step: int) -> None:
-        for charts in self._charts:
-            charts.add(values, step)
+    def _draw(self, values: Mapping[str, float], step: int) -> None:
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def state(self) -> dict[str, Any]:
-        """The `saved` of a resumed run: JSON values under the names of
-        `training.progress.RunProgress`.
-        """
+        """JSON values to resume from, named as in `training.progress.RunProgress`."""
         return {
-            "metrics_log_bytes": self._files.length,
-            "timing_log_bytes": self._files.timing_length,
+            "metrics_log_bytes": self._metrics.length,
+            "timing_log_bytes": self._timing.length,
             "wandb_id": None if self._wandb is None else self._wandb.id,
         }
 
     def close(self) -> None:
         """Flush and close all loggers."""
-        self._files.close()
-        for charts in self._charts:
-            charts.close()
+        self._metrics.close()
+        self._timing.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def wandb_mode(config: TrainingConfig) -> str:
@@ -82,62 +86,34 @@ def log_measurement(metrics: dict[str, Any], project: str, run: str, folder: Pat
 
 
 def _numbers(group: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among `values`, as `group/name`."""
     return {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
 
 
-class _Charts(Protocol):
-    """A logger that draws numbers as curves over steps."""
+def _start_wandb(config: TrainingConfig, folder: Path, mode: str, run_id: str | None) -> Any:
+    import wandb
 
-    def add(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _WandB:
-    def __init__(self, config: TrainingConfig, folder: Path, mode: str, run_id: str | None) -> None:
-        import wandb
-
-        # Otherwise W&B writes to another folder.
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._run = wandb.init(
-                project=config.project_name,
-                name=config.run_name,
-                id=run_id,
-                resume="allow",
-                mode="online" if mode == "online" else "offline",
-                config=config.model_dump(),
-                dir=str(folder),
-                # W&B's console capture would log tqdm's bar line by line.
-                settings=wandb.Settings(console="off", silent=True),
-            )
-        except wandb.errors.Error as error:
-            raise UsageError(
-                f"W&B can't start: {error}; log in with `wandb login`, or use wandb=offline or wandb=disabled"
-            ) from error
-        self.id: str = self._run.id
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    # Otherwise W&B writes to another folder.
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return wandb.init(
+            project=config.project_name,
+            name=config.run_name,
+            id=run_id,
+            resume="allow",
+            mode="online" if mode == "online" else "offline",
+            config=config.model_dump(),
+            dir=str(folder),
+            # W&B's console capture would log tqdm's bar line by line.
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.errors.Error as error:
+        raise UsageError(f"W&B can't start: {error}; log in with `wandb login`, or use wandb=offline or wandb=disabled") from error
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as missing:
-            raise UsageError("tensorboard=true needs a package of that name: run `pip install tensorboard`") from missing
-        # TensorBoard then drops what a killed run wrote after `step`.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as missing:
+        raise UsageError("tensorboard=true needs a package of that name: run `pip install tensorboard`") from missing
+    # TensorBoard then drops what a killed run wrote after `step`.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)

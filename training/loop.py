@@ -1,8 +1,4 @@
-"""The training loop: a run with its logs, evaluations and checkpoints (`Run.train`), and an
-optimizer step (`Trainer.step`).
-
-Knows no Hydra. What is trained on is a `Task` (training/task.py).
-"""
+"""The training loop: a run (`Run.train`), and an optimizer step (`Trainer.step`) of a `Task`."""
 
 import contextlib
 import math
@@ -18,16 +14,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts.checkpoint import Snapshot, TrainerState
+from artifacts.checkpoint import Snapshot, TrainerState, best_checkpoints, held_out_loss, prune_checkpoints
 from artifacts.plots import draw_runs
 from artifacts.report import write_report
-from artifacts.retention import best_checkpoints, held_out_loss, prune_checkpoints
 from artifacts.weights import load_weights
 from config.errors import StoppedBySignal, UsageError
 from config.schema import TrainingConfig
 from models.act import RecursiveModel
 from models.device import peak_memory
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.ema import EMA
 from training.console import Console
 from training.loggers import RunLogger
@@ -69,9 +64,8 @@ class Run:
     ) -> None:
         """Loads the weights and the state of a run that is resumed.
 
-        evaluate: given the number of steps, measure the model on `evaluation_rows` held-out rows
-        and show the results; returns None without held-out data. All ranks call it and get the
-        same. save: write a checkpoint atomically.
+        evaluate: given the number of steps, measure `evaluation_rows` held-out rows, on all ranks,
+        and show results; None without any. save: write a checkpoint.
         """
         self.trainer, self.task, self.ranks, self.config = trainer, trainer.task, trainer.ranks, trainer.config
         self.folder = resume_point.folder
@@ -86,11 +80,11 @@ class Run:
             self._loss = held_out_loss(saved.folder, self.task.loss_name)
         progress = trainer.progress
         progress.forward_dtype = trainer.model.config.forward_dtype
-        is_through = self.task.done.examples == self.task.total.examples
-        is_over_time = self._is_over_time(progress.seconds)
-        self._end_reason = None if is_through else reason_to_end(self.config, progress.step, is_over_time, progress.early_stopping)
+        data_is_used_up = self.task.done.examples == self.task.total.examples
+        limit = reason_to_end(self.config, progress.step, progress.seconds, progress.early_stopping)
+        self._end_reason = None if data_is_used_up else limit
         # The logs of a run that has already ended stay as they are.
-        self._has_ended = is_through or self._end_reason is not None
+        self._has_ended = data_is_used_up or self._end_reason is not None
         begins = self.ranks.is_first and not self._has_ended
         self._logger = RunLogger(self.config, self.folder, vars(progress)) if begins else None
         if self._logger is not None and self._logger.state()["metrics_log_bytes"] < progress.metrics_log_bytes:
@@ -133,12 +127,12 @@ class Run:
                     metrics = self._evaluate()
                 before = now
 
-                # End, or save. Ranks act alike, on a signal to any of them and by rank 0's clock.
-                own = (stop.signal_number, self._is_over_time(self._seconds()), self._is_save_due(result.step))
-                signals, (is_over_time, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
+                # End, or save. All ranks decide alike: a signal to any of them counts, and rank 0's clock.
+                own = (stop.signal_number, self._seconds(), self._is_save_due(result.step))
+                signals, (seconds, *_), (is_save_due, *_) = zip(*self.ranks.gather(own), strict=True)
                 stopped_by = max(signals)
                 if not is_last:
-                    self._end_reason = reason_to_end(config, result.step, is_over_time, self.trainer.progress.early_stopping)
+                    self._end_reason = reason_to_end(config, result.step, seconds, self.trainer.progress.early_stopping)
                 if self._end_reason is not None and not stopped_by:
                     self._end_early(metrics)
                     break
@@ -153,17 +147,14 @@ class Run:
         return self._finished()
 
     def _log(self, console: Console | None = None) -> None:
-        """Write a log line for the steps since the last one, and show a part of it on `console`."""
         progress, task, now = self.trainer.progress, self.task, self._seconds()
-        window = progress.window.over_ranks(self.ranks, self.config.arch.halt_max_steps)
-        rows, sums = sum(window.halted_at.values()), window.sums
+        window = progress.window.over_ranks(self.ranks)
+        sums = window.sums
         metrics: dict[str, Any] = {
             "step": progress.step,
             "examples": task.done.examples,
             "lr": window.lr,
             **(task.report(sums) if window.steps else {}),
-            "mean_act_steps": sum(depth * count for depth, count in window.halted_at.items()) / rows if rows else None,
-            "halted_at": {str(depth): count for depth, count in window.halted_at.items()},
             "grad_norm": window.grad_norm / window.steps if window.steps else None,
             "skipped_steps": window.skipped,
         }
@@ -182,11 +173,11 @@ class Run:
             self._warn(window.skipped, loss)
         progress.window, progress.seconds_at_line = Window(), now
         if console is not None:
-            figures = {"loss": loss, "act_steps": metrics["mean_act_steps"]}
+            shown = (("loss", task.loss_name), ("act_steps", "steps"))
+            figures = {name: metrics[key] for name, key in shown if key in metrics}
             console.line(progress.step, task.done.examples, figures, memory)
 
     def _warn(self, skipped: int, loss: float | None) -> None:
-        """Warn of skipped steps and of a loss that jumps."""
         progress = self.trainer.progress
         if skipped:
             tqdm.write(f"step {progress.step}: {skipped} steps skipped, because the loss or gradient wasn't finite")
@@ -219,7 +210,6 @@ class Run:
         return metrics
 
     def _state(self) -> TrainerState:
-        """The state that the run resumes from."""
         logs = {} if self._logger is None else self._logger.state()
         self.trainer.progress = replace(self.trainer.progress, seconds=self._seconds(), **logs)
         return self.trainer.state()
@@ -238,11 +228,10 @@ class Run:
         self._saved, self._saved_at = folder, time.perf_counter()
 
     def _end_early(self, metrics: Mapping[str, Any] | None) -> None:
-        """End a run that has data left: write its last log line, evaluation (unless this step has
-        `metrics`) and checkpoint.
+        """End a run that has data left, with its last log line, evaluation and checkpoint.
 
-        The checkpoint holds the state before the line and the evaluation. So a run that is resumed
-        with a higher limit removes them from its logs, and equals a run that never ended here.
+        The checkpoint holds the state from before this log line and evaluation. Resuming with a
+        higher limit cuts both from the logs, and gives the run that never ended here.
         """
         state, window = self._state(), self.trainer.progress.window
         if window.steps or window.skipped:
@@ -273,9 +262,6 @@ class Run:
         """Time that the run has taken, without the time between its processes."""
         return time.perf_counter() - self._begun_at
 
-    def _is_over_time(self, seconds: float) -> bool:
-        return self.config.max_minutes is not None and seconds >= 60 * self.config.max_minutes
-
     def _is_save_due(self, step: int) -> bool:
         when = self.config.checkpoint
         by_clock = when.every_minutes is not None and time.perf_counter() - self._saved_at >= 60 * when.every_minutes
@@ -294,17 +280,14 @@ def _reported() -> Iterator[None]:
 class Trainer:
     """A model with its optimizer and moving average, trained on a task by one or more ranks."""
 
-    def __init__(self, config: TrainingConfig, model: RecursiveModel, task: Task, ranks: Ranks | None = None) -> None:
-        self.config, self.model, self.task, self.ranks = config, model, task, ranks or Ranks()
+    def __init__(self, config: TrainingConfig, model: RecursiveModel, task: Task, ranks: Ranks = ALONE) -> None:
+        self.config, self.model, self.task, self.ranks = config, model, task, ranks
         self.optimizer = ModelOptimizer(config, model)
         self.ema = EMA(model, config.ema_rate) if config.ema else None
         self.progress = RunProgress()
 
     def steps(self) -> Iterator[StepResult]:
-        """Train to the end of the task's data.
-
-        Raises UsageError when `skip_limit` steps in a row had to be skipped.
-        """
+        """Train to the end of the data. Raises UsageError after `skip_limit` skipped steps in a row."""
         while self.task.done.examples < self.task.total.examples:
             result = self.step()
             yield result
@@ -323,12 +306,11 @@ class Trainer:
         # Forward and backward, a micro-batch at a time.
         batch = self.task.next_batch(progress.step)
         self.optimizer.zero_grad()
-        losses, weight, sums, depths = list[Tensor](), 0, dict[str, Tensor | int](), list[Tensor]()
+        losses, weight, sums = list[Tensor](), 0, dict[str, Tensor | int]()
         for micro_batch in batch.micro_batches:
             micro_batch.loss.backward()
             losses.append(micro_batch.loss.detach())
             weight += micro_batch.weight
-            depths.append(micro_batch.finished_depths)
             for name, value in micro_batch.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
 
@@ -348,8 +330,8 @@ class Trainer:
         if grads:
             torch._foreach_div_(grads, float(max(1, weight)))
 
-        # Clip. The norm isn't finite if the loss isn't. Reading it is the only time that the loop
-        # waits for the device.
+        # Clip. The norm isn't finite if the loss isn't. Reading it is the only time that a step waits
+        # for its device.
         grad_norm = float(torch.nn.utils.get_total_norm(grads) + 0 * loss)
         if config.grad_clip is not None and grad_norm > config.grad_clip:
             torch._foreach_mul_(grads, config.grad_clip / grad_norm)
@@ -363,7 +345,6 @@ class Trainer:
             self.optimizer.step(batch.lr_factor)
             if self.ema is not None:
                 self.ema.update(self.model)
-        finished_depths = torch.cat(depths).tolist() if depths else []
         return StepResult(
             step=progress.step,
             lr=config.lr * batch.lr_factor,
@@ -371,7 +352,6 @@ class Trainer:
             grad_norm=grad_norm,
             skipped=skipped,
             sums=sums,
-            finished_depths=[depth for depth in finished_depths if depth],
         )
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
@@ -379,12 +359,10 @@ class Trainer:
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped_in(self.model)
 
     def state(self) -> TrainerState:
-        """Everything that training resumes from, except the weights and their average. All ranks
-        must call it between steps.
-        """
+        """What training resumes from beside weights. All ranks must call it between steps."""
         task = self.task.state()
         tensors = {**task.tensors, **{_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}}
-        return TrainerState(tensors, {**self.progress.values(self.ranks, self.config.arch.halt_max_steps), **task.values})
+        return TrainerState(tensors, {**self.progress.values(self.ranks), **task.values})
 
     def load_state(self, state: TrainerState, average: Mapping[str, Tensor] | None = None) -> None:
         """Resume from `state` and the weights' moving `average`, if the run keeps one.
@@ -401,5 +379,5 @@ class Trainer:
         self.progress = RunProgress.from_values(state.values)
         if not self.ranks.is_first:
             # The saved sums of all ranks continue on the first one.
-            self.progress.window = replace(self.progress.window, sums={}, halted_at={})
+            self.progress.window = replace(self.progress.window, sums={})
         self.task.load_state(state)

@@ -1,8 +1,4 @@
-"""The optimizers: AdamATan2, as in the original, optionally with Muon; signSGD for puzzles'
-vectors.
-
-Knows no schedule and no loss.
-"""
+"""The optimizers: AdamATan2, optionally with Muon, and signSGD for puzzles' vectors."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -68,9 +64,7 @@ class ModelOptimizer:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load the `state` of an optimizer of the same kind. Parameters that it doesn't name have
-        had no gradient yet.
-        """
+        """Load `state`. Parameters that it does not name have had no gradient yet."""
         for place, value in state.items():
             what, name = place.split(".", 1)
             p = self._parameters[name]
@@ -113,7 +107,6 @@ class AdamATan2(Optimizer):
                 self._update([p for p in params if self.state[p]["step"] == t], t, group)
 
     def _update(self, params: list[Tensor], t: int, group: dict[str, Any]) -> None:
-        """The `t`-th update of `params` of `group`, in a few foreach operations."""
         lr, (beta1, beta2), weight_decay = group["lr"], group["betas"], group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
         m = [self.state[p]["m"] for p in params]

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from models.distributed import Ranks
@@ -14,9 +14,7 @@ from training.stopping import EarlyStopping
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, for logging. `sums` and `finished_depths` are this rank's; tensors stay
-    on the device.
-    """
+    """One optimizer step, for logging. `sums` are this rank's; tensors stay on the device."""
 
     step: int
     lr: float
@@ -28,8 +26,6 @@ class StepResult:
     skipped: bool
     """The loss or the gradient wasn't finite, so the weights didn't change."""
     sums: dict[str, Tensor | int]
-    finished_depths: list[int]
-    """ACT steps of each row that finished."""
 
 
 @dataclass
@@ -41,10 +37,8 @@ class Window:
     """Steps that weren't skipped."""
     skipped: int = 0
     grad_norm: float = 0.0
-    """Sum over the steps; so are the next fields, for this rank."""
+    """Sum over the steps; so are `sums`, for this rank."""
     sums: dict[str, float] = field(default_factory=dict)
-    halted_at: Annotated[dict[int, int], BeforeValidator(dict)] = field(default_factory=dict)
-    """Number of finished rows by ACT steps taken. Earlier versions saved pairs."""
 
     def __post_init__(self) -> None:
         self._unread: dict[str, list[Tensor]] = {}
@@ -52,8 +46,6 @@ class Window:
     def add(self, result: StepResult) -> None:
         """Add a step."""
         self.lr = result.lr
-        for depth in result.finished_depths:
-            self.halted_at[depth] = self.halted_at.get(depth, 0) + 1
         if result.skipped:
             self.skipped += 1
             return
@@ -66,7 +58,7 @@ class Window:
             else:
                 self.sums[name] += value
 
-    def over_ranks(self, ranks: Ranks, max_depth: int) -> "Window":
+    def over_ranks(self, ranks: Ranks) -> "Window":
         """The window summed over ranks. All ranks must call it."""
         for name, unread in self._unread.items():
             # Add on the host: not every device has float64.
@@ -74,10 +66,9 @@ class Window:
                 self.sums[name] += value
         self._unread.clear()
         # A rank without rows has no names. The first rank has rows whenever another has some.
-        names, depths = ranks.agree(list(self.sums)), range(max_depth + 1)
-        totals = ranks.sum_numbers([self.sums.get(name, 0) for name in names] + [self.halted_at.get(depth, 0) for depth in depths])
-        halted_at = {depth: int(count) for depth, count in zip(depths, totals[len(names) :], strict=True) if count}
-        return replace(self, sums=dict(zip(names, totals, strict=False)), halted_at=halted_at)
+        names = ranks.agree(list(self.sums))
+        totals = ranks.sum_numbers([self.sums.get(name, 0) for name in names])
+        return replace(self, sums=dict(zip(names, totals, strict=True)))
 
 
 @dataclass
@@ -106,6 +97,6 @@ class RunProgress:
         """Read state.json; keys of the task are ignored."""
         return TypeAdapter(cls).validate_python(values)
 
-    def values(self, ranks: Ranks, max_depth: int) -> dict[str, Any]:
+    def values(self, ranks: Ranks) -> dict[str, Any]:
         """JSON values, summed over ranks. All ranks must call it."""
-        return asdict(replace(self, window=self.window.over_ranks(ranks, max_depth)))
+        return asdict(replace(self, window=self.window.over_ranks(ranks)))

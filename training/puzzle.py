@@ -1,5 +1,4 @@
-"""Puzzles as a task: slots, the latent states they carry, one ACT step. Knows no files but the
-loader's, and prints nothing.
+"""Puzzles as a task: slots, the latent states they carry, one ACT step.
 
 As in the original, an optimizer step is one ACT step of every slot, and takes one batch of the
 loader. Rows for slots that are still busy are discarded. Shape suffixes as in models/layers.py; P
@@ -19,7 +18,7 @@ from config.schema import PretrainPuzzleConfig
 from dataset.puzzles.loader import IGNORE_LABEL_ID, PuzzleBatch, PuzzleData, TrainBatches
 from models.act import RecursiveModel
 from models.device import on_device
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
 from models.losses import row_loss
 from models.recursive_reasoning.base import States
 from models.row_halting import continue_target, halted
@@ -31,9 +30,7 @@ _EXPLORATION_DRAW = 2
 
 
 def exploration(seed: int, step: int, rows: int, probability: float, max_steps: int) -> np.ndarray:
-    """The minimum depth of each of `rows` slots at optimizer step `step`, int64: 0, or with
-    `probability` one of 2..max_steps.
-    """
+    """Minimum depth of each slot at a step, int64: 0, or by `probability` one of 2..max_steps."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, _EXPLORATION_DRAW, step, 0]))
     explores, depth = generator.random((2, rows))
     minimum = np.minimum(2 + (depth * (max_steps - 1)).astype(np.int64), max_steps)
@@ -77,11 +74,11 @@ class PuzzleTask:
 
     loss_name = "lm_loss"
 
-    def __init__(self, config: PretrainPuzzleConfig, model: RecursiveModel, data: PuzzleData, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: PretrainPuzzleConfig, model: RecursiveModel, data: PuzzleData, ranks: Ranks = ALONE) -> None:
         """Raises UsageError if the data doesn't fill a batch."""
         self.config = config
         self.model = model
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         self.total_steps = data.metadata.total_steps(config.epochs, config.global_batch_size)
         self.steps_done = 0
         self._batches = TrainBatches(
@@ -139,9 +136,7 @@ class PuzzleTask:
         )
 
     def _enter(self, batch: PuzzleBatch) -> None:
-        """Put the rows of `batch`, with initial states, into the free slots of the same number;
-        discard the other rows.
-        """
+        """Put rows of `batch`, with initial states, into the free slots of the same number."""
         carry = self.carry
         free_B = carry.halted_B
         for target, rows in (
@@ -157,7 +152,6 @@ class PuzzleTask:
         carry.halted_B = torch.zeros_like(free_B)
 
     def _place_in_data(self) -> dict[str, int | str]:
-        """The position of the next batch in the data."""
         return {"iterations": self._iterations_done, **self._batches.state()}
 
     def _read_batch(self) -> PuzzleBatch | None:
@@ -171,7 +165,6 @@ class PuzzleTask:
         return None
 
     def _act_step(self, part: slice, minimum_B: Tensor) -> MicroBatch:
-        """One ACT step of the slots `part`."""
         model, carry, arch = self.model, self.carry, self.config.arch
         labels_BT = carry.labels_BT[part]
         x_BTD = model.embed(carry.inputs_BT[part], carry.puzzle_ids_B[part])
@@ -215,7 +208,7 @@ class PuzzleTask:
                 "q_continue_loss": loss.continue_bce_B.sum(),
                 **{name: (value_B * counted_B).sum() for name, value_B in of_halted.items()},
             }
-        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums, finished_depths=steps_B * halted_B)
+        return MicroBatch(loss=loss.total, weight=len(labels_BT), sums=sums)
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Means by the original's names: losses over all rows, others over halted, labelled ones."""
@@ -228,8 +221,10 @@ class PuzzleTask:
         return {**losses, **(measures if sums["halted"] else {}), "halted_rows": sums["halted"]}
 
     def state(self) -> TrainerState:
-        """Carry of all ranks, and the position in the data: the same for any number of ranks."""
-        tensors = {name: torch.cat(self.ranks.gather(part.cpu())) for name, part in self.carry.tensors().items()}
+        """Carry of all ranks, at the first one, and the position in the data: the same for any number of ranks."""
+        own = {name: part.cpu() for name, part in self.carry.tensors().items()}
+        of_ranks = self.ranks.gather_at_first(own)
+        tensors = {name: torch.cat([parts[name] for parts in of_ranks]) for name in own} if of_ranks else {}
         return TrainerState(tensors, {"steps_done": self.steps_done, "place_in_data": self._place})
 
     def load_state(self, state: TrainerState) -> None:

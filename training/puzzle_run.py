@@ -1,7 +1,4 @@
-"""One run on puzzles from a checked config: its data, its evaluation, its checkpoints.
-
-The loop is in training/loop.py. Knows no Hydra.
-"""
+"""A run on puzzles: its data, evaluation and checkpoints. training/loop.py has the loop."""
 
 import functools
 from pathlib import Path
@@ -26,13 +23,9 @@ from training.resume import find_resume_point, initial_weights_path, prepare_mod
 
 
 def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
-    """Train, from scratch or from the checkpoint that `config.resume` finds; returns the last
-    checkpoint and its held-out loss.
+    """Train as `config` says; returns the last checkpoint and its loss, or None after a dry run.
 
-    A dry run (`config.dry_run`) trains nothing and returns None.
-
-    Raises UsageError for wrong input, before training starts, and StoppedBySignal if a signal ended
-    the run.
+    Raises UsageError for wrong input, before training starts, and StoppedBySignal.
     """
     with joined_ranks(config.device, config.dist_timeout_minutes) as ranks, find_resume_point(config, ranks) as resume_point:
         device = pick_device(config.device)
@@ -88,18 +81,8 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
 def _evaluate(
     measurement: PuzzleMeasurement, config: PretrainPuzzleConfig, model: RecursiveModel, folder: Path, ranks: Ranks, step: int
 ) -> dict[str, Any]:
-    """Measure every row of the test split, shared by the ranks."""
-    report: dict[str, Any] = ranks.agree(
-        measurement.measure(
-            model,
-            folder,
-            f"test_step_{step}",
-            save=config.eval_save_outputs,
-            rank=ranks.rank,
-            ranks=ranks.size,
-            sum_over_ranks=ranks.sum_numbers,
-        )
-    )
+    name, save = f"test_step_{step}", config.eval_save_outputs
+    report: dict[str, Any] = ranks.agree(measurement.measure(model, folder, name, save=save, ranks=ranks))
     if ranks.is_first:
         show_evaluation(step, report)
         curve = " ".join(f"{share:.3f}" for share in report["exact_accuracy_by_act_step"])

@@ -1,5 +1,4 @@
 """How a run starts: from scratch, with another run's weights, or from its newest intact checkpoint.
-Knows no task.
 
 A run resumes only when that is safe. A damaged checkpoint is reported and an older one used; the
 checkpoint of another run is refused; and a run that has checkpoints never silently starts over.
@@ -10,7 +9,6 @@ import datetime
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,14 +16,15 @@ from artifacts.checkpoint import (
     SavedRun,
     checkpoints_of,
     newest_checkpoint,
+    newest_intact,
     read_saved_run,
     read_settings,
-    step_of,
+    remove_partial,
 )
-from artifacts.retention import remove_partial_checkpoints
 from artifacts.run_folder import check_folder_name, owned_folder
 from config.errors import UsageError
 from config.schema import OnResume, TrainingConfig, on_resume
+from config.upgrade import flat
 from models.act import RecursiveModel
 from models.device import set_matmul_precision, should_compile
 from models.distributed import Ranks
@@ -64,7 +63,7 @@ class ResumePoint:
                     f"{self.saved.folder} can't be resumed: its {name} is {str(self.saved.about.get(name))[:16]}..., now it "
                     f"is {value[:16]}...; use the same data and tokenizer, or start another run (run_name, load_checkpoint)"
                 )
-        old, new = dict(_flat(self.saved.settings)), dict(_flat(config.model_dump()))
+        old, new = flat(self.saved.settings), flat(config.model_dump())
         # The resolved number format, where the config says "auto".
         old["arch.forward_dtype"] = self.saved.trainer.values["forward_dtype"]
         changed: dict[OnResume, list[str]] = {mark: [] for mark in OnResume}
@@ -82,12 +81,11 @@ class ResumePoint:
 
 @contextlib.contextmanager
 def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePoint]:
-    """The run's folder, and its newest intact checkpoint if `config.resume` asks for it; rank 0
-    decides for all.
+    """The run's folder, and the checkpoint that `config.resume` asks for; rank 0 decides for all.
 
-    Within the block the folder belongs to this run: rank 0 holds its lock. Newer, damaged
-    checkpoints are renamed, so that the run can write its own. A dry run takes no lock and changes
-    nothing. Raises UsageError if the run can't start.
+    Within the block rank 0 holds the folder's lock. Newer, damaged checkpoints are renamed, so that
+    the run can write its own. A dry run takes no lock and changes nothing. Raises UsageError if the
+    run can't start.
     """
     with contextlib.ExitStack() as lock:
         found = _find(config, ranks.say, lock) if ranks.is_first else None
@@ -99,9 +97,7 @@ def find_resume_point(config: TrainingConfig, ranks: Ranks) -> Iterator[ResumePo
 
 
 def prepare_model(model: RecursiveModel, config: TrainingConfig, device: torch.device, folder: Path, ranks: Ranks) -> None:
-    """Move `model` to `device`, set matmul precision and compile as configured, and report on the
-    run in `folder`.
-    """
+    """Move `model` to `device`, compile as configured, and report on the run in `folder`."""
     model.to(device)
     set_matmul_precision(config.tf32, device)
     if should_compile(config.compile, device):
@@ -121,7 +117,7 @@ def initial_weights_path(path: Path, config: TrainingConfig, ranks: Ranks) -> Pa
     source = Path(ranks.agree(str(newest_checkpoint(path, ranks.say)) if ranks.is_first else None))
     ranks.say(f"starting from the weights of {source}")
     if (source / "config.yaml").is_file():
-        old, new = dict(_flat(read_settings(source, say=ranks.say))), dict(_flat(config.model_dump()))
+        old, new = flat(read_settings(source, say=ranks.say)), flat(config.model_dump())
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and key.startswith(_OF_WEIGHTS) and not key.startswith(_NOT_OF_WEIGHTS):
                 ranks.say(f"  other setting: {key} was {old[key]!r}, now {new[key]!r}")
@@ -153,23 +149,13 @@ def _find(config: TrainingConfig, say: Callable[[str], None], lock: contextlib.E
         say(f"{folder} has no checkpoint yet: starting at step 0")
         return ResumePoint(folder)
     if not config.dry_run:
-        remove_partial_checkpoints(folder)
-    damaged: list[Path] = []
-    for checkpoint in reversed(candidates):
-        try:
-            saved = read_saved_run(checkpoint)
-        except UsageError as error:
-            say(f"{error}; looking for an older checkpoint")
-            damaged.append(checkpoint)
-            continue
-        for path in damaged if not config.dry_run else ():
-            say(f"renamed {path} to {_move_aside(path)}")
-        say(f"resuming from {checkpoint}")
-        return ResumePoint(folder, saved)
-    raise UsageError(
-        f"no checkpoint in {folder} is intact ({', '.join(path.name for path in candidates)}), and the run doesn't start over "
-        "silently: put an intact one there, or delete the folder to start at step 0"
-    )
+        remove_partial(folder)
+    remedy = "put an intact one there, or delete the folder to start at step 0; the run doesn't start over silently"
+    saved, damaged = newest_intact(candidates, read_saved_run, say, remedy)
+    for path in damaged if not config.dry_run else ():
+        say(f"renamed {path} to {_move_aside(path)}")
+    say(f"resuming from {saved.folder}")
+    return ResumePoint(folder, saved)
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
@@ -187,10 +173,10 @@ def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
     candidates = [c for c in checkpoints_of(folder) if not is_checkpoint or c == path]
     if not candidates:
         raise UsageError(f"resume={path}: no checkpoint there; expected a folder step_<N>, or the folder of a run that has some")
-    newer = [c.name for c in checkpoints_of(folder) if step_of(c) > step_of(candidates[-1])]
-    if newer:
+    *_, newest = checkpoints_of(folder)
+    if newest != candidates[-1]:
         raise UsageError(
-            f"resume={path}: the run has newer checkpoints ({', '.join(newer)}) and doesn't overwrite them; resume from the "
+            f"resume={path}: the run has newer checkpoints (up to {newest.name}) and doesn't overwrite them; resume from the "
             "newest, or move them away"
         )
     if config.run_name not in (None, folder.name):
@@ -199,18 +185,8 @@ def _named(config: TrainingConfig, path: Path) -> tuple[Path, list[Path]]:
 
 
 def _move_aside(checkpoint: Path) -> Path:
-    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    number = 1
+    aside, number = checkpoint.with_name(f"{checkpoint.name}.damaged"), 1
     while aside.exists():
         number += 1
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
     return checkpoint.rename(aside)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            # As YAML reads it back.
-            yield prefix + key, list(value) if isinstance(value, tuple) else value

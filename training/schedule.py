@@ -11,8 +11,7 @@ def expected_examples(config: PretrainInstructConfig, total: int) -> int:
 
 
 def lr_factor_by_examples(admitted: int, total: float, *, min_ratio: float, warmup_steps: int, batch_size: int) -> float:
-    """Fraction of the peak learning rate: linear warm-up, then a cosine from 1 down to `min_ratio`
-    at `admitted == total`.
+    """Fraction of the peak learning rate: warm-up, then a cosine down to `min_ratio` at `total`.
 
     Warm-up lasts min(warmup_steps * batch_size, total / 10) examples.
     """
@@ -23,10 +22,9 @@ def lr_factor_by_examples(admitted: int, total: float, *, min_ratio: float, warm
 
 
 def lr_factor_by_steps(step: int, total: int, *, min_ratio: float, warmup_steps: int) -> float:
-    """The original's fraction of the peak learning rate at optimizer step `step` (from 1) of
-    `total`.
+    """The original's fraction of the peak learning rate at optimizer step `step` (from 1) of `total`.
 
-    Linear warm-up over `warmup_steps`, then a cosine from 1 down to `min_ratio` at step `total`.
+    Linear warm-up over `warmup_steps`, then a cosine down to `min_ratio` at step `total`.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -22,11 +22,10 @@ _LEAST_TRAINED_BETWEEN = 1000
 
 
 def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) -> int:
-    """How many evaluations `eval_every_steps=auto` adds to those of `eval_interval`, evenly spaced
-    over the run.
+    """How many evaluations, evenly spaced, `eval_every_steps=auto` adds to those of `eval_interval`.
 
     At most ten. Between two of them at least a thousand examples are trained, and eight for each
-    row evaluated. total: of the whole run. rows: rows of one evaluation.
+    row evaluated.
     """
     if config.eval_every_steps != "auto" or rows == 0:
         return 0
@@ -38,8 +37,7 @@ def automatic_evaluations(config: TrainingConfig, total: Position, rows: int) ->
 
 
 def is_evaluation_due(config: TrainingConfig, automatic: int, total: Position, step: int, before: Position, now: Position) -> bool:
-    """Whether to evaluate after optimizer step number `step`, which has moved the run from `before`
-    to `now`.
+    """Whether to evaluate after step number `step`, which moved the run from `before` to `now`.
 
     automatic: from `automatic_evaluations`. total: of the whole run.
     """
@@ -69,19 +67,15 @@ class EarlyStopping:
         else:
             self.waited += 1
 
-    def is_over(self, config: EarlyStoppingConfig) -> bool:
-        """Whether the run's patience has run out."""
-        return config.patience is not None and self.waited >= config.patience
 
-
-def reason_to_end(config: TrainingConfig, step: int, time_is_up: bool, early_stopping: EarlyStopping) -> str | None:
-    """Why a run ends after `step` optimizer steps although data is left; None: it doesn't."""
+def reason_to_end(config: TrainingConfig, step: int, seconds: float, early_stopping: EarlyStopping) -> str | None:
+    """Why a run ends after `step` optimizer steps and `seconds` although data is left; None: it doesn't."""
     if config.max_steps is not None and step >= config.max_steps:
         return f"max_steps={config.max_steps} is reached"
-    if time_is_up:
+    if config.max_minutes is not None and seconds >= 60 * config.max_minutes:
         return f"max_minutes={config.max_minutes:g} are over"
-    if early_stopping.is_over(config.early_stopping):
-        patience = config.early_stopping.patience
+    patience = config.early_stopping.patience
+    if patience is not None and early_stopping.waited >= patience:
         return f"{patience} evaluations in a row have not lowered the held-out loss (early_stopping.patience={patience})"
     return None
 
@@ -94,11 +88,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def first_signal() -> Iterator[StopRequest]:
-    """Within the block, record the first SIGTERM or SIGINT instead of stopping. A second Ctrl-C
-    stops at once.
+    """Within the block, record the first SIGTERM or SIGINT. A second Ctrl-C stops at once.
 
-    Under torchrun it doesn't: torchrun forwards a Ctrl-C that the terminal has already sent to its
-    processes.
+    Under torchrun it doesn't: that forwards a Ctrl-C which the terminal has already sent.
     """
     request = StopRequest()
 

@@ -1,8 +1,4 @@
-"""The interface of the training loop to its data: conversations (training/text.py) or puzzles
-(training/puzzle.py).
-
-Knows no optimizer and no files.
-"""
+"""What the training loop knows of its data: training/text.py and training/puzzle.py."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,8 +33,6 @@ class MicroBatch:
     They include the counts "tokens" and "supervised" and, if attention computes padding,
     "attended": its positions.
     """
-    finished_depths: Tensor
-    """int64, for each row: its number of ACT steps if it finishes with this one, else 0."""
 
 
 @dataclass(frozen=True)

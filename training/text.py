@@ -19,7 +19,8 @@ from dataset.text.loader import IGNORE_LABEL_ID, Example, collate
 from dataset.text.packing import row_layout
 from models.act import RecursiveModel
 from models.device import on_device
-from models.distributed import Ranks
+from models.distributed import ALONE, Ranks
+from models.document_attention import documents_side_by_side
 from models.layers import TOKEN_MULTIPLE, Attend, TokenRows
 from models.losses import token_loss
 from training.schedule import expected_examples, lr_factor_by_examples
@@ -47,11 +48,11 @@ class TextTask:
         model: RecursiveModel,
         stream: ExampleIterator,
         curriculum: Curriculum,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.model = model
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         self.admitted = 0
         self._curriculum = curriculum
         self._stream = stream
@@ -72,14 +73,9 @@ class TextTask:
     def _position(self, examples: int) -> Position:
         return Position(examples, self._curriculum.rounds_before(examples))
 
-    @property
-    def expected(self) -> float:
-        """Examples of the whole run, at which its schedules end."""
-        return expected_examples(self.config, self._curriculum.total)
-
     def _lr_factor(self) -> float:
-        """Fraction of the peak learning rate after the examples admitted so far."""
-        config, admitted, begin, end = self.config, self.admitted, 0, self.expected
+        config, admitted, begin = self.config, self.admitted, 0
+        end: float = expected_examples(config, self._curriculum.total)
         if config.lr_schedule == "stage":
             stage = self._curriculum.stage_of(admitted - 1)
             begin = self._curriculum.begin_of(stage)
@@ -133,7 +129,6 @@ class TextTask:
         return Batch(self._lr_factor(), map(self._micro_batch, parts))
 
     def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
-        """The loss of some rows over all ACT steps."""
         model, config, device = self.model, self.config, self.model.device
         act_steps = config.arch.halt_max_steps
         batch = collate(examples, pad_id=0, length_multiple=config.pad_multiple, supervise=config.dataset.supervise)
@@ -151,7 +146,7 @@ class TextTask:
         supervised_N, labels_N = on_device(supervised, device), on_device(labels_M[supervised], device)
         segments = on_device(segments_M, device)
         if model.needs_no_rows:
-            attend: Attend = model.document_attention(layout.starts, segments)
+            attend: Attend = documents_side_by_side(config.arch.attention, layout.starts, segments)
         else:
             rows = [TokenRows(on_device(group.index_N, device), *group[1:]) for group in layout.groups]
             documents = on_device(layout.document_N, device) if packing == "packed" else None
@@ -188,6 +183,7 @@ class TextTask:
             loss=loss.total,
             weight=len(supervised),
             sums={
+                "rows": len(examples),
                 "tokens": int(batch["lengths"].sum()) * act_steps,
                 "attended": (len(inputs_M) if model.needs_no_rows else layout.attended) * act_steps,
                 "supervised": len(supervised),
@@ -197,5 +193,4 @@ class TextTask:
                 "supervised_first": len(supervised) if has_first else 0,
                 "nll_first": nll_SN[0].sum() if has_first else 0,
             },
-            finished_depths=torch.full((len(examples),), act_steps),
         )

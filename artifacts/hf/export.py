@@ -1,13 +1,10 @@
-"""Exports a checkpoint as a folder for transformers: weights, configuration, modeling file,
-tokenizer, chat template, model card.
+"""Exports a checkpoint as a folder for transformers, which it doesn't need.
 
 The modeling file consists of the network's own definitions, so there is no second implementation.
-Doesn't need transformers.
 """
 
-import json
-import shutil
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,14 +12,25 @@ import torch
 from safetensors.torch import save_file
 
 from artifacts.checkpoint import Checkpoint
+from artifacts.files import to_json, whole_folder
 from artifacts.halting import read_halting_calibration
-from artifacts.hf.inline import Inliner
 from artifacts.hf.model_card import model_card
-from config.errors import UsageError
 from dataset.text.conversation import TaggedRole
 from dataset.text.portable_tokenizer import BOS, EOS, chat_template, portable_tokenizer
 
-_TEMPLATE = Path(__file__).with_name("modeling_trm.py")
+_REPOSITORY = Path(__file__).parents[2]
+# base and trm come first, because the other recursions are subclasses of theirs; __init__ comes last.
+_RECURSIONS = {path.stem for path in (_REPOSITORY / "models/recursive_reasoning").glob("*.py")} - {"base", "trm", "__init__"}
+# The definitions that stand in the modeling file in place of imports, by file, each after what it needs; (): all of a file.
+_INLINED: dict[str, tuple[str, ...]] = {
+    **{f"models/recursive_reasoning/{name}.py": () for name in ("base", "trm", *sorted(_RECURSIONS), "__init__")},
+    "models/cache.py": ("StatefulAttention", "HeldAttention"),
+    "models/layers.py": (
+        "RMS_EPS", "_SWIGLU_MULTIPLE", "Rotary", "rotary_table", "rotate", "Attend", "_STD_OF_NORMAL_CUT_AT_2", "truncated_normal_",
+        "Linear", "Embedding", "rms_norm", "Attention", "SwiGLU", "Block", "BlockStack",
+    ),
+    "models/losses.py": ("log_probs",),
+}  # fmt: skip
 _OF_ARCH = (
     "name", "hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles", "norm", "qk_norm", "attention",
     "pos_encodings", "rope_theta", "loss", "halt_max_steps",
@@ -36,25 +44,38 @@ H heads, K channels of a head, S positions attended to, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.versions import require_version
+
 '''
 
 
 def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = None) -> None:
-    """Write `folder` atomically, with the checkpoint's weights (the moving average if there is one)
-    in float32.
+    """Write `folder` atomically, with the checkpoint's weights (their average, if any) in float32.
 
-    licence: the hub's identifier, for the model card. Raises UsageError if the folder exists, and
-    for a tokenizer without an equivalent in transformers.
+    licence: the hub's identifier. Raises UsageError if the folder exists or the tokenizer has no
+    equivalent.
     """
-    if folder.exists():
-        raise UsageError(f"{folder} exists already and is not overwritten: choose another --output-dir, or delete it")
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     files = {
-        "config.json": _json(_config(checkpoint)),
-        "generation_config.json": _json(_generation_config(checkpoint)),
+        "config.json": to_json(_config(checkpoint)),
+        "generation_config.json": to_json(_generation_config(checkpoint)),
         "modeling_trm.py": modeling_file(),
         "tokenizer.json": portable_tokenizer(tokenizer, checkpoint.template),
-        "tokenizer_config.json": _json(
+        "tokenizer_config.json": to_json(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": BOS,
@@ -69,21 +90,10 @@ def export_folder(checkpoint: Checkpoint, folder: Path, licence: str | None = No
         "README.md": model_card(checkpoint, licence),
     }
     weights = {name: tensor.to(torch.float32).contiguous() for name, tensor in checkpoint.weights(ema=True).items()}
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder, "choose another --output-dir", "free space, or choose another --output-dir") as partial:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UsageError(f"{folder} can't be written: {error}; free space, or choose another --output-dir") from error
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -129,6 +139,28 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def modeling_file() -> str:
-    """The text of the exported modeling_trm.py, with its imports from this project inlined."""
-    inliner = Inliner(_TEMPLATE)
-    return _HEAD + inliner.import_lines() + "\n\n" + "\n\n\n".join(inliner.definitions()) + "\n"
+    """The text of the exported modeling_trm.py, with definitions in place of its imports from this project."""
+    parts = []
+    for path, names in _INLINED.items():
+        parts += [f"# From {path}.", *_definitions(path, names)]
+    return (
+        "\n\n\n".join([_HEAD + parts[0], *parts[1:], "# The model of transformers.", *_definitions("artifacts/hf/modeling_trm.py")])
+        + "\n"
+    )
+
+
+def _definitions(path: str, names: Sequence[str] = ()) -> Iterator[str]:
+    """The text of a file's definitions of `names`, or of all, with decorators, comments above and docstrings below."""
+    text = (_REPOSITORY / path).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    nodes = [node for node in ast.parse(text).body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
+    starts = []
+    for node in nodes:
+        start = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))]) - 1
+        while lines[start - 1].startswith("#"):
+            start -= 1
+        starts.append(start)
+    for node, start, end in zip(nodes, starts, [*starts[1:], len(lines)], strict=True):
+        name = node.name if isinstance(node, ast.ClassDef | ast.FunctionDef) else lines[node.lineno - 1].split()[0].rstrip(":")
+        if not names or name in names:
+            yield "\n".join(lines[start:end]).rstrip()

@@ -1,14 +1,11 @@
-"""The classes for transformers in an exported modeling file: configuration, attention, language
-model.
+"""The classes for transformers in an exported modeling file.
 
-artifacts/hf/export.py replaces the imports from models/ by their definitions, so that the exported
-file is self-contained. A definition here overrides one with the same name there. Shape suffixes as
-in models/layers.py.
+artifacts/hf/export.py replaces the imports from models/ by their definitions. Shape suffixes as in
+models/layers.py.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,74 +27,50 @@ class TRMConfig(PreTrainedConfig):
 
     model_type = "tiny_recursive_model"
 
-    def __init__(
-        self,
-        *,
-        name: str = "trm",
-        vocab_size: int = 32000,
-        hidden_size: int = 512,
-        num_heads: int = 8,
-        expansion: float = 4.0,
-        H_layers: int = 0,
-        L_layers: int = 2,
-        H_cycles: int = 3,
-        L_cycles: int = 6,
-        norm: str = "post",
-        qk_norm: bool = False,
-        attention: str = "causal",
-        pos_encodings: str = "rope",
-        rope_theta: float = 10000.0,
-        loss: str = "softmax",
-        halt_max_steps: int = 4,
-        halt_scale: Sequence[float] | None = None,
-        halt_shift: Sequence[float] | None = None,
-        act_steps: int | None = None,
-        halt_threshold: float | None = None,
-        tags: dict[str, Sequence[int]] | None = None,
-        **others: Any,
-    ) -> None:
-        """halt_scale, halt_shift: calibration of the halting logit at each ACT step; None:
-        uncalibrated.
+    name: str = "trm"
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_heads: int = 8
+    expansion: float = 4.0
+    H_layers: int = 0
+    L_layers: int = 2
+    H_cycles: int = 3
+    L_cycles: int = 6
+    norm: str = "post"
+    qk_norm: bool = False
+    attention: str = "causal"
+    pos_encodings: str = "rope"
+    rope_theta: float = 10000.0
+    loss: str = "softmax"
+    halt_max_steps: int = 4
+    halt_scale: list[float] | None = None
+    """With halt_shift, the calibration of the halting logit at each ACT step; None: uncalibrated."""
+    halt_shift: list[float] | None = None
+    act_steps: int | None = None
+    """ACT steps per token; None: halt_max_steps."""
+    halt_threshold: float | None = None
+    """A token of an answer halts once its halting probability exceeds this; None: every token takes all steps."""
+    tags: dict[str, list[int]] | None = None
+    """For each role, the ids of its tag after BOS."""
 
-        act_steps: ACT steps per token; None: halt_max_steps. halt_threshold: a token of an answer
-        halts once its halting probability exceeds this; None: every token takes all steps. tags:
-        for each role, the ids of its tag after BOS.
-        """
-        self.name = name
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.expansion = expansion
-        self.H_layers, self.L_layers = H_layers, L_layers
-        self.H_cycles, self.L_cycles = H_cycles, L_cycles
-        self.norm = norm
-        self.qk_norm = qk_norm
-        self.attention = attention
-        self.pos_encodings = pos_encodings
-        self.rope_theta = rope_theta
-        self.loss = loss
-        self.halt_max_steps = halt_max_steps
-        self.halt_scale = halt_scale or [1.0] * halt_max_steps
-        self.halt_shift = halt_shift or [0.0] * halt_max_steps
-        self.act_steps = act_steps or halt_max_steps
-        self.halt_threshold = halt_threshold
-        self.tags = tags or {}
-        super().__init__(**others)
+    def __post_init__(self, **others: Any) -> None:
+        self.head_dim = self.hidden_size // self.num_heads
+        self.halt_scale = self.halt_scale or [1.0] * self.halt_max_steps
+        self.halt_shift = self.halt_shift or [0.0] * self.halt_max_steps
+        self.act_steps = self.act_steps or self.halt_max_steps
         # The cache's layers: one for each ACT step, level call and block.
         recursion = build_recursion(self)
-        self.num_hidden_layers = halt_max_steps * sum(recursion.levels[level] for level in recursion.calls)
+        self.num_hidden_layers = self.halt_max_steps * sum(recursion.levels[level] for level in recursion.calls)
+        super().__post_init__(**others)
 
 
 ArchConfig = TRMConfig  # as models/layers.py and the recursions call it
 
 
 class LaneAttention:
-    """Attention of new positions. Each call uses the next lane: one block of one level call of one
-    ACT step.
+    """Attention of new positions. Each call uses the next lane, a layer of `cache`.
 
-    A lane is a layer of `cache`. visible: bool [B, 1, T, S], whether each of T new positions sees
-    each of S positions.
+    visible: bool [B, 1, T, S], whether each of T new positions sees each of S positions.
     """
 
     def __init__(self, cache: DynamicCache | None, visible: Tensor) -> None:
@@ -129,7 +102,7 @@ def prompt_segments(ids_BT: Tensor, config: TRMConfig, is_begun: bool) -> Tensor
     begins_BT = torch.zeros_like(is_bos_BT)  # the first id of each answer
     begins_BT[:, 0] = is_begun
     is_raw_BT = is_bos_BT.clone()
-    for role, tag in config.tags.items():
+    for role, tag in (config.tags or {}).items():
         tagged_BT = is_bos_BT.clone()
         for place, tag_id in enumerate(tag, 1):
             tagged_BT &= F.pad(ids_BT[:, place:] == tag_id, (0, min(place, positions)))
@@ -180,11 +153,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         halt_threshold: float | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of `input_ids` [B, T], which follow the positions in `cache`. `attention_mask`
-        covers both, and is 0 at padding.
-
-        act_steps, halt_threshold: None: the config's.
-        """
+        """Logits of `input_ids` [B, T], which follow those in `cache`. None: the config's value."""
         config = self.config
         act_steps, threshold = act_steps or config.act_steps, halt_threshold or config.halt_threshold
         if not 1 <= act_steps <= config.halt_max_steps:
@@ -239,9 +208,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.recursion.step(states, x_BTD, call)
 
     def _visible(self, attention_mask: Tensor, segments_BT: Tensor) -> Tensor:
-        """What new positions see: the past and, with attention "prefix", their whole prompt
-        segment. Padding sees only itself.
-        """
+        """What new positions see: the past, and with attention "prefix" their prompt segment."""
         key_S = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         past = len(key_S) - segments_BT.shape[1]
         query_T1 = key_S[past:, None]

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from artifacts.outputs import output_folder, write_json
+from benchmarks.common import markdown_table, parser
 from benchmarks.cuda.cost import decoding, train_step
 from benchmarks.cuda.measurement import Part, has_failed, measure
 from benchmarks.cuda.runs import epoch, equal_flops, sudoku
@@ -59,11 +60,11 @@ def markdown(report: Mapping[str, Any]) -> str:
             row = {"case": case, **{key: value for key, value in figures.items() if not isinstance(value, list)}}
             kinds.setdefault(tuple(row), []).append(row)
         for rows in kinds.values():
-            lines += table(rows)
+            lines += [*table(rows), ""]
         for case, figures in measured.items():
             for key, value in figures.items():
                 if isinstance(value, list):
-                    lines += [f"{case}: {key}", "", *table(value)]
+                    lines += [f"{case}: {key}", "", *table(value), ""]
         for case, figures in cases.items():
             if "error" in figures:
                 lines += [f"**{case}** failed:", "", "```", figures["error"], "```", ""]
@@ -71,11 +72,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[Figures]) -> list[str]:
-    """Rows with the same keys."""
-    if not rows:
-        return ["none", ""]
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
-    return [*("| " + " | ".join(row) + " |" for row in cells), ""]
+    """A row for each of `rows`."""
+    return markdown_table([{key: shown(value) for key, value in row.items()} for row in rows])
 
 
 def shown(value: object) -> str:
@@ -112,14 +110,14 @@ def machine(scale: Scale) -> dict[str, str]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    flags = parser(__doc__)
+    add = flags.add_argument
     add("--minutes", type=float, default=8.0, help="time limit in all; remaining cases are reported as not run")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     add("--data", type=user_path, help="folder of conversations, and of puzzles under sudoku/; default: generated ones")
     add("--rehearse", action="store_true", help="tiny sizes on a CPU")
     add("--output", type=user_path, help="folder of the report; default: the variable OUT, else checkpoints/cuda")
-    arguments = parser.parse_args()
+    arguments = flags.parse_args()
     if not arguments.rehearse and not torch.cuda.is_available():
         raise UsageError("torch sees no CUDA device: --rehearse runs the check-up with tiny sizes on a CPU")
     if arguments.data is not None and not arguments.data.is_dir():

@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from benchmarks.cuda.scale import (
     Figures,
     Found,
     Scale,
-    decoding_warnings,
     engine_options,
     free_memory,
+    no_engine_warnings,
     peak_gigabytes,
     synchronize,
     timed_steps,
@@ -35,7 +36,6 @@ from benchmarks.cuda.scale import (
 )
 from benchmarks.decoding import Setting
 from benchmarks.train_step import Naive
-from generation.engine import cache_bytes
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -73,19 +73,15 @@ def dearest_kernels(scale: Scale, step: Callable[[], object], most: int = 10) ->
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profile:
         step()
         synchronize(scale)
+    time_of = attrgetter("self_device_time_total" if on_cuda else "self_cpu_time_total")
     # Ranges that torch marks on the device, such as an optimizer's step, aren't kernels.
     marked = ("Optimizer.", "Torch-Compiled", "##", "ProfilerStep")
     wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    times = [
-        (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event)
-        for event in profile.key_averages()
-        if event.device_type == wanted and not event.key.startswith(marked)
-    ]
-    times.sort(key=lambda pair: -pair[0])
-    total = sum(time for time, _ in times) or 1.0
+    events = [event for event in profile.key_averages() if event.device_type == wanted and not event.key.startswith(marked)]
+    total = sum(map(time_of, events)) or 1.0
     return [
-        {"kernel": f"`{event.key[:90]}`", "calls": event.count, "ms": time / 1e3, "share": time / total}
-        for time, event in times[:most]
+        {"kernel": f"`{event.key[:90]}`", "calls": event.count, "ms": time_of(event) / 1e3, "share": time_of(event) / total}
+        for event in sorted(events, key=time_of, reverse=True)[:most]
     ]
 
 
@@ -124,7 +120,7 @@ def training_cost(
     gigabytes = peak_gigabytes(scale)
     waits = host_waits(scale, lambda: next(steps))
     kernels = dearest_kernels(scale, lambda: next(steps))
-    counted: float | None = found[counted_in]["MFLOP/token"] if counted_in in found else None
+    counted: float | None = None
     compiling: Figures = {}
     if compiled:
         rows.length = varying
@@ -134,7 +130,9 @@ def training_cost(
         timed_steps(steps, scale.steps, scale)
         compiling = {"compile s": sum(warm_up) - len(warm_up) * median, "graphs": before}
         compiling["graphs after settling"] = graphs["unique_graphs"] - before
-    elif counted is None:
+    if counted_in in found:
+        counted = found[counted_in]["MFLOP/token"]
+    elif not compiled:
         with flop_counter() as counter:
             result = next(steps)
         counted = counter.get_total_flops() / int(result.sums["tokens"]) / 1e6
@@ -222,17 +220,16 @@ def decoding(scale: Scale) -> Iterator[Case]:
     def cost(engine: str, batch: int, act_steps: int, found: Found) -> Figures:
         rows, warm_up, timed = setting(batch), 4, 4  # warm up beyond 512 positions, where graphs are recorded again
         rows.engine_options = engine_options(engine, scale)
-        figures: Figures = {}
         started = time.perf_counter()
-        with decoding_warnings(figures):
+        with no_engine_warnings():
             under_way = rows.decoding(1 + warm_up + 3 * timed, act_steps=act_steps)
             for _ in range(warm_up):
                 under_way.next()
             first = time.perf_counter() - started
             seconds = statistics.median(under_way.seconds(timed) for _ in range(3))
-        read = rows.weight_bytes_per_token(act_steps) + cache_bytes(rows.model, act_steps, batch, scale.positions)
+        read = sum(rows.bytes_per_token(act_steps))
         alone = batch / seconds if batch == 1 else None
-        return figures | {
+        return {
             "engine": engine,
             "batch": batch,
             "ACT steps": act_steps,

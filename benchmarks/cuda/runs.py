@@ -10,7 +10,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
-from benchmarks.common import ORIGINAL, SyntheticRows, trainer_on
+from benchmarks.common import ORIGINAL, SyntheticRows, timed_calls, trainer_on
 from benchmarks.cuda.scale import (
     COMPILING_SECONDS,
     Case,
@@ -24,16 +24,11 @@ from benchmarks.cuda.scale import (
     varied_lengths,
 )
 from benchmarks.equal_flops import Budget, compose_arm, measure, open_data
-from benchmarks.recursions import trainer_of
-from config.compose import compose_as
-from config.schema import PretrainPuzzleConfig
+from benchmarks.recursions import puzzle_config, trainer_of
 from dataset import build_sample_dataset, build_small_puzzles, build_sudoku_dataset
 from dataset.puzzles.loader import PuzzleData
 from dataset.text.loader import ExampleStream
 from evaluators.puzzles import evaluate_puzzles
-from models.act import RecursiveModel
-from models.device import pick_device, resolve_arch
-from training.task import Batch
 
 # SlimOrca's training rows.
 _EPOCH_ROWS = 517_982
@@ -61,28 +56,19 @@ def epoch(scale: Scale) -> Iterator[Case]:
             vocabulary = tokenizer.vocab_size
         trainer = trainer_on(config, rows, vocabulary, compiled=True)
         task, loading = trainer.task, list[float]()
-        next_batch = task.next_batch
-
-        def timed_next_batch(step: int) -> Batch:
-            started = time.perf_counter()
-            batch = next_batch(step)
-            loading.append(time.perf_counter() - started)
-            return batch
-
-        task.next_batch = timed_next_batch  # type: ignore[method-assign]
         warm_up, _steps = timed_steps(steps := trainer.steps(), scale.steps, scale)
         done, begun = task.done.examples, time.perf_counter()
-        results = [next(steps) for _step in range(scale.epoch_steps)]
+        with timed_calls(task, "next_batch", loading):
+            results = [next(steps) for _step in range(scale.epoch_steps)]
         synchronize(scale)
         seconds = time.perf_counter() - begun
-        loaded = sum(loading[-scale.epoch_steps :])
         return {
             "data": "generated" if scale.data is None else scale.data.name,
             "ms a step": 1e3 * seconds / scale.epoch_steps,
             "tokens/s": sum(int(result.sums["tokens"]) for result in results) / seconds,
             "epoch, minutes": _EPOCH_ROWS * seconds / (task.done.examples - done) / 60,
-            "loading, ms a step": 1e3 * loaded / scale.epoch_steps,
-            "loading, share": loaded / seconds,
+            "loading, ms a step": 1e3 * sum(loading) / scale.epoch_steps,
+            "loading, share": sum(loading) / seconds,
             "first steps, s": sum(warm_up),
         }
 
@@ -137,7 +123,7 @@ def sudoku(scale: Scale) -> Iterator[Case]:
     """
 
     def training(_: Found) -> Figures:
-        source = None if scale.data is None or not (scale.data / "sudoku").is_dir() else scale.data / "sudoku"
+        source = scale.data / "sudoku" if scale.data is not None and (scale.data / "sudoku").is_dir() else None
         with tempfile.TemporaryDirectory() as temporary:
             folder = f"{temporary}/sudoku"
             if source is None:
@@ -145,12 +131,9 @@ def sudoku(scale: Scale) -> Iterator[Case]:
             else:
                 build_sudoku_dataset.build(folder, source, subsample_size=1000, num_aug=100)
             settings = ["experiment=sudoku_mlp", f"data_paths=[{folder}]", f"device={scale.device}", *scale.puzzles]
-            config = compose_as(PretrainPuzzleConfig, "cfg_pretrain", settings)
-            config = config.model_copy(update={"arch": resolve_arch(config.arch, pick_device(config.device))})
+            config = puzzle_config(settings)
             trainer, test = trainer_of(config, _PAPER_STEPS), PuzzleData([folder], "test")
-        model = trainer.model
-        assert isinstance(model, RecursiveModel) and trainer.ema is not None
-        model.compile_levels()
+        trainer.model.compile_levels()
         warm_up, _steps = timed_steps(steps := trainer.steps(), 3, scale)
         # The time left after the start, without the time of evaluations.
         left = scale.deadline - time.monotonic() - _SUDOKU_RESERVE
@@ -159,8 +142,8 @@ def sudoku(scale: Scale) -> Iterator[Case]:
         while len(curve) < _SUDOKU_POINTS:
             spent += timed_steps(steps, 1, scale)[0][0]
             if spent >= seconds * (len(curve) + 1) / _SUDOKU_POINTS:
-                with trainer.ema.swapped_in(model):
-                    result = evaluate_puzzles(model, test, batch_size=config.global_batch_size, max_batches=1).report()
+                with trainer.averaged_weights():
+                    result = evaluate_puzzles(trainer.model, test, batch_size=config.global_batch_size, max_batches=1)
                 kept = {key: result[key] for key in ("exact_accuracy", "accuracy", "lm_loss")}
                 curve.append({"seconds": spent, "step": trainer.progress.step, **kept})
         pace = (trainer.progress.step - len(warm_up)) / spent

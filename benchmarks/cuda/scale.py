@@ -2,13 +2,13 @@
 
 import contextlib
 import gc
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import TestCase
 
 import numpy as np
 import torch
@@ -85,6 +85,10 @@ class Case:
     measure: Callable[[Found], Figures]
     seconds: float = 30
 
+    def limit(self, scale: Scale) -> float:
+        """Seconds that it has now."""
+        return min(self.seconds, max(1.0, scale.deadline - time.monotonic()))
+
 
 def synchronize(scale: Scale) -> None:
     """Wait until the device has finished all its work."""
@@ -150,20 +154,12 @@ def engine_options(engine: str, scale: Scale) -> dict[str, Any]:
     Without CUDA nothing is recorded.
     """
 
-    def unrecorded(function: Callable[[], None]) -> Callable[[], None]:
-        return function
+    if engine == "one kernel":
+        return {}
+    record: Recorder = graph_recorder() if scale.device == "cuda" and engine != "eager" else lambda function: function
+    return {"record": record, "compiled": engine == "compiled graphs"}
 
-    record: Recorder = graph_recorder() if scale.device == "cuda" and engine != "eager" else unrecorded
-    return {} if engine == "one kernel" else {"record": record, "compiled": engine == "compiled graphs"}
 
-
-@contextlib.contextmanager
-def decoding_warnings(figures: Figures) -> Iterator[None]:
-    """Within the block, the engine's warnings become errors in `figures`."""
-    handler, log = logging.Handler(), logging.getLogger("generation.device_tick")
-    handler.emit = lambda record: figures.update(error=record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
+def no_engine_warnings() -> contextlib.AbstractContextManager[None]:
+    """A context in which a warning of the engine, of graphs that it can't use, is an error."""
+    return TestCase().assertNoLogs("generation.device_tick", "WARNING")

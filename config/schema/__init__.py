@@ -1,6 +1,6 @@
 """Every setting of a run: its type, its limits and one sentence about it, checked when a config is built.
 
-Plain pydantic: no Hydra, no torch, so every room may read a config. The defaults that a user sees stand in the YAML files of
+Plain pydantic: no Hydra, no torch, so every package may read a config. The defaults that a user sees stand in the YAML files of
 config/. A value that is wrong, or a key that doesn't exist, is a `UsageError` before any work is done.
 """
 

@@ -24,53 +24,51 @@ _ORIGINAL_KEYS = {
 
 def type_of_key(path: Sequence[str], kind: type[TrainingConfig]) -> Any:
     """The type of a key of a config of `kind`, given as the key's parts; None if there is no such key."""
-    found: Any = kind
-    for part in path:
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            field = found.model_fields.get(part)
-            found = None if field is None else field.annotation
-        else:
-            # The names in a dict are the user's; in a list sections are known by their numbers.
-            is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
-            found = get_args(found)[1] if get_origin(found) is dict else get_args(found)[0] if is_item else None
-    return found
+    return _find(path, kind)[0]
 
 
 def on_resume(key: str, kind: type[TrainingConfig]) -> OnResume:
     """What happens when a run of `kind` is resumed with another value of `key`, a dotted name."""
+    return _find(key.split("."), kind)[1]
+
+
+def _find(path: Sequence[str], kind: type[TrainingConfig]) -> tuple[Any, OnResume]:
+    """A key's type, or None, and the innermost mark on the way to it."""
     found: Any = kind
     mark = OnResume.REPORTED
-    for part in key.split("."):
-        if get_origin(found) is dict:
-            # The names in it are the user's.
-            found = get_args(found)[1]
-        elif isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
-            field = found.model_fields[part]
-            mark = next((own for own in field.metadata if isinstance(own, OnResume)), mark)
-            found = field.annotation
-    return mark
+    for part in path:
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            field = found.model_fields.get(part)
+            mark = next((own for own in field.metadata if isinstance(own, OnResume)), mark) if field else mark
+            found = field.annotation if field else None
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]  # the names in it are the user's
+        else:
+            # In a list, sections are known by their numbers.
+            is_item = get_origin(found) in (list, tuple) and part.isdecimal() and text_type(found) is None
+            found = get_args(found)[0] if is_item else None
+    return found, mark
 
 
 def no_such_key(path: Sequence[int | str], kind: type[TrainingConfig]) -> str:
     """The message for a key, given as its parts, that a config of `kind` doesn't have. It names the nearest keys that exist."""
-    parts = [str(part) for part in path]
-    key = ".".join(parts)
+    key = ".".join(map(str, path))
     if key in _ORIGINAL_KEYS:
         return f"{key}: no such key here, {_ORIGINAL_KEYS[key]}"
-    known = 0
-    while known < len(parts) - 1 and type_of_key(parts[: known + 1], kind) is not None:
-        known += 1
-    section = type_of_key(parts[:known], kind)
-    beside = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-    if not known:
-        beside.append("experiment")  # a group of presets, and no key of the result
-    elsewhere: dict[str, list[str]] = {}
-    for other in _keys(kind):
-        elsewhere.setdefault(other.rpartition(".")[2], []).append(other)
+    section = type_of_key([str(part) for part in path[:-1]], kind)
+    keys = ["experiment", *_keys(kind)]  # that is a group of presets, and no key of the result
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        siblings = [".".join(map(str, (*path[:-1], name))) for name in section.model_fields]
+        keys = [*siblings, *(other for other in keys if other not in siblings)]
+    by_name: dict[str, list[str]] = {}
+    for other in keys:
+        by_name.setdefault(other.rpartition(".")[2], []).append(other)
+    name = key.rpartition(".")[2]
+    keys = [other for other in keys if not key.startswith(f"{other}.")]
     near = (
-        elsewhere.get(parts[-1])
-        or difflib.get_close_matches(parts[known], beside, n=1)
-        or [other for name in difflib.get_close_matches(parts[-1], elsewhere, n=1) for other in elsewhere[name]]
+        by_name.get(name)
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+        or [other for close in difflib.get_close_matches(name, by_name, n=1) for other in by_name[close]]
     )
     return f"{key}: no such key" + (f", did you mean {' or '.join(near[:3])}?" if near else "")
 

@@ -6,7 +6,7 @@ marker, colours are 2..11. Knows no files.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,8 +113,8 @@ def canonical_pair(pair: Pair) -> bytes:
 class _FlatPairs:
     """The concatenated cells of pairs, and the source of each cell of the transformed grids."""
 
-    cells: Grid = field(repr=False)
-    sources: list[npt.NDArray[np.int64]] = field(repr=False)  # by form, [cells]
+    cells: Grid
+    sources: list[npt.NDArray[np.int64]]  # by form, [cells]
     shapes: list[list[tuple[int, int]]]  # by form, of each grid: two of each pair
     ends: npt.NDArray[np.int64]  # of each grid
 

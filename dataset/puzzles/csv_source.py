@@ -4,8 +4,10 @@ downloaded from the hub.
 This file doesn't know what a question is.
 """
 
+import argparse
 import csv
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,6 +17,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from config.errors import UsageError
+from dataset.puzzles.draws import raw_bits, subsample
 from dataset.source_files import Hub
 
 COLUMNS = ["source", "question", "answer", "rating"]
@@ -36,9 +39,30 @@ class CsvPuzzles:
                 f"{self.path}, line {self.lines[int(np.argmin(holds))]}: expected {what}; correct the row or remove it"
             )
 
-    def take(self, rows: npt.NDArray[np.int64]) -> "CsvPuzzles":
-        """These rows only."""
-        return CsvPuzzles(self.path, self.questions[rows], self.answers[rows], self.lines[rows])
+
+def arguments(description: str, *, output_dir: str, source_dir: str, source_repo: str) -> argparse.ArgumentParser:
+    """The arguments that the builders from CSV files share, with these defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    user_path = os.path.expanduser
+    parser.add_argument("--output-dir", type=user_path, default=output_dir, help="folder of the data set; must not exist")
+    parser.add_argument("--source-dir", type=user_path, default=source_dir, help="folder of train.csv and test.csv")
+    parser.add_argument("--source-repo", default=source_repo, help="hub data set to download them from if they are missing")
+    parser.add_argument("--subsample-size", type=int, help="training puzzles, drawn by seed; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
+    return parser
+
+
+def read_splits(
+    folder: str | Path, repo: str, read: Callable[[Path], CsvPuzzles], subsample_size: int | None, seed: int
+) -> dict[str, CsvPuzzles]:
+    """The puzzles that `read` gives for train.csv and test.csv; of training `subsample_size`, drawn by
+    seed, or all. Files that are missing in `folder` are downloaded from the hub's `repo`.
+    """
+    if subsample_size is not None and subsample_size < 1:
+        raise UsageError(f"expected --subsample-size of at least 1, found {subsample_size}")
+    train, test = (read(locate(folder, split, repo)) for split in ("train", "test"))
+    drawn = subsample(raw_bits(seed, "subsample"), len(train.lines), subsample_size)
+    return {"train": CsvPuzzles(train.path, train.questions[drawn], train.answers[drawn], train.lines[drawn]), "test": test}
 
 
 def locate(folder: str | Path, split: str, repo: str) -> Path:
@@ -60,23 +84,20 @@ def read_csv(path: Path, min_rating: int | None = None) -> CsvPuzzles:
             if header != COLUMNS:
                 raise UsageError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(header) or 'nothing'}")
             for row in reader:
+                where = f"{path}, line {reader.line_num}"
                 if len(row) != len(COLUMNS):
-                    raise UsageError(f"{path}, line {reader.line_num}: expected {len(COLUMNS)} columns, found {len(row)}")
+                    raise UsageError(f"{where}: expected {len(COLUMNS)} columns, found {len(row)}")
                 _, question, answer, rating = row
                 if min_rating is not None:
                     try:
                         if int(rating) < min_rating:
                             continue
                     except ValueError:
-                        raise UsageError(
-                            f"{path}, line {reader.line_num}: expected a whole number as rating, found {rating!r}"
-                        ) from None
+                        raise UsageError(f"{where}: expected a whole number as rating, found {rating!r}") from None
                 length = length or len(question)
                 if len(question) != length or len(answer) != length:
-                    raise UsageError(
-                        f"{path}, line {reader.line_num}: expected a question and an answer of {length} characters, found "
-                        f"{len(question)} and {len(answer)}"
-                    )
+                    found = f"{len(question)} and {len(answer)}"
+                    raise UsageError(f"{where}: expected a question and an answer of {length} characters, found {found}")
                 questions += question.encode()
                 answers += answer.encode()
                 lines.append(reader.line_num)

@@ -180,9 +180,7 @@ class TrainBatches:
         }
 
     def restore(self, state: Mapping[str, int | str]) -> None:
-        """Move to the position of `state`; the number of ranks may differ. Raises `UsageError` for
-        another stream's state.
-        """
+        """Move to the position of `state`, of any number of ranks. Raises `UsageError` for another stream's."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UsageError(

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from config.errors import UsageError
 
@@ -40,38 +40,35 @@ TEST_PUZZLES_FILE = "test_puzzles.json"
 
 _METADATA_FILE = "dataset.json"
 _IDENTIFIERS_FILE = "identifiers.json"
-_NPY_FORMAT: Any = np.lib.format
+_OPEN_MEMMAP: Any = np.lib.format.open_memmap
 # Disk space to leave free.
 _SPARE_BYTES = 64 << 20
 
 
 class PuzzleMetadata(BaseModel):
-    """dataset.json of one split."""
+    """dataset.json of one split.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    pad_id, blank_identifier_id: token and puzzle identifier of padding rows; the latter also of
+    puzzles without their own. ignore_label_id: label of positions that are not supervised.
+    vocab_size: tokens, including padding. seq_len: positions of a row. num_puzzle_identifiers: rows
+    of the puzzle embedding. total_groups: puzzles, not counting augmented forms; an epoch is one
+    pass over them. mean_puzzle_examples: examples per puzzle. total_puzzles: puzzles with augmented
+    forms (ARC) or without (Sudoku, Maze), as each builder of the original counts them. sets: names
+    of the sets, files' prefixes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     pad_id: int = Field(ge=0)
-    """Token of padding rows."""
     ignore_label_id: int | None
-    """Label of positions that are not supervised."""
     blank_identifier_id: int = Field(ge=0)
-    """Puzzle identifier of padding rows, and of puzzles without their own."""
     vocab_size: int = Field(ge=1)
-    """Number of tokens, including padding."""
     seq_len: int = Field(ge=1)
-    """Positions of a row."""
     num_puzzle_identifiers: int = Field(ge=1)
-    """Rows of the puzzle embedding."""
     total_groups: int = Field(ge=0)
-    """Puzzles, not counting augmented forms; an epoch is one pass over them."""
     mean_puzzle_examples: float = Field(ge=0)
-    """Mean number of examples per puzzle."""
     total_puzzles: int = Field(ge=0)
-    """Puzzles with augmented forms (ARC) or without (Sudoku, Maze), as each builder of the original
-    counts them.
-    """
     sets: tuple[str, ...] = Field(min_length=1)
-    """Names of the sets, files' prefixes."""
 
     def total_steps(self, epochs: int, global_batch_size: int) -> int:
         """Optimizer steps of a run, estimated for the schedule as in the original."""
@@ -99,25 +96,6 @@ class PuzzleSet:
         return np.searchsorted(self.puzzle_indices, rows, side="right") - 1
 
 
-def read_metadata(data_path: str | Path, split: Split) -> PuzzleMetadata:
-    """Read dataset.json of one split. Raises `UsageError` if it is missing or invalid."""
-    path = Path(data_path) / split / _METADATA_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and "total_puzzles" not in values and values.get("sets"):
-            # Older data sets don't have this key.
-            indices = _load(path.parent / f"{values['sets'][0]}__puzzle_indices.npy")
-            values["total_puzzles"] = len(indices) - 1
-        return PuzzleMetadata.model_validate(values)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"expected a puzzle data set with a split '{split}' in {str(data_path)!r}, found no {path}; check data_paths, or "
-            "build one: docs/puzzle_data.md"
-        ) from error
-    except (OSError, ValueError, ValidationError) as error:
-        raise UsageError(f"{path} doesn't describe a puzzle data set: {error}; build it again") from error
-
-
 def read_identifiers(data_path: str | Path) -> list[str]:
     """The name of each puzzle identifier, by its number. Raises `UsageError`."""
     path = Path(data_path) / _IDENTIFIERS_FILE
@@ -139,8 +117,22 @@ def read_json(path: Path) -> Any:
 
 def open_sets(data_path: str | Path, split: Split) -> tuple[PuzzleMetadata, dict[str, PuzzleSet]]:
     """The metadata and the sets of one split, by name. Raises `UsageError` if a file is missing or they don't fit together."""
-    metadata = read_metadata(data_path, split)
-    return metadata, {name: _open_set(Path(data_path) / split, name, metadata) for name in metadata.sets}
+    folder = Path(data_path) / split
+    path = folder / _METADATA_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and "total_puzzles" not in values and values.get("sets"):
+            # Older data sets don't have this key.
+            values["total_puzzles"] = len(_load(folder / f"{values['sets'][0]}__puzzle_indices.npy")) - 1
+        metadata = PuzzleMetadata.model_validate(values)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"expected a puzzle data set with a split '{split}' in {str(data_path)!r}, found no {path}; check data_paths, or "
+            "build one: docs/puzzle_data.md"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} doesn't describe a puzzle data set: {error}; build it again") from error
+    return metadata, {name: _open_set(folder, name, metadata) for name in metadata.sets}
 
 
 def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> npt.NDArray[Any]:
@@ -209,10 +201,9 @@ class SplitFiles:
             assert rows.dtype == np.uint8 and rows.shape[1:] == (self.seq_len,)
             # write(), not a memory map: a full disk is then an error, not a signal, and the pages
             # don't count as this process's.
-            with (self.folder / f"{SET_NAME}__{field}.npy").open("r+b") as handle:
-                _NPY_FORMAT.read_magic(handle)
-                _NPY_FORMAT.read_array_header_1_0(handle)
-                handle.seek(first * self.seq_len, os.SEEK_CUR)
+            path = self.folder / f"{SET_NAME}__{field}.npy"
+            with path.open("r+b") as handle:
+                handle.seek(_OPEN_MEMMAP(path, "r").offset + first * self.seq_len)
                 handle.write(np.ascontiguousarray(rows).data)
 
 
@@ -243,17 +234,11 @@ def create_split(
             f"the split '{folder.name}' needs {needed / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free: "
             "free space, or use fewer augmentations"
         )
-    for field, values in (
-        ("puzzle_identifiers", puzzle_identifiers),
-        ("puzzle_indices", puzzle_indices),
-        ("group_indices", group_indices),
-    ):
+    indices = {"puzzle_identifiers": puzzle_identifiers, "puzzle_indices": puzzle_indices, "group_indices": group_indices}
+    for field, values in indices.items():
         np.save(folder / f"{SET_NAME}__{field}.npy", np.asarray(values, np.int32))
     for field in ("inputs", "labels"):
-        with (folder / f"{SET_NAME}__{field}.npy").open("wb") as handle:
-            header = {"descr": _NPY_FORMAT.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": (examples, seq_len)}
-            _NPY_FORMAT.write_array_header_1_0(handle, header)
-            handle.truncate(handle.tell() + examples * seq_len)
+        _OPEN_MEMMAP(folder / f"{SET_NAME}__{field}.npy", "w+", np.uint8, (examples, seq_len))
     metadata = PuzzleMetadata(
         pad_id=PAD_ID,
         ignore_label_id=PAD_ID,

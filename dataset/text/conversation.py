@@ -5,6 +5,7 @@ training sequence. This file doesn't know where conversations come from, or what
 the ids.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -59,7 +60,7 @@ class Template:
 
     def tag(self, role: TaggedRole) -> str:
         """The tag line of `role`, including the newline."""
-        return {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
+        return str(getattr(self, role))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's JSON; `from_dict` reads them back."""
@@ -115,54 +116,24 @@ def question(turns: Sequence[Turn], default_system_prompt: str | None) -> Conver
     return with_default_system(turns, None if has_system else default_system_prompt)
 
 
-def encode_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
-    """Ids of a whole conversation: every assistant turn, and raw text, ends with EOS."""
-    return encode_batch([turns], tokenizer, template)[0]
+def encode_conversation(
+    turns: Sequence[Turn], tokenizer: Tokenizer, template: Template, max_ids: int | None = None, *, keep_prompt_end: bool = False
+) -> Encoded:
+    """Ids of a whole conversation: every assistant turn, and raw text, ends with EOS.
+
+    max_ids: a longer sequence is cut to it, at its end; `turn_bytes` counts the rest.
+    keep_prompt_end: before that, cut the oldest part of its prompt (`_shorten_prompt`).
+    """
+    pieces = _pieces(turns, tokenizer, template)
+    shorter = _shorten_prompt(pieces, max_ids) if keep_prompt_end and max_ids is not None else pieces
+    whole = _size(pieces)
+    return replace(_join(shorter, tokenizer, max_ids), full_length=whole, prompt_cut=_size(shorter) < whole)
 
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> Encoded:
     """Ids of the history and the beginning of the next assistant turn (BOS and tag)."""
-    return encode_batch([turns], tokenizer, template, open_assistant=True)[0]
-
-
-def encode_batch(
-    conversations: Sequence[Sequence[Turn]],
-    tokenizer: Tokenizer,
-    template: Template,
-    max_ids: int | None = None,
-    open_assistant: bool = False,
-    keep_prompt_end: bool = False,
-) -> list[Encoded]:
-    """Encode many conversations at once: every assistant turn, and raw text, ends with EOS.
-
-    max_ids: longer sequences are cut to it, at their end; `turn_bytes` counts the rest.
-    keep_prompt_end: before that, cut the oldest part of a longer sequence's prompt
-    (`_shorten_prompt`). open_assistant: append the BOS and tag of the next assistant turn.
-    """
-    # Encode tag and text separately, so that a tag's ids don't depend on the text after it.
-    openings: dict[Role, list[int]] = {
-        role: [tokenizer.bos_id, *tokenizer.encode(template.tag(role))] for role in get_args(TaggedRole)
-    }
-    openings["text"] = [tokenizer.bos_id]
-    kept = [with_default_system(turns, None) for turns in conversations]
-    text_ids = iter(tokenizer.encode_batch([turn.text for turns in kept for turn in turns]))
-    rows = []
-    for turns in kept:
-        pieces = []
-        for turn in turns:
-            is_learned = turn.role in _LEARNED
-            text = [*next(text_ids), tokenizer.eos_id] if is_learned else next(text_ids)
-            pieces.append(_Piece(turn.role, openings[turn.role], text, is_learned and turn.supervised))
-        if open_assistant:
-            pieces.append(_Piece("assistant", openings["assistant"], [], False))
-        shorter = _shorten_prompt(pieces, max_ids) if keep_prompt_end and max_ids is not None else pieces
-        ids, supervised, segment = _join(shorter)
-        rows.append((ids[:max_ids], supervised[:max_ids], segment[:max_ids], _size(pieces), _size(shorter)))
-    sizes = _turn_bytes([(ids, supervised) for ids, supervised, *_ in rows], tokenizer)
-    return [
-        Encoded(ids, supervised, segment, turn_bytes, whole, shorter < whole, len(ids) < shorter)
-        for (ids, supervised, segment, whole, shorter), turn_bytes in zip(rows, sizes, strict=True)
-    ]
+    answer = _Piece("assistant", _openings(tokenizer, template)["assistant"], [], supervised=False)
+    return _join([*_pieces(turns, tokenizer, template), answer], tokenizer)
 
 
 @dataclass(frozen=True)
@@ -180,6 +151,23 @@ class _Piece:
     def last(self, count: int) -> "_Piece":
         """The turn with only the last `count` ids of its text."""
         return replace(self, text=self.text[len(self.text) - count :])
+
+
+@functools.lru_cache(maxsize=8)
+def _openings(tokenizer: Tokenizer, template: Template) -> dict[Role, list[int]]:
+    """BOS and the tag line of each role, encoded apart from the text, whose ids then don't matter."""
+    tags = {role: tokenizer.encode(template.tag(role)) for role in get_args(TaggedRole)}
+    return {role: [tokenizer.bos_id, *ids] for role, ids in {**tags, "text": []}.items()}
+
+
+def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, template: Template) -> list[_Piece]:
+    openings = _openings(tokenizer, template)
+    pieces = []
+    for turn in with_default_system(turns, None):
+        is_learned = turn.role in _LEARNED
+        text = tokenizer.encode(turn.text) + [tokenizer.eos_id] * is_learned
+        pieces.append(_Piece(turn.role, openings[turn.role], text, is_learned and turn.supervised))
+    return pieces
 
 
 def _size(pieces: Sequence[_Piece]) -> int:
@@ -219,33 +207,26 @@ def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
     return [*prompt, *pieces[answer:]]
 
 
-def _join(pieces: Sequence[_Piece]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
+def _join(pieces: Sequence[_Piece], tokenizer: Tokenizer, max_ids: int | None = None) -> Encoded:
     ids: list[int] = []
-    runs: list[tuple[int, bool, int]] = []  # length, whether it is a target, segment
-    prompt_segment = 1
+    supervised: list[bool] = []
+    segment: list[int] = []
+    prompt_segment, turn_bytes = 1, 0
     for piece in pieces:
-        ids += piece.opening
-        ids += piece.text
         is_learned = piece.role in _LEARNED
-        runs.append((len(piece.opening), False, prompt_segment))
-        runs.append((len(piece.text), piece.supervised, 0 if is_learned else prompt_segment))
+        supervised += [False] * len(piece.opening) + [piece.supervised] * len(piece.text)
+        segment += [prompt_segment] * len(piece.opening) + [0 if is_learned else prompt_segment] * len(piece.text)
         prompt_segment += is_learned
-    lengths = [length for length, _, _ in runs]
-    supervised = np.repeat(np.array([target for _, target, _ in runs], np.bool_), lengths)
-    segment = np.repeat(np.array([segment for _, _, segment in runs], np.int32), lengths)
-    return np.array(ids, np.int32), supervised, segment
-
-
-def _turn_bytes(rows: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]], tokenizer: Tokenizer) -> list[int]:
-    """Bytes of each row's decoded answers. Decodes by turn: a turn is a run of supervised ids."""
-    runs: list[list[int]] = []
-    owner: list[int] = []
-    for row, (ids, supervised) in enumerate(rows):
-        edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
-        for begin, end in edges.reshape(-1, 2):
-            runs.append([token for token in ids[begin:end].tolist() if token != tokenizer.eos_id])
-            owner.append(row)
-    totals = [0] * len(rows)
-    for row, text in zip(owner, tokenizer.decode_batch(runs), strict=True):
-        totals[row] += len(text.encode("utf-8"))
-    return totals
+        ids += piece.opening
+        if piece.supervised:
+            kept = piece.text if max_ids is None else piece.text[: max(0, max_ids - len(ids))]
+            turn_bytes += len(tokenizer.decode([token for token in kept if token != tokenizer.eos_id]).encode())
+        ids += piece.text
+    return Encoded(
+        np.array(ids[:max_ids], np.int32),
+        np.array(supervised[:max_ids], np.bool_),
+        np.array(segment[:max_ids], np.int32),
+        turn_bytes,
+        len(ids),
+        end_cut=max_ids is not None and len(ids) > max_ids,
+    )

@@ -8,7 +8,7 @@ from n.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -70,9 +70,7 @@ class Curriculum:
 
     @classmethod
     def of_stages(cls, stages: Sequence[StageConfig], sizes: Mapping[str, int], seed: int) -> "Curriculum":
-        """`stages` over sources of these sizes, by name. Raises `UsageError` if a stage has no
-        example of one of its sources.
-        """
+        """`stages` over sources of these sizes, by name. Raises `UsageError` if a stage has none of a source's examples."""
         return cls(seed, tuple(sizes.values()), tuple(_stage(number, stage, sizes) for number, stage in enumerate(stages)))
 
     @property
@@ -100,17 +98,17 @@ class Curriculum:
 
     def draws(self, start: int = 0) -> Iterator[Draw]:
         """The order from example number `start` on."""
-        begin = 0
         for number, stage in enumerate(self.stages):
-            first = min(stage.rounds, max(0, start - begin) // stage.per_round) if stage.per_round else stage.rounds
-            for taken in range(first, stage.rounds):
+            for taken in range(stage.rounds):
+                if start >= stage.per_round:
+                    start -= stage.per_round
+                    continue
                 epochs, ids = self._round(number, taken)
                 # In parts: as Python integers, millions of rows would take much memory.
-                for at in range(max(0, start - begin - taken * stage.per_round), stage.per_round, _DRAWS_AT_ONCE):
+                for at in range(start, stage.per_round, _DRAWS_AT_ONCE):
                     part = slice(at, at + _DRAWS_AT_ONCE)
-                    for epoch, example_id in zip(epochs[part].tolist(), ids[part].tolist(), strict=True):
-                        yield Draw(number, epoch, example_id)
-            begin += stage.total
+                    yield from map(Draw, repeat(number), epochs[part].tolist(), ids[part].tolist())
+                start = 0
 
     def _round(self, number: int, taken: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Epoch and example id of each example of a stage's round."""
@@ -122,8 +120,7 @@ class Curriculum:
         # The order of the sources is random. Each source gives its next row.
         order = np.repeat(np.arange(len(stage.quotas)), stage.quotas)
         order = order[permutation(len(order), self.seed, taken, stage=number, kind=_ORDER_OF_SOURCES)]
-        place = np.empty(len(order), np.int64)
-        place[np.argsort(order, kind="stable")] = np.arange(len(order))
+        place = np.argsort(np.argsort(order, kind="stable"))
         return epochs[place], ids[place]
 
     def _rows(self, stage: int, source: int, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,24 +1,24 @@
-"""The formats of conversation rows, in one table, and how a row of each becomes turns.
+"""The forms of conversation rows, and how a row of each becomes turns.
 
 Every key of a row is read, known as metadata, or reported as `BadRow`: no text is lost silently.
 Knows no files, tokens or caches.
 """
 
-import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
-from config.schema import SourceConfig
-from dataset.text.conversation import Conversation, Role, Turn
-from dataset.text.rows import BadRow, NothingToLearn, shown
+from config.schema import FieldName, SourceConfig
+from dataset.text.conversation import Conversation, Role, Turn, with_default_system
+from dataset.text.rows import BadRow, NothingToLearn, shown, unique_keys
 
 # Each flag, and whether "true" or 1 means that the turn is trained on. A mask means the opposite.
-FLAGS = {"weight": True, "train": True, "loss": True, "mask": False}
+FLAGS: dict[FieldName, bool] = {"weight": True, "train": True, "loss": True, "mask": False}
 # Fields of a row or message, and the usual keys for them. `FormOptions.fields` replaces these.
-FIELDS: dict[str, tuple[str, ...]] = {
+FIELDS: dict[FieldName, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
     "prompt": ("prompt", "question", "query", "instruction"),
     "input": ("input",),
@@ -56,38 +56,54 @@ _LABEL_CHARS = 200
 _TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
+# Fields that tell a row's form, in this order (`_told_by`). docs/data.md has the table.
+_TOLD_BY: tuple[FieldName, ...] = ("messages", "prompt", "input", "text")
 
 ToolTurns = Literal["error", "drop", "as_user"]
 
 
 @dataclass(frozen=True)
 class FormOptions:
-    """A source's options for its rows; see `config.schema.SourceConfig`. JSON values, as part of a
-    cache key.
-
-    fields: pairs of a name in `FIELDS` and the row's key for it. roles: pairs of a role's name and
-    its meaning.
+    """A source's own names and rules for its rows, on top of `FIELDS` and `ROLES`; see
+    `config.schema.SourceConfig`.
     """
 
-    fields: tuple[tuple[str, str], ...] = ()
-    roles: tuple[tuple[str, MessageRole], ...] = ()
+    fields: Mapping[FieldName, str] = field(default_factory=dict)
+    roles: Mapping[str, MessageRole] = field(default_factory=dict)
     tool_turns: ToolTurns = "error"
     ignore: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "fields": dict(self.fields), "roles": dict(self.roles), "ignore": list(self.ignore)}
+    @cached_property
+    def names(self) -> dict[FieldName, tuple[str, ...]]:
+        """The keys to look for, by field. A key in `fields` belongs to that field only, an ignored key to none."""
+        taken = {*self.fields.values(), *self.ignore}
+        return {
+            name: (self.fields[name],) if name in self.fields else tuple(key for key in usual if key not in taken)
+            for name, usual in FIELDS.items()
+        }
+
+    @cached_property
+    def all_roles(self) -> dict[str, MessageRole]:
+        """What each name of a role means, in lower case."""
+        return {**ROLES, **{name.strip().lower(): role for name, role in self.roles.items()}}
+
+    @cached_property
+    def flags(self) -> dict[str, bool]:
+        """`FLAGS` by their keys."""
+        return {name: trained_if for flag, trained_if in FLAGS.items() for name in self.names[flag]}
+
+    @cached_property
+    def of_message(self) -> frozenset[str]:
+        """The keys of a message that are read."""
+        return frozenset((*self.names["role"], *self.names["content"], *self.flags))
 
 
-USUAL = FormOptions()
-"""No options."""
+DEFAULT_OPTIONS = FormOptions()
 
 
 def form_options(config: SourceConfig) -> FormOptions:
-    """The options in a source's settings, sorted, so that equal settings give equal options."""
-    return FormOptions(
-        tuple(sorted(config.fields.items())), tuple(sorted(config.roles.items())), config.tool_turns, tuple(sorted(config.ignore))
-    )
+    """The options in a source's settings."""
+    return FormOptions(config.fields, config.roles, config.tool_turns, tuple(sorted(config.ignore)))
 
 
 @dataclass(frozen=True)
@@ -105,19 +121,19 @@ class ParsedRow:
     ignored: tuple[str, ...]
 
 
-def parse_turns(row: Mapping[str, Any], options: FormOptions = USUAL) -> ParsedRow:
+def parse_turns(row: Mapping[str, Any], options: FormOptions = DEFAULT_OPTIONS) -> ParsedRow:
     """All turns of a row, trainable or not.
 
     Raises `BadRow` for a row of unknown form, for values of the wrong type, and for text that would
     be lost.
     """
     try:
-        return _RowReader(row, _vocabulary(options)).parse()
+        return _RowReader(row, options).parse()
     except RecursionError as error:
         raise BadRow("too_deep", "expected a row of a few levels, found one nested too deeply to read") from error
 
 
-def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tuple[Conversation, ParsedRow]:
+def to_conversation(row: Mapping[str, Any], options: FormOptions = DEFAULT_OPTIONS) -> tuple[Conversation, ParsedRow]:
     """The conversation to train on, and the parsed row. Leaves out empty system turns and turns
     after the last answer.
 
@@ -127,7 +143,7 @@ def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tup
     """
     parsed = parse_turns(row, options)
     turns = list(parsed.turns)
-    if any(turn.role == "text" for turn in turns):
+    if turns and turns[0].role == "text":
         if not turns[0].text.strip():
             raise NothingToLearn("empty_text")
         if not turns[0].supervised:
@@ -150,76 +166,40 @@ def to_conversation(row: Mapping[str, Any], options: FormOptions = USUAL) -> tup
     if not any(turn.role == "user" for turn in turns):
         raise NothingToLearn("no_answer")
     kept = tuple(
-        Turn(turn.role, turn.text, turn.supervised and bool(turn.text.strip()))
-        for turn in turns
-        if turn.role != "system" or turn.text.strip()
+        Turn(turn.role, turn.text, turn.supervised and bool(turn.text.strip())) for turn in with_default_system(turns, None)
     )
     if not any(turn.role == "assistant" and turn.supervised for turn in kept):
         raise NothingToLearn("no_supervised_answer")
     return kept, parsed
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """`FIELDS` and `ROLES` with options: a named key is no other field's, an ignored one none's."""
-
-    names: dict[str, tuple[str, ...]]
-    roles: dict[str, MessageRole]
-    flags: dict[str, bool]
-    of_message: frozenset[str]
-    ignore: frozenset[str]
-    tool_turns: ToolTurns
-
-
-@functools.cache
-def _vocabulary(options: FormOptions) -> _Vocabulary:
-    own = dict(options.fields)
-    taken = {*own.values(), *options.ignore}
-    names = {
-        field: (own[field],) if field in own else tuple(name for name in usual if name not in taken)
-        for field, usual in FIELDS.items()
-    }
-    roles = {**ROLES, **{name.strip().lower(): role for name, role in options.roles}}
-    flags = {name: trained_if for flag, trained_if in FLAGS.items() for name in names[flag]}
-    of_message = frozenset((*names["role"], *names["content"], *flags))
-    return _Vocabulary(names, roles, flags, of_message, frozenset(options.ignore), options.tool_turns)
-
-
-class _Unread(NamedTuple):
-    """An unread key: its place in the row, its name for counts, the key, and its value."""
-
-    where: str
-    counted_as: str
-    key: str
-    value: Any
-
-
 class _RowReader:
     """Reads one row, and records what it has read."""
 
-    def __init__(self, row: Mapping[str, Any], vocabulary: _Vocabulary) -> None:
+    def __init__(self, row: Mapping[str, Any], options: FormOptions) -> None:
         self._row = row
-        self._names = vocabulary.names
-        self._vocabulary = vocabulary
-        self._ignore = vocabulary.ignore
+        self._options = options
         self._columns: set[str] = set()
         self._ignored: set[str] = set()
-        self._rest: list[_Unread] = []
+        # Unread keys within messages: place in the row, name for counts, the key, and its value.
+        self._rest: list[tuple[str, str, str, Any]] = []
 
     def parse(self) -> ParsedRow:
-        form = self._form()
-        name, turns = form.read(self)
+        told_by = self._told_by()
+        read = {"messages": self._chat, "text": self._raw_text}.get(told_by, self._exchange)
+        name, turns = read()
         if not self._flags(self._row, ""):
-            turns = [Turn(turn.role, turn.text, supervised=False) for turn in turns]
+            turns = _as_context(turns)
         self._check_rest(turns)
         return ParsedRow(tuple(turns), name, frozenset(self._columns), tuple(sorted(self._ignored)))
 
-    def _form(self) -> "_Form":
+    def _told_by(self) -> FieldName:
+        """The first field of `_TOLD_BY` in the row: one with text, else with a value, else any."""
         for is_there in (_holds_text, lambda value: value is not None, lambda value: True):
-            for form in FORMS:
-                if any(key in self._row and is_there(self._row[key]) for key in self._names[form.told_by]):
-                    return form
-        told_by = "; ".join("|".join(self._names[form.told_by]) for form in FORMS)
+            for name in _TOLD_BY:
+                if any(key in self._row and is_there(self._row[key]) for key in self._options.names[name]):
+                    return name
+        told_by = "; ".join("|".join(self._options.names[name]) for name in _TOLD_BY)
         raise BadRow(
             "unknown_form",
             f"expected a conversation under one of the keys {told_by}, found the keys {shown(list(self._row))}; "
@@ -228,60 +208,59 @@ class _RowReader:
 
     # The forms.
 
-    def read_chat(self) -> tuple[str, list[Turn]]:
-        """A list of messages, with an optional system text."""
+    def _chat(self) -> tuple[str, list[Turn]]:
         key, value = self._column("messages") or ("", [])
         messages = _as_list(value, key)
         turns = self._with_system(self._messages(messages, key))
         return "sharegpt" if messages and messages[0].get("from") is not None else "openai", turns
 
-    def read_prompt(self) -> tuple[str, list[Turn]]:
+    def _exchange(self) -> tuple[str, list[Turn]]:
         """A prompt with its other fields, and a response; either may also be a list of messages."""
         prompt = self._column("prompt") or self._column("input")
         response = self._column("response")
         if any(found is not None and _is_list(found[1]) for found in (prompt, response)):
             name = "prompt_completion"
         elif prompt is not None and prompt[0] == "instruction":
-            name = "dolly" if any(key in self._row for key in self._names["context"]) else "alpaca"
+            name = "dolly" if any(key in self._row for key in self._options.names["context"]) else "alpaca"
         else:
             name = "pair"
         if prompt is not None and _is_list(prompt[1]):
-            # Answers in such a prompt are context: the response is the target.
-            asked = [Turn(turn.role, turn.text, supervised=False) for turn in self._messages(prompt[1], prompt[0])]
+            asked = _as_context(self._messages(prompt[1], prompt[0]))  # the response is the target
         else:
-            asked = self._paragraphs(prompt)
+            # The question, its input and its context, each once, separated by blank lines.
+            parts = dict(found for found in (prompt, self._column("input"), self._column("context")) if found is not None)
+            texts = [_text(value, key) for key, value in parts.items()]
+            asked = [Turn("user", "\n\n".join([text for text in texts if text.strip()] or texts[:1]))] if texts else []
         answer: list[Turn] = []
         if response is not None:
             key, value = response
             answer = self._messages(value, key) if _is_list(value) else [Turn("assistant", _text(value, key))]
         return name, self._with_system([*self._history(), *asked, *answer])
 
-    def read_text(self) -> tuple[str, list[Turn]]:
-        """Raw text."""
+    def _raw_text(self) -> tuple[str, list[Turn]]:
         key, value = self._column("text") or ("text", "")
         return "text", [Turn("text", _text(value, key))]
 
     # Their parts.
 
-    def _paragraphs(self, prompt: tuple[str, Any] | None) -> list[Turn]:
-        """The user's turn: the question, its input and its context, separated by blank lines."""
-        parts = dict(found for found in (prompt, self._column("input"), self._column("context")) if found is not None)
-        texts = [_text(value, key) for key, value in parts.items()]
-        return [Turn("user", "\n\n".join([text for text in texts if text.strip()] or texts[:1]))] if texts else []
-
-    def _column(self, field: str) -> tuple[str, Any] | None:
-        """A field's key and value in a row. Raises `BadRow` for a second one with text."""
-        names = [key for key in self._names[field] if self._row.get(key) is not None]
-        with_text = [key for key in names if _holds_text(self._row[key])]
-        if len(with_text) > 1:
+    def _key(self, values: Mapping[str, Any], field: FieldName, where: str = "") -> str | None:
+        """The key of a field in a row or message. Raises `BadRow` for a second one with text."""
+        keys = [key for key in self._options.names[field] if values.get(key) is not None]
+        if len(keys) > 1:
+            keys = [key for key in keys if _holds_text(values[key])] or keys[:1]
+        if len(keys) > 1:
             raise BadRow(
                 "two_keys",
-                f"expected one text for {field}, found one under each of {shown(with_text)}; name the one that is meant with "
-                f"dataset.fields={{{field}: {with_text[0]}}} and the other in dataset.ignore=[{with_text[1]}]",
+                f"{where}expected one text for {field}, found one under each of {shown(keys)}; name the one that is meant with "
+                f"dataset.fields={{{field}: {keys[0]}}} and the other in dataset.ignore=[{keys[1]}]",
             )
-        if not names:
+        return keys[0] if keys else None
+
+    def _column(self, field: FieldName) -> tuple[str, Any] | None:
+        """A field's key and value in the row."""
+        key = self._key(self._row, field)
+        if key is None:
             return None
-        key = (with_text or names)[0]
         self._columns.add(key)
         return key, self._row[key]
 
@@ -303,102 +282,80 @@ class _RowReader:
 
     def _history(self) -> list[Turn]:
         """Earlier turns: messages, or pairs of question and answer."""
-        found = self._column("history")
-        if found is None:
-            return []
-        key, value = found
+        key, value = self._column("history") or ("", [])
         exchanges = _as_list(value, key)
         if any(isinstance(exchange, Mapping) for exchange in exchanges):
             return self._messages(exchanges, key)
         turns = []
         for index, exchange in enumerate(exchanges):
-            if not (isinstance(exchange, list | tuple) and len(exchange) == 2):
+            where = f"{key}[{index}]"
+            if not (_is_list(exchange) and len(exchange) == 2):
                 raise BadRow(
-                    "wrong_type", f"{key}[{index}]: expected a pair of question and answer, or a message, found {shown(exchange)}"
+                    "wrong_type", f"{where}: expected a pair of question and answer, or a message, found {shown(exchange)}"
                 )
-            roles: tuple[Role, ...] = ("user", "assistant")
-            texts = [_text("" if text is None else text, f"{key}[{index}]") for text in exchange]
-            turns += [Turn(role, text) for role, text in zip(roles, texts, strict=True) if text.strip()]
+            question, answer = (_text("" if text is None else text, where) for text in exchange)
+            turns += [turn for turn in (Turn("user", question), Turn("assistant", answer)) if turn.text.strip()]
         return turns
 
     def _messages(self, value: Any, key: str) -> list[Turn]:
-        turns = []
-        for index, message in enumerate(_as_list(value, key)):
-            where = f"{key}[{index}]"
-            if not isinstance(message, Mapping):
-                raise BadRow("wrong_type", f"{where}: expected an object, found {shown(message)}")
-            turn = self._message(message, where, key)
-            turns += [turn] if turn is not None else []
-        return turns
+        messages = [self._message(message, f"{key}[{index}]", key) for index, message in enumerate(_as_list(value, key))]
+        return [turn for turn in messages if turn is not None]
 
-    def _message(self, message: Mapping[str, Any], where: str, column: str) -> Turn | None:
-        """The turn of a message; None if it is a dropped tool turn. Raises `BadRow`."""
+    def _message(self, message: Any, where: str, column: str) -> Turn | None:
+        """The turn of a message; None if it is a dropped tool turn."""
+        if not isinstance(message, Mapping):
+            raise BadRow("wrong_type", f"{where}: expected an object, found {shown(message)}")
+        options = self._options
         role_key, role_name = self._member(message, "role", where)
-        role = self._role(role_name, f"{where}.{role_key}")
+        role = options.all_roles.get(role_name.strip().lower()) if isinstance(role_name, str) else None
+        if role is None:
+            raise BadRow(
+                "unknown_role",
+                f"{where}.{role_key}: expected one of {', '.join(options.all_roles)}, found {shown(role_name)}; "
+                "say whose turns these are with dataset.roles={NAME: system|user|assistant|tool}",
+            )
         supervised = self._flags(message, f"{where}.")
         calls = {key: message[key] for key in _CALLS if key in message and _holds_text(message[key])}
         is_tool = role in ("tool", "tool_call")
-        open_calls = [key for key in calls if key not in self._ignore]
-        tool_turns = self._vocabulary.tool_turns
-        if tool_turns == "error" and (is_tool or open_calls):
+        open_calls = [key for key in calls if key not in options.ignore]
+        if options.tool_turns == "error" and (is_tool or open_calls):
             what = f"{where}.{role_key} is {shown(role_name)}" if is_tool else f"{where} has the key {shown(open_calls[0])}"
             raise BadRow(
                 "tool_turn",
                 f"expected turns of system, user and assistant, found a tool's: {what}; leave such turns out with "
                 "dataset.tool_turns=drop, or read what a tool says as the user's with dataset.tool_turns=as_user",
             )
-        if is_tool and tool_turns == "drop":
+        if is_tool and options.tool_turns == "drop":
             self._ignored.add(f"{column}[].{role_key}={role_name}")
             return None
         # A message with a tool call may have no text.
         content_key, content = self._member(message, "content", where, default="" if calls else None)
         text = self._content(content, f"{where}.{content_key}", column)
-        if tool_turns == "as_user":
+        if options.tool_turns == "as_user" and open_calls:
             called = [json.dumps(calls[key], ensure_ascii=False) for key in open_calls]
-            text = "\n".join([*([text] if text.strip() else []), *called]) if called else text
+            text = "\n".join([*([text] if text.strip() else []), *called])
         else:
             self._ignored.update(f"{column}[].{key}" for key in open_calls)
-        of_message = self._vocabulary.of_message
-        self._leave(message, of_message.union(open_calls) if open_calls else of_message, where, f"{column}[]")
-        if calls and not text.strip():
-            return None
-        return Turn(_TURN_ROLES[role], text, supervised)
+        self._record_unread(message, options.of_message.union(open_calls), where, f"{column}[]")
+        return None if calls and not text.strip() else Turn(_TURN_ROLES[role], text, supervised)
 
-    def _role(self, name: Any, where: str) -> MessageRole:
-        role = self._vocabulary.roles.get(name.strip().lower()) if isinstance(name, str) else None
-        if role is None:
-            raise BadRow(
-                "unknown_role",
-                f"{where}: expected one of {', '.join(self._vocabulary.roles)}, found {shown(name)}; "
-                "say whose turns these are with dataset.roles={NAME: system|user|assistant|tool}",
-            )
-        return role
-
-    def _member(self, message: Mapping[str, Any], field: str, where: str, default: str | None = None) -> tuple[str, Any]:
+    def _member(self, message: Mapping[str, Any], field: FieldName, where: str, default: str | None = None) -> tuple[str, Any]:
         """The key and value of a message's role or content."""
-        keys = [key for key in self._names[field] if message.get(key) is not None]
-        if len(keys) > 1:
-            keys = [key for key in keys if _holds_text(message[key])] or keys[:1]
-        if len(keys) > 1:
-            raise BadRow(
-                "two_keys",
-                f"{where}: expected one {field}, found one under each of {shown(keys)}; name the one that "
-                f"is meant with dataset.fields={{{field}: {keys[0]}}} and the other in dataset.ignore=[{keys[1]}]",
-            )
-        if not keys and default is not None:
-            return field, default
-        if not keys:
-            expected = " or ".join(f'"{key}"' for key in self._names[field])
+        key = self._key(message, field, f"{where}: ")
+        if key is not None:
+            return key, message[key]
+        if default is None:
+            expected = " or ".join(f'"{key}"' for key in self._options.names[field])
             raise BadRow(
                 "missing_key",
                 f"{where}: expected the key {expected}, found {shown(list(message))}; name its own with "
                 f"dataset.fields={{{field}: KEY}}",
             )
-        return keys[0], message[keys[0]]
+        return field, default
 
     def _content(self, content: Any, where: str, column: str) -> str:
         """A text, or the concatenated texts of a list of parts."""
-        if not isinstance(content, list | tuple):
+        if not _is_list(content):
             return _text(content, where)
         texts = []
         for index, part in enumerate(content):
@@ -409,7 +366,7 @@ class _RowReader:
                     raise BadRow(
                         "not_text", f"{place}: expected a part of type text, found one of type {shown(kind)}: {shown(dict(part))}"
                     )
-                self._leave(part, {"type", "text"}, place, f"{column}[].content[]")
+                self._record_unread(part, {"type", "text"}, place, f"{column}[].content[]")
                 part = part["text"]
             texts.append(_text(part, place))
         return "".join(texts)
@@ -417,9 +374,9 @@ class _RowReader:
     def _flags(self, values: Mapping[str, Any], where: str) -> bool:
         """Whether to train on a turn or row, by its flags."""
         said: dict[str, bool] = {}
-        for key, trained_if in self._vocabulary.flags.items():
+        for key, trained_if in self._options.flags.items():
             value = values.get(key)
-            if value is None or _is_empty(value):
+            if _is_empty(value):
                 continue
             plain = value.strip().lower() if isinstance(value, str) else value
             truth = _TRUTH.get(plain) if isinstance(plain, str | int | float) else None
@@ -436,89 +393,66 @@ class _RowReader:
 
     # Unread keys.
 
-    def _leave(self, values: Mapping[str, Any], read: Set[str], where: str, counted_as: str) -> None:
+    def _record_unread(self, values: Mapping[str, Any], read: Collection[str], where: str, counted_as: str) -> None:
         """Record unread keys of a message or part. Raises for one without text, maybe a flag."""
         for key, value in values.items():
-            if key in read or value is None or _is_empty(value):
+            if key in read or _is_empty(value):
                 continue
-            if not (_holds_text(value) or key in self._ignore or _is_label_name(key)):
+            if not (_holds_text(value) or key in self._options.ignore or _is_label_name(key)):
                 raise BadRow(
                     "unread_key",
                     f"{where}.{key}: expected the keys of a turn, found one of no known meaning, with {shown(value)}; if it says "
                     f"whether the turn is trained on, use dataset.fields={{train: {_given(key)}}} (or mask, for the opposite), "
                     f"else dataset.ignore=[{_given(key)}]",
                 )
-            self._rest.append(_Unread(f"{where}.{key}", f"{counted_as}.{key}", key, value))
+            self._rest.append((f"{where}.{key}", f"{counted_as}.{key}", key, value))
 
     def _check_rest(self, turns: list[Turn]) -> None:
         """Raise `BadRow` for text that is neither in the turns nor under a metadata key."""
-        read = self._columns.union(self._vocabulary.flags)
-        said: set[str] | None = None
-        of_row = (_Unread(key, key, key, value) for key, value in self._row.items() if key not in read)
-        for unread in (*of_row, *self._rest):
-            if not _holds_text(unread.value):
-                continue
-            for where, text in self._unknown_texts(unread.where, unread.key, unread.value):
-                said = {turn.text.strip() for turn in turns} if said is None else said
-                if text.strip() not in said:
+        read = self._columns.union(self._options.flags)
+        said = {turn.text.strip() for turn in turns}
+        of_row = ((key, key, key, value) for key, value in self._row.items() if key not in read)
+        for where, counted_as, key, value in (*of_row, *self._rest):
+            for place, innermost, text in _texts(value, where, key, self._options.ignore):
+                is_label = _is_label_name(innermost) and len(text) <= _LABEL_CHARS and "\n" not in text
+                if not is_label and text.strip() not in said:
                     # Report the unread key, not the one nearest to the text: `fields` names keys of
                     # rows and messages, and `role` or `text` may be read elsewhere in the row.
                     raise BadRow(
                         "unread_text",
-                        f"{where}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
-                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {_given(unread.key)}}} "
-                        f"(FIELD: {', '.join(FIELDS)}), else leave it out with dataset.ignore=[{_given(unread.key)}]",
+                        f"{place}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
+                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {_given(key)}}} "
+                        f"(FIELD: {', '.join(FIELDS)}), else leave it out with dataset.ignore=[{_given(key)}]",
                     )
-            self._ignored.add(unread.counted_as)
-
-    def _unknown_texts(self, where: str, key: str, value: Any) -> Iterator[tuple[str, str]]:
-        """Place and text of every string in a value that isn't metadata or ignored. key: the
-        innermost key around the value.
-        """
-        if key in self._ignore:
-            return
-        if isinstance(value, str):
-            is_label = _is_label_name(key) and len(value) <= _LABEL_CHARS and "\n" not in value
-            if value.strip() and not is_label:
-                yield where, value
-        elif isinstance(value, Mapping):
-            for name, member in value.items():
-                if _is_phrase(name):
-                    yield where, str(name)
-                yield from self._unknown_texts(f"{where}.{name}", str(name), member)
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                yield from self._unknown_texts(f"{where}[{index}]", key, item)
+            if _holds_text(value):
+                self._ignored.add(counted_as)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """told_by: the field of FIELDS whose presence identifies the form."""
-
-    told_by: str
-    read: Callable[[_RowReader], tuple[str, list[Turn]]]
-
-
-# A row is of the first form whose field it has. docs/data.md has the table.
-FORMS = (
-    _Form("messages", _RowReader.read_chat),
-    _Form("prompt", _RowReader.read_prompt),
-    _Form("input", _RowReader.read_prompt),
-    _Form("text", _RowReader.read_text),
-)
+def _texts(value: Any, where: str = "", key: str = "", ignore: Collection[str] = ()) -> Iterator[tuple[str, str, str]]:
+    """Place, innermost key and text of every string in a value, and of keys that are phrases, not
+    names. Leaves out blank ones, and those under a key in `ignore`.
+    """
+    if key in ignore:
+        return
+    if isinstance(value, str):
+        if value.strip():
+            yield where, key, value
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            if " " in str(name).strip():
+                yield where, "", str(name)
+            yield from _texts(member, f"{where}.{name}", str(name), ignore)
+    elif _is_list(value):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{where}[{index}]", key, ignore)
 
 
 def _holds_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values())) or any(map(_is_phrase, value))
-    return isinstance(value, list | tuple) and any(map(_holds_text, value))
+    return any(True for _ in _texts(value))
 
 
-def _is_phrase(key: object) -> bool:
-    """Whether a key inside a value is text, not a name."""
-    return " " in str(key).strip()
+def _as_context(turns: Iterable[Turn]) -> list[Turn]:
+    return [replace(turn, supervised=False) for turn in turns]
 
 
 def _is_empty(value: Any) -> bool:
@@ -548,7 +482,7 @@ def _as_list(value: Any, where: str) -> list[Any]:
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise BadRow("wrong_type", f"{where}: expected a list, found text that is no JSON ({error}): {shown(value)}") from error
     if not _is_list(value):

@@ -66,7 +66,13 @@ def download(
                     handle.flush()
                     os.fsync(handle.fileno())
                 stated = about.etag if re.fullmatch("[0-9a-f]{64}", about.etag) else None
-                _check(part, expected_sha256 or stated, what)
+                expected = expected_sha256 or stated
+                if expected is not None and (found := _sha256(part)) != expected:
+                    part.unlink()
+                    raise UsageError(
+                        f"{what}: expected sha256 {expected}, found {found}; the file was deleted. "
+                        "Start again, or give the hash of the revision that you mean"
+                    )
                 os.replace(part, target)
     return target
 
@@ -113,16 +119,13 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
 
 @contextlib.contextmanager
 def _as_usage_error(what: str, otherwise: str, *wrong_use: type[Exception]) -> Iterator[None]:
-    """Turn every transfer error into a `UsageError` about `what` that ends with `otherwise`,
-    another way to get it.
-
+    """Turn every transfer error into a `UsageError` about `what` that ends with `otherwise`, another way to get it.
     wrong_use: errors, besides ValueError, for a `what` that can't be used as requested.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     offline = f"{what} is needed but HF_HUB_OFFLINE is set: unset it, {otherwise}"
-
     of_use: tuple[type[Exception], ...] = (ValueError, *wrong_use)
     # HfHubHTTPError belongs to huggingface_hub's HTTP library, and is an OSError.
     of_the_network: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
@@ -161,12 +164,3 @@ def _is_complete(target: Path, expected_sha256: str | None) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _check(part: Path, expected_sha256: str | None, what: str) -> None:
-    if expected_sha256 is not None and (found := _sha256(part)) != expected_sha256:
-        part.unlink()
-        raise UsageError(
-            f"{what}: expected sha256 {expected_sha256}, found {found}; the file was deleted. "
-            "Start again, or give the hash of the revision that you mean"
-        )

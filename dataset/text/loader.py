@@ -1,30 +1,35 @@
 """Examples of one or more splits, read from the token cache in the order of a curriculum, and
 collated into padded batches.
 
-Knows no row forms and no models.
+Knows no models.
 """
 
 import hashlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate, islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from config.errors import UsageError
+from config.schema import DatasetConfig
 from dataset.text.conversation import Conversation, with_default_system
 from dataset.text.curriculum import Curriculum, Draw
-from dataset.text.forms import to_conversation
-from dataset.text.row_encoder import ANSWER_CUT, PROMPT_CUT
+from dataset.text.forms import form_options, to_conversation
+from dataset.text.row_encoder import ANSWER_CUT, PER_ID, PROMPT_CUT
 from dataset.text.rows import RowFile, parse_row
-from dataset.text.token_cache import LoadedSplit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IGNORE_LABEL_ID = -100
 _READ_AHEAD_PER_WORKER = 16
@@ -50,102 +55,105 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
-class TextDataset:
-    """The examples of one split, in the order of their files.
+Columns = dict[str, pa.ChunkedArray]
+"""The columns of a memory-mapped table. One value takes microseconds to read."""
 
-    data_hash: hex SHA-256 of the contents of this split's rows, in order.
-    counts: rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut".
-    For all rows read from the files: "read", "dropped" and "bad" by reason, "beyond_subset" (usable
-    rows left out by `subset_size`), "forms" (rows by form), and "ignored" (rows by key whose text
-    was left out).
-    loaded: the split in the token cache. left_out: files that the source doesn't read, because of
-    their names.
+
+def columns_of(table: "Dataset") -> Columns:
+    """The columns of a data set of `datasets`."""
+    return dict(zip(table.column_names, table.data.table.columns, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class TextDataset:
+    """The examples of one split, in the order of their files, as `token_cache.load_split` opens them.
+
+    settings: `row_encoder.recipe`. files: those read, with their sha256. raw: columns of
+    `row_encoder.RAW_SCHEMA`, tokens: of `row_encoder.token_schema`; a row has the same number in
+    both. rows: int64 [m], the rows of the split. counts_read: for all rows read from the files,
+    "read", "dropped" and "bad" by reason, "beyond_subset" (usable rows left out by `subset_size`),
+    "forms" (rows by form), and "ignored" (rows by key whose text was left out). left_out: files
+    that the source doesn't read, because of their names.
     """
 
-    def __init__(self, loaded: LoadedSplit, left_out: Sequence[Path] = ()) -> None:
-        self.loaded = loaded
-        self.left_out = left_out
-        self._rows = loaded.rows
-        self.data_hash: str = hashlib.sha256(self.column("content_hash").astype("<u8").tobytes()).hexdigest()
+    config: DatasetConfig
+    settings: dict[str, Any]
+    files: tuple[RowFile, ...]
+    sha256: tuple[str, ...]
+    raw: Columns
+    tokens: Columns
+    rows: npt.NDArray[np.int64]
+    counts_read: dict[str, Any]
+    left_out: Sequence[Path] = ()
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Hex SHA-256 of the contents of this split's rows, in order."""
+        return hashlib.sha256(self.column("content_hash").astype("<u8").tobytes()).hexdigest()
+
+    @cached_property
+    def counts(self) -> dict[str, Any]:
+        """`counts_read`; rows "kept" and "truncated" in this split, and of these "prompt_cut" and "answer_cut"."""
         cut = self.column("cut")
-        self.counts: dict[str, Any] = {
-            **loaded.counts,
-            "kept": len(self._rows),
-            "truncated": int(np.count_nonzero(cut)),
-            "prompt_cut": int(np.count_nonzero(cut & PROMPT_CUT)),
-            "answer_cut": int(np.count_nonzero(cut & ANSWER_CUT)),
+        masks = {"truncated": PROMPT_CUT | ANSWER_CUT, "prompt_cut": PROMPT_CUT, "answer_cut": ANSWER_CUT}
+        return {
+            **self.counts_read,
+            "kept": len(self),
+            **{name: int(np.count_nonzero(cut & mask)) for name, mask in masks.items()},
         }
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        tokens, row = self.loaded.tokens, self._row_number(index)
-        return Example(
-            tokens.list("ids", row).astype(np.int32),
-            tokens.list("supervised", row).astype(np.bool_),
-            tokens.list("segment", row).astype(np.int32),
-            tokens.value("turn_bytes", row),
-        )
-
-    def _row_number(self, index: int) -> int:
-        if not 0 <= index < len(self._rows):
-            raise IndexError(f"example {index} of {len(self._rows)}")
-        return int(self._rows[index])
+        row = int(self.rows[index])
+        ids, supervised, segment = (self.tokens[name][row].values.to_numpy() for name in PER_ID)
+        turn_bytes = self.tokens["turn_bytes"][row].as_py()
+        return Example(ids.astype(np.int32), supervised.astype(np.bool_), segment.astype(np.int32), turn_bytes)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A numeric column of `row_encoder.token_schema`, [examples]."""
-        values: npt.NDArray[Any] = self.loaded.tokens.column(name)[self._rows]
+        values: npt.NDArray[Any] = self.tokens[name].to_numpy()[self.rows]
         return values
 
     def report(self) -> dict[str, Any]:
-        """Names of files, counts and `Lengths`, as JSON values."""
+        """Names of files, counts and lengths, as JSON values."""
         left_out = {"left_out": [path.name for path in self.left_out]} if self.left_out else {}
-        files = [file.path.name for file in self.loaded.files]
-        return {"files": files, **left_out, "counts": self.counts, "lengths": asdict(Lengths.of([self]))}
+        files = [file.path.name for file in self.files]
+        return {"files": files, **left_out, "counts": self.counts, "lengths": lengths_of([self])}
 
     def row(self, index: int) -> dict[str, Any]:
         """The source row of an example, with all its fields."""
-        return parse_row(self.loaded.raw.value("row", self._row_number(index)))
+        return parse_row(self.raw["row"][int(self.rows[index])].as_py())
 
     def place(self, index: int) -> str:
         """The example's file, and its line or row there, from 1."""
-        raw, row = self.loaded.raw, self._row_number(index)
-        file: RowFile = self.loaded.files[raw.value("file", row)]
-        return file.where(raw.value("number", row))
+        file, number = (self.raw[name][int(self.rows[index])].as_py() for name in ("file", "number"))
+        where: str = self.files[file].where(number)
+        return where
 
     def conversation(self, index: int) -> Conversation:
         """The uncut conversation, with the default system prompt."""
-        recipe = self.loaded.recipe
-        return with_default_system(to_conversation(self.row(index), recipe.forms)[0], recipe.default_system_prompt)
+        conversation, _ = to_conversation(self.row(index), form_options(self.config))
+        return with_default_system(conversation, self.config.default_system_prompt)
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Ids per row: numbers of whole and cut rows for each bin of `edges` (up to the next edge), and
-    percentiles of all rows.
+def lengths_of(splits: Sequence[TextDataset]) -> dict[str, Any]:
+    """Ids per row, after cutting: numbers of "whole" and "cut" rows for each bin of "edges" (up to
+    the next edge), and "percentiles" of all rows.
     """
-
-    edges: list[int]
-    whole: list[int]
-    cut: list[int]
-    percentiles: dict[int, int]
-
-    @classmethod
-    def of(cls, splits: Sequence[TextDataset]) -> Self:
-        """The lengths of all rows of `splits`, after cutting."""
-        lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
-        is_cut = np.concatenate([split.column("cut") for split in splits]) > 0
-        longest = int(lengths.max(initial=1))
-        width = -(-longest // _LENGTH_BINS)
-        edges = np.arange(0, longest + width + 1, width)
-        percentiles = np.percentile(lengths, _PERCENTILES, method="nearest") if len(lengths) else [0] * len(_PERCENTILES)
-        return cls(
-            edges.tolist(),
-            np.histogram(lengths[~is_cut], edges)[0].tolist(),
-            np.histogram(lengths[is_cut], edges)[0].tolist(),
-            {p: int(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
-        )
+    lengths = np.concatenate([split.column("length") for split in splits]).astype(np.int64)
+    is_cut = np.concatenate([split.column("cut") for split in splits]) > 0
+    longest = int(lengths.max(initial=1))
+    width = -(-longest // _LENGTH_BINS)
+    edges = np.arange(0, longest + width + 1, width)
+    percentiles = np.percentile(lengths, _PERCENTILES, method="nearest") if len(lengths) else [0] * len(_PERCENTILES)
+    return {
+        "edges": edges.tolist(),
+        "whole": np.histogram(lengths[~is_cut], edges)[0].tolist(),
+        "cut": np.histogram(lengths[is_cut], edges)[0].tolist(),
+        "percentiles": {p: int(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
+    }
 
 
 class TextCorpus:
@@ -199,11 +207,11 @@ def overlap(train: TextDataset | TextCorpus, test: TextDataset | TextCorpus) -> 
     """How many test rows have the questions of a training row ("questions"), and how many equal one
     ("conversations").
     """
-    columns = {"questions": "question_hash", "conversations": "conversation_hash"}
-    return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in columns.items()}
+    hashes = {"questions": "question_hash", "conversations": "conversation_hash"}
+    return {name: int(np.isin(test.column(column), train.column(column)).sum()) for name, column in hashes.items()}
 
 
-class ExampleStream:
+class ExampleStream(AbstractContextManager["ExampleStream"]):
     """Iterates (draw, Example) in the order of a curriculum.
 
     workers: prefetching threads; 0 reads inline. The order is the same.
@@ -212,8 +220,6 @@ class ExampleStream:
     """
 
     def __init__(self, dataset: Examples, curriculum: Curriculum, workers: int, start: int = 0) -> None:
-        if workers < 0:
-            raise UsageError(f"dataloader_workers: expected 0 or more, found {workers}")
         self.total = curriculum.total
         if not 0 <= start <= self.total:
             raise UsageError(
@@ -226,7 +232,7 @@ class ExampleStream:
         self._order = curriculum.draws(start)
         self._pool = ThreadPoolExecutor(workers, "example-reader") if workers else None
         self._read_ahead = workers * _READ_AHEAD_PER_WORKER
-        self._pending: deque[tuple[Draw, Future[Example]]] = deque()
+        self._pending: deque[tuple[Draw, Callable[[], Example]]] = deque()
 
     def __len__(self) -> int:
         """Remaining examples."""
@@ -237,27 +243,18 @@ class ExampleStream:
 
     def __next__(self) -> tuple[Draw, Example]:
         try:
-            item = self._next_inline() if self._pool is None else self._next_read_ahead(self._pool)
+            for draw in islice(self._order, 1 + self._read_ahead - len(self._pending)):
+                read = partial(self._dataset.__getitem__, draw.example_id)
+                self._pending.append((draw, self._pool.submit(read).result if self._pool is not None else read))
+            if not self._pending:
+                raise StopIteration
+            draw, result = self._pending.popleft()
+            example = result()
         except BaseException:  # also at the end of the stream
             self.close()
             raise
         self.position += 1
-        return item
-
-    def _next_inline(self) -> tuple[Draw, Example]:
-        draw = next(self._order)
-        return draw, self._dataset[draw.example_id]
-
-    def _next_read_ahead(self, pool: ThreadPoolExecutor) -> tuple[Draw, Example]:
-        while len(self._pending) < self._read_ahead:
-            draw = next(self._order, None)
-            if draw is None:
-                break
-            self._pending.append((draw, pool.submit(self._dataset.__getitem__, draw.example_id)))
-        if not self._pending:
-            raise StopIteration
-        draw, future = self._pending.popleft()
-        return draw, future.result()
+        return draw, example
 
     def skip(self, count: int) -> None:
         """Skip the next `count` examples without reading them: those that other ranks take.
@@ -269,7 +266,7 @@ class ExampleStream:
             raise ValueError(f"can't skip {count} of {len(self)} examples")
         for _ in range(count):
             if self._pending:
-                self._pending.popleft()[1].cancel()
+                self._pending.popleft()
             else:
                 next(self._order)
         self.position += count
@@ -282,10 +279,7 @@ class ExampleStream:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

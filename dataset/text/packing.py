@@ -59,9 +59,8 @@ def row_layout(lengths_R: Integers, packing: Packing, multiple: int = 1, token_m
     """The layout of documents of these lengths (each at least 1).
 
     off: one per row, padded to the longest. bucketed: one per row, in groups of similar length.
-    packed: several per row, best fit into rows as wide as the longest. Widths are multiples of
-    `multiple`. Some padding positions count as tokens, so that N is a multiple of `token_multiple`;
-    they form their own document.
+    packed: several per row, best fit into rows as wide as the longest. multiple, token_multiple: as
+    in `tokens_in_rows`; padding positions that count as tokens form their own document.
     """
     index_N, width = tokens_in_rows(lengths_R, multiple, token_multiple)
     if packing == "off":
@@ -89,12 +88,9 @@ def row_layout(lengths_R: Integers, packing: Packing, multiple: int = 1, token_m
 
 
 def tokens_in_rows(lengths_R: Integers, multiple: int = 1, token_multiple: int = 1) -> tuple[Integers, int]:
-    """Places of the tokens of right-padded rows, row * positions + position, ascending; and the
-    number of positions.
-
-    Positions are a multiple of `multiple`. Some padding positions count as tokens, so that the
-    number of tokens is a multiple of `token_multiple`; rows may be up to that much wider than the
-    longest one to hold them.
+    """Places of the tokens of right-padded rows, row * positions + position, ascending; and the number of
+    positions, a multiple of `multiple`. Some padding positions count as tokens, so that the number of
+    tokens is a multiple of `token_multiple`; rows may be that much wider than the longest one.
     """
     real = int(lengths_R.sum())
     rounded = -(-real // token_multiple) * token_multiple

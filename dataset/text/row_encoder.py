@@ -1,218 +1,145 @@
 """Encodes raw rows to ids: the function that `datasets`' map runs in each process.
 
-Knows no files, caches, or number of processes.
+Knows no files of rows, no caches, and no number of processes.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from dataset.text.conversation import Conversation, Encoded, TaggedRole, Template, encode_batch, with_default_system
-from dataset.text.forms import FormOptions, to_conversation
+from config.schema import DatasetConfig
+from dataset.text.conversation import Conversation, Encoded, TaggedRole, Template, encode_conversation, with_default_system
+from dataset.text.forms import form_options, to_conversation
 from dataset.text.rows import MAX_ROW_BYTES, BadRow, NothingToLearn, parse_row, too_large
 from dataset.text.splits import conversation_hash, prompt_hash, question_hash
 from dataset.text.tokenizer import Tokenizer
 
-LongRows = Literal["keep_prompt_end", "truncate", "drop"]
 ROLES: tuple[TaggedRole, ...] = get_args(TaggedRole)
 """In the order of the bits in the column "tags"."""
 PROMPT_CUT, ANSWER_CUT = 1, 2
 PER_ID = ("ids", "supervised", "segment")
-# Characters of text to encode at once.
-_TEXT_AT_ONCE = 1 << 20
-_TEXTS = ("outcome", "reason", "message", "form", "ignored")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that ids depend on besides the rows; see `config.schema.DatasetConfig`."""
-
-    tokenizer_model: bytes
-    template: Template
-    default_system_prompt: str | None
-    seq_len: int
-    long_rows: LongRows
-    forms: FormOptions
-
-    def key(self) -> dict[str, Any]:
-        """Everything but the tokenizer, as JSON values."""
-        return {
-            "template": self.template.to_dict(),
-            "default_system_prompt": self.default_system_prompt,
-            "seq_len": self.seq_len,
-            "long_rows": self.long_rows,
-            "forms": self.forms.to_dict(),
-        }
-
-
 RAW_SCHEMA = pa.schema({"file": pa.int32(), "number": pa.int64(), "row": pa.large_binary(), "bad": pa.string()})
 """Raw rows: file number, number in the file (`rows.RowFile`), and the row as JSON or its error."""
 
 
-def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
-    """Columns of encoded rows.
+def recipe(config: DatasetConfig, tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
+    """Everything that encoded rows depend on besides the rows, as JSON values."""
+    forms = {"fields": config.fields, "roles": config.roles, "tool_turns": config.tool_turns, "ignore": sorted(config.ignore)}
+    return {
+        "template": template.to_dict(),
+        "default_system_prompt": config.default_system_prompt or None,
+        "seq_len": config.seq_len,
+        "long_rows": config.long_rows,
+        "forms": forms,
+        "on_bad_row": config.on_bad_row,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
 
-    outcome: "" for an encoded row, "dropped", "bad", or "unread" after a bad row; reason: a short
-    name; message: the error; form: the form of a parsed row; ignored: its keys whose text was left
-    out, as JSON. For encoded rows: PER_ID, a list each; length: number of ids; targets: number of
-    supervised ids; full_length: number of ids before truncation; cut: PROMPT_CUT | ANSWER_CUT;
-    tags: a bit for each of ROLES whose tag occurs in a text; turn_bytes; content_hash: 64 bits over
-    the trained content; the other hashes are those of `splits`.
+
+def token_schema(vocab_size: int, seq_len: int) -> pa.Schema:
+    """Columns of encoded rows; a row that has no ids has 0 or nothing in their place.
+
+    dropped, bad: why the row has no ids, a short name, "unread" after a bad row; message: the error
+    of a bad row; form: the form of a parsed row; ignored: its keys whose text was left out. For
+    encoded rows: PER_ID, a list each; length: number of ids; targets: number of supervised ids;
+    full_length: number of ids before truncation; cut: PROMPT_CUT | ANSWER_CUT; tags: a bit for each
+    of ROLES whose tag occurs in a text; turn_bytes; content_hash: 64 bits over the trained content;
+    the other hashes are those of `splits`.
     """
     # A prompt segment and its answer take at least three ids, so this is enough.
     segment = pa.uint8() if seq_len // 2 < 1 << 8 else pa.uint16()
     return pa.schema(
         {
-            "outcome": pa.string(),
-            "reason": pa.string(),
-            "message": pa.string(),
-            "form": pa.string(),
-            "ignored": pa.string(),
+            **dict.fromkeys(("dropped", "bad", "message", "form"), pa.string()),
+            "ignored": pa.list_(pa.string()),
             "ids": pa.list_(pa.int32() if vocab_size > 1 << 16 else pa.uint16()),
             "supervised": pa.list_(pa.uint8()),
             "segment": pa.list_(segment),
-            "length": pa.int32(),
-            "targets": pa.int32(),
-            "full_length": pa.int32(),
-            "cut": pa.uint8(),
-            "tags": pa.uint8(),
+            **dict.fromkeys(("length", "targets", "full_length"), pa.int32()),
+            **dict.fromkeys(("cut", "tags"), pa.uint8()),
             "turn_bytes": pa.int64(),
-            "content_hash": pa.uint64(),
-            "prompt_hash": pa.uint64(),
-            "question_hash": pa.uint64(),
-            "conversation_hash": pa.uint64(),
+            **dict.fromkeys(("content_hash", "prompt_hash", "question_hash", "conversation_hash"), pa.uint64()),
         }
     )
 
 
 class RowEncoder:
-    """Encodes tables of RAW_SCHEMA to tables of `token_schema` by a recipe. It can be pickled.
+    """Encodes tables of RAW_SCHEMA to tables of `token_schema`. It can be pickled.
 
     stop_at: a file in which the processes share the first bad row, so that none encodes rows after
     it; None: a bad row is a result like others.
     """
 
-    def __init__(self, recipe: Recipe, vocab_size: int, stop_at: Path | None = None) -> None:
-        self.schema = token_schema(vocab_size, recipe.seq_len)
-        self.stop_at = stop_at
-        self._recipe = recipe
-        self._tokenizer: Tokenizer | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokenizer": None}
+    def __init__(self, config: DatasetConfig, tokenizer: Tokenizer, template: Template, stop_at: Path | None = None) -> None:
+        self.schema = token_schema(tokenizer.vocab_size, config.seq_len)
+        self._config, self._tokenizer, self._template, self._stop_at = config, tokenizer, template, stop_at
+        self._forms = form_options(config)
+        self._tags = [template.tag(role).strip() for role in ROLES]
+        self._dtypes = {name: self.schema.field(name).type.value_type.to_pandas_dtype() for name in PER_ID}
+        self._empty: dict[str, Any] = {
+            field.name: "" if field.type == pa.string() else [] if pa.types.is_list(field.type) else 0 for field in self.schema
+        }
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """Encode the rows with these numbers."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.from_bytes(self._recipe.tokenizer_model)
-            self._tags = [self._recipe.template.tag(role).strip() for role in ROLES]
-        results: list[_Result] = []
-        if self._has_stopped_before(indices[0]):
-            results = [_Result("unread") for _ in indices]
-        else:
-            for part in self._parts(table):
-                results += self._encode(part)
-            bad = [index for index, result in zip(indices, results, strict=True) if result.outcome == "bad"]
-            if bad and self.stop_at is not None:
-                with self.stop_at.open("a", encoding="ascii") as handle:
-                    handle.write(f"{bad[0]}\n")
-        return self._table(results)
+        if self._stop_at is not None and self._stop_at.is_file():
+            stops = map(int, self._stop_at.read_text("ascii").split())
+            if min(stops) < indices[0]:
+                return pa.Table.from_pylist([{**self._empty, "bad": "unread"}] * len(indices), self.schema)
+        # One after the other, each in all rows: the tokenizer then stays in the processor's cache.
+        parsed = [self._parsed(row.as_py(), bad.as_py()) for row, bad in zip(table["row"], table["bad"], strict=True)]
+        rows = [self._encoded(row, conversation) if conversation else row for row, conversation in parsed]
+        bad_rows = [index for index, row in zip(indices, rows, strict=True) if row["bad"]]
+        if bad_rows and self._stop_at is not None:
+            with self._stop_at.open("a", encoding="ascii") as handle:
+                handle.write(f"{bad_rows[0]}\n")
+        return pa.Table.from_pylist(rows, self.schema)
 
-    def _has_stopped_before(self, index: int) -> bool:
-        if self.stop_at is None or not self.stop_at.is_file():
-            return False
-        return any(int(line) < index for line in self.stop_at.read_text("ascii").splitlines())
-
-    def _parts(self, table: pa.Table) -> "Iterator[list[_Result]]":
-        part: list[_Result] = []
-        size = 0
-        for row, bad in zip(table["row"], table["bad"], strict=True):
-            data = row.as_py()
-            part.append(_Result("bad", *json.loads(bad.as_py())) if data is None else self._convert(data))
-            size += len(data or b"")
-            if size > _TEXT_AT_ONCE:
-                yield part
-                part, size = [], 0
-        yield part
-
-    def _convert(self, data: bytes) -> "_Result":
-        """Parse the conversation of a row, or the reason why there is none."""
+    def _parsed(self, data: bytes | None, bad: str) -> tuple[dict[str, Any], Conversation]:
+        """A row's columns as far as they are known without ids, and its conversation, if any."""
+        row = dict(self._empty)
         try:
-            conversation, parsed = to_conversation(parse_row(data), self._recipe.forms)
+            if data is None:
+                raise BadRow(*json.loads(bad))
+            conversation, parsed = to_conversation(parse_row(data), self._forms)
             if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
                 raise too_large()
-        except BadRow as bad:
-            return _Result("bad", bad.reason, str(bad))
+        except BadRow as error:
+            return {**row, "bad": error.reason, "message": str(error)}, ()
         except NothingToLearn as nothing:
-            return _Result("dropped", nothing.reason)
-        conversation = with_default_system(conversation, self._recipe.default_system_prompt)
-        return _Result("", form=parsed.form, ignored=json.dumps(parsed.ignored), conversation=conversation)
+            return {**row, "dropped": nothing.reason}, ()
+        conversation = with_default_system(conversation, self._config.default_system_prompt)
+        # A key may hold half of a surrogate pair, which Arrow's strings can't.
+        ignored = [key.encode("utf-8", "backslashreplace").decode() for key in parsed.ignored]
+        return {**row, "form": parsed.form, "ignored": ignored}, conversation
 
-    def _encode(self, results: "list[_Result]") -> "list[_Result]":
-        assert self._tokenizer is not None
-        recipe = self._recipe
-        conversations = [result.conversation for result in results if not result.outcome]
-        keep_prompt_end = recipe.long_rows == "keep_prompt_end"
-        encoded = iter(
-            encode_batch(conversations, self._tokenizer, recipe.template, recipe.seq_len + 1, keep_prompt_end=keep_prompt_end)
-        )
-        for number, result in enumerate(results):
-            if result.outcome:
-                continue
-            ids = next(encoded)
-            if recipe.long_rows == "drop" and ids.end_cut:
-                results[number] = replace(result, outcome="dropped", reason="too_long")
-            elif not ids.supervised.any():
-                results[number] = replace(result, outcome="dropped", reason="answer_beyond_seq_len")
-            else:
-                results[number] = replace(result, encoded=ids)
-        return results
-
-    def _table(self, results: "list[_Result]") -> pa.Table:
-        def lists(name: str) -> list[npt.NDArray[Any]]:
-            return [getattr(result.encoded, name) if result.encoded else np.zeros(0) for result in results]
-
-        columns: dict[str, Any] = {name: [getattr(result, name) for result in results] for name in _TEXTS}
-        for name in PER_ID:
-            parts, item = lists(name), self.schema.field(name).type.value_type
-            offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-            values = np.concatenate(parts).astype(item.to_pandas_dtype())
-            columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, item))
-        pairs = [(result.encoded, result.conversation) for result in results]
-        columns["length"] = [len(encoded.ids) if encoded else 0 for encoded, _ in pairs]
-        columns["targets"] = [int(encoded.supervised.sum()) if encoded else 0 for encoded, _ in pairs]
-        columns["full_length"] = [encoded.full_length if encoded else 0 for encoded, _ in pairs]
-        columns["cut"] = [PROMPT_CUT * encoded.prompt_cut | ANSWER_CUT * encoded.end_cut if encoded else 0 for encoded, _ in pairs]
-        columns["tags"] = [self._tags_in(conversation) for _, conversation in pairs]
-        columns["turn_bytes"] = [encoded.turn_bytes if encoded else 0 for encoded, _ in pairs]
-        columns["content_hash"] = [_content_hash(encoded) if encoded else 0 for encoded, _ in pairs]
-        for function in (prompt_hash, question_hash, conversation_hash):
-            columns[function.__name__] = [function(conversation) if encoded else 0 for encoded, conversation in pairs]
-        return pa.table(columns, schema=self.schema)
-
-    def _tags_in(self, conversation: Conversation) -> int:
+    def _encoded(self, row: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+        long_rows, max_ids = self._config.long_rows, self._config.seq_len + 1
+        keep_prompt_end = long_rows == "keep_prompt_end"
+        encoded = encode_conversation(conversation, self._tokenizer, self._template, max_ids, keep_prompt_end=keep_prompt_end)
+        if long_rows == "drop" and encoded.end_cut:
+            return {**row, "dropped": "too_long"}
+        if not encoded.supervised.any():
+            return {**row, "dropped": "answer_beyond_seq_len"}
         text = "\n".join(turn.text for turn in conversation)
-        return sum(1 << bit for bit, tag in enumerate(self._tags) if tag in text)
-
-
-@dataclass(frozen=True)
-class _Result:
-    """The result for a row."""
-
-    outcome: str
-    reason: str = ""
-    message: str = ""
-    form: str = ""
-    ignored: str = "[]"
-    conversation: Conversation = ()
-    encoded: Encoded | None = None
+        return {
+            **row,
+            **{name: getattr(encoded, name).astype(dtype) for name, dtype in self._dtypes.items()},
+            "length": len(encoded.ids),
+            "targets": int(encoded.supervised.sum()),
+            "full_length": encoded.full_length,
+            "cut": PROMPT_CUT * encoded.prompt_cut | ANSWER_CUT * encoded.end_cut,
+            "tags": sum(1 << bit for bit, tag in enumerate(self._tags) if tag in text),
+            "turn_bytes": encoded.turn_bytes,
+            "content_hash": _content_hash(encoded),
+            "prompt_hash": prompt_hash(conversation),
+            "question_hash": question_hash(conversation),
+            "conversation_hash": conversation_hash(conversation),
+        }
 
 
 def _content_hash(encoded: Encoded) -> int:

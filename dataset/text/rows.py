@@ -11,8 +11,10 @@ import csv
 import io
 import json
 import lzma
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ _BLOCK = 1 << 20
 # Bytes in which to look for the bracket of an array.
 _OPENING = 1 << 16
 _ROWS_AT_ONCE = 256
+_SEPARATOR = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
@@ -118,9 +121,7 @@ class RowFile:
 
 
 def open_row_file(path: str | Path) -> RowFile:
-    """Open a file of rows, by its suffix. Raises `UsageError` if it is missing, unreadable, or of
-    an unknown format.
-    """
+    """Open a file by its suffix. Raises `UsageError` if it is missing, unreadable, or of an unknown format."""
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "none"
@@ -150,10 +151,8 @@ def format_of(path: Path) -> tuple[str, str] | None:
 
 
 def to_json(values: bytes | dict[str, Any]) -> bytes:
-    """A row of `RowFile.rows` as JSON, for `parse_row`.
-
-    Bytes that are UTF-8 become text; other values without a JSON type become {name of their type:
-    true}.
+    """A row of `RowFile.rows` as JSON, for `parse_row`. Bytes that are UTF-8 become text; other values
+    without a JSON type become {name of their type: true}.
     """
     if isinstance(values, bytes):
         return values
@@ -172,8 +171,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, for `object_pairs_hook`. Python would keep only the last of equal keys."""
     members = dict(pairs)
     if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise BadRow("duplicate_key", f"expected each key of an object once, found {shown(twice)} twice")
     return members
 
@@ -229,60 +227,44 @@ def _is_array(file: RowFile) -> bool:
 
 
 def _elements(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
-    """The elements of one JSON array, in bounded memory."""
+    """The elements of one JSON array. In memory is a block of the file, or an element that takes more."""
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     with file.stream() as handle, io.TextIOWrapper(handle, "utf-8-sig", newline="") as text:
-        buffer, at, number, is_first = text.read(_OPENING).lstrip()[1:], 0, 0, True
+        buffer, at, number = text.read(_OPENING).lstrip()[1:], 0, 0
         while True:
-            step = _next_element(decoder, buffer, at, is_first)
-            if isinstance(step, str):
+            try:
+                separator = _SEPARATOR.match(buffer, at)
+                assert separator is not None
+                has_comma, begin = bool(separator[1]), separator.end()
+                if buffer.startswith("]", begin) and (number or not has_comma):
+                    break
+                if begin < len(buffer) and has_comma != (number > 0):
+                    raise ValueError("where a comma or ] should be" if number else "where a row should be")
+                try:
+                    value, end = decoder.raw_decode(buffer, begin)
+                except BadRow as bad:  # before the element's end: parse again, to find it
+                    value, (_, end) = bad, json.JSONDecoder().raw_decode(buffer, begin)
+                if end == len(buffer):  # a number may continue
+                    raise ValueError("an array that doesn't end")
+            except (ValueError, RecursionError) as error:
                 more = text.read(max(_BLOCK, len(buffer) - at))
-                if not more or len(buffer) - at > _MOST_READ_FOR_A_ROW:
-                    raise UsageError(f"{file.path}, row {number + 1}: expected one JSON array of rows, found {step}; mend the file")
-                buffer, at = buffer[at:] + more, 0
-                continue
-            begin, value, at = step
-            if begin < 0:
-                break
-            is_first, number = False, number + 1
-            if at - begin > MAX_ROW_BYTES:
+                if more and len(buffer) - at <= _MOST_READ_FOR_A_ROW:
+                    buffer, at = buffer[at:] + more, 0
+                    continue
+                found = f"{buffer[at : at + 40]!a} ({error})" if buffer[at:].strip() else "an array that doesn't end"
+                raise UsageError(
+                    f"{file.path}, row {number + 1}: expected one JSON array of rows, found {found}; mend the file"
+                ) from error
+            number += 1
+            if end - begin > MAX_ROW_BYTES:
                 yield number, too_large()
             else:
-                yield number, value if isinstance(value, BadRow) else buffer[begin:at].encode("utf-8", "surrogatepass")
-        if (buffer[at:] + text.read(_BLOCK)).strip():
+                yield number, value if isinstance(value, BadRow) else buffer[begin:end].encode("utf-8", "surrogatepass")
+            at = end
+        if (buffer[begin + 1 :] + text.read(_BLOCK)).strip():
             raise UsageError(
                 f"{file.path}: expected one JSON array, found more behind its end; if it holds a row a line, name it .jsonl"
             )
-
-
-def _next_element(decoder: json.JSONDecoder, buffer: str, at: int, is_first: bool) -> tuple[int, Any, int] | str:
-    """Begin, value and end of an array's next element, begin -1 at the array's end. Or an error,
-    which more text may resolve.
-    """
-    at = _past_blanks(buffer, at)
-    if buffer[at : at + 1] == "]":
-        return -1, None, at + 1
-    if not is_first:
-        if buffer[at : at + 1] != ",":
-            return f"{buffer[at : at + 40]!a} where a comma or ] should be"
-        at = _past_blanks(buffer, at + 1)
-        if buffer[at : at + 1] == "]":  # also accepts a comma after the last element
-            return -1, None, at + 1
-    try:
-        value, end = decoder.raw_decode(buffer, at)
-    except BadRow as bad:
-        # The error came before the element's end: parse again, to find the end.
-        value, (_, end) = bad, json.JSONDecoder().raw_decode(buffer, at)
-    except (ValueError, RecursionError) as error:
-        return f"{buffer[at : at + 40]!a} ({error})"
-    # A number at the end of the buffer may continue.
-    return (at, value, end) if _past_blanks(buffer, end) < len(buffer) else "an array that doesn't end"
-
-
-def _past_blanks(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
 
 
 def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -361,11 +343,4 @@ def _values(batch: Any) -> list[dict[str, Any] | BadRow]:
         return [values for index in range(len(batch)) for values in _values(batch.slice(index, 1))]
 
 
-_READERS = {
-    ".jsonl": _lines,
-    ".json": _elements,
-    ".csv": _table,
-    ".tsv": _table,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
+_READERS = dict(zip(FORMATS, (_lines, _elements, _table, _table, _parquet, _arrow), strict=True))

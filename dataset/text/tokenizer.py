@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -24,11 +25,8 @@ _HOW_TO_GET_ONE = "run `python scripts/fetch_tokenizer.py`, or name a SentencePi
 
 
 def resolve_tokenizer_path(explicit: str | None) -> Path:
-    """The tokenizer file: `explicit`, else $LLAMA_TOKENIZER, else
-    tokenizers/llama-32k/tokenizer.model.
-
-    A named file that is missing is an error, not a reason for the next choice: the ids would
-    silently be wrong. Raises `UsageError`.
+    """The tokenizer file: `explicit`, else $LLAMA_TOKENIZER, else `DEFAULT_TOKENIZER`. Raises `UsageError`
+    for a named file that is missing: with the next choice, ids would silently be wrong.
     """
     from_environment = os.environ.get(TOKENIZER_VARIABLE)
     if explicit is not None and explicit != from_environment:
@@ -64,12 +62,15 @@ class Tokenizer:
         self._load(model_bytes, str(path))
 
     @classmethod
-    def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer bytes") -> "Tokenizer":
+    def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer bytes") -> Self:
         """A tokenizer from the content of a file, as in a checkpoint; its `path` is None."""
         tokenizer = cls.__new__(cls)
         tokenizer.path = None
         tokenizer._load(model_bytes, name)
         return tokenizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_bytes, (self.model_bytes,)
 
     def _load(self, model_bytes: bytes, name: str) -> None:
         self.model_bytes = model_bytes
@@ -81,19 +82,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, like `encode`. One thread: the caller decides how many cores to use."""
-        return self._backend.encode_batch(texts) if texts else []
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without BOS and EOS; incomplete UTF-8 becomes U+FFFD."""
-        return self.decode_batch([[int(token) for token in ids]])[0]
-
-    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        """Text of each row, like `decode`."""
-        return self._backend.decode_batch(rows) if rows else []
+        return self._backend.decode([int(token) for token in ids])
 
     def piece(self, token: int) -> str:
         """The piece of an id, for display."""
@@ -125,8 +118,6 @@ class Tokenizer:
 
 
 class _SentencePiece:
-    """A SentencePiece model."""
-
     file_name = "tokenizer.model"
     bytes_stay_open = False
 
@@ -147,13 +138,12 @@ class _SentencePiece:
             if token < 0:
                 raise UsageError(f"{name}: the model has no {kind} piece; use one trained with both BOS and EOS")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One by one: the library's batches start a thread for each call, which takes longer than
-        # encoding a few texts.
-        return [self._processor.encode(text) for text in texts]
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
-    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        return [self._processor.decode(row) for row in rows]
+    def decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode(ids))
 
     def piece(self, token: int) -> str:
         return str(self._processor.id_to_piece(token))
@@ -195,11 +185,7 @@ class _TokenizerJson:
         # characters too.
         self.bytes_stay_open = b'"ByteFallback"' in decoder
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # The library's batches use all cores.
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # some models have no id for unknown text
@@ -208,9 +194,8 @@ class _TokenizerJson:
             ) from error
         return ids
 
-    def decode_batch(self, rows: Sequence[list[int]]) -> list[str]:
-        known = [[token for token in row if token < self.bos_id] for row in rows]
-        return [self._backend.decode(row, skip_special_tokens=False) for row in known]
+    def decode(self, ids: list[int]) -> str:
+        return str(self._backend.decode([token for token in ids if token < self.bos_id], skip_special_tokens=False))
 
     def piece(self, token: int) -> str:
         controls = {self.bos_id: "<s>", self.eos_id: "</s>"}
@@ -240,15 +225,15 @@ TOKENIZER_FILES = (_SentencePiece.file_name, _TokenizerJson.file_name)
 
 
 def check_reversible(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
-    """Raise `UsageError` if decoding a text's ids doesn't return the text, with the loss; a model
-    couldn't learn the text.
+    """Raise `UsageError` if decoding a text's ids doesn't return the text, with the loss.
 
     Two changes are allowed, because the text reads the same: U+2581, SentencePiece's space, may
     become a space, and characters may change to another canonical form (NFC). Returns the number of
     texts with such changes.
     """
     changed = 0
-    for text, found in zip(texts, tokenizer.decode_batch(tokenizer.encode_batch(texts)), strict=True):
+    for text in texts:
+        found = tokenizer.decode(tokenizer.encode(text))
         if text == found:
             continue
         if _as_read(text) != _as_read(found):

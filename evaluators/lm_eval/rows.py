@@ -1,9 +1,8 @@
-"""Documents for lm-evaluation-harness from a local file of conversations; docs/export.md has the
-commands.
+"""Documents for lm-evaluation-harness from a file of conversations (docs/export.md).
 
 The harness imports this file by its path, so it must not import the project. A row has `messages`
-(role, content), or messages in `prompt` and a `reference`, as written by inference_instruct.py
---generate.
+(role, content), or messages in `prompt` and a `reference`, as inference_instruct.py --generate
+writes.
 """
 
 import json

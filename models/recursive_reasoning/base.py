@@ -52,8 +52,7 @@ class Recursion(ABC):
 
     @abstractmethod
     def step(self, states: States, x_BTD: Tensor, call: LevelCall) -> tuple[States, Tensor]:
-        """One ACT step from `states` and the input embedding: the new states, and the output [B, T,
-        D] for the heads.
+        """One ACT step from the input embedding: new states, and the output [B, T, D] for the heads.
 
         It must only add vectors and pass them to `call`.
         """

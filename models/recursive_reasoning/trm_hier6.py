@@ -7,11 +7,9 @@ from models.recursive_reasoning.trm import TRM
 
 
 class SixStateTRM(TRM):
-    """`H_cycles` times: z_Li = f(sum z_L + z_H + x) for i = 1..`L_cycles`, then z_H = f(z_H + sum
-    z_L). The output is z_H.
+    """`H_cycles` times: z_Li = f(sum z_L + z_H + x) for i = 1..`L_cycles`, then z_H = f(z_H + sum z_L).
 
-    The sums are over all six states; with fewer L calls, the other states keep their initial
-    values.
+    The output is z_H. Sums are over six states; with fewer L calls, the others stay as they were.
     """
 
     initial_states = ("H_init", "L1_init", "L2_init", "L3_init", "L4_init", "L5_init", "L6_init")

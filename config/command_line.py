@@ -1,4 +1,4 @@
-"""What doors with Hydra's command line share: arguments, errors in one message, the jobs of a sweep (-m).
+"""What scripts with Hydra's command line share: arguments, errors in one message, the jobs of a sweep (-m).
 
 Doesn't know what a job does.
 """
@@ -26,10 +26,13 @@ from config.schema import Config, user_path
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _HYDRA_HELP = "--hydra-help"
+_FLAGS_WITH_VALUES = (
+    "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--experimental-rerun",
+)  # fmt: skip
 
 
-def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
-    """Run a door's `main`, decorated by hydra.main, with the command line of this process, in `one_clear_message`.
+def run_main(main: Callable[[], Any], kind: type[Config]) -> None:
+    """Run a script's `main`, decorated by hydra.main, with the command line of this process, in `one_clear_message`.
 
     Prints the jobs of a sweep at its end; the exit status is 2 if one has failed.
     """
@@ -64,7 +67,7 @@ def run_door(main: Callable[[], Any], kind: type[Config]) -> None:
 
 
 def run_job(settings: DictConfig, kind: type[Config], train: Callable[[Config], float | None]) -> float | None:
-    """What a door's `main` does: check the composed settings, and train with them; returns what `train` does, the held-out loss.
+    """Check the composed settings, and train with them; returns what `train` does, the held-out loss.
 
     In a sweep a job that fails is reported, and its loss counts as infinite: the other jobs run. A signal ends the sweep.
     """
@@ -132,19 +135,6 @@ def _with_overrides_plain(arguments: list[str], kind: type[Config], is_sweep: bo
     return plain
 
 
-_FLAGS_WITH_VALUES = (
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--config-dir",
-    "-cd",
-    "--package",
-    "-p",
-    "--experimental-rerun",
-)
-
-
 def _is_of_hydra(error: Exception) -> bool:
     """Whether an error comes from the command line or the launcher, and not from within a job."""
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -153,7 +143,6 @@ def _is_of_hydra(error: Exception) -> bool:
 
 
 def _show_jobs(folder: Path) -> None:
-    """Print the results of a sweep's jobs. Raises UsageError if some have failed."""
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("job_*.json")]
     jobs.sort(key=lambda job: job["job"])
     common = set[str].intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()

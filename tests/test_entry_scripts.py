@@ -1,6 +1,6 @@
-"""The three doors as a person meets them: every flag does what it says, and wrong input is told in one clear message.
+"""The three entry scripts as a person meets them: every flag does what it says, wrong input is told in one clear message.
 
-Doors run in this process (a process of its own costs seconds of imports), but as scripts: argv in, exit status and two streams out.
+They run in this process (one of their own costs seconds of imports), but as scripts: argv in, exit status and two streams out.
 """
 
 import contextlib
@@ -84,10 +84,10 @@ class OldTerminal(io.TextIOWrapper):
         return self._shown.getvalue().decode(self.encoding)
 
 
-def run_door(
-    door: str, *arguments: str, folder: Path, lines: str = "", out: io.StringIO | OldTerminal | None = None, **environment: str
+def run_script(
+    script: str, *arguments: str, folder: Path, lines: str = "", out: io.StringIO | OldTerminal | None = None, **environment: str
 ) -> Outcome:
-    """Run a door as a script in `folder`, with `lines` on its standard input.
+    """Run a script as a script in `folder`, with `lines` on its standard input.
 
     Only its environment variables are added; LLAMA_TOKENIZER is unset unless given.
     """
@@ -96,22 +96,22 @@ def run_door(
     variables = {key: value for key, value in os.environ.items() if key != TOKENIZER_VARIABLE} | environment
     with (
         mock.patch.dict(os.environ, variables, clear=True),
-        mock.patch("sys.argv", [door, *arguments]),
+        mock.patch("sys.argv", [script, *arguments]),
         mock.patch("sys.stdin", io.StringIO(lines)),
         contextlib.chdir(folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            runpy.run_path(str(REPOSITORY / door), run_name="__main__")
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
-def run_well(door: str, *arguments: str, folder: Path, **given: Any) -> Outcome:
-    """Run a door that must succeed."""
-    outcome = run_door(door, *arguments, folder=folder, **given)
+def run_well(script: str, *arguments: str, folder: Path, **given: Any) -> Outcome:
+    """Run a script that must succeed."""
+    outcome = run_script(script, *arguments, folder=folder, **given)
     assert outcome.status == 0, outcome.err
     return outcome
 
@@ -161,7 +161,7 @@ def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer_path: str, sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the training door, on the bundled data."""
+    """A checkpoint of the training script, on the bundled data."""
     folder = tmp_path_factory.mktemp("trained")
     run_well(
         "pretrain_instruct.py",
@@ -170,18 +170,18 @@ def checkpoint(tokenizer_path: str, sample_dir: Path, tmp_path_factory: pytest.T
         f"dataset.data_dir={sample_dir}",
         "dataset.seq_len=256",
         "global_batch_size=8",
-        "run_name=doors",
+        "run_name=scripts",
         "plot=true",
         folder=folder,
         LLAMA_TOKENIZER=tokenizer_path,
     )
-    [found] = (folder / "checkpoints/SlimOrca-ACT/doors").glob("step_*")
+    [found] = (folder / "checkpoints/SlimOrca-ACT/scripts").glob("step_*")
     return found
 
 
 @pytest.fixture
 def train(tokenizer_path: str, tmp_path: Path) -> Callable[..., Outcome]:
-    """`train("key=value", ...)`: the training door on SlimOrca-form rows, in an empty folder."""
+    """`train("key=value", ...)`: the training script on SlimOrca-form rows, in an empty folder."""
 
     def call(*overrides: str, out: OldTerminal | None = None, **environment: str) -> Outcome:
         given = {TOKENIZER_VARIABLE: tokenizer_path, **environment}
@@ -192,7 +192,7 @@ def train(tokenizer_path: str, tmp_path: Path) -> Callable[..., Outcome]:
             "dataset.test_ratio=0.2",
             "dataset.default_system_prompt=null",
         )
-        return run_door("pretrain_instruct.py", *settings, *overrides, folder=tmp_path, out=out, **given)
+        return run_script("pretrain_instruct.py", *settings, *overrides, folder=tmp_path, out=out, **given)
 
     return call
 
@@ -270,7 +270,7 @@ HYDRA_FLAGS: list[tuple[str, int, str]] = [
 ]
 
 
-# Both doors come to them by the same way; one of each kind shows that the second one takes it.
+# Both scripts come to them by the same way; one of each kind shows that the second one takes it.
 HYDRA_FLAGS_OF_PUZZLES = [
     flag for flag in HYDRA_FLAGS if flag[0] in ("lr=7 -h --resolve", "--cfg job lrr=1", "--nope lr=1", "lr=1,2")
 ]
@@ -278,7 +278,7 @@ HYDRA_FLAGS_OF_PUZZLES = [
 
 @pytest.mark.usefixtures("nothing_trained")
 @pytest.mark.parametrize(
-    ("door", "arguments", "status", "said"),
+    ("script", "arguments", "status", "said"),
     [
         *(("pretrain_instruct.py", *flag) for flag in HYDRA_FLAGS),
         *(("pretrain.py", *flag) for flag in HYDRA_FLAGS_OF_PUZZLES),
@@ -286,8 +286,8 @@ HYDRA_FLAGS_OF_PUZZLES = [
     ids=lambda value: str(value)[:40],
 )
 @pytest.mark.filterwarnings("ignore:Experimental rerun")
-def test_flags_of_hydra_do_what_they_say_or_are_told(door: str, arguments: str, status: int, said: str, tmp_path: Path) -> None:
-    outcome = run_door(door, *arguments.split(), folder=tmp_path)
+def test_flags_of_hydra_do_what_they_say_or_are_told(script: str, arguments: str, status: int, said: str, tmp_path: Path) -> None:
+    outcome = run_script(script, *arguments.split(), folder=tmp_path)
     assert outcome.status == status, outcome.err
     assert said in (outcome.err if status else outcome.out)
     assert "Traceback" not in outcome.out + outcome.err and "HYDRA_FULL_ERROR" not in outcome.err
@@ -295,7 +295,7 @@ def test_flags_of_hydra_do_what_they_say_or_are_told(door: str, arguments: str, 
 
 def test_hydra_shows_its_own_traceback_where_it_is_asked_to(tmp_path: Path) -> None:
     with pytest.raises(ConfigCompositionException):
-        run_door("pretrain.py", "hydra.nope=1", folder=tmp_path, HYDRA_FULL_ERROR="1")
+        run_script("pretrain.py", "hydra.nope=1", folder=tmp_path, HYDRA_FULL_ERROR="1")
 
 
 # Training, wrong input.
@@ -306,7 +306,7 @@ def test_hydra_shows_its_own_traceback_where_it_is_asked_to(tmp_path: Path) -> N
     ("override", "fragments"),
     [
         ("arch.hiden_size=32", ("arch.hiden_size",)),
-        ("+arch.hiden_size=32", ("arch.hiden_size: no such key", "did you mean hidden_size?")),
+        ("+arch.hiden_size=32", ("arch.hiden_size: no such key", "did you mean arch.hidden_size?")),
         ("global_batch_size=0", ("global_batch_size",)),
         ("arch.attention=full", ("arch.attention=full", "choose causal or prefix")),
         ("dataset.tokenizer_path=nowhere.model", ("nowhere.model", "scripts/fetch_tokenizer.py")),
@@ -389,7 +389,7 @@ def test_without_a_test_split_training_says_so_and_inference_has_none(train: Cal
     assert trained.status == 0, trained.err
     assert "training without evaluation" in trained.out
     [found] = (tmp_path / "checkpoints/SlimOrca-ACT/whole").glob("step_*")
-    assert_told(run_door("inference_instruct.py", "--checkpoint", str(found), folder=tmp_path), "test_ratio=0", "train split")
+    assert_told(run_script("inference_instruct.py", "--checkpoint", str(found), folder=tmp_path), "test_ratio=0", "train split")
     assert not (found / "metrics.json").exists()
     run_well("inference_instruct.py", "--checkpoint", str(found), "--split", "train", folder=tmp_path)
     assert metrics_of(found, "metrics_train")["counts"]["conversations"] == 8
@@ -576,7 +576,7 @@ def test_inference_logs_to_wandb_as_the_run_does(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"),
+    ("script", "arguments"),
     [
         ("generate_instruct.py", ("--checkpoint", "unread", "--message", "Hello")),
         ("inference.py", ("--checkpoint", "unread")),
@@ -585,11 +585,11 @@ def test_inference_logs_to_wandb_as_the_run_does(checkpoint: Path, tmp_path: Pat
         ("scripts/prepare_data.py", ("dataset=sample",)),
     ],
 )
-def test_a_door_that_cannot_share_its_work_refuses_several_ranks(door: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
-    outcome = run_door(door, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="0")
+def test_a_script_that_cannot_share_its_work_refuses_several_ranks(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = run_script(script, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="0")
     assert_told(outcome, "each of 2 ranks would do all of the work", "`python` instead of `torchrun`")
     with mock.patch("time.sleep") as waited:
-        assert run_door(door, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="1") == Outcome(2, "", "")
+        assert run_script(script, *arguments, folder=tmp_path, WORLD_SIZE="2", RANK="1") == Outcome(2, "", "")
     assert waited.called and not list(tmp_path.iterdir())
 
 
@@ -650,20 +650,20 @@ def test_inference_tells_wrong_input(
     (tmp_path / "a_file").write_text("mine")
     outputs = () if "--output-dir" in arguments else ("--output-dir", "out")
     given = ("--checkpoint", str(checkpoint), *outputs, *arguments)
-    assert_told(run_door("inference_instruct.py", *given, folder=tmp_path), *fragments)
+    assert_told(run_script("inference_instruct.py", *given, folder=tmp_path), *fragments)
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
     assert (tmp_path / "a_file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("door", ["inference_instruct.py", "generate_instruct.py"])
-def test_doors_tell_a_missing_checkpoint_and_a_foreign_tokenizer(
-    door: str, checkpoint: Path, foreign_tokenizer_path: str, tmp_path: Path
+@pytest.mark.parametrize("script", ["inference_instruct.py", "generate_instruct.py"])
+def test_scripts_tell_a_missing_checkpoint_and_a_foreign_tokenizer(
+    script: str, checkpoint: Path, foreign_tokenizer_path: str, tmp_path: Path
 ) -> None:
-    message = ("--message", "Hello") if door == "generate_instruct.py" else ()
-    missing = run_door(door, "--checkpoint", str(checkpoint.parent / "step_0"), *message, folder=tmp_path)
+    message = ("--message", "Hello") if script == "generate_instruct.py" else ()
+    missing = run_script(script, "--checkpoint", str(checkpoint.parent / "step_0"), *message, folder=tmp_path)
     assert_told(missing, "no checkpoint at", str(checkpoint))
     foreign = ("--checkpoint", str(checkpoint), "--tokenizer-path", foreign_tokenizer_path)
-    assert_told(run_door(door, *foreign, *message, folder=tmp_path), "another tokenizer than the checkpoint's")
+    assert_told(run_script(script, *foreign, *message, folder=tmp_path), "another tokenizer than the checkpoint's")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -836,7 +836,7 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     assert rows[4]["answer"] + "\n" == once.out
     again = run_well("generate_instruct.py", "--checkpoint", str(checkpoint), *files, folder=tmp_path)
     assert again.err.splitlines()[-1] == "6 rows: new/out.jsonl"
-    other = run_door(
+    other = run_script(
         "generate_instruct.py", "--checkpoint", str(checkpoint), *files, "--shard", "1/2", "--seed", "7", folder=tmp_path
     )
     assert_told(other, "new/out.jsonl was begun with other settings or files (sampling")
@@ -844,8 +844,8 @@ def test_a_file_is_answered(checkpoint: Path, tmp_path: Path) -> None:
     # Processes that know each other by the flag alone.
     files = ("--input", str(folder / "in.jsonl"), "--output", "shared.jsonl", "--overrides", "generation.batch_size=1")
     for index, end in ((1, "shard 1/2 is finished"), (0, "6 rows: shared.jsonl")):
-        door = ("generate_instruct.py", "--checkpoint", str(checkpoint), *files, "--shard", f"{index}/2")
-        assert run_well(*door, folder=tmp_path).err.splitlines()[-1].startswith(end)
+        script = ("generate_instruct.py", "--checkpoint", str(checkpoint), *files, "--shard", f"{index}/2")
+        assert run_well(*script, folder=tmp_path).err.splitlines()[-1].startswith(end)
     answers = [json.loads(line)["answer"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
     assert answers == [row["answer"] for row in rows]
 
@@ -950,7 +950,7 @@ def test_two_ranks_measure_as_one_process(checkpoint: Path, tmp_path: Path) -> N
 def test_generation_tells_wrong_input(
     checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], fragments: tuple[str, ...]
 ) -> None:
-    outcome = run_door("generate_instruct.py", "--checkpoint", str(checkpoint), *arguments, folder=tmp_path)
+    outcome = run_script("generate_instruct.py", "--checkpoint", str(checkpoint), *arguments, folder=tmp_path)
     assert_told(outcome, *fragments)
     assert outcome.out == ""
     assert list(tmp_path.iterdir()) == []
@@ -990,5 +990,5 @@ def test_stages_are_trained_and_their_sources_measured_apart(train: Callable[...
     answers = [json.loads(line) for line in (last / "answers_train.jsonl").read_text().splitlines()]
     first, second = answers[0]["index"], answers[2]["index"]
     assert [answer["index"] for answer in answers] == [first, first + 1, second, second + 1] and first == 0 < second - 2
-    told = run_door("inference_instruct.py", *few, "--data-dir", str(slim), folder=tmp_path)
+    told = run_script("inference_instruct.py", *few, "--data-dir", str(slim), folder=tmp_path)
     assert_told(told, "--data-dir: the run has the sources slimorca, openorca", "sources.NAME.data_dir=FOLDER")

@@ -1,4 +1,4 @@
-"""The doors of the puzzle work as a person meets them: the original's commands, whole runs, wrong input told in one message."""
+"""The scripts of the puzzle work as a person meets them: the original's commands, whole runs, wrong input told in one message."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from dataset.build_arc_dataset import build
 from dataset.build_small_puzzles import build_sudoku
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from tests.test_build_arc_dataset import write_subset
-from tests.test_doors import assert_told, run_door, run_well
+from tests.test_entry_scripts import assert_told, run_script, run_well
 
 # float32, the format that weights are kept in, or a checkpoint would round them.
 RUN = (*(text for text in TINY_PUZZLES if not text.startswith("arch.forward_dtype")), "arch.forward_dtype=float32")
@@ -25,7 +25,7 @@ RUN_FOLDER = "checkpoints/TRM-puzzles"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/toy and a run `a` on it."""
-    folder = tmp_path_factory.mktemp("doors")
+    folder = tmp_path_factory.mktemp("scripts")
     write_puzzles(folder / "data/toy")
     run_well("pretrain.py", "data_paths=[data/toy]", *RUN, "+run_name=a", "ema=True", "eval_save_outputs=[preds]", folder=folder)
     return folder
@@ -211,7 +211,7 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
 def test_wrong_settings_are_told(trained: Path, overrides: list[str], told: str) -> None:
     if "longer" in overrides[0] and not (trained / "data/longer").exists():
         write_puzzles(trained / "data/longer", tokens=8)
-    outcome = run_door("pretrain.py", "data_paths=[data/toy]", *RUN, *overrides, folder=trained)
+    outcome = run_script("pretrain.py", "data_paths=[data/toy]", *RUN, *overrides, folder=trained)
     assert_told(outcome, told)
     assert not list((trained / RUN_FOLDER).glob("trm-*"))
 
@@ -231,8 +231,8 @@ def test_wrong_use_of_a_checkpoint_is_told(trained: Path) -> None:
         (["--checkpoint", checkpoint, "--show"], "--show goes with --puzzle"),
         (["--checkpoint", checkpoint, "--puzzle", "any.txt", "--save-outputs", "preds"], "--puzzle writes nothing"),
     ):
-        assert_told(run_door("inference.py", *arguments, folder=trained), told)
-    outcome = run_door("generate_instruct.py", "--checkpoint", checkpoint, "--message", "hello", folder=trained)
+        assert_told(run_script("inference.py", *arguments, folder=trained), told)
+    outcome = run_script("generate_instruct.py", "--checkpoint", checkpoint, "--message", "hello", folder=trained)
     assert_told(outcome, "another kind of model: use inference.py")
 
 
@@ -258,9 +258,9 @@ def test_a_sudoku_of_ones_own_is_answered(tmp_path: Path) -> None:
     search = ("--samples", "4", "--symmetries", "--choose", "rules")
     told = run_well("inference.py", *checkpoint, "--puzzle", "two.csv", *search, folder=tmp_path).out
     assert "puzzle 2 of 2\n" in told and "of 4 samples: wrong" in told
-    assert_told(run_door("inference.py", *checkpoint, "--puzzle", "nowhere.txt", folder=tmp_path), "nowhere.txt can't be read")
+    assert_told(run_script("inference.py", *checkpoint, "--puzzle", "nowhere.txt", folder=tmp_path), "nowhere.txt can't be read")
     (tmp_path / "one.txt").write_text("5" * 81)
-    assert_told(run_door("inference.py", *checkpoint, "--puzzle", "one.txt", folder=tmp_path), "expected 36 characters")
+    assert_told(run_script("inference.py", *checkpoint, "--puzzle", "one.txt", folder=tmp_path), "expected 36 characters")
 
 
 def test_an_arc_task_of_ones_own_is_answered(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_an_arc_task_of_ones_own_is_answered(tmp_path: Path) -> None:
         (("--puzzle", "x.json", "--data-paths", "nowhere"), "nowhere"),
         (("--puzzle", "x.json", "--samples", "2", "--symmetries"), "--symmetries and --choose rules are for Sudoku and mazes"),
     ):
-        assert_told(run_door("inference.py", *checkpoint, *arguments, folder=tmp_path), expected)
+        assert_told(run_script("inference.py", *checkpoint, *arguments, folder=tmp_path), expected)
 
 
 def test_puzzles_numbered_otherwise_are_told(trained: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_puzzles_numbered_otherwise_are_told(trained: Path, tmp_path: Path) -> N
     names = json.loads((renamed / "identifiers.json").read_text())
     (renamed / "identifiers.json").write_text(json.dumps([names[0], *names[:0:-1]]))
     checkpoint = str(checkpoints(trained, "a")[-1])
-    outcome = run_door("inference.py", "--checkpoint", checkpoint, "--data-paths", str(renamed), folder=trained)
+    outcome = run_script("inference.py", "--checkpoint", checkpoint, "--data-paths", str(renamed), folder=trained)
     assert_told(outcome, "numbers puzzles otherwise")
 
 

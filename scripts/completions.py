@@ -1,25 +1,28 @@
-"""The requests, responses and errors of OpenAI's chat completions, and what text completions share
-with them.
+"""The requests, responses and errors of OpenAI's chat completions and text completions.
 
 Knows nothing of HTTP, threads or queues; scripts/serve.py does. docs/serving.md lists the fields.
 """
 
+import dataclasses
 import secrets
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import partial
+from itertools import chain
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import from_json
 
 from config.errors import UsageError
 from dataset.text.conversation import Conversation, Role, Turn, question
 from dataset.text.tokenizer import Tokenizer
-from generation.answers import Options
-from generation.engine import Token
-from generation.service import ChoiceDelta, Event
+from generation.answers import Options, Responder
+from generation.engine import Prompt, Token
+from generation.service import Event, PromptScores
+from generation.text_stream import TextStream
 
 
 class ApiError(Exception):
@@ -42,6 +45,7 @@ def invalid(message: str, param: str, code: str = "invalid_value") -> ApiError:
 
 # Requests.
 
+Encode = Callable[[], Prompt]
 _IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """Fields that don't affect a model without tools."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -127,6 +131,8 @@ def _unless(*nothing: int) -> BeforeValidator:
 class SampledRequest(_Body):
     """The fields that both kinds of requests share. Missing ones have the server's defaults."""
 
+    param: ClassVar[str]
+    """The field with the prompts."""
     model: str
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -146,9 +152,23 @@ class SampledRequest(_Body):
     """A token halts once its halting probability exceeds this."""
 
     @property
+    def samples(self) -> int:
+        """Answers per prompt; 0: only echo the prompts."""
+        return self.n
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether to compute the prompts' log-probabilities."""
+        return False
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @abstractmethod
+    def prompts(self, responder: Responder) -> tuple[list[Encode], dict[str, Any]]:
+        """A function for each prompt that encodes it, and additional fields of the response."""
 
     def options(self, default: Options) -> Options:
         """The request's options over `default`, whose act_steps is the maximum.
@@ -179,6 +199,7 @@ class SampledRequest(_Body):
 class ChatRequest(SampledRequest):
     """The fields of a chat completion."""
 
+    param = "messages"
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: Annotated[int | None, Field(ge=1), _unless(-1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1), _unless(-1)] = None
@@ -207,8 +228,14 @@ class ChatRequest(SampledRequest):
         except UsageError as error:
             raise invalid(str(error), "messages") from None
 
+    def prompts(self, responder: Responder) -> tuple[list[Encode], dict[str, Any]]:
+        conversation, extras = self.conversation(responder.system), {}
+        if self.truncation == "auto":
+            answering = dataclasses.replace(responder, options=self.options(responder.options))
+            conversation, extras["forgotten_messages"] = answering.shortened(conversation)
+        return [partial(responder.begun_prompt if self.continues else responder.prompt, conversation)], extras
+
     def options(self, default: Options) -> Options:
-        """See `SampledRequest.options`."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
@@ -217,10 +244,59 @@ class ChatRequest(SampledRequest):
         return super().options(default).changed(top=self.top_logprobs, **limit)
 
 
-_Request = TypeVar("_Request", bound=SampledRequest)
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
-def parse_request(body: bytes, kind: type[_Request]) -> _Request:
+def _prompts(value: Any) -> list[str | list[int]]:
+    several = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
+    if not isinstance(several, list) or not several or not all(isinstance(one, str) or _is_ids(one) for one in several):
+        raise ValueError("expected a text, a list of token ids, or a list of texts or of lists of token ids")
+    return several
+
+
+class CompletionRequest(SampledRequest):
+    """The fields of a text completion."""
+
+    param = "prompt"
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    echo: bool = False
+    """Include the prompt in the text and in the log-probabilities."""
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """How many of the most probable tokens to report with each token."""
+
+    @property
+    def samples(self) -> int:
+        return 0 if self.max_tokens == 0 else self.n
+
+    @property
+    def is_scored(self) -> bool:
+        return self.echo and (self.logprobs is not None or not self.samples)
+
+    def prompts(self, responder: Responder) -> tuple[list[Encode], dict[str, Any]]:
+        """Text is encoded as raw text, ids are taken unchanged."""
+        ids = range(responder.tokenizer.vocab_size)
+        encoders: list[Encode] = []
+        for place, prompt in enumerate(self.prompt):
+            if isinstance(prompt, str):
+                encoders.append(partial(responder.begun_prompt, (Turn("text", prompt),)))
+                continue
+            for token in prompt:
+                if token not in ids:
+                    raise invalid(f"prompt {place} holds the token id {token}: the model's are 0 to {ids[-1]}", "prompt")
+            encoders.append(partial(responder.ids_prompt, prompt))
+        return encoders, {}
+
+    def options(self, default: Options) -> Options:
+        if self.max_tokens == 0 and (not self.echo or self.n > 1):
+            raise invalid("max_tokens is 0, which needs echo: true and n: 1", "max_tokens")
+        return super().options(default).changed(top=self.logprobs or 0)
+
+
+AnyRequest = ChatRequest | CompletionRequest
+
+
+def parse_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
     """Parse a request body. Raises ApiError (400) that names a wrong or unsupported field."""
     try:
         values = from_json(body)
@@ -242,11 +318,31 @@ def parse_request(body: bytes, kind: type[_Request]) -> _Request:
 
 
 @dataclass
-class Completion(ABC):
-    """The answers to one request, while they are generated."""
+class Choice:
+    """One of the answers of a response, or a piece of it."""
+
+    index: int
+    text: str = ""
+    tokens: list[tuple[Token | None, int]] = field(default_factory=list)
+    """Tokens, with the number of characters before each. None: a BOS that the caller sent."""
+    act_steps: list[int] = field(default_factory=list)
+    """Of each generated token, EOS included."""
+    finish: str | None = None
+
+    def add(self, piece: "Choice") -> None:
+        """Continue with a piece."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.act_steps += piece.act_steps
+        self.finish = piece.finish
+
+
+@dataclass
+class Completion:
+    """The answers to one request, while they are generated: those of text completions."""
 
     id: str
-    asked: SampledRequest
+    asked: AnyRequest
     tokenizer: Tokenizer
     prompt_tokens: int
     seed: int
@@ -255,89 +351,122 @@ class Completion(ABC):
     created: int = field(default_factory=lambda: int(time.time()))
     new_tokens: int = 0
     """Number of generated tokens of all answers, EOS included."""
+    _lengths: dict[int, int] = field(default_factory=dict)
+    """Number of characters of each choice's text so far."""
 
-    _kinds: ClassVar[tuple[str, str]]
+    kinds = ("text_completion", "text_completion")
     """The `object` fields of a response and of a stream's chunk."""
 
-    @abstractmethod
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """The response, from all events of all answers."""
+        choices: dict[int, Choice] = {}
+        for piece in chain(*self._echoes(), *map(self._pieces, events)):
+            choices.setdefault(piece.index, Choice(piece.index)).add(piece)
+        shown = [self._shown(choices[index], is_whole=True) for index in sorted(choices)]
+        return {**self._response(self.kinds[0], shown), "usage": self._usage()}
 
-    @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
         """The first chunks of a stream."""
+        return list(map(self._chunk, self._echoes()))
 
-    @abstractmethod
     def chunk(self, event: Event) -> dict[str, Any]:
-        """The chunk of one token, with its final text: often none, or that of several tokens."""
+        """The chunk of one token, with its final text: often none, or that of several tokens. Or
+        the chunk of a prompt.
+        """
+        return self._chunk(self._pieces(event))
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks after the last token."""
         return [{**self._chunk([]), "usage": self._usage()}] if self.asked.wants_usage else []
 
-    def _whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head(self._kinds[0]), "choices": choices, "usage": self._usage()}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, pieces: Iterable[Choice]) -> dict[str, Any]:
         usage = {"usage": None} if self.asked.wants_usage else {}
-        return {**self._head(self._kinds[1]), "choices": choices, **usage}
+        return {**self._response(self.kinds[1], list(map(self._shown, pieces))), **usage}
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _response(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model, "seed": self.seed}
-        return {**head, **self.extras}
+        return {**head, **self.extras, "choices": choices}
 
     def _usage(self) -> dict[str, int]:
         total = self.prompt_tokens + self.new_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens, "total_tokens": total}
 
+    def _pieces(self, event: Event) -> list[Choice]:
+        if isinstance(event, PromptScores):
+            return self._echo(event.prompt, event.tokens)
+        self.new_tokens += 1
+        text, token, answer = event.piece.text, event.piece.token, event.piece.answer
+        begin = self._lengths.get(event.index, 0)
+        self._lengths[event.index] = begin + len(text)
+        return [Choice(event.index, text, [(token, begin)], [token.act_steps], None if answer is None else answer.finish)]
 
-def finish_and_steps(deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
-    """The fields of a choice besides text and log-probabilities. act_steps includes EOS."""
-    answer = deltas[-1].piece.answer if deltas else None
-    return {
-        "finish_reason": answer.finish if answer is not None else None,
-        "act_steps": [delta.piece.token.act_steps for delta in deltas],
-    }
+    def _echoes(self) -> list[list[Choice]]:
+        """The prompts, if they are echoed without log-probabilities."""
+        asked = self.asked
+        if isinstance(asked, ChatRequest) or not asked.echo or asked.is_scored:
+            return []
+        return [self._echo(prompt, ()) for prompt in range(len(asked.prompt))]
+
+    def _echo(self, prompt: int, tokens: Sequence[Token]) -> list[Choice]:
+        """The prompt, to begin each of its choices, without a BOS that the caller didn't send."""
+        assert isinstance(self.asked, CompletionRequest)
+        asked = self.asked.prompt[prompt]
+        echoed: list[tuple[Token | None, int]] = [(None, 0)] if asked[:1] == [self.tokenizer.bos_id] else []
+        stream = TextStream(self.tokenizer)
+        for token in tokens:
+            echoed.append((token, len(stream.text)))
+            stream.push(token.id)
+        text = asked if isinstance(asked, str) else self.tokenizer.decode(asked)
+        choices = max(1, self.asked.samples)
+        indices = range(prompt * choices, (prompt + 1) * choices)
+        self._lengths.update(dict.fromkeys(indices, len(text)))
+        return [Choice(index, text, echoed, [], None if self.asked.samples else "length") for index in indices]
+
+    def _shown(self, choice: Choice, *, is_whole: bool = False) -> dict[str, Any]:
+        """A choice, or a piece of it, as a response has it."""
+        columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, offset in choice.tokens if self.asked.logprobs is not None else ():
+            values: tuple[Any, ...]
+            if token is None:
+                values = self.tokenizer.piece(self.tokenizer.bos_id), None, None, offset
+            else:
+                entry = token_logprobs(self.tokenizer, token)
+                # Each token is among its alternatives. Of ids with the same text, the first is the most probable.
+                alternatives: dict[str, float] = {}
+                for one in (*entry["top_logprobs"], entry):
+                    alternatives.setdefault(one["token"], one["logprob"])
+                values = entry["token"], entry["logprob"], alternatives, offset
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": None if self.asked.logprobs is None else columns,
+            "finish_reason": choice.finish,
+            "act_steps": choice.act_steps,
+        }
 
 
-@dataclass
 class ChatCompletion(Completion):
     """The answers to a chat request."""
 
-    asked: ChatRequest
-    _kinds = ("chat.completion", "chat.completion.chunk")
-
-    def whole(self, events: Iterable[Event]) -> dict[str, Any]:
-        """See `Completion.whole`."""
-        of_sample: list[list[ChoiceDelta]] = [[] for _ in range(self.asked.n)]
-        for event in events:
-            assert isinstance(event, ChoiceDelta)
-            self.new_tokens += 1
-            of_sample[event.index].append(event)
-        choices = []
-        for sample, own in enumerate(of_sample):
-            message = {"role": "assistant", "content": "".join(delta.piece.text for delta in own), "refusal": None}
-            choices.append({"index": sample, "message": message, **self._about(own)})
-        return self._whole(choices)
+    kinds = ("chat.completion", "chat.completion.chunk")
 
     def opening(self) -> list[dict[str, Any]]:
-        """See `Completion.opening`."""
-        delta = {"role": "assistant", "content": ""}
-        about = {"logprobs": None, "finish_reason": None}
-        return [self._chunk([{"index": sample, "delta": delta, **about}]) for sample in range(self.asked.n)]
+        about = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [{**self._chunk([]), "choices": [{"index": sample, **about}]} for sample in range(self.asked.n)]
 
-    def chunk(self, event: Event) -> dict[str, Any]:
-        """See `Completion.chunk`."""
-        assert isinstance(event, ChoiceDelta)
-        self.new_tokens += 1
-        delta = {"content": event.piece.text} if event.piece.text or event.piece.answer is None else {}
-        return self._chunk([{"index": event.index, "delta": delta, **self._about([event])}])
-
-    def _about(self, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
+    def _shown(self, choice: Choice, *, is_whole: bool = False) -> dict[str, Any]:
+        if is_whole:
+            said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        else:
+            said = {"delta": {"content": choice.text} if choice.text or choice.finish is None else {}}
         # EOS is left out of the log-probabilities.
-        tokens = [delta.piece.token for delta in deltas if delta.piece.token.finish != "stop"]
-        shown = [token_logprobs(self.tokenizer, token) for token in tokens]
-        return {"logprobs": {"content": shown, "refusal": None} if self.asked.logprobs else None, **finish_and_steps(deltas)}
+        shown = [token for token, _ in choice.tokens if self.asked.logprobs and token is not None and token.finish != "stop"]
+        content = [token_logprobs(self.tokenizer, token) for token in shown]
+        logprobs = {"content": content, "refusal": None} if self.asked.logprobs else None
+        about = {"logprobs": logprobs, "finish_reason": choice.finish, "act_steps": choice.act_steps}
+        return {"index": choice.index, **said, **about}
 
 
 def token_logprobs(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
