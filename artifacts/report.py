@@ -173,7 +173,7 @@ def _overview(runs: Sequence[_Run]) -> Section:
         ("recursion", lambda run: run.flat.get("arch.name")),
         ("parameters", lambda run: run.parameters()),
         ("width", lambda run: run.flat.get("arch.hidden_size")),
-        ("ACT steps, at most", lambda run: run.flat["arch.halt_max_steps"]),
+        ("ACT steps, at most", lambda run: run.flat.get("arch.halt_max_steps")),
         ("optimizer", lambda run: run.flat.get("optimizer")),
         ("rows of an optimizer step", lambda run: run.flat.get("global_batch_size")),
         ("optimizer steps", lambda run: run.last("step")),
