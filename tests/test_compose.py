@@ -76,7 +76,8 @@ def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.Mon
     data = config.dataset
     assert (data.data_dir, data.subset_size, data.seq_len, data.test_ratio, data.seed) == ("data/slimorca", 1000, 512, 0.05, 0)
     assert data.tokenizer_path == "tokenizers/llama-32k/tokenizer.model"
-    assert (config.global_batch_size, config.epochs, config.eval_interval, config.lr) == (32, 1, 1, 1e-4)
+    assert (config.global_batch_size, config.epochs, config.eval_interval) == (32, 1, 1)
+    assert (config.optimizer, config.lr, config.muon_lr) == ("muon", 1.2e-3, 5e-3)
     assert (config.lr_min_ratio, config.lr_warmup_steps, config.weight_decay) == (0.1, 100, 0.1)
     assert (config.beta1, config.beta2, config.ema, config.ema_rate, config.dataloader_workers) == (0.9, 0.95, False, 0.999, 2)
     assert config.project_name == "SlimOrca-ACT" and config.run_name is None
@@ -142,7 +143,7 @@ TEXTS = {
     "a\\": "a\\",
     "a: b (c), {d}": "a: b (c), {d}",
     "a,b": "a,b",
-    "lr${lr}": "lr0.0001",
+    "lr${lr}": "lr0.0012",
 }
 
 
@@ -325,7 +326,7 @@ def test_flags_go_over_overrides_and_those_over_the_checkpoint() -> None:
     assert (used.lr, used.generation.act_steps, used.generation.halt_threshold) == (0.25, 3, 0.5)
     assert used.arch == trained.arch and used.dataset == trained.dataset
     other = settings_for_use(trained, arguments("--config-name", MAIN))
-    assert other.arch == trained.arch and other.dataset.source == "slimorca" and other.lr == 1e-4
+    assert other.arch == trained.arch and other.dataset.source == "slimorca" and other.lr == 1.2e-3
     for wrong in ("--act-steps=7", "--act-steps=0", "--halt-threshold=1.5"):
         with pytest.raises(UsageError):
             settings_for_use(trained, arguments(wrong))
