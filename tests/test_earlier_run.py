@@ -17,11 +17,19 @@ from generation import load
 from training.instruct_run import run_instruct
 
 EARLIER = Path(__file__).parent / "earlier_run"
-# What was typed then, but for the places and `resume`.
+# What was typed then, but for the places, `resume`, and the optimizer, which was the default.
 SETTINGS = (
     *("dataset=jsonl", "dataset.seq_len=64", "dataset.default_system_prompt=null", "dataset.test_ratio=0.2"),
     *("arch.hidden_size=16", "arch.num_heads=2", "arch.expansion=1", "arch.L_layers=1", "arch.forward_dtype=float64"),
-    *("arch.attention=prefix", "arch.tie_embeddings=true", "global_batch_size=4", "epochs=8", "lr=1e-2", "log_interval=3"),
+    *(
+        "arch.attention=prefix",
+        "arch.tie_embeddings=true",
+        "global_batch_size=4",
+        "epochs=8",
+        "lr=1e-2",
+        "optimizer=adam_atan2",
+        "log_interval=3",
+    ),
     *("dataloader_workers=0", "eval_every_steps=10", "sample_answers=0", "device=cpu", "plot=false", "project_name=fixture"),
     *("checkpoint.every_steps=16", "checkpoint.keep_last=null", "run_name=earlier"),
 )

@@ -217,7 +217,7 @@ def test_each_figure_stands_under_its_label(tmp_path: Path) -> None:
         ["parameters", "10"],
         ["width", "512"],
         ["ACT steps, at most", "2"],
-        ["optimizer", "adam_atan2"],
+        ["optimizer", "muon"],
         ["rows of an optimizer step", "32"],
         ["optimizer steps", "4"],
         ["rows trained", "32"],
@@ -235,7 +235,7 @@ def test_each_figure_stands_under_its_label(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found["Calibration of the halting probability"] == [["1", "80.0%", "70.0%", "10.0%", "20.0%"]]
     assert found["Answers by family"] == [["logic", "9", "6.2%", *exact], ["all", "16", "6.2%", *exact]]
-    assert ["lr", "0.0001", "0.003"] in found["Settings that differ from the defaults"]
+    assert ["lr", "0.0012", "0.003"] in found["Settings that differ from the defaults"]
 
 
 def test_an_earlier_checkpoint_shows_the_run_until_then(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_settings_are_compared_with_the_defaults_and_between_the_runs(tmp_path: 
     for checkpoint in runs[1].glob("step_*"):
         write(checkpoint / "config.yaml", {"arch": {"name": "trm", "halt_max_steps": 3}, "lr": 0.003})
     found = {row[0]: row[1:] for row in report(*runs)["Settings that differ from the defaults or between the runs"]}
-    assert found["lr"] == ["0.0001", "0.0001", "0.003", "0.003"], "each run's default, then its value"
+    assert found["lr"] == ["0.0012", "0.0012", "0.003", "0.003"], "each run's default, then its value"
     assert found["arch.H_cycles"] == ["1", "3", "1", "3"], "either is its recursion's default"
     assert "seed" not in found
 
@@ -333,13 +333,13 @@ def test_runs_stand_side_by_side(
     other = tmp_path / "other"
     shutil.copytree(run, other)
     config = newest(other) / "config.yaml"
-    config.write_text(config.read_text().replace("lr: 0.0001", "lr: 0.003"))
+    config.write_text(config.read_text().replace("lr: 0.0012", "lr: 0.003"))
     monkeypatch.chdir(tmp_path)
     main([str(run), str(other)])
     assert capsys.readouterr().out == "report.html\n"
     html = (tmp_path / "report.html").read_text()
     row = re.search(r"<tr><td>lr</td>(.*?)</tr>", html, re.DOTALL)
-    assert row is not None and re.findall(r"<td>(.*?)</td>", row[1]) == ["0.0001", "0.0001", "0.003"]
+    assert row is not None and re.findall(r"<td>(.*?)</td>", row[1]) == ["0.0012", "0.0012", "0.003"]
     assert '<th scope="col">one</th><th scope="col">other</th>' in html and "other, training" in html
 
 
