@@ -32,7 +32,7 @@ from models.layers import Rotary, TokenRows
 # than new kernels.
 _PROMPT_TOKEN_MULTIPLE = 8
 # Where rows may be at different ACT steps, requests enter when this fraction of the rows is free, or
-# a row for each that waits. At batch 16, 160 requests then took 36 prompt forwards in place of 128.
+# a row for each that waits: prompts cost less together.
 _FREE_TO_ADMIT = 1 / 4
 # But no request waits beside a free row for longer than this many tokens take at full depth.
 _MOST_TOKENS_TO_WAIT = 4
@@ -341,7 +341,6 @@ class Engine:
             return []
         is_enough = len(free) >= min(len(self._waiting), int(len(self._rows) * _FREE_TO_ADMIT))
         if running and not in_phase and not is_enough and self._ticks_waited < _MOST_TOKENS_TO_WAIT * self.act_steps:
-            # Rows become free one by one, and prompts cost less together.
             self._ticks_waited += bool(free)
             return []
         self._ticks_waited = 0

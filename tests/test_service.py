@@ -16,6 +16,7 @@ from config.errors import UsageError
 from dataset.text.conversation import Template, Turn
 from dataset.text.tokenizer import Tokenizer
 from generation.answers import Options, Responder, Speaker
+from generation.engine import Prompt
 from generation.sampling import Sampling
 from generation.service import Broken, ChoiceDelta, Closed, Event, Full, PromptScores, Service, ServiceError, Submission, TimedOut
 
@@ -157,8 +158,9 @@ async def test_a_caller_that_reads_slowly_gets_no_more_time(serve: Callable[...,
     submission = await ask(service, n=4)
     submission.unfinished += 1  # as if one more answer were in work
     with pytest.raises(TimedOut):
-        async for _ in service.events(submission, WAIT):
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(WAIT):
+            async for _ in service.events(submission, 0.1):
+                await asyncio.sleep(0.1)
     submission.unfinished -= 1
 
 
@@ -265,9 +267,16 @@ async def test_closing_ends_what_is_unfinished_and_takes_up_nothing(
 async def test_draining_lets_answers_in_work_end(serve: Callable[..., Service], held: threading.Semaphore) -> None:
     service = serve()
     submission = await ask(service, n=4)
-    encoding = asyncio.create_task(ask(service))
+    is_encoded = threading.Event()
+
+    def encode_slowly() -> Prompt:
+        is_encoded.wait(WAIT)
+        return service.responder.prompt(QUESTION)
+
+    encoding = asyncio.create_task(service.submit([encode_slowly], OPTIONS, 1))
     await wait_for(lambda: service.pending == 5)
     service.drain()
+    is_encoded.set()
     with pytest.raises(Closed):
         await ask(service)
     held.release(100)
