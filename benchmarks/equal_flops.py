@@ -176,7 +176,7 @@ def texts_hash(data: RunData) -> str:
 
 def is_plain(config: PretrainInstructConfig) -> bool:
     """Whether the network is a Transformer without any recursion."""
-    return config.arch.level_calls * config.arch.halt_max_steps == 1
+    return config.arch.num_level_calls * config.arch.halt_max_steps == 1
 
 
 def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int) -> dict[str, Any]:

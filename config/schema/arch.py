@@ -84,7 +84,7 @@ class ArchConfig(Section):
         return self.hidden_size // self.num_heads
 
     @property
-    def level_calls(self) -> int:
+    def num_level_calls(self) -> int:
         """Calls of a stack in one ACT step, of any recursion."""
         return self.H_cycles * (self.L_cycles + 1)
 
@@ -111,7 +111,7 @@ class ArchConfig(Section):
             raise ValueError(f"H_cycles {self.H_cycles}: transformers_baseline passes its blocks once per ACT step, set it to 1")
         if self.name == "trm_hier6" and self.L_cycles > 6:
             raise ValueError(f"L_cycles {self.L_cycles}: trm_hier6 has a state for each of at most 6 L calls")
-        calls = self.level_calls * self.halt_max_steps
+        calls = self.num_level_calls * self.halt_max_steps
         if isinstance(self.grad_calls, int) and self.grad_calls > calls:
             raise ValueError(
                 f"grad_calls {self.grad_calls} is more than the {calls} level calls of {self.halt_max_steps} ACT steps"

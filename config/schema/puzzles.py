@@ -72,9 +72,9 @@ class PretrainPuzzleConfig(TrainingConfig):
                 f"arch.attention={self.arch.attention} hides a puzzle from the position whose state says when it is solved: "
                 "choose full"
             )
-        if isinstance(self.arch.grad_calls, int) and self.arch.grad_calls > self.arch.level_calls:
+        if isinstance(self.arch.grad_calls, int) and self.arch.grad_calls > self.arch.num_level_calls:
             raise ValueError(
-                f"arch.grad_calls {self.arch.grad_calls} is more than the {self.arch.level_calls} level calls of an ACT step, and "
+                f"arch.grad_calls {self.arch.grad_calls} is more than the {self.arch.num_level_calls} level calls of an ACT step, and "
                 "an optimizer step on puzzles takes one"
             )
         if self.freeze_weights and not self.arch.puzzle_emb_ndim:
