@@ -213,6 +213,7 @@ def measure(name: str, config: PretrainInstructConfig, budget: Budget, rows: int
         "arm": name,
         "seed": config.seed,
         "is_plain": is_plain(config),
+        "uses": config.arch.num_level_calls * config.arch.halt_max_steps,
         "texts": texts_hash(data),
         "parameters_core": sum(count_parameters(model.get_submodule(level)) for level in set(model.level_calls)),
         "parameters": count_parameters(model),

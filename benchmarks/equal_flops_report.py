@@ -61,6 +61,43 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], interval: Interval) 
     return "lower" if interval.difference < 0 else "higher"
 
 
+def loop_exponent(looped: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]], seed: int = 0) -> Interval | None:
+    """How many copies of its own blocks r uses of them are worth: r to the power of this exponent.
+
+    looped: the seeds of a network that uses its blocks r times. plain: results of plain networks of
+    several sizes, to which loss = a * parameters^-b is fitted. The 95 % interval is over draws of
+    seeds and rows. None if the fit has b <= 0 in more draws than the interval leaves out: then more
+    blocks don't help, and there is nothing to be worth. Law: arXiv 2604.21106.
+    """
+    sizes: dict[float, list[Mapping[str, Any]]] = {}
+    for result in sorted(plain, key=lambda result: float(result["parameters_core"])):
+        sizes.setdefault(result["parameters_core"], []).append(result)
+    arms = [looped, *sizes.values()]
+    bits = [np.array([result["row_bits"] for result in arm], float) for arm in arms]
+    size = np.log([arm[0]["parameters_core"] for arm in arms])
+    rows = bits[0].shape[1]
+    generator = np.random.default_rng(seed)
+
+    def exponent(shares: Floats, seeds: Sequence[npt.NDArray[np.intp]]) -> float:
+        loss = np.log([(arm[drawn] @ shares).mean() for arm, drawn in zip(bits, seeds, strict=True)])
+        slope, level = np.polyfit(size[1:], loss[1:], 1)
+        return float(((loss[0] - level) / slope - size[0]) / np.log(looped[0]["uses"])) if slope < 0 else np.nan
+
+    draws = np.array(
+        [
+            exponent(
+                generator.multinomial(rows, np.full(rows, 1 / rows)) / rows,
+                [generator.integers(len(arm), size=len(arm)) for arm in bits],
+            )
+            for _ in range(_DRAWS)
+        ]
+    )
+    if np.isnan(draws).mean() > 0.025:
+        return None
+    value = exponent(np.full(rows, 1 / rows), [np.arange(len(arm)) for arm in bits])
+    return Interval(value, *np.nanpercentile(draws, (2.5, 97.5)).tolist())
+
+
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Every arm over its seeds, compared with the best plain Transformer. Raises UsageError if arms
     had different rows.
@@ -78,8 +115,24 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "best_plain": best,
         "rows": len(results[0]["row_bits"]),
-        "arms": [_summary(name, seeds, arms[best] if best is not None and name != best else None) for name, seeds in arms.items()],
+        "arms": [
+            _summary(name, seeds, arms[best] if best is not None and name != best else None)
+            | {"exponent": _exponent_among(seeds, [arms[of] for of in plain])}
+            for name, seeds in arms.items()
+        ],
     }
+
+
+def _exponent_among(seeds: Sequence[Mapping[str, Any]], plain: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float] | None:
+    """`loop_exponent`, of each size's best plain network; None where it isn't defined."""
+    best: dict[float, Sequence[Mapping[str, Any]]] = {}
+    for arm in sorted(plain, key=lambda arm: -_by_step(arm, "bits_per_byte")[:, -1].mean()):
+        best[arm[0]["parameters_core"]] = arm
+    # Results of earlier versions don't say how often a network uses its blocks.
+    if seeds[0].get("uses", 1) < 2 or seeds[0]["parameters_core"] not in best or len(best) < 2:
+        return None
+    found = loop_exponent(seeds, [result for arm in best.values() for result in arm])
+    return found and found._asdict()
 
 
 def _by_step(seeds: Sequence[Mapping[str, Any]], measure: str) -> Floats:
@@ -127,8 +180,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"Each arm was trained for {spent} and measured on {found['rows']} held-out rows at each ACT step: the mean of its seeds,",
         "and in brackets their extremes at the deepest step. Differences are at the deepest step, with 95 % intervals over rows",
         f"(paired bootstrap). none: the seeds overlap, or the interval holds zero. open: fewer than {CLAIM_SEEDS} seeds.",
-        "",
     ]
+    has_exponents = any(arm["exponent"] for arm in found["arms"])
+    if has_exponents:
+        lines.append("Exponent e: r uses of the same blocks are worth r^e copies, by a power law through the plain networks.")
     rows = []
     for arm in found["arms"]:
         measures, against = arm["measures"], arm.get("against_best_plain", {})
@@ -147,8 +202,11 @@ def markdown(found: Mapping[str, Any]) -> str:
         if best:
             row[f"bits against {best}, %"] = _difference(against.get("bits_per_byte"))
             row[f"exact against {best}, points"] = _difference(against.get("exact"))
+        if has_exponents:
+            exponent = arm["exponent"]
+            row["exponent of its uses"] = "{difference:.2f} [{low:.2f}, {high:.2f}]".format(**exponent) if exponent else ""
         rows.append(row | {"a generated token: MFLOPs, ms": f"{arm['token']['flops'] / 1e6:.2f}, {arm['token']['ms']:.2f}"})
-    return "\n".join([*lines, *markdown_table(rows)])
+    return "\n".join([*lines, "", *markdown_table(rows)])
 
 
 def _values(measure: Mapping[str, Any], scale: float, decimals: int) -> str:

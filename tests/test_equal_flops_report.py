@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.equal_flops_report import Interval, draw, markdown, paired_bootstrap, summarize, verdict
+from benchmarks.equal_flops_report import Interval, draw, loop_exponent, markdown, paired_bootstrap, summarize, verdict
 from config.errors import UsageError
 
 ROWS = 400
@@ -35,6 +35,7 @@ def result(arm: str, seed: int, bits: float, exact: float, *, is_plain: bool = F
         "row_bytes": TEXTS.tolist(),
         "row_exact": row_exact,
         "token": {"flops": 3e6, "ms": 1.5},
+        "uses": 1,
     }
 
 
@@ -112,6 +113,38 @@ def test_without_answers_there_are_none_in_the_table() -> None:
     found = {"budget": [60.0, "seconds"], **summarize(results)}
     assert set(found["arms"][0]["against_best_plain"]) == {"bits_per_byte"}
     assert "open: -40.0 [" in markdown(found) and "for 60 seconds" in markdown(found)
+
+
+def sized(results: list[dict[str, Any]], parameters: int, uses: int = 1) -> list[dict[str, Any]]:
+    return [result | {"parameters_core": parameters, "uses": uses} for result in results]
+
+
+def test_the_exponent_says_how_many_copies_the_uses_are_worth() -> None:
+    """Twice the blocks have half the loss, and four uses of the first have that of 4 ** 0.46 copies."""
+    plain_2 = sized(several("plain_2", [1.0, 1.02, 0.98], 0.5, is_plain=True), 1000)
+    plain_4 = sized(several("plain_4", [0.5, 0.51, 0.49], 0.5, is_plain=True), 2000)
+    poor_4 = sized(several("plain_4_pre", [3.0, 3.0, 3.0], 0.5, is_plain=True), 2000)
+    worth = 4**-0.46
+    looped = sized(several("four_times", [worth, worth * 1.02, worth * 0.98], 0.5, depths=4), 1000, uses=4)
+    found = loop_exponent(looped, [*plain_2, *plain_4])
+    assert found is not None and found.difference == pytest.approx(0.46, abs=0.01)
+    assert found.low < 0.45 and found.high > 0.47 and found.high - found.low < 0.1
+    # Each size is represented by its better network, and only networks that recurse have an exponent.
+    summary = {"budget": [60.0, "seconds"], **summarize([*plain_2, *poor_4, *plain_4, *looped])}
+    by_name = {arm["arm"]: arm["exponent"] for arm in summary["arms"]}
+    assert by_name == {"plain_2": None, "plain_4_pre": None, "plain_4": None, "four_times": found._asdict()}
+    assert f"| {found.difference:.2f} [{found.low:.2f}, {found.high:.2f}]" in markdown(summary)
+
+
+def test_where_more_blocks_do_not_help_there_is_no_exponent() -> None:
+    plain = [
+        *sized(several("plain_2", [1.0, 1.1, 0.9], 0.5, is_plain=True), 1000),
+        *sized(several("plain_4", [1.05, 1.0, 0.95], 0.5, is_plain=True), 2000),
+    ]
+    looped = sized(several("twice", [0.9, 0.9, 0.9], 0.5, depths=2), 1000, uses=2)
+    assert loop_exponent(looped, plain) is None
+    summary = {"budget": [60.0, "seconds"], **summarize([*plain, *looped])}
+    assert "exponent of its uses" not in markdown(summary)
 
 
 def test_other_rows_are_not_compared() -> None:
