@@ -85,7 +85,8 @@ def main() -> None:
         for told in answer_file(arguments.puzzle, checkpoint, config, search, show=arguments.show, **own):
             print(told)
         return
-    data_paths = config.data_paths_test or config.data_paths
+    own_paths = arguments.data_paths or (config.data_paths_test if arguments.split == "test" else None)
+    data_paths = own_paths or config.data_paths
     data = PuzzleData(data_paths, arguments.split)
     checkpoint.check_data(data, data_paths)
     measurement = PuzzleMeasurement(config, data, data_paths)
@@ -104,6 +105,7 @@ def main() -> None:
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,
         "split": arguments.split,
+        "data_paths": list(data_paths),
         "max_batches": arguments.max_batches,
         "search": {key: getattr(search, key) for key in ("samples", "noise", "symmetries", "choose", "seed")},
         **report,

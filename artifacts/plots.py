@@ -4,6 +4,7 @@ Knows files and keys, not training. matplotlib is imported on use: other program
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -240,6 +241,6 @@ def _points(log: Log, curve: _Curve, panel: Panel) -> dict[float, float]:
             else:
                 value = value.get(name) if isinstance(value, Mapping) else None
         at = line["minutes"] if panel.over_minutes else step
-        if isinstance(value, int | float) and at is not None:
+        if isinstance(value, int | float) and math.isfinite(value) and at is not None:
             points[at] = curve.scale * value
     return points

@@ -39,7 +39,7 @@ REMOVED: dict[str, Any] = {
     "slots": ...,
 }
 # What the program did before it had a key, where the default is something else.
-BEFORE: dict[str, Any] = {"eval_every_steps": None}
+BEFORE: dict[str, Any] = {"eval_every_steps": None, "optimizer": "adam_atan2"}
 
 
 def upgraded(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

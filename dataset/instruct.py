@@ -19,7 +19,7 @@ from dataset.text.curriculum import Curriculum
 from dataset.text.forms import form_options, to_conversation
 from dataset.text.hub import split_files
 from dataset.text.loader import TextCorpus, TextDataset, overlap
-from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, to_json
+from dataset.text.rows import BadRow, NothingToLearn, open_row_file, parse_row, refused, to_json
 from dataset.text.splits import are_test_hashes, prompt_hash
 from dataset.text.token_cache import Split, cache_dir, load_split
 from dataset.text.tokenizer import Tokenizer, check_reversible
@@ -37,7 +37,7 @@ class Source:
     as test.jsonl; the bundled data has its builder's. All other rows are split by a hash with one
     seed for all sources, so that a row held out of one source is held out of all. `is_alone`: the
     run has no other source. Otherwise files held out by their names are left out, because another
-    source could train on their rows.
+    source could train on their rows. Without a test split, all held-out files are left out.
 
     Methods raise `UsageError` for missing files, malformed rows and a split without usable rows.
     """
@@ -71,7 +71,7 @@ class Source:
                 f"{str(folder)!r} is neither: name files with dataset.files and dataset.validation_files"
             )
         found = find_files(folder, config.files, hub, config.shards, config.seed, config.validation_files)
-        if self._is_alone or config.validation_files:
+        if config.test_ratio > 0 and (self._is_alone or config.validation_files):
             return found
         return SourceFiles(found.train, left_out=[*found.validation, *found.left_out])
 
@@ -102,18 +102,22 @@ class Source:
 
     def conversations(self, split: Split) -> Iterator[Conversation]:
         """The usable conversations of a split, in the order of the files, not tokenized. `subset_size`
-        limits the train split.
+        limits the train split. Malformed rows are left out if `on_bad_row` says so.
         """
         config, found = self.config, 0
-        for path in self.files.of(split):
-            for _, data in open_row_file(path).rows():
+        for file in map(open_row_file, self.files.of(split)):
+            for number, data in file.rows():
                 if split == "train" and found == config.subset_size:
                     return
                 try:
                     if isinstance(data, BadRow):
-                        continue
+                        raise data
                     conversation, _ = to_conversation(parse_row(to_json(data)), form_options(config))
-                except (BadRow, NothingToLearn):  # reported and counted where rows are tokenized
+                except NothingToLearn:  # counted where rows are tokenized
+                    continue
+                except BadRow as error:
+                    if config.on_bad_row == "error":
+                        raise refused(file, number, str(error)) from None
                     continue
                 conversation = with_default_system(conversation, config.default_system_prompt)
                 hashes = np.array([prompt_hash(conversation)], np.uint64)

@@ -68,11 +68,11 @@ def find_files(
     glob sorted by name. Without names: the files in `data_dir` with a readable format.
 
     A folder written by `datasets` stands for its files. A file that a glob or the folder gives isn't
-    used for training if its name says validation or test; the former, else the latter, are the test
-    files. `validation_names` name them instead, which are used for training only if `names` names
-    them exactly. shards: number of training files, drawn by `seed` before any download. A missing
-    file is downloaded from `hub`, to the same name in `data_dir`. Raises `UsageError` for a missing
-    file, and for too few files.
+    used for training if its name, or else that of a folder below `data_dir`, says validation or
+    test; the former, else the latter, are the test files. `validation_names` name them instead,
+    which are used for training only if `names` names them exactly. shards: number of training files,
+    drawn by `seed` before any download. A missing file is downloaded from `hub`, to the same name in
+    `data_dir`. Raises `UsageError` for a missing file, and for too few files.
     """
     folder = Path(data_dir).expanduser()
     named = _named(folder, validation_names, "dataset.validation_files")
@@ -84,9 +84,10 @@ def find_files(
     for path, (_, by_glob) in found.items():
         if by_glob and path.resolve() in own:
             continue
-        name = path.name.lower() if by_glob and not _NAMES_OF_TRAINING.search(path.name.lower()) else ""
-        group = of_validation if _NAMES_OF_VALIDATION.search(name) else of_test if _NAMES_OF_TEST.search(name) else train
-        group.append(path)
+        parts = path.relative_to(folder).parts if by_glob and path.is_relative_to(folder) else (path.name,) if by_glob else ()
+        groups = ((_NAMES_OF_TRAINING, train), (_NAMES_OF_VALIDATION, of_validation), (_NAMES_OF_TEST, of_test))
+        said = (group for part in reversed(parts) for names_of, group in groups if names_of.search(part.lower()))
+        next(said, train).append(path)
     if not train:
         raise UsageError(
             f"dataset.files: all files in {str(folder)!r} are held out, by their names or by dataset.validation_files "

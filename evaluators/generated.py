@@ -39,7 +39,7 @@ def evaluate_generated(
         except UsageError:
             longer += 1
         else:
-            inputs.append(InputRow(history, prompt=prompt))
+            inputs.append(InputRow(history, sample=i, prompt=prompt))
             lengths.append(len(prompt.ids))
             references.append(reference)
             rows_asked.append(split.row(i))

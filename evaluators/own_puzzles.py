@@ -81,12 +81,12 @@ class Solver:
             )
         codes = np.array([[form.form, *form.colours] for _, form in forms.values()], np.uint8)
         inputs, _ = lay_out([Pair(grid, grid) for grid in tests], codes, None)
-        votes = Votes()
+        votes, shown = Votes(), 0
         for output in self._outputs(inputs.reshape(-1, inputs.shape[-1]), np.repeat(list(forms), len(tests))):
-            if show and not votes.counts:
-                # Of the first form only, which isn't augmented.
-                for index in range(min(len(tests), len(output.row))):
-                    yield "\n".join([f"test {index + 1} of {len(tests)}", *_steps(self.kind, output, index)])
+            # Of the first form only, which isn't augmented.
+            for index in range(min(len(tests) - shown, len(output.row)) if show else 0):
+                shown += 1
+                yield "\n".join([f"test {shown} of {len(tests)}", *_steps(self.kind, output, index)])
             ballots = output.ballots() if self.search.choose == "votes" else output.tensors()
             of_rows = [forms[identifier] for identifier in ballots.pop("puzzle_identifiers").tolist()]
             votes.add_rows(of_rows, **{key: ballots[key] for key in ("inputs", "preds", "q_halt_logits")})

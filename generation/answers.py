@@ -55,6 +55,7 @@ class Options:
             ("max_output_tokens", self.max_output_tokens >= 1, "at least 1"),
             ("act_steps", self.act_steps >= 1, "at least 1"),
             ("halt_threshold", self.halt_threshold is None or 0 < self.halt_threshold < 1, "between 0 and 1, or none at all"),
+            ("stop", "" not in self.stop, "texts that aren't empty"),
         )
         check_limits(self, limits)
 
@@ -166,8 +167,11 @@ class Responder:
         """The turns of a question, with the system turn; see `Question` and `system`."""
         if isinstance(asked, str):
             return question([Turn("user", asked)], self.system)
-        if turns := tuple(turn for turn in asked if isinstance(turn, Turn)):
+        turns = tuple(turn for turn in asked if isinstance(turn, Turn))
+        if turns and len(turns) == len(asked):
             return turns
+        if turns:
+            raise UsageError("the messages can't be read: expected turns or mappings, found both")
         try:
             return question(parse_turns({"messages": list(asked)}).turns, self.system)
         except BadRow as error:

@@ -269,7 +269,7 @@ def answer_file(
         names = ", ".join(sorted(ignored))
         tell(f"rows have settings of their own ({names}): ignored, this command's settings are used")
     model, options = responder.model, responder.options
-    rows = rows_that_fit(model, options.act_steps, max(1, positions), responder.kv_budget_gb, min(responder.rows, asking))
+    rows = rows_that_fit(model, options.act_steps, positions, responder.kv_budget_gb, min(responder.rows, asking))
     size = cache_bytes(model, options.act_steps, rows, positions) / 1e9
     block = _begin(target, _identity(responder, source, forms), block_size(count, rows))
     own = range(shard.index * block, count, shard.count * block)
@@ -321,11 +321,13 @@ def _scan(responder: Responder, rows: Iterable[InputRow]) -> tuple[int, int, int
     ignored: set[str] = set()
     for asked in rows:
         ignored.update(asked.ignored_settings)
-        if asked.error is None:
-            _, own = positions_needed(responder, [responder.prompt_length(asked.history)])
+        try:
+            if asked.error is not None:
+                raise UsageError(asked.error)
+            _, own = positions_needed(responder, [len(responder.prompt(asked.history).ids)])
             asking, positions = asking + 1, max(positions, own)
-        else:
-            bad, first_error = bad + 1, first_error or asked.error
+        except UsageError as error:
+            bad, first_error = bad + 1, first_error or str(error)
     return asking, positions, bad, first_error, ignored
 
 

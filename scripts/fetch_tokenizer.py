@@ -66,11 +66,21 @@ def existing(output: str | None) -> Path | None:
     return None
 
 
+def _noted(path: Path) -> dict[str, str]:
+    """What SOURCE.json says of a fetched tokenizer."""
+    note = path.with_name("SOURCE.json")
+    known: dict[str, str] = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    return known
+
+
+def _hub_name(options: argparse.Namespace) -> str:
+    return f"{options.repo} ({options.filename}, revision {options.revision}) on the Hugging Face hub"
+
+
 def report(path: Path) -> None:
     """Print which tokenizer is at `path`. Raises `UsageError` if the file isn't a tokenizer."""
     tokenizer = Tokenizer(path)
-    note = path.with_name("SOURCE.json")
-    known: dict[str, str] = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    known = _noted(path)
     if known.get("sha256") != tokenizer.sha256:
         known = {"source": "a file of your own", "licence": "not known here"}
     print(f"tokenizer: {path}")
@@ -92,6 +102,12 @@ def fetch(options: argparse.Namespace) -> Path:
                 f"{str(found)!r} is another tokenizer than the one asked for (sha256 {wanted}); what was trained with "
                 "it still needs it, so it isn't replaced: use --output for another place, or delete it"
             )
+        there = _noted(found).get("source")
+        if not is_default_file and options.source != "package" and wanted is None and there != _hub_name(options):
+            raise UsageError(
+                f"{str(found)!r} is there already, from {there or 'elsewhere'}, not from {_hub_name(options)}; what was trained "
+                "with it still needs it, so it isn't replaced: use --output for another place, or delete it"
+            )
         print("already there")
         return found
     output = Path(options.output) if options.output is not None else REPOSITORY / DEFAULT_TOKENIZER
@@ -102,7 +118,7 @@ def fetch(options: argparse.Namespace) -> Path:
     else:
         try:
             download(options.repo, options.filename, output, revision=options.revision, expected_sha256=sha256)
-            source = f"{options.repo} ({options.filename}, revision {options.revision}) on the Hugging Face hub"
+            source = _hub_name(options)
             licence = licence if options.repo == HUB_REPO else f"as stated at {options.repo}"
         except UsageError as error:
             if options.source == "hub" or not is_default_file or options.sha256:

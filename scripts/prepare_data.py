@@ -48,7 +48,8 @@ def _prepare(source: Source, tokenizer: Tokenizer, output: Path | None, near_row
         folder.mkdir(parents=True, exist_ok=True)
         path, picture = folder / "data_card.md", folder / "data_card.png"
         draw([split for split in (train, test) if split is not None], picture)
-        title = f"{config.source} ({config.data_dir})"
+        of = f"{config.repo}, {config.split}, revision {config.revision}" if config.source == "hub" else config.data_dir
+        title = f"{config.source} ({of})"
         card = data_card(train, test, tokenizer, Template(), near_rows=near_rows, title=title, picture=picture.name)
         path.write_text(card, encoding="utf-8")
     except OSError as error:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from artifacts.checkpoint import newest_checkpoint
 from config.errors import UsageError, one_clear_message
+from config.schema import user_path
 from evaluators.answer_scores import Score
 
 
@@ -27,6 +28,8 @@ def read_metrics(path: Path, split: str | None) -> dict[str, Any]:
         metrics = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}; write it with inference_instruct.py") from error
+    if split is not None and isinstance(metrics, dict) and metrics.get("split") != split:
+        raise UsageError(f"{path} is of the split {metrics.get('split')}, not of {split}: name the folder, or leave out --split")
     if not isinstance(metrics, dict) or "answers" not in metrics:
         raise UsageError(f"{path} has no generated answers: only the bundled data's are scored (dataset=sample)")
     return metrics
@@ -73,7 +76,7 @@ def _with_interval(score: Score | None) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Read, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="folder of a run or of a checkpoint, or a metrics file")
+    parser.add_argument("path", type=user_path, help="folder of a run or of a checkpoint, or a metrics file")
     parser.add_argument("--split", choices=("train", "test", "test_deeper"), help="for a folder: last measurement of this split")
     options = parser.parse_args(arguments)
     with one_clear_message():

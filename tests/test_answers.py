@@ -175,6 +175,7 @@ def test_options_of_one_call_are_those_of_a_responder(responder: ResponderFactor
         ({"act_steps": 0}, "act_steps must be at least 1"),
         ({"halt_threshold": 1.0}, "halt_threshold must be between 0 and 1"),
         ({"max_output_tokens": 0}, "max_output_tokens must be at least 1"),
+        ({"stop": ["Red", ""]}, "stop must be texts that aren't empty"),
     ],
 )
 def test_a_wrong_option_is_told(responder: ResponderFactory, options: dict[str, Any], told: str) -> None:
@@ -189,6 +190,10 @@ def test_a_wrong_option_is_told(responder: ResponderFactory, options: dict[str, 
         ([], "the last message must be the user's, with text"),
         ([{"role": "assistant", "content": "Red"}], "the last message must be the user's, with text"),
         ([{"role": "user", "text": "Red"}], "the messages can't be read: "),
+        (
+            [Turn("user", "Red"), Turn("assistant", "blue"), {"role": "user", "content": "Red"}],
+            "expected turns or mappings, found both",
+        ),
     ],
 )
 def test_a_question_that_asks_nothing_is_told(responder: ResponderFactory, question: Any, told: str) -> None:

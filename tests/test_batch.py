@@ -113,6 +113,11 @@ def test_a_row_longer_than_the_context_becomes_an_error_and_the_others_are_answe
     long, fine, longer = read(tmp_path / "out.jsonl")
     assert "the prompt has" in long["error"] and long["prompt_tokens"] > 128 == long["context"] and "answer" not in long
     assert fine["answer"] and "error" not in fine and longer["index"] == 2 and "error" in longer
+    told: list[str] = []
+    answer_file(responder(), source, tmp_path / "again.jsonl", tell=told.append)
+    assert told[0].startswith("2 of 3 rows can't be answered") and "the prompt has" in told[0]
+    with pytest.raises(UsageError, match=r"none of the 2 rows of .* can be answered; the first: the prompt has"):
+        answer_file(responder(), write(tmp_path / "long.jsonl", rows[::2]), tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

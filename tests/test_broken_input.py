@@ -223,7 +223,3 @@ def test_a_broken_file_is_read_or_told(tmp_path: Path, kind: str) -> None:
     assert name in str(caught.value)
     with pytest.raises(UsageError):
         open_file(path, "error")
-
-
-def test_there_are_more_than_forty_kinds() -> None:
-    assert len(LINES) + len(FILES) > 90

@@ -72,7 +72,12 @@ def test_the_defaults_are_those_of_the_instruction_layer(monkeypatch: pytest.Mon
     monkeypatch.delenv("LLAMA_TOKENIZER", raising=False)
     config = compose_config(MAIN)
     assert (config.arch.name, config.arch.puzzle_emb_ndim, config.arch.puzzle_emb_len) == ("looped", 0, 0)
-    assert (config.arch.L_layers, config.arch.num_level_calls, config.arch.halt_max_steps, config.arch.grad_calls) == (2, 1, 2, "all")
+    assert (config.arch.L_layers, config.arch.num_level_calls, config.arch.halt_max_steps, config.arch.grad_calls) == (
+        2,
+        1,
+        2,
+        "all",
+    )
     data = config.dataset
     assert (data.data_dir, data.subset_size, data.seq_len, data.test_ratio, data.seed) == ("data/slimorca", 1000, 512, 0.05, 0)
     assert data.tokenizer_path == "tokenizers/llama-32k/tokenizer.model"

@@ -160,6 +160,20 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays() -> None:
     assert encoded.prompt_cut and not encoded.end_cut
 
 
+@pytest.mark.parametrize("between", [Turn("system", "Be brief."), answer("Let me think.", supervised=False)])
+@pytest.mark.parametrize("length", [1, 20, 200])
+def test_the_question_stays_when_other_turns_follow_it(between: Turn, length: int) -> None:
+    """It loses its beginning only, like what stands between it and the answer."""
+    row = [Turn("user", "old "), answer("so ", supervised=False), Turn("user", "word " * 120 + "end?"), between, answer("Paris")]
+    row[3] = replace(between, text=between.text * length)
+    encoded = encode_conversation(row, TOKENIZER, TEMPLATE, 120, keep_prompt_end=True)
+    text = TOKENIZER.decode(encoded.ids.tolist())
+    assert len(encoded.ids) == 120 and encoded.prompt_cut and not encoded.end_cut
+    assert text.index("end?") < text.index(between.text[-4:]) < text.index("Paris") and "old" not in text
+    # What fits in an even part stays whole.
+    assert (text.count(between.text) == 1) == (length == 1)
+
+
 @given(texts)
 @settings(max_examples=100)
 def test_raw_text_stands_between_bos_and_eos_and_is_learned_whole(text: str) -> None:

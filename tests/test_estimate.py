@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,31 @@ def test_flops_of_a_run_follow_its_depths(tiny_config: ConfigFactory, dry_run: C
     deep, shallow = total(), total("arch.halt_max_steps=1", "max_steps=1")
     # Ten steps of four ACT steps, against one of one.
     assert deep == pytest.approx(40 * shallow, rel=0.02)
+
+
+def test_the_expected_time_is_that_of_the_timed_steps(
+    tiny_config: ConfigFactory, dry_run: Callable[[PretrainInstructConfig], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by 300 seconds from one step to the next."""
+    tokens: list[int] = []
+
+    class NotingTrainer(Trainer):
+        def steps(self) -> Iterator[StepResult]:
+            for result in super().steps():
+                tokens.append(int(result.sums["tokens"]))
+                yield result
+
+    monkeypatch.setattr("training.estimate.Trainer", NotingTrainer)
+    monkeypatch.setattr("training.estimate.time", SimpleNamespace(perf_counter=itertools.count(0, 300).__next__))
+    said = dry_run(tiny_config())
+    found = re.search(r"FLOPs a token +(\S+) in all its ACT steps; (\S+) in the run", said)
+    expected = re.search(r"expected time +(\S+) h \((\S+) s\) of training at (\S+) FLOP/s", said)
+    assert found is not None and expected is not None
+    of_token, total = map(float, found.groups())
+    hours, seconds, speed = (float(text.replace(",", "")) for text in expected.groups())
+    # Tokens are counted once in each of four ACT steps.
+    assert speed == pytest.approx(sum(tokens[-3:]) * of_token / 4 / 900, rel=0.01)
+    assert seconds == pytest.approx(total / speed, rel=0.02) and hours == pytest.approx(seconds / 3600, abs=0.006)
 
 
 def test_a_short_run_is_not_timed(tiny_config: ConfigFactory, dry_run: Callable[[PretrainInstructConfig], str]) -> None:

@@ -118,6 +118,11 @@ def test_another_repository_is_checked_by_the_hash_given(
     assert hub["asked"] == [("me/own", "t.model", {"revision": "v1", "expected_sha256": None})]
     assert output.read_bytes() == MODEL and not place.exists()
     assert "as stated at me/own" in capsys.readouterr().out
+    # Again it is there; another one isn't.
+    script.main(["--repo", "me/own", "--filename", "t.model", "--revision", "v1", "--output", str(output)])
+    assert "already there" in capsys.readouterr().out and len(hub["asked"]) == 1
+    for other in (["--repo", "me/other"], ["--repo", "me/own", "--filename", "u.model"]):
+        assert "is there already, from me/own (t.model, revision v1)" in refused([*other, "--output", str(output)], capsys)
 
 
 def test_the_variable_comes_first(

@@ -208,10 +208,58 @@ def test_the_way_out_that_is_told_is_one(key: str) -> None:
 def test_the_ways_out_of_text_deep_within_a_key_work(field: str) -> None:
     """`past` is what `fields` can name; and to ignore `content` would be to read no message."""
     row = {**PAIR, "past": openai(("user", "A?"), ("assistant", "B."))["messages"]}
-    with pytest.raises(BadRow, match=r"past\[0\]\.role: .*dataset\.fields=\{FIELD: past\}.*dataset\.ignore=\[past\]"):
+    with pytest.raises(BadRow, match=r"past\[0\]\.content: .*dataset\.fields=\{FIELD: past\}.*dataset\.ignore=\[past\]"):
         parse_turns(row)
     options = FormOptions(ignore=("past",)) if field == "ignore" else FormOptions({field: "past"})
     assert parse_turns(row, options).turns == (WHY_SO if field == "ignore" else (*turns("u:A?", "a:B."), *WHY_SO))
+
+
+def test_the_way_out_that_is_told_beside_messages_or_text_works() -> None:
+    """The key that isn't read has a field already, so that naming it would say nothing new."""
+    asked = openai(("system", "Be."), ("user", "Why?"))
+    expected = turns("s:Be.", "u:Why?", "a:So.")
+    for row, conversation in (({**asked, "response": "So."}, expected), ({"text": "Why?", "response": "So."}, WHY_SO)):
+        with pytest.raises(BadRow, match="a response isn't read beside") as caught:
+            parse_turns(row)
+        told = re.search(r"dataset\.fields=\{(\w+): (\w+)\}", str(caught.value))
+        assert told is not None
+        assert same(parse_turns(row, FormOptions({"prompt": told[2]})).turns, conversation) and told[1] == "prompt"
+    both = {"text": "Once.", **chat(HUMAN, GPT)}
+    with pytest.raises(BadRow, match=r"to read 'text' in its place, use dataset\.ignore=\[conversations\]"):
+        parse_turns(both)
+    assert parse_turns(both, FormOptions(ignore=("conversations",))).turns == turns("t:Once.")
+
+
+def test_a_whole_conversation_in_place_of_a_response_asks_once() -> None:
+    """As in preference data whose `chosen` begins with the prompt."""
+    row = {"prompt": "Why?", "chosen": openai(("user", "Why?"), ("assistant", "So."))["messages"], "score": 1}
+    assert same(parse_turns(row, FormOptions({"response": "chosen"})).turns, WHY_SO)
+    asked = openai(("system", "Be."), ("user", "Why?"))["messages"]
+    row = {"prompt": asked, "completion": [*asked, {"role": "assistant", "content": "So."}]}
+    assert same(parse_turns(row).turns, turns("s:Be.", "u:Why?", "a:So."))
+    row = {"prompt": "How?", "completion": openai(("user", "Why?"), ("assistant", "So."))["messages"]}
+    assert same(parse_turns(row).turns, turns("u:How?", "u:Why?", "a:So."))
+
+
+def test_a_repeat_of_whole_messages_is_known() -> None:
+    """With the roles in it, which are no text."""
+    row: dict[str, Any] = {"prompt": [HUMAN], "messages": [HUMAN, GPT]}
+    assert same(parse_turns(row).turns, WHY_SO) and parse_turns(row).ignored == ("prompt",)
+    with pytest.raises(BadRow, match=r"'Never said\.'"):
+        parse_turns({**row, "prompt": [HUMAN, message("gpt", "Never said.")]})
+
+
+def test_small_things_that_say_nothing_or_something() -> None:
+    call_free = {"messages": [{"role": "user", "content": "Why?", "tool_calls": "[]"}, {"role": "assistant", "content": "So."}]}
+    assert parse_turns(call_free).turns == WHY_SO
+    assert parse_turns({"prompt": [], "input": "Why?", "output": "So."}).turns == WHY_SO
+    with pytest.raises(BadRow, match=r"conversations\[0\]\.value: expected text, found null"):
+        parse_turns(chat(message("human", None), GPT))
+    with pytest.raises(BadRow, match='expected a part with a "text", found none'):
+        parse_turns(openai(("user", [{"type": "text", "text": None}])))
+    with pytest.raises(BadRow, match="Paris in France"):
+        parse_turns(chat({**HUMAN, "options": {"Paris in France": None}}, GPT))
+    assert parse_turns({**PAIR, "label": False}).ignored == ("label",), "it may say that the answer is bad"
 
 
 def test_labels_and_repeats_are_known_and_counted() -> None:
@@ -220,7 +268,7 @@ def test_labels_and_repeats_are_known_and_counted() -> None:
         "prompt": "Why?", "score": 0.5, "good": True, "tags": [], "meta": {"license": "MIT"}, "n": [1, 2], "empty": " ",
     }  # fmt: skip
     row["messages"][0]["name"] = "Ann"
-    assert parse_turns(row).ignored == ("Source", "category", "id", "messages[].name", "meta", "prompt", "prompt_id")
+    assert parse_turns(row).ignored == ("Source", "category", "good", "id", "messages[].name", "meta", "prompt", "prompt_id")
 
 
 def test_own_names_replace_the_usual_ones() -> None:

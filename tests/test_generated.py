@@ -62,6 +62,24 @@ def test_right_answers_score_at_their_depth(tmp_path: Path, tokenizer: Tokenizer
     assert result["by_hops"] == {}
 
 
+def test_each_row_has_draws_of_its_own(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as when they are written, and the same ones."""
+    split = _split(tmp_path, tokenizer)
+    samples: list[list[int]] = []
+
+    def answers(_: Responder, inputs: Iterable[InputRow], **__: int) -> Iterator[dict[str, Any]]:
+        asked = list(inputs)
+        samples.append([one.sample for one in asked])
+        record = {"answer": "?", "reference": "!", "act_steps": [1], "answer_tokens": 1, "log_probability": -1.0}
+        yield from [record] * len(asked)
+
+    monkeypatch.setattr("evaluators.generated.answers_in_order", answers)
+    responder = _responder(split, tokenizer, 128, {})
+    evaluate_generated(responder, split, rows=range(3, 9))
+    write_generated(responder, split, tmp_path / "a.jsonl", rows=range(3, 9))
+    assert samples == [list(range(3, 9))] * 3
+
+
 def test_deep_families_are_scored_by_hops_at_each_depth(
     tmp_path: Path, tokenizer: Tokenizer, oracle: dict[Conversation, str]
 ) -> None:

@@ -200,6 +200,9 @@ def test_held_out_rows_of_ones_own(tmp_path: Path) -> None:
     config = compose_config("cfg_pretrain_instruct", list(where[:2])).dataset
     train, test = Source(config, is_alone=False).open_splits(TOKENIZER, Template())
     assert test is not None and len(train) + len(test) == 30, "several sources are all split alike"
+    config = compose_config("cfg_pretrain_instruct", [*where[:2], "dataset.test_ratio=0"]).dataset
+    train, test = Source(config).open_splits(TOKENIZER, Template())
+    assert test is None and len(train) == 30 and train.report()["left_out"] == ["mine-test.jsonl"], "it is named"
 
 
 def test_a_saved_folder_has_its_own_splits(tmp_path: Path) -> None:

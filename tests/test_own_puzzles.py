@@ -127,8 +127,10 @@ def test_forms_of_a_task_vote(answering: Callable[..., Any], tmp_path: Path) -> 
     assert "attempt 1: 3 of 4 votes" in first and first.endswith(
         "attempt 2: 1 of 4 votes, mean halting probability 0.500\n0 2\n3 4"
     )
-    shown, *_ = solver(Arc()).solve_task(path, names, show=True)
-    assert shown == "test 1 of 2\n1 2\n3 4\nACT step 1: 0 cells changed, halting probability 0.500"
+    for at_once in (1, 2, 100):
+        one, two, *votes = solver(Arc(), rows_at_once=at_once).solve_task(path, names, show=True)
+        assert one == "test 1 of 2\n1 2\n3 4\nACT step 1: 0 cells changed, halting probability 0.500"
+        assert two == "test 2 of 2\n5 6 7\nACT step 1: 0 cells changed, halting probability 0.500" and len(votes) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The picture of a run: it is one, of what the logs say, and where there is nothing to draw that is told."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -79,6 +80,14 @@ def test_a_line_that_is_being_written_is_no_line_yet(run: Path, drawn: dict[str,
     (run / "timing.jsonl").unlink()
     draw_runs([run], run / "run.png")
     assert drawn["learning rate"][0][0] == [10, 20, 30] and "peak memory, GB" not in drawn
+
+
+def test_what_is_not_finite_is_left_out(run: Path, drawn: dict[str, Any]) -> None:
+    """A run that diverges ends with its own message, not with that of its picture."""
+    metrics = [{"step": step, "loss_per_token": math.nan if step < 20 else math.inf, "lr": 1e-3} for step in (10, 20)]
+    lines(run / "metrics.jsonl", [*metrics, {"step": 20, "test": {"loss_per_token": math.nan, "bits_per_byte": math.nan}}])
+    draw_runs([run], run / "run.png")
+    assert drawn["learning rate"] == [([10, 20], [1e-3] * 2)] and not any("loss" in title for title in drawn)
 
 
 def test_a_name_is_text_not_mathematics(run: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_forms_ignored_keys_and_raw_text_are_on_the_card(tmp_path: Path) -> None
     page = card_of(tmp_path, "dataset.ignore=[notes]")
     card = figures(page)
     assert card[NEAR] < card[TEST_ROWS], "texts are compared by what they say"
-    for name in ("of the form text", "of the form pair", "with text ignored under `id`", "with text ignored under `notes`"):
+    for name in ("of the form text", "of the form pair", "with the ignored key `id`", "with the ignored key `notes`"):
         assert f"| {name} | 30 (50.00%) |" in page
 
 

@@ -205,12 +205,15 @@ def test_a_dry_run_says_what_the_run_would_take(trained: Path) -> None:
         (["freeze_weights=true", "arch.puzzle_emb_ndim=0", "arch.puzzle_emb_len=0"], "nothing to learn"),
         (["load_checkpoint=nowhere.pt"], "nowhere.pt"),
         (["data_paths_test=[data/longer]"], "expected seq_len 6"),
+        (["data_paths_test=[data/fourteen]"], "data_paths_test: identifiers.json of data/fourteen numbers puzzles otherwise"),
         (["run_name=a"], "has checkpoints already"),
     ],
 )
 def test_wrong_settings_are_told(trained: Path, overrides: list[str], told: str) -> None:
     if "longer" in overrides[0] and not (trained / "data/longer").exists():
         write_puzzles(trained / "data/longer", tokens=8)
+    if "fourteen" in overrides[0]:
+        write_puzzles(trained / "data/fourteen", train=14)
     outcome = run_script("pretrain.py", "data_paths=[data/toy]", *RUN, *overrides, folder=trained)
     assert_told(outcome, told)
     assert not list((trained / RUN_FOLDER).glob("trm-*"))

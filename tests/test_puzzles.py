@@ -151,6 +151,22 @@ def test_evaluators_get_their_outputs(opened: Open, tmp_path: Path) -> None:
     assert report["ARC/pass@1"] == 0 and "ARC/pass@3" in report and (tmp_path / "out/submission.json").is_file()
 
 
+def test_each_data_path_has_votes_of_its_own(opened: Open, tmp_path: Path) -> None:
+    config, _, model = opened("evaluators=[{name: arc@ARC, pass_Ks: [1]}]")
+    paths = [*config.data_paths, write_puzzles(tmp_path / "second")]
+    for number, path in enumerate(paths):
+        puzzle = {"train": [], "test": [{"input": [[1]], "output": [[2]]}]}
+        (Path(path) / "test_puzzles.json").write_text(json.dumps({f"of path {number}": puzzle}))
+    measurement = PuzzleMeasurement(config, PuzzleData(paths, "test"), paths)
+    handed: list[int] = []
+    for number, (*_, evaluator) in enumerate(measurement._evaluators):
+        evaluator.add = lambda number=number, **tensors: handed.append(number)  # type: ignore[method-assign]
+    report = measurement.measure(model, tmp_path / "out", "test")
+    assert {"ARC/pass@1", "ARC1/pass@1"} <= set(report) and handed.count(0) == handed.count(1) > 0
+    for number, place in enumerate(("submission.json", "ARC1/submission.json")):
+        assert set(json.loads((tmp_path / "out" / place).read_text())) == {f"of path {number}"}
+
+
 def test_samples_are_measured_together(opened: Open) -> None:
     """Each start is a row of its own; the chosen one has the highest halting logit, and the cost is that of all."""
     _, data, model = opened()

@@ -206,6 +206,37 @@ def test_a_value_that_is_no_text_spoils_its_own_row_only(tmp_path: Path) -> None
     assert isinstance(data[1], BadRow) and data[1].reason == "bad_utf8"
 
 
+def test_a_date_that_python_can_not_hold_is_metadata(tmp_path: Path) -> None:
+    far = pyarrow.array([10, 10**9, None], pyarrow.date32())
+    table = pyarrow.table({"question": ["a", "b", "c"], "day": far, "n": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = [json.loads(to_json(data)) for _, data in open_row_file(tmp_path / "a.parquet").rows() if not isinstance(data, BadRow)]
+    assert [row["question"] for row in found] == ["a", "b", "c"] and [row["n"] for row in found] == [1, 2, 3]
+    assert all(isinstance(row["day"], dict) for row in found[:2]) and found[2]["day"] is None
+
+
+def test_a_date_within_a_value_spoils_its_own_row_only(tmp_path: Path) -> None:
+    days = pyarrow.StructArray.from_arrays(
+        [pyarrow.array([10, 10**9], pyarrow.date32()), pyarrow.array(["x", "y"])], ["day", "said"]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"turn": days}), tmp_path / "a.parquet")
+    good, bad = (data for _, data in open_row_file(tmp_path / "a.parquet").rows())
+    assert not isinstance(good, BadRow) and isinstance(bad, BadRow) and bad.reason == "wrong_type"
+
+
+def test_a_json_object_of_several_lines_is_told(tmp_path: Path) -> None:
+    for content in (b'{\n  "data": [\n  ]\n}\n', b'{"data": [\n{"q": "Why?"}]}'):
+        with pytest.raises(UsageError, match="found one object over several lines; take the array out of it"):
+            write(tmp_path / "a.json", content)
+    assert list(write(tmp_path / "b.json", b'{"q": 1}\n{"q":').rows()) == [(1, b'{"q": 1}'), (2, b'{"q":')]
+    assert list(write(tmp_path / "c.ndjson", b'{"q": 1}\n').rows()) == [(1, b'{"q": 1}')]
+
+
+def test_utf_16_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"byte 0xff; .*iconv -f UTF-16 -t UTF-8"):
+        list(write(tmp_path / "a.csv", "q\n1\n".encode("utf-16")).rows())
+
+
 @pytest.mark.parametrize("name", COLUMNAR)
 def test_a_column_that_is_there_twice_is_told(tmp_path: Path, name: str) -> None:
     """A row as a dict would keep the last one, and lose the other in silence."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from config.compose import compose_as, compose_config
 from config.errors import UsageError
 from config.schema import PretrainInstructConfig, PretrainPuzzleConfig
 from dataset.text.curriculum import Curriculum
+from dataset.text.loader import Example
 from tests.conftest import SHORT_RUN, TINY
 from tests.puzzle_data import TINY_PUZZLES, write_puzzles
 from training.estimate import count_steps
 from training.instruct_run import run_instruct
 from training.puzzle_run import run_puzzles
+from training.task import MicroBatch
 from training.text import TextTask
 
 RunConfig = Callable[..., PretrainInstructConfig]
@@ -94,6 +96,23 @@ def test_a_run_is_evaluated_every_so_many_steps_and_after_each_epoch(run_config:
     by_epoch, by_steps = (set(evaluations_of(result.checkpoint.parent)) for result in runs if result is not None)
     assert len(by_epoch) == 3
     assert by_steps == by_epoch | set(range(7, max(by_epoch) + 1, 7))
+
+
+def test_the_padding_of_attention_is_logged(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[list[int]] = []
+    parts = TextTask._micro_batch
+
+    def note(task: TextTask, examples: Sequence[Example]) -> MicroBatch:
+        lengths.append([len(example.ids) - 1 for example in examples])
+        return parts(task, examples)
+
+    monkeypatch.setattr(TextTask, "_micro_batch", note)
+    result = run_instruct(run_config(tmp_path, "packing=off", "pad_multiple=8", "log_interval=1", "max_steps=3"))
+    assert result is not None
+    lines = [json.loads(line) for line in (result.checkpoint.parent / "timing.jsonl").read_text().splitlines()]
+    widths = [-(-max(of_step) // 8) * 8 for of_step in lengths]
+    expected = [1 - sum(of_step) / (len(of_step) * width) for of_step, width in zip(lengths, widths, strict=True)]
+    assert [line["attention_padding"] for line in lines] == pytest.approx(expected) and len(lines) == 3
 
 
 def test_a_run_ends_at_max_steps_and_goes_on_with_more(

@@ -62,7 +62,6 @@ def test_an_unknown_key_of_a_named_source_is_refused_with_its_own() -> None:
         ("arch.loss", "hinge"),
         ("arch.halt", None),
         ("arch.halt", 3),
-        ("packing", "tight"),
         ("dataset", "slimorca"),
         ("dataset.source", "orca"),
         ("dataset.long_rows", "wrap"),

@@ -32,6 +32,19 @@ def test_names_keep_their_order_and_globs_are_sorted(folder: Path) -> None:
     ]
 
 
+def test_folders_say_what_is_held_out(tmp_path: Path) -> None:
+    """Where a file's own name says nothing; and the folders above `data_dir` say nothing of it."""
+    folder = tmp_path / "test" / "mine"
+    for name in ("default/train/0.jsonl", "default/test/0.jsonl", "dev/a.jsonl", "train/test.jsonl", "test/train.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    found = find_files(folder, ["**/*.jsonl"])
+    assert names(found.train, folder) == ["default/train/0.jsonl", "test/train.jsonl"]
+    assert names(found.validation, folder) == ["dev/a.jsonl"]
+    assert names(found.left_out, folder) == ["default/test/0.jsonl", "train/test.jsonl"]
+    assert names(find_files(folder, ["default/test/0.jsonl"]).train, folder) == ["default/test/0.jsonl"]
+
+
 def test_shards_are_drawn_by_seed(folder: Path) -> None:
     draws = {seed: tuple(find_files(folder, ["*.jsonl"], shards=2, seed=seed).train) for seed in range(20)}
     assert all(len(set(draw)) == 2 for draw in draws.values()) and len(set(draws.values())) == 3

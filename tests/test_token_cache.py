@@ -281,6 +281,12 @@ def test_a_key_with_half_a_surrogate_pair_is_counted(source: Path) -> None:
     assert load(source).counts["ignored"] == {"\\ud800_id": 1}
 
 
+def test_a_bad_row_with_half_a_surrogate_pair_is_told(source: Path) -> None:
+    write(source, [json.dumps({"prompt": "hi", "response": "ho", "\ud800k": "some text"})])
+    with pytest.raises(UsageError, match=r"some text.*ud800k"):
+        load(source)
+
+
 def test_a_source_that_cannot_be_read_is_told_not_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, _: Path) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

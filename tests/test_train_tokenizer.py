@@ -167,8 +167,11 @@ def test_numbers_that_cannot_be_are_told(flag: str, capsys: pytest.CaptureFixtur
 def test_bad_and_useless_rows_are_passed_over(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     path.write_text(path.read_text() + '{"prompt": 1}\nnot json\n{"prompt": "no answer"}\n\n')
-    config = script.settings(path, ["dataset.test_ratio=0"]).dataset
+    config = script.settings(path, ["dataset.test_ratio=0", "dataset.on_bad_row=skip"]).dataset
     assert len(list(Source(config).conversations("train"))) == 3
+    config = script.settings(path, ["dataset.test_ratio=0"]).dataset
+    with pytest.raises(UsageError, match=r"jsonl:4: .*expected a string, found.*dataset\.on_bad_row=skip"):
+        list(Source(config).conversations("train"))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ def test_settings_of_earlier_versions_open(name: str) -> None:
         same = {key: value for key, value in then.items() if key in now and key != "halt"}
         assert {key: now[key] for key in same} == same and len(same) >= 2
     assert (opened["run_name"], opened["lr"], opened["seed"]) == ("old", settings["lr"], 0)
+    assert opened["optimizer"] == "adam_atan2", "what there was before there was a choice"
     if name == "config_stages":
         assert opened["dataset"]["seq_len"] == 256 and set(opened["sources"]) == {"slimorca", "openorca"}
 

@@ -39,6 +39,12 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
                 raise UsageError(
                     f"data_paths_test: expected {field} {found[0]}, as in training, found {found[1]}: use puzzles of the same kind"
                 )
+        if arch.puzzle_emb_ndim and identifiers_sha256(test_paths) != identifiers_sha256(config.data_paths):
+            raise UsageError(
+                f"data_paths_test: identifiers.json of {', '.join(test_paths)} numbers puzzles otherwise than that of "
+                f"{', '.join(config.data_paths)}, and each number has a vector of its own: build both data sets together, or set "
+                "arch.puzzle_emb_ndim=0"
+            )
         test_rows = sum(map(len, test.sets.values()))
         measurement = PuzzleMeasurement(config, test, test_paths)
         resolved = config.model_copy(update={"arch": arch})
@@ -48,7 +54,7 @@ def run_puzzles(config: PretrainPuzzleConfig) -> RunResult | None:
             train.metadata.vocab_size,
             seed=config.seed,
             seq_len=train.metadata.seq_len,
-            puzzles=max(train.metadata.num_puzzle_identifiers, test.metadata.num_puzzle_identifiers),
+            puzzles=train.metadata.num_puzzle_identifiers,
         )
         if config.load_checkpoint is not None and resume_point.saved is None:
             source = initial_weights_path(Path(config.load_checkpoint), resolved, ranks)

@@ -74,8 +74,8 @@ class PretrainPuzzleConfig(TrainingConfig):
             )
         if isinstance(self.arch.grad_calls, int) and self.arch.grad_calls > self.arch.num_level_calls:
             raise ValueError(
-                f"arch.grad_calls {self.arch.grad_calls} is more than the {self.arch.num_level_calls} level calls of an ACT step, and "
-                "an optimizer step on puzzles takes one"
+                f"arch.grad_calls {self.arch.grad_calls} is more than the {self.arch.num_level_calls} level calls of an ACT step, "
+                "and an optimizer step on puzzles takes one"
             )
         if self.freeze_weights and not self.arch.puzzle_emb_ndim:
             raise ValueError("freeze_weights leaves nothing to learn without the puzzles' vectors: set arch.puzzle_emb_ndim")

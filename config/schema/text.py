@@ -48,7 +48,8 @@ class SourceConfig(Section):
     ignore: Free[tuple[str, ...]]
     """Keys, of rows or within them, whose text isn't part of the conversation. Text under any other unknown key stops the run."""
     subset_size: PositiveInt | None
-    """Training rows taken, with the test split's proportional share; of a split opened by itself, its own rows. null: all."""
+    """Training rows taken, with the test split's proportional share (of held-out files as many); of a split opened by itself, its
+    own rows. null: all."""
 
     @property
     def has_own_validation(self) -> bool:

@@ -178,9 +178,9 @@ def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
     """Shorten the part before the first supervised answer until the sequence fits, but not below
     half of `max_ids`.
 
-    First removes the oldest turns except the system turn. Then cuts the beginnings of the system
-    turn and the turn to answer, the longer one first, and removes the system turn if there is no
-    room for both.
+    First removes the oldest turns except the system turn. Then cuts the beginnings of what is left,
+    the longest first: the system turn, the last user turn, and the turns between that one and the
+    answer. If there is no room for all of these, only the user turn stays.
     """
     answer = next((index for index, piece in enumerate(pieces) if piece.supervised), 0)
     if not answer or _size(pieces) <= max_ids:
@@ -188,10 +188,11 @@ def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
     opening = len(pieces[answer].opening)
     rest = _size(pieces[answer:]) - opening
     budget = max(max_ids - rest, max_ids // 2) - opening
-    prompt, asked = pieces[:answer], pieces[answer - 1]
-    system = next((piece for piece in prompt[:-1] if piece.role == "system"), None)
+    prompt = pieces[:answer]
+    last = max((index for index, piece in enumerate(prompt) if piece.role == "user"), default=answer - 1)
+    system = next((piece for piece in prompt[:last] if piece.role == "system"), None)
     is_gone = False
-    for oldest in pieces[: answer - 1]:
+    for oldest in pieces[:last]:
         if oldest is not system:
             # Remove an answer together with its question.
             is_gone = _size(prompt) > budget or (is_gone and oldest.role == "assistant")
@@ -199,11 +200,15 @@ def _shorten_prompt(pieces: list[_Piece], max_ids: int) -> list[_Piece]:
                 prompt = [piece for piece in prompt if piece is not oldest]
     if _size(prompt) > budget:
         room = budget - sum(len(piece.opening) for piece in prompt)
-        of_system = min(len(system.text), max(room - len(asked.text), room // 2)) if system is not None else 0
-        if of_system < 1:
-            prompt, of_system, room = [asked], 0, budget - len(asked.opening)
-        of_asked = min(len(asked.text), max(1, room - of_system))
-        prompt = [piece.last(of_system if piece is system else of_asked) for piece in prompt]
+        if room < len(prompt):
+            prompt, room = [pieces[last]], max(1, budget - len(pieces[last].opening))
+        kept = dict[int, int]()
+        for index in sorted(range(len(prompt)), key=lambda index: len(prompt[index].text)):
+            parts = len(prompt) - len(kept)
+            # An even part of the room that is left; what rounding leaves isn't the system turn's.
+            kept[index] = min(len(prompt[index].text), room // parts if prompt[index] is system else -(-room // parts))
+            room -= kept[index]
+        prompt = [piece.last(kept[index]) for index, piece in enumerate(prompt)]
     return [*prompt, *pieces[answer:]]
 
 

@@ -28,7 +28,7 @@ def describe_counts(counts: Mapping[str, Any]) -> list[str]:
         lines.append(f"cut to dataset.seq_len: {truncated:,} ({_list(cut)})")
     titles = {
         "forms": "forms",
-        "ignored": "with text ignored under",
+        "ignored": "ignored keys",
         "dropped": "left out",
         "bad": "malformed",
         "beyond_subset": "beyond subset_size",

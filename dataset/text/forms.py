@@ -55,6 +55,7 @@ UNANSWERED = "turns after the last answer"
 _LABEL_CHARS = 200
 _TRUTH: dict[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _CALLS = ("tool_calls", "function_call")
+_NO_CALLS = ("[]", "{}", "null")  # as in a column of JSON texts
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 # Fields that tell a row's form, in this order (`_told_by`). docs/data.md has the table.
 _TOLD_BY: tuple[FieldName, ...] = ("messages", "prompt", "input", "text")
@@ -111,8 +112,8 @@ class ParsedRow:
     """A row's turns, in order.
 
     form: the form's name, to count. columns: the row's keys that the turns come from. ignored: keys
-    with text that was left out, as metadata or by `FormOptions`; those of a message as
-    `messages[].name`.
+    with text or a truth value that was left out, as metadata or by `FormOptions`; those of a message
+    as `messages[].name`.
     """
 
     turns: Conversation
@@ -186,11 +187,11 @@ class _RowReader:
 
     def parse(self) -> ParsedRow:
         told_by = self._told_by()
-        read = {"messages": self._chat, "text": self._raw_text}.get(told_by, self._exchange)
+        read = {"messages": self._chat, "text": self._raw_text}.get(told_by, lambda: self._exchange(told_by))
         name, turns = read()
         if not self._flags(self._row, ""):
             turns = _as_context(turns)
-        self._check_rest(turns)
+        self._check_rest(turns, told_by)
         return ParsedRow(tuple(turns), name, frozenset(self._columns), tuple(sorted(self._ignored)))
 
     def _told_by(self) -> FieldName:
@@ -214,9 +215,9 @@ class _RowReader:
         turns = self._with_system(self._messages(messages, key))
         return "sharegpt" if messages and messages[0].get("from") is not None else "openai", turns
 
-    def _exchange(self) -> tuple[str, list[Turn]]:
+    def _exchange(self, told_by: FieldName) -> tuple[str, list[Turn]]:
         """A prompt with its other fields, and a response; either may also be a list of messages."""
-        prompt = self._column("prompt") or self._column("input")
+        prompt = self._column("input" if told_by == "input" else "prompt") or self._column("input")
         response = self._column("response")
         if any(found is not None and _is_list(found[1]) for found in (prompt, response)):
             name = "prompt_completion"
@@ -235,6 +236,11 @@ class _RowReader:
         if response is not None:
             key, value = response
             answer = self._messages(value, key) if _is_list(value) else [Turn("assistant", _text(value, key))]
+            # A whole conversation in place of a response begins with the prompt.
+            said = [turn.text.strip() for turn in answer if turn.role == "user"][: len(asked)]
+            if said and said == [turn.text.strip() for turn in asked if turn.role == "user"]:
+                others = [turn.text for turn in answer if turn.role == "system"]
+                asked = [turn for turn in asked if turn.role == "system" and turn.text not in others]
         return name, self._with_system([*self._history(), *asked, *answer])
 
     def _raw_text(self) -> tuple[str, list[Turn]]:
@@ -315,7 +321,7 @@ class _RowReader:
                 "say whose turns these are with dataset.roles={NAME: system|user|assistant|tool}",
             )
         supervised = self._flags(message, f"{where}.")
-        calls = {key: message[key] for key in _CALLS if key in message and _holds_text(message[key])}
+        calls = {key: message[key] for key in _CALLS if _holds_text(message.get(key)) and message[key] not in _NO_CALLS}
         is_tool = role in ("tool", "tool_call")
         open_calls = [key for key in calls if key not in options.ignore]
         if options.tool_turns == "error" and (is_tool or open_calls):
@@ -336,7 +342,8 @@ class _RowReader:
             text = "\n".join([*([text] if text.strip() else []), *called])
         else:
             self._ignored.update(f"{column}[].{key}" for key in open_calls)
-        self._record_unread(message, options.of_message.union(open_calls), where, f"{column}[]")
+        no_calls = (key for key in _CALLS if message.get(key) in _NO_CALLS)
+        self._record_unread(message, options.of_message.union(open_calls, no_calls), where, f"{column}[]")
         return None if calls and not text.strip() else Turn(_TURN_ROLES[role], text, supervised)
 
     def _member(self, message: Mapping[str, Any], field: FieldName, where: str, default: str | None = None) -> tuple[str, Any]:
@@ -344,6 +351,9 @@ class _RowReader:
         key = self._key(message, field, f"{where}: ")
         if key is not None:
             return key, message[key]
+        null = next((key for key in self._options.names[field] if key in message), None)
+        if default is None and null is not None:
+            raise BadRow("missing_key", f"{where}.{null}: expected text, found null")
         if default is None:
             expected = " or ".join(f'"{key}"' for key in self._options.names[field])
             raise BadRow(
@@ -362,10 +372,12 @@ class _RowReader:
             place = f"{where}[{index}]"
             if isinstance(part, Mapping):
                 kind = part.get("type")
-                if kind not in _TEXT_PARTS or part.get("text") is None:
+                if kind not in _TEXT_PARTS:
                     raise BadRow(
                         "not_text", f"{place}: expected a part of type text, found one of type {shown(kind)}: {shown(dict(part))}"
                     )
+                if part.get("text") is None:
+                    raise BadRow("not_text", f'{place}: expected a part with a "text", found none: {shown(dict(part))}')
                 self._record_unread(part, {"type", "text"}, place, f"{column}[].content[]")
                 part = part["text"]
             texts.append(_text(part, place))
@@ -396,7 +408,7 @@ class _RowReader:
     def _record_unread(self, values: Mapping[str, Any], read: Collection[str], where: str, counted_as: str) -> None:
         """Record unread keys of a message or part. Raises for one without text, maybe a flag."""
         for key, value in values.items():
-            if key in read or _is_empty(value):
+            if key in read or (_is_empty(value) and not _holds_text(value)):
                 continue
             if not (_holds_text(value) or key in self._options.ignore or _is_label_name(key)):
                 raise BadRow(
@@ -407,25 +419,42 @@ class _RowReader:
                 )
             self._rest.append((f"{where}.{key}", f"{counted_as}.{key}", key, value))
 
-    def _check_rest(self, turns: list[Turn]) -> None:
+    def _check_rest(self, turns: list[Turn], told_by: FieldName) -> None:
         """Raise `BadRow` for text that is neither in the turns nor under a metadata key."""
         read = self._columns.union(self._options.flags)
+        roles = self._options.names["role"]
         said = {turn.text.strip() for turn in turns}
         of_row = ((key, key, key, value) for key, value in self._row.items() if key not in read)
         for where, counted_as, key, value in (*of_row, *self._rest):
             for place, innermost, text in _texts(value, where, key, self._options.ignore):
                 is_label = _is_label_name(innermost) and len(text) <= _LABEL_CHARS and "\n" not in text
+                is_label |= innermost in roles and text.strip().lower() in self._options.all_roles
                 if not is_label and text.strip() not in said:
                     # Report the unread key, not the one nearest to the text: `fields` names keys of
                     # rows and messages, and `role` or `text` may be read elsewhere in the row.
                     raise BadRow(
                         "unread_text",
                         f"{place}: expected text that belongs to a known form, found more, which would be lost: {shown(text)}; "
-                        f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {_given(key)}}} "
-                        f"(FIELD: {', '.join(FIELDS)}), else leave it out with dataset.ignore=[{_given(key)}]",
+                        f"{self._remedy(key, told_by)}, else leave it out with dataset.ignore=[{_given(key)}]",
                     )
-            if _holds_text(value):
+            # Truth may say that an answer is bad.
+            if _holds_text(value) or isinstance(value, bool):
                 self._ignored.add(counted_as)
+
+    def _remedy(self, key: str, told_by: FieldName) -> str:
+        """How to have the unread key read."""
+        names = self._options.names
+        field = next((name for name in ("response", "context", "system", *_TOLD_BY) if key in names[name]), None)
+        if field is None or told_by in ("prompt", "input"):
+            return (
+                f"if it is part of the conversation, say what it is with dataset.fields={{FIELD: {_given(key)}}} "
+                f"(FIELD: {', '.join(FIELDS)})"
+            )
+        asked = next((name for name in names[told_by] if name in self._row), told_by)
+        beside = f"a {field} isn't read beside {asked!r}"
+        if field == "response" or (field == "context" and told_by == "text"):
+            return f"{beside}: if that is what is asked, use dataset.fields={{prompt: {_given(asked)}}}"
+        return f"{beside}: to read {key!r} in its place, use dataset.ignore=[{_given(asked)}]" if field in _TOLD_BY else beside
 
 
 def _texts(value: Any, where: str = "", key: str = "", ignore: Collection[str] = ()) -> Iterator[tuple[str, str, str]]:

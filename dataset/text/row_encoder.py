@@ -109,13 +109,11 @@ class RowEncoder:
             if sum(len(turn.text) for turn in conversation) > MAX_ROW_BYTES:
                 raise too_large()
         except BadRow as error:
-            return {**row, "bad": error.reason, "message": str(error)}, ()
+            return {**row, "bad": error.reason, "message": _printable(str(error))}, ()
         except NothingToLearn as nothing:
             return {**row, "dropped": nothing.reason}, ()
         conversation = with_default_system(conversation, self._config.default_system_prompt)
-        # A key may hold half of a surrogate pair, which Arrow's strings can't.
-        ignored = [key.encode("utf-8", "backslashreplace").decode() for key in parsed.ignored]
-        return {**row, "form": parsed.form, "ignored": ignored}, conversation
+        return {**row, "form": parsed.form, "ignored": list(map(_printable, parsed.ignored))}, conversation
 
     def _encoded(self, row: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
         long_rows, max_ids = self._config.long_rows, self._config.seq_len + 1
@@ -140,6 +138,11 @@ class RowEncoder:
             "question_hash": question_hash(conversation),
             "conversation_hash": conversation_hash(conversation),
         }
+
+
+def _printable(text: str) -> str:
+    """A key may hold half of a surrogate pair, which Arrow's strings can't."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _content_hash(encoded: Encoded) -> int:

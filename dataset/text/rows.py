@@ -26,7 +26,7 @@ from config.errors import UsageError
 
 # Far beyond any context; a few such rows would fill the memory.
 MAX_ROW_BYTES = 4 << 20
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # A longer row is skipped up to this length; without a limit, an unclosed quote or bracket would
 # swallow the rest of the file.
@@ -65,7 +65,7 @@ def too_large() -> BadRow:
 
 @dataclass(frozen=True)
 class RowFile:
-    """A file of rows. format: one of FORMATS. Reading raises `UsageError` if it is damaged."""
+    """A file of rows. format: one of FORMATS, but .jsonl for .ndjson. Reading raises `UsageError` if it is damaged."""
 
     path: Path
     format: str
@@ -76,9 +76,10 @@ class RowFile:
         try:
             yield from _READERS[self.format](self)
         except UnicodeDecodeError as error:
+            encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
             raise UsageError(
                 f"{self.path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}; convert the file, for example with "
-                "`iconv -f LATIN1 -t UTF-8`"
+                f"`iconv -f {encoding} -t UTF-8`"
             ) from error
         except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
             raise UsageError(
@@ -120,6 +121,11 @@ class RowFile:
             yield Path(plain.name)
 
 
+def refused(file: RowFile, number: int, message: str) -> UsageError:
+    """The error for a malformed row, where such rows aren't skipped."""
+    return UsageError(f"{file.where(number)}: {message}; correct the row, or count such rows instead with dataset.on_bad_row=skip")
+
+
 def open_row_file(path: str | Path) -> RowFile:
     """Open a file by its suffix. Raises `UsageError` if it is missing, unreadable, or of an unknown format."""
     path = Path(path)
@@ -139,8 +145,17 @@ def open_row_file(path: str | Path) -> RowFile:
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error}") from error
     file = RowFile(path, format_, compression)
+    if format_ == ".json":
+        start = _start(file)
+        if start.startswith(b"["):
+            return file
+        if start.partition(b"\n")[0].rstrip().endswith((b"{", b"[", b":", b",")):
+            raise UsageError(
+                f"{path}: expected one JSON array of rows, or a row a line, found one object over several lines; take the array "
+                "out of it, or write a row a line"
+            )
     # A .json file that doesn't begin with [ has JSON lines.
-    return RowFile(path, ".jsonl", compression) if format_ == ".json" and not _is_array(file) else file
+    return RowFile(path, ".jsonl", compression) if format_ in (".json", ".ndjson") else file
 
 
 def format_of(path: Path) -> tuple[str, str] | None:
@@ -218,12 +233,13 @@ def _lines(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
             yield number, too_large()
 
 
-def _is_array(file: RowFile) -> bool:
+def _start(file: RowFile) -> bytes:
+    """The first bytes of a file that aren't blank."""
     try:
         with file.stream() as handle:
-            return handle.read(_OPENING).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            return handle.read(_OPENING).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (OSError, EOFError, lzma.LZMAError):
-        return False  # reported when it is read
+        return b""  # reported when it is read
 
 
 def _elements(file: RowFile) -> Iterator[tuple[int, bytes | BadRow]]:
@@ -292,7 +308,8 @@ def _table(file: RowFile) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
                     yield reader.line_num, dict(zip(header, values, strict=True))
         except csv.Error as error:
             raise UsageError(
-                f"{file.path}:{reader.line_num}: expected a row of {file.format[1:].upper()}, found {error}"
+                f'{file.path}:{reader.line_num}: expected a row of {file.format[1:].upper()}, with " around values that '
+                f"contain one, and each of those twice, found another ({error}); mend the row, or write the file as .jsonl"
             ) from error
 
 
@@ -336,11 +353,20 @@ def _numbered(file: RowFile, batches: Iterable[Any]) -> Iterator[tuple[int, dict
 def _values(batch: Any) -> list[dict[str, Any] | BadRow]:
     try:
         return list(batch.to_pylist())
-    except (UnicodeDecodeError, ValueError) as error:
-        if len(batch) == 1:
-            is_text = isinstance(error, UnicodeDecodeError)
-            return [BadRow("bad_utf8" if is_text else "wrong_type", f"expected readable values, found {error}"[:200])]
-        return [values for index in range(len(batch)) for values in _values(batch.slice(index, 1))]
+    # The last two: a date beyond Python's years, and an unknown time zone.
+    except (ValueError, OverflowError, KeyError) as error:
+        if len(batch) > 1:
+            return [values for index in range(len(batch)) for values in _values(batch.slice(index, 1))]
+        is_date = [pa.types.is_temporal(column.type) for column in batch.columns]
+        if any(is_date) and not isinstance(error, UnicodeDecodeError):
+            # Dates and times are metadata, whatever they are.
+            dates = {
+                name: _plain(column) for name, column, date in zip(batch.schema.names, batch.columns, is_date, strict=True) if date
+            }
+            [values] = _values(batch.drop_columns(list(dates)))
+            return [values if isinstance(values, BadRow) else values | dates]
+        is_text = isinstance(error, UnicodeDecodeError)
+        return [BadRow("bad_utf8" if is_text else "wrong_type", f"expected readable values, found {error}"[:200])]
 
 
-_READERS = dict(zip(FORMATS, (_lines, _elements, _table, _table, _parquet, _arrow), strict=True))
+_READERS = dict(zip(FORMATS, (_lines, _lines, _elements, _table, _table, _parquet, _arrow), strict=True))

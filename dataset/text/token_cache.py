@@ -31,14 +31,14 @@ from config.schema import DatasetConfig
 from dataset.text.conversation import Template
 from dataset.text.loader import Columns, TextDataset, columns_of
 from dataset.text.row_encoder import RAW_SCHEMA, RowEncoder, recipe
-from dataset.text.rows import BadRow, RowFile, open_row_file, to_json
+from dataset.text.rows import BadRow, RowFile, open_row_file, refused, to_json
 from dataset.text.splits import are_test_hashes
 from dataset.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 Split = Literal["train", "test"]
 
 _ROWS_AT_ONCE = 512
@@ -99,10 +99,7 @@ def load_split(
             if config.on_bad_row == "error" and (found := np.flatnonzero(bad[:read] != "")).size:
                 first = int(found[0])
                 file = opened[raw_columns["file"][first].as_py()]
-                raise UsageError(
-                    f"{file.where(raw_columns['number'][first].as_py())}: {tokens['message'][first]}; correct the row, "
-                    "or count such rows instead with dataset.on_bad_row=skip"
-                )
+                raise refused(file, raw_columns["number"][first].as_py(), tokens["message"][first].as_py())
             if limit is None or read < len(raw) or len(raw) < limit:
                 break
             limit *= 4
