@@ -137,7 +137,12 @@ def test_flags_of_inference(trained: Path) -> None:
     halting = measured(trained, checkpoint, "--overrides", "arch.act_inference=true", "arch.halt_max_steps=4")
     assert len(halting["exact_accuracy_by_act_step"]) == 4
     run_well("inference.py", "--checkpoint", str(checkpoint), "--split", "train", "--data-dir", "data/toy", folder=trained)
-    assert json.loads((checkpoint / "metrics_train.json").read_text())["rows"] > few["rows"]
+    own = json.loads((checkpoint / "metrics_train.json").read_text())
+    # Other paths to test on are none to train on.
+    other = ("--overrides", "data_paths_test=[data/elsewhere]")
+    run_well("inference.py", "--checkpoint", str(checkpoint), "--split", "train", *other, folder=trained)
+    assert json.loads((checkpoint / "metrics_train.json").read_text()) == own and own["rows"] > few["rows"]
+    assert own["data_paths"] == ["data/toy"]
 
 
 def test_a_run_begins_with_the_originals_weights(trained: Path) -> None:
@@ -296,4 +301,5 @@ def test_puzzles_numbered_otherwise_are_told(trained: Path, tmp_path: Path) -> N
 
 def test_the_saved_settings_are_the_runs(trained: Path) -> None:
     settings = yaml.safe_load((checkpoints(trained, "a")[-1] / "config.yaml").read_text())
-    assert settings["eval_save_outputs"] == [] and settings["data_paths"] == ["data/toy"]
+    assert (settings["data_paths"], settings["run_name"], settings["ema"]) == (["data/toy"], "a", True)
+    assert settings["arch"]["hidden_size"] == 16 and settings["lr"] == 1e-2
