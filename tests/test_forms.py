@@ -237,6 +237,8 @@ def test_a_whole_conversation_in_place_of_a_response_asks_once() -> None:
     asked = openai(("system", "Be."), ("user", "Why?"))["messages"]
     row = {"prompt": asked, "completion": [*asked, {"role": "assistant", "content": "So."}]}
     assert same(parse_turns(row).turns, turns("s:Be.", "u:Why?", "a:So."))
+    row = {"prompt": "Why?", "completion": openai(("assistant", "So."), ("user", "Why?"), ("assistant", "So."))["messages"]}
+    assert same(parse_turns(row).turns, turns("u:Why?", "a:So.", "u:Why?", "a:So."))
     row = {"prompt": "How?", "completion": openai(("user", "Why?"), ("assistant", "So."))["messages"]}
     assert same(parse_turns(row).turns, turns("u:How?", "u:Why?", "a:So."))
 

@@ -237,8 +237,8 @@ class _RowReader:
             key, value = response
             answer = self._messages(value, key) if _is_list(value) else [Turn("assistant", _text(value, key))]
             # A whole conversation in place of a response begins with the prompt.
-            said = [turn.text.strip() for turn in answer if turn.role == "user"][: len(asked)]
-            if said and said == [turn.text.strip() for turn in asked if turn.role == "user"]:
+            asks = [(turn.role, turn.text.strip()) for turn in asked if turn.role != "system"]
+            if asks and asks == [(turn.role, turn.text.strip()) for turn in answer if turn.role != "system"][: len(asks)]:
                 others = [turn.text for turn in answer if turn.role == "system"]
                 asked = [turn for turn in asked if turn.role == "system" and turn.text not in others]
         return name, self._with_system([*self._history(), *asked, *answer])
