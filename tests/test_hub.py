@@ -398,7 +398,9 @@ def test_a_note_of_what_was_found_that_was_cut_off_is_written_again(tmp_path: Pa
     ("files", "found"),
     [
         ({"set.py": b"import datasets\n"}, "scripts are no longer supported"),
-        ({"data/train.ndjson": b"{"}, "error occurred while generating"),
+        ({"data/train.xml": b"{"}, "error occurred while generating"),
+        ({"data/train.tar": b"{"}, "truncated header"),
+        ({"data/train.h5": b"{"}, "h5py"),
         ({"README.md": b"nothing else"}, "doesn't contain any data files"),
     ],
 )

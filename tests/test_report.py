@@ -217,7 +217,7 @@ def test_each_figure_stands_under_its_label(tmp_path: Path) -> None:
         ["parameters", "10"],
         ["width", "512"],
         ["ACT steps, at most", "2"],
-        ["optimizer", "muon"],
+        ["optimizer", "adam_atan2"],
         ["rows of an optimizer step", "32"],
         ["optimizer steps", "4"],
         ["rows trained", "32"],

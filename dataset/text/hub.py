@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tarfile import TarError
 
 from config.errors import UsageError
 from dataset.text.rows import first_line, format_of
@@ -111,7 +112,10 @@ def split_files(repo: str, config: str | None, split: str, revision: str, cache_
             target = cache_dir / "hub" / repo.replace("/", "--") / place.revision / place.path_in_repo
             files.append(download(repo, place.path_in_repo, target, revision=place.revision, repo_type="dataset"))
         if any(format_of(path) is None for path in files):
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except (ImportError, TarError) as error:  # from the reader of a format
+                raise RuntimeError(str(error)) from error
             files = [Path(file["filename"]) for file in builder.as_dataset(split).cache_files]
     note.write_text(json.dumps([str(path) for path in files]), encoding="utf-8")
     return files
