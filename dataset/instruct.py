@@ -12,7 +12,7 @@ import numpy as np
 from config.errors import UsageError
 from config.schema import DatasetConfig, PretrainInstructConfig
 from dataset.slimorca import locate
-from dataset.source_files import Hub, SourceFiles, find_files, is_saved, saved_split
+from dataset.source_files import Hub, SourceFiles, find_files, is_saved, other_splits, saved_split
 from dataset.text.conversation import Conversation, Template, with_default_system
 from dataset.text.counts import describe_counts
 from dataset.text.curriculum import Curriculum
@@ -62,9 +62,9 @@ class Source:
                     f"{folder} is a folder of save_to_disk, whose files have no names of their own: choose its splits with "
                     "dataset.split and dataset.validation_split, and leave out shards and validation_files"
                 )
-            return SourceFiles(
-                *([] if split is None else self._split_files(split) for split in (config.split, config.validation_split))
-            )
+            splits = config.split, config.validation_split
+            train, validation = ([] if split is None else self._split_files(split) for split in splits)
+            return SourceFiles(train, validation, other_splits(folder, splits))
         if config.split != "train" or config.validation_split:
             raise UsageError(
                 f"dataset.split and dataset.validation_split are for a hub data set or a folder of save_to_disk, and "

@@ -7,7 +7,7 @@ This file doesn't know their content.
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -42,7 +42,8 @@ class Hub:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files for training, files for testing, and files left out because of their names.
+    """Files for training, files for testing, and files left out because of their names, or splits that
+    aren't asked for.
 
     Without test files, `train` has the rows of both splits.
     """
@@ -111,6 +112,7 @@ def find_files(
             setting = "dataset.files" if path in found else "dataset.validation_files"
             raise UsageError(f"expected a data file at {str(path)!r}, found none; check dataset.data_dir and {setting}")
         hub.fetch(name, path)
+    left_out += [split for path in (*train, *validation) for split in other_splits(path, ["train"])]
     return SourceFiles(_expanded(train), _expanded(validation), left_out)
 
 
@@ -142,6 +144,13 @@ def saved_split(folder: Path, split: str) -> list[Path]:
         return [folder / file["filename"] for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: expected a folder of save_to_disk, found none ({error}); name files instead") from error
+
+
+def other_splits(folder: Path, used: Collection[str | None]) -> list[Path]:
+    """The folders of the splits that aren't used of a dictionary of data sets that `datasets` has saved."""
+    described = folder / "dataset_dict.json"
+    splits = json.loads(described.read_text(encoding="utf-8"))["splits"] if described.is_file() else []
+    return [folder / split for split in splits if split not in used]
 
 
 def is_saved(folder: Path) -> bool:

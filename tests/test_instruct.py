@@ -213,8 +213,11 @@ def test_a_saved_folder_has_its_own_splits(tmp_path: Path) -> None:
     train, test = opened(*where, "dataset.validation_split=test")
     assert test is not None and (len(train), len(test)) == (15, 5)
     assert questions(test) == {f"Question {number}?" for number in range(15, 20)}
+    assert "left_out" not in train.report()
     train, _ = opened(*where, "dataset.split=test", "dataset.test_ratio=0")
-    assert len(train) == 5
+    assert len(train) == 5 and train.report()["left_out"] == ["train"]
+    train, _ = opened(where[0], f"dataset.data_dir={tmp_path.parent}", f"dataset.files=[{tmp_path.name}]", "dataset.test_ratio=0")
+    assert len(train) == 15 and train.report()["left_out"] == ["test"]
     with pytest.raises(UsageError, match="no split 'dev'"):
         opened(*where, "dataset.validation_split=dev")
 

@@ -99,7 +99,7 @@ def _say_data(config: PretrainInstructConfig, report: Mapping[str, Any], ranks: 
         ranks.say(f"data {place}: {rows:,} training rows, {test_rows:,} test rows")
         ranks.say(f"  files: {describe_files(train['files'])}")
         if "left_out" in train:
-            ranks.say(f"  not read, because held out: {describe_files(train['left_out'])}")
+            ranks.say(f"  not read: {describe_files(train['left_out'])}")
         for line in describe_counts(train["counts"]):
             ranks.say(f"  {line}")
         # Files of two splits may have the same names in a folder of save_to_disk.
