@@ -134,8 +134,8 @@ def _named(folder: Path, names: Sequence[str], setting: str) -> dict[Path, tuple
 
 def saved_split(folder: Path, split: str) -> list[Path]:
     """The files of a folder written by `datasets`, of one split if several. Raises `UsageError`."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    splits = _splits_of(folder)
+    if splits is not None:
         if split not in splits:
             raise UsageError(f"{folder} has no split {split!r}: choose dataset.split of {', '.join(splits)}")
         folder = folder / split
@@ -148,9 +148,16 @@ def saved_split(folder: Path, split: str) -> list[Path]:
 
 def other_splits(folder: Path, used: Collection[str | None]) -> list[Path]:
     """The folders of the splits that aren't used of a dictionary of data sets that `datasets` has saved."""
+    return [folder / split for split in _splits_of(folder) or [] if split not in used]
+
+
+def _splits_of(folder: Path) -> list[str] | None:
+    """The names of a saved dictionary's splits; None if `folder` has none."""
     described = folder / "dataset_dict.json"
-    splits = json.loads(described.read_text(encoding="utf-8"))["splits"] if described.is_file() else []
-    return [folder / split for split in splits if split not in used]
+    if not described.is_file():
+        return None
+    splits: list[str] = json.loads(described.read_text(encoding="utf-8"))["splits"]
+    return splits
 
 
 def is_saved(folder: Path) -> bool:
